@@ -1,0 +1,216 @@
+"""Save and load every kind of model; each directory describes itself in `manifest.json`.
+
+A checkpoint is a Hugging Face directory (config.json, model.safetensors, tokenizer) plus the manifest, which says what the
+model is (`kind`, `architecture`, per-layer shapes, quantization), where it came from (`parent`, `stage`) and what it scored.
+Nothing is guessed from a name, nothing is pickled, and every tensor of the file must fit the model exactly.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from compactmind.errors import CompactMindError
+from compactmind.files import recover_directory, replace_directory, sha256_of, write_json_atomically
+from compactmind.methods.pruning import modeling_pruned_encoder
+from compactmind.methods.pruning.encoder import layer_shapes
+from compactmind.methods.quantization.packed_model import QUANTIZED_KINDS, load_quantized
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+WEIGHTS = "model.safetensors"
+
+MADE_BY = {
+    "teacher_base": "python download_model.py",
+    "student_base": "python download_model.py",
+    "teacher": "python 1_distill.py",
+    "student_finetuned": "python 1_distill.py",
+    "student_distilled": "python 1_distill.py",
+    "student_pruned": "python 2_prune_finetune.py",
+    "student_distilled_nf4": "python 3_quantize.py",
+    "student_pruned_nf4": "python 3_quantize.py",
+}
+"""Checkpoint name -> the command that makes it: for error messages and for the rows of a report that have not run."""
+
+KINDS = ("dense", "pruned", *QUANTIZED_KINDS)
+"""What a loader has to know about the weights: of one width, of per-layer widths, or packed."""
+
+
+@dataclass
+class Checkpoint:
+    """A loaded model in evaluation mode, its tokenizer, and its manifest."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    manifest: dict[str, Any]
+
+
+def how_to_make(directory: Path) -> str:
+    """Return the command that makes a checkpoint directory, or a general hint for names of the user's own."""
+    return MADE_BY.get(directory.name, "the stage that writes it (python run_pipeline.py runs them all)")
+
+
+def read_manifest(directory: Path | str) -> dict[str, Any]:
+    """Return a checkpoint's manifest after checking that its files are all there and of the recorded size.
+
+    Raises CompactMindError naming the directory, what is wrong with it and the command that makes it.
+    """
+    directory = Path(directory)
+    recover_directory(directory)
+    if not directory.is_dir():
+        raise CompactMindError(f"{directory} not found: run `{how_to_make(directory)}` first")
+    broken = f"run `{how_to_make(directory)}` again (add --force True if it says the output is up to date)"
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        files, kind = manifest["files"], manifest["kind"]
+    except FileNotFoundError:
+        raise CompactMindError(f"{directory} has no {MANIFEST}, so it is not a finished checkpoint: {broken}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CompactMindError(f"{directory / MANIFEST} is damaged ({error!r}): {broken}") from None
+    if kind not in KINDS:
+        raise CompactMindError(f"{directory / MANIFEST}: unknown kind {kind!r}, expected one of {', '.join(KINDS)}: {broken}")
+    for name, recorded in files.items():
+        path = directory / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != recorded["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes instead of {recorded['bytes']}"
+            raise CompactMindError(f"{path} {found}: the checkpoint is damaged, {broken}")
+    return manifest
+
+
+def weights_fingerprint(directory: Path | str) -> str:
+    """Return the SHA-256 of a checkpoint's weight file as recorded when it was saved: its identity as an input."""
+    return read_manifest(directory)["files"][WEIGHTS]["sha256"]
+
+
+def is_up_to_date(directory: Path | str, stage: dict[str, Any]) -> bool:
+    """Tell whether `directory` holds a whole checkpoint made by this very `stage` (script, config and inputs)."""
+    try:
+        return read_manifest(directory)["stage"] == json.loads(json.dumps(stage))
+    except CompactMindError:
+        return False
+
+
+def save_checkpoint(
+    directory: Path | str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    kind: str,
+    parent: str | None,
+    stage: dict[str, Any],
+    metrics: dict[str, Any] | None = None,
+    history: list[dict[str, Any]] | None = None,
+    quantization: dict[str, Any] | None = None,
+    data_fingerprint: str | None = None,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint, replacing an older one only when the new one is whole.
+
+    `stage` records script, config and input fingerprints (`is_up_to_date` compares it); `history` becomes
+    training_history.json; `extra` adds keys to the manifest. Raises CompactMindError when the disk is full.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}, expected one of {', '.join(KINDS)}")
+    directory = Path(directory)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    config = model.config
+    if isinstance(config, (modeling_pruned_encoder.PrunedBertConfig, modeling_pruned_encoder.PrunedDistilBertConfig)):
+        module = Path(modeling_pruned_encoder.__file__)
+        config.auto_map = {
+            "AutoConfig": f"{module.stem}.{type(config).__name__}",
+            "AutoModelForSequenceClassification": f"{module.stem}.{type(model).__name__}",
+        }
+    config.architectures = [type(model).__name__]
+    config.dtype = "float32"  # what is computed in; half-precision tables in the file are storage
+    with replace_directory(directory, needed_bytes=weight_bytes + 5_000_000) as temporary:
+        config.save_pretrained(temporary)
+        if hasattr(config, "auto_map"):
+            shutil.copyfile(module, temporary / module.name)
+        save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+        tokenizer.save_pretrained(temporary)
+        if history is not None:
+            write_json_atomically(temporary / "training_history.json", history)
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(temporary.iterdir())}
+        manifest = {
+            "manifest_version": MANIFEST_VERSION,
+            "kind": kind,
+            "architecture": type(model).__name__,
+            "parent": parent,
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "parameters": parameters_before_packing(model),
+            "layers": layer_shapes(model),
+            "quantization": quantization,
+            "stage": stage,
+            "metrics": metrics or {},
+            "data_fingerprint": data_fingerprint,
+            "versions": versions(),
+            **(extra or {}),
+            "files": files,
+        }
+        write_json_atomically(temporary / MANIFEST, manifest)
+
+
+def load_checkpoint(directory: Path | str, device: str | torch.device = "cpu") -> Checkpoint:
+    """Load any checkpoint of this project, strictly: a missing, unexpected or misshapen tensor is an error.
+
+    Returns the model on `device` in evaluation mode, its tokenizer and manifest. Raises CompactMindError.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    architecture = manifest["architecture"]
+    model_class = getattr(modeling_pruned_encoder, architecture, None) or getattr(transformers, architecture, None)
+    if model_class is None:
+        raise CompactMindError(f"{directory / MANIFEST}: unknown architecture {architecture!r}")
+    try:
+        if manifest["kind"] in QUANTIZED_KINDS:
+            model = load_quantized(directory / WEIGHTS, model_class, manifest["quantization"])
+        else:
+            model, report = model_class.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+            problems = {key: sorted(map(str, names)) for key, names in report.items() if names}
+            if problems:
+                raise CompactMindError(f"the tensors of {directory / WEIGHTS} do not fit {architecture}: {problems}")
+        # With the config at hand, transformers need not ask whether to trust the modelling file beside the weights.
+        tokenizer = AutoTokenizer.from_pretrained(directory, config=model.config)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CompactMindError(
+            f"{directory} could not be loaded ({error}): run `{how_to_make(directory)}` again with --force True"
+        ) from error
+    return Checkpoint(model.to(device).eval(), tokenizer, manifest)
+
+
+def parameters_before_packing(model: torch.nn.Module) -> int:
+    """Count parameters as weights, not as storage: a 4-bit linear counts in_features x out_features (+ bias)."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for module in model.modules():
+        if hasattr(module, "in_features") and getattr(module.weight, "quant_state", None) is not None:
+            count += module.in_features * module.out_features - module.weight.numel()
+    return count
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide what a number means: Python and the packages that compute."""
+    packages = ("torch", "transformers", "bitsandbytes", "accelerate", "compactmind")
+    from compactmind import __version__
+
+    found = {"python": platform.python_version(), "compactmind": __version__}
+    for name in packages[:-1]:
+        found[name] = importlib.metadata.version(name)
+    return found
+
+
+def silence_libraries(quiet: Callable[[], None] = transformers.logging.set_verbosity_error) -> None:
+    """Keep transformers' progress bars and load-time advice out of the scripts' output."""
+    quiet()
+    transformers.utils.logging.disable_progress_bar()

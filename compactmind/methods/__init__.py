@@ -1,0 +1,1 @@
+"""The techniques: one folder per kind, one file per technique."""

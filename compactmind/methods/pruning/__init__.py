@@ -1,0 +1,1 @@
+"""Remove whole structures, for real."""
