@@ -1,0 +1,264 @@
+"""Distill a fine-tuned BERT teacher into a DistilBERT student on sentiment sentences (SST-2).
+
+Paper: Hinton et al. 2015 (soft targets), Sanh et al. 2019 (DistilBERT: alternate teacher layers as a start).
+Run:   python 1_distill.py                      (after python download_model.py; every setting: --help)
+       accelerate launch 1_distill.py           (several GPUs)
+Reads: models/teacher_base, models/student_base if there is one, sst2_data/{train,validation}.jsonl
+Writes: models/teacher            the teacher, fine-tuned on the labels
+        models/student_finetuned  the student trained on the labels alone: the control
+        models/student_distilled  the same student trained on the teacher's soft targets and the labels
+Time:  about 6 minutes on 2 CPU cores (embedded profile). A killed run goes on at its last epoch.
+"""
+
+import math
+import time
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import AutoTokenizer, BertForSequenceClassification, DistilBertForSequenceClassification
+
+from common import PROFILE, DistillConfig, parse_command_line, run_stage
+from compactmind.checkpoint import is_up_to_date, load_checkpoint, read_manifest, save_checkpoint, weights_fingerprint
+from compactmind.data import EncodedSentences, data_fingerprint, load_split
+from compactmind.errors import CompactMindError
+from compactmind.evaluation.accuracy import accuracy_of, predict_logits
+from compactmind.methods.distillation.schedules import linear_anneal
+from compactmind.methods.distillation.soft_targets import distillation_loss, hidden_state_loss
+from compactmind.methods.distillation.student import alternate_layers, matching_layers, student_from_teacher
+from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
+from compactmind.training import (
+    Progress,
+    TrainingState,
+    cpu_copy,
+    freeze_word_embeddings,
+    linear_decay_with_warmup,
+    make_accelerator,
+    make_optimizer,
+)
+
+# ------------------------------------------------------------------------------------------------------------ constants
+# Every field, its reason and its range: common.DistillConfig. For example: for_profile(PROFILE, student_epochs=6)
+CONFIG = DistillConfig.for_profile(PROFILE)
+
+LABELS = {0: "negative", 1: "positive"}
+"""The class names stored in every checkpoint of this track."""
+
+
+# ----------------------------------------------------------------------------------------------------------------- loop
+def train(
+    name: str,
+    model: torch.nn.Module,
+    tokenizer,
+    splits: dict[str, EncodedSentences],
+    config: DistillConfig,
+    accelerator: Accelerator,
+    stage: dict,
+    *,
+    epochs: int,
+    lr: float,
+    parent: str,
+    teacher_logits: torch.Tensor | None = None,
+    teacher: torch.nn.Module | None = None,
+    layer_map: list[int] | None = None,
+) -> None:
+    """Train one classifier, keep its best epoch by validation accuracy, and save it as models/<name>.
+
+    With `teacher_logits` (one row per training sentence) the loss is distillation; `teacher` and `layer_map` are needed
+    for the hidden-state loss only.
+    """
+    directory = config.models_dir / name
+    train_set, validation = splits["train"], splits["validation"]
+    if config.freeze_word_embeddings:
+        freeze_word_embeddings(model)
+    optimizer = make_optimizer(model, lr, config.weight_decay)
+    steps_per_epoch = math.ceil(len(train_set) / (config.batch_size * accelerator.num_processes))
+    total_steps = epochs * steps_per_epoch
+    scheduler = linear_decay_with_warmup(optimizer, int(config.warmup_ratio * total_steps), total_steps)
+
+    # Resume: the state of the last finished epoch, if this very stage was interrupted.
+    resume = TrainingState(directory, stage)
+    history, best_accuracy, best_weights = [], -1.0, None
+    if saved := resume.load():
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        history, best_accuracy, best_weights = saved["history"], saved["best_accuracy"], saved["best_weights"]
+        accelerator.print(f"{name}: going on after epoch {len(history)} of {epochs}")
+    model, optimizer = accelerator.prepare(model, optimizer)
+    use_hidden_loss = teacher is not None and config.hidden_loss_weight > 0
+
+    progress = Progress(name, total_steps, config.log_every, len(history) * steps_per_epoch, accelerator.is_main_process)
+    for epoch in range(len(history) + 1, epochs + 1):
+        started, losses = time.perf_counter(), []
+        set_seed(config.seed + epoch)  # batch order and dropout depend on the epoch alone: a resumed run is the same run
+        batches = accelerator.prepare(train_set.training_batches(config.batch_size, seed=config.seed + epoch))
+        model.train()
+        for batch in batches:
+            fraction = progress.step / total_steps
+            temperature = linear_anneal(config.temperature_start, config.temperature_end, fraction)
+            alpha = linear_anneal(config.alpha_start, config.alpha_end, fraction)
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            with accelerator.autocast():
+                output = model(**inputs, output_hidden_states=use_hidden_loss)
+                targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
+                loss = distillation_loss(output.logits.float(), targets, batch["labels"], temperature, alpha)
+                if use_hidden_loss:
+                    with torch.no_grad():
+                        states = teacher(**inputs, output_hidden_states=True).hidden_states
+                    loss = loss + config.hidden_loss_weight * hidden_state_loss(
+                        output.hidden_states, states, layer_map, batch["attention_mask"]
+                    )
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+            progress.update(losses[-1].item(), scheduler.get_last_lr()[0], len(batch["labels"]) * accelerator.num_processes)
+
+        plain = accelerator.unwrap_model(model)
+        accuracy = accuracy_of(predict_logits(plain, validation, config.eval_batch_size), validation.labels)
+        history.append(
+            {
+                "epoch": epoch,
+                "phase": "distill" if teacher_logits is not None else "finetune",
+                "loss": torch.stack(losses).mean().item(),
+                "accuracy": accuracy,
+                "sparsity": 0.0,
+                "lr": scheduler.get_last_lr()[0],
+                "temperature": temperature if teacher_logits is not None else None,
+                "alpha": alpha if teacher_logits is not None else None,
+                "seconds": time.perf_counter() - started,
+            }
+        )
+        progress.write(
+            f"{name:<18} epoch {epoch}/{epochs} | loss {history[-1]['loss']:7.4f} | "
+            f"validation accuracy {accuracy:6.2%} | {history[-1]['seconds']:.0f} s"
+        )
+        if accuracy > best_accuracy:
+            best_accuracy, best_weights = accuracy, cpu_copy(plain.state_dict())
+        if accelerator.is_main_process:
+            resume.save(
+                model=plain.state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
+                history=history, best_accuracy=best_accuracy, best_weights=best_weights,
+            )  # fmt: skip
+    progress.close()
+
+    plain = accelerator.unwrap_model(model)
+    plain.load_state_dict(best_weights)
+    if accelerator.is_main_process:
+        save_checkpoint(
+            directory, plain, tokenizer, kind="dense", parent=parent, stage=stage, history=history,
+            metrics={"validation_accuracy": best_accuracy}, data_fingerprint=data_fingerprint(config.data_dir),
+        )  # fmt: skip
+        resume.clear()
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    accelerator.print(f"{name}: saved to {directory} (validation accuracy {best_accuracy:.2%})")
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+def check(config: DistillConfig) -> None:
+    """Raise CompactMindError on a setting that makes no sense, before anything is loaded."""
+    for name in ("teacher_epochs", "student_epochs", "student_layers", "batch_size", "eval_batch_size", "max_length"):
+        if getattr(config, name) < 1:
+            raise CompactMindError(f"{name} {getattr(config, name)} is not at least 1: for example --{name} 4")
+    for name in ("temperature_start", "temperature_end", "teacher_lr", "student_lr"):
+        if not getattr(config, name) > 0:
+            raise CompactMindError(f"{name} {getattr(config, name)} is not above 0")
+    for name in ("alpha_start", "alpha_end"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise CompactMindError(f"{name} {getattr(config, name)} is not in [0, 1]: for example --{name} 0.5")
+
+
+def main(config: DistillConfig) -> None:
+    check(config)
+    accelerator = make_accelerator()
+    models = config.models_dir
+
+    # What each output depends on: if none of it changed, the output is up to date.
+    shared = config.relevant("profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio",
+                             "freeze_word_embeddings")  # fmt: skip
+    shared["data"] = data_fingerprint(config.data_dir)
+    teacher_stage = {
+        "script": "1_distill.py",
+        "config": {**shared, **config.relevant("teacher_epochs", "teacher_lr")},
+        "inputs": {"teacher_base": weights_fingerprint(models / "teacher_base")},
+    }
+    splits = {}
+
+    def load_splits(tokenizer) -> dict[str, EncodedSentences]:
+        if not splits:
+            for split in ("train", "validation"):
+                splits[split] = EncodedSentences(tokenizer, load_split(config.data_dir, split), config.max_length)
+            accelerator.print(", ".join(f"{len(part)} {split} sentences" for split, part in splits.items()))
+        return splits
+
+    # ---- teacher
+    if config.force or not is_up_to_date(models / "teacher", teacher_stage):
+        set_seed(config.seed)
+        tokenizer = AutoTokenizer.from_pretrained(models / "teacher_base")
+        model = BertForSequenceClassification.from_pretrained(
+            models / "teacher_base", num_labels=len(LABELS), id2label=LABELS, label2id={v: k for k, v in LABELS.items()},
+            dtype=torch.float32,
+        )  # fmt: skip
+        train("teacher", model, tokenizer, load_splits(tokenizer), config, accelerator, teacher_stage,
+              epochs=config.teacher_epochs, lr=config.teacher_lr, parent="teacher_base")  # fmt: skip
+    else:
+        accelerator.print(f"{models / 'teacher'} is up to date: skipped (--force True trains it again)")
+
+    # ---- students
+    student_config = {**shared, **config.relevant("student_epochs", "student_lr")}
+    inputs = {"teacher": weights_fingerprint(models / "teacher")}
+    if (models / "student_base").exists():
+        inputs["student_base"] = weights_fingerprint(models / "student_base")
+    else:
+        student_config["student_layers"] = config.student_layers
+    distill_config = config.relevant("temperature_start", "temperature_end", "alpha_start", "alpha_end", "hidden_loss_weight")
+    stages = {
+        "student_finetuned": {"script": "1_distill.py", "config": student_config, "inputs": inputs},
+        "student_distilled": {"script": "1_distill.py", "config": {**student_config, **distill_config}, "inputs": inputs},
+    }
+    for name, stage in stages.items():
+        if not config.force and is_up_to_date(models / name, stage):
+            accelerator.print(f"{models / name} is up to date: skipped (--force True trains it again)")
+            continue
+        teacher = load_checkpoint(models / "teacher", accelerator.device)
+        teacher_layers = teacher.model.config.num_hidden_layers
+        set_seed(config.seed)
+        if "student_base" in inputs:
+            student = DistilBertForSequenceClassification.from_pretrained(
+                models / "student_base", num_labels=len(LABELS), id2label=LABELS,
+                label2id={v: k for k, v in LABELS.items()}, dtype=torch.float32,
+            )  # fmt: skip
+            layer_map = alternate_layers(teacher_layers, student.config.n_layers)
+        else:
+            if config.student_layers > teacher_layers:
+                raise CompactMindError(
+                    f"student_layers {config.student_layers} is more than the teacher has: 1 to {teacher_layers}"
+                )
+            layer_map = alternate_layers(teacher_layers, config.student_layers)
+            student = student_from_teacher(teacher.model, layer_map).to(accelerator.device)
+        if config.hidden_loss_weight > 0 and student.config.hidden_size != teacher.model.config.hidden_size:
+            raise CompactMindError(
+                f"hidden_loss_weight {config.hidden_loss_weight} needs student and teacher of one hidden size, not "
+                f"{student.config.hidden_size} and {teacher.model.config.hidden_size}: use --hidden_loss_weight 0"
+            )
+        data = load_splits(teacher.tokenizer)
+        distilled = name == "student_distilled"
+        train(
+            name, student, teacher.tokenizer, data, config, accelerator, stage,
+            epochs=config.student_epochs, lr=config.student_lr, parent="student_base" if "student_base" in inputs else "teacher",
+            teacher_logits=cached_teacher_logits(models / "teacher", teacher.model, data["train"], config.eval_batch_size,
+                                                 config.models_dir, accelerator) if distilled else None,
+            teacher=teacher.model if distilled else None,
+            layer_map=matching_layers(teacher_layers, layer_map),
+        )  # fmt: skip
+
+    control, distilled = (read_manifest(models / name)["metrics"]["validation_accuracy"] for name in stages)
+    accelerator.print(f"validation accuracy: control {control:.2%}, distilled {distilled:.2%} ({distilled - control:+.2%})")
+
+
+if __name__ == "__main__":
+    run_stage(main, parse_command_line(CONFIG))

@@ -1,0 +1,1 @@
+"""What a model gets right and what it costs."""

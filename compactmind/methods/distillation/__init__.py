@@ -1,0 +1,1 @@
+"""Teach a small model what a large one knows."""
