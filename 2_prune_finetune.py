@@ -1,0 +1,324 @@
+"""Prune whole attention heads and FFN neurons of the distilled student gradually, then recover, then make it really smaller.
+
+Paper: Zhu & Gupta 2017 (cubic schedule), Michel et al. 2019 and Molchanov et al. 2019 (first-order importance).
+Run:   python 2_prune_finetune.py               (after python 1_distill.py; every setting: --help)
+       python 2_prune_finetune.py --criterion l2 --target_sparsity 0.5 --output_dir student_l2_50    (side by side)
+Reads: models/student_distilled, models/teacher (its logits, cached), sst2_data/{train,validation}.jsonl
+Writes: models/student_pruned with training_history.json, results/student_pruned_history.png
+Time:  about 2 minutes on 2 CPU cores (embedded profile). A killed run goes on at its last epoch.
+
+Phases, epoch by epoch: warm-up (all structures) -> pruning (every `prune_every` steps the least important structures are
+masked; masks are enforced after every step) -> recovery. The masked model is compacted as soon as its last structure is
+chosen: the same function, checked here to 1e-5 on the logits, so recovery already trains at the small model's speed.
+"""
+
+import datetime
+import math
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+from accelerate.utils import set_seed
+
+from common import PROFILE, PruneConfig, parse_command_line, run_stage
+from compactmind.checkpoint import is_up_to_date, load_checkpoint, save_checkpoint, weights_fingerprint
+from compactmind.data import EncodedSentences, data_fingerprint, load_split
+from compactmind.errors import CompactMindError
+from compactmind.evaluation.accuracy import accuracy_of, predict_logits
+from compactmind.methods.distillation.soft_targets import distillation_loss
+from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
+from compactmind.methods.pruning.encoder import layer_shapes
+from compactmind.methods.pruning.importance import CRITERIA, ImportanceScorer, prunable_parameters
+from compactmind.methods.pruning.masks import LayerMask, apply_masks, choose_masks, compact, full_masks, sparsity_of
+from compactmind.methods.pruning.schedule import cubic_sparsity
+from compactmind.training import (
+    Progress,
+    TrainingState,
+    cpu_copy,
+    freeze_word_embeddings,
+    linear_decay_with_warmup,
+    make_accelerator,
+    make_optimizer,
+)
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------------------ constants
+# Every field, its reason and its range: common.PruneConfig. For example: for_profile(PROFILE, target_sparsity=0.5)
+CONFIG = PruneConfig.for_profile(PROFILE)
+
+COMPACTION_TOLERANCE = 1e-5
+"""Largest allowed difference of any logit between the masked and the compacted model."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- checks
+def check(config: PruneConfig) -> None:
+    """Raise CompactMindError on a setting that makes no sense, before anything is loaded."""
+    if config.criterion not in CRITERIA:
+        raise CompactMindError(f"unknown criterion {config.criterion!r}: choose one of {', '.join(CRITERIA)}")
+    if not 0 <= config.target_sparsity < 1:
+        raise CompactMindError(f"target_sparsity {config.target_sparsity} is not in [0, 1): for example --target_sparsity 0.2")
+    if config.round_to < 1:
+        raise CompactMindError(f"round_to {config.round_to} is not at least 1: for example --round_to 16, or 1 for any width")
+    if not 1 <= config.prune_start_epoch <= config.prune_end_epoch <= config.epochs:
+        raise CompactMindError(
+            f"epochs out of order: 1 <= prune_start_epoch {config.prune_start_epoch} <= prune_end_epoch "
+            f"{config.prune_end_epoch} <= epochs {config.epochs} must hold"
+        )
+    if Path(config.output_dir).name != config.output_dir or config.output_dir == config.parent:
+        raise CompactMindError(
+            f"output_dir {config.output_dir!r} must be a plain name under {config.models_dir}/, other than the parent's"
+        )
+
+
+def phase_of(epoch: int, config: PruneConfig) -> str:
+    """Return warmup, pruning or recovery for an epoch counted from 1."""
+    if epoch < config.prune_start_epoch:
+        return "warmup"
+    return "pruning" if epoch <= config.prune_end_epoch else "recovery"
+
+
+def compact_and_compare(model: torch.nn.Module, masks: list[LayerMask], validation: EncodedSentences, batch_size: int):
+    """Return the smaller model and the largest difference of its logits to the masked one's. Raises if it is too large."""
+    smaller = compact(model, masks)
+    masked_logits = predict_logits(model, validation, batch_size)
+    difference = (predict_logits(smaller, validation, batch_size) - masked_logits).abs().max().item()
+    if not difference <= COMPACTION_TOLERANCE:
+        raise CompactMindError(
+            f"compacted and masked model differ by {difference:.2e} on a logit: this is a bug, please report it"
+        )
+    return smaller, difference
+
+
+# ----------------------------------------------------------------------------------------------------------------- plot
+def plot_history(history: list[dict], title: str, path: Path) -> None:
+    """Draw validation accuracy and sparsity over epochs, phases shaded."""
+    colours = {"warmup": "#fff3d6", "pruning": "#fbdcd5", "recovery": "#dcefe0"}
+    epochs = [row["epoch"] for row in history]
+    figure, left = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    for row in history:
+        left.axvspan(row["epoch"] - 0.5, row["epoch"] + 0.5, color=colours[row["phase"]], lw=0)
+    for phase in colours:
+        mine = [row["epoch"] for row in history if row["phase"] == phase]
+        if mine:
+            left.text((min(mine) + max(mine)) / 2, 1.01, phase, ha="center", va="bottom", transform=left.get_xaxis_transform())
+    left.plot(epochs, [100 * row["accuracy"] for row in history], "o-", color="#1f5fa8", label="validation accuracy")
+    left.set(xlabel="epoch", ylabel="validation accuracy (%)", xlim=(min(epochs) - 0.5, max(epochs) + 0.5), xticks=epochs)
+    right = left.twinx()
+    right.plot(epochs, [100 * row["sparsity"] for row in history], "s--", color="#b03a2e", label="sparsity")
+    right.set(ylabel="sparsity: removed share of heads + FFN (%)", ylim=(0, 100))
+    figure.legend(handles=[*left.lines, *right.lines], loc="outside lower center", ncol=2, frameon=False)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=150)
+    temporary.replace(path)
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+def main(config: PruneConfig) -> None:
+    check(config)
+    accelerator = make_accelerator()
+    directory = config.models_dir / config.output_dir
+    stage = {
+        "script": "2_prune_finetune.py",
+        "config": config.relevant(
+            "profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio",
+            "freeze_word_embeddings", "criterion", "target_sparsity", "round_to", "epochs", "prune_start_epoch",
+            "prune_end_epoch", "prune_every", "lr", "recovery_lr", "patience", "min_delta", "temperature", "alpha",
+        ) | {"data": data_fingerprint(config.data_dir)},
+        "inputs": {
+            config.parent: weights_fingerprint(config.models_dir / config.parent),
+            "teacher": weights_fingerprint(config.models_dir / "teacher"),
+        },
+    }  # fmt: skip
+    if not config.force and is_up_to_date(directory, stage):
+        accelerator.print(f"{directory} is up to date: skipped (--force True prunes again)")
+        return
+
+    # ---- data and models
+    parent = load_checkpoint(config.models_dir / config.parent, accelerator.device)
+    model = parent.model
+    splits = {
+        name: EncodedSentences(parent.tokenizer, load_split(config.data_dir, name), config.max_length)
+        for name in ("train", "validation")
+    }
+    teacher_logits = None
+    if config.alpha > 0:
+        teacher = load_checkpoint(config.models_dir / "teacher", accelerator.device)
+        teacher_logits = cached_teacher_logits(
+            config.models_dir / "teacher", teacher.model, splits["train"], config.eval_batch_size, config.models_dir, accelerator
+        )  # fmt: skip
+        del teacher
+    if config.freeze_word_embeddings:
+        freeze_word_embeddings(model)
+    set_seed(config.seed)
+    masks = full_masks(model)
+    dense_parameters, dense_shapes = prunable_parameters(model), layer_shapes(model)
+    accelerator.print(
+        f"{config.parent}: {dense_parameters / 1e6:.2f} M prunable parameters in {len(dense_shapes)} layers, "
+        f"removing {config.target_sparsity:.0%} by {config.criterion}"
+    )
+
+    try:  # a target that no ranking could reach is told now, not after an hour of training
+        choose_masks(model, ImportanceScorer(model, "random").scores(), masks, config.target_sparsity, config.round_to)
+    except ValueError as error:
+        raise CompactMindError(str(error)) from None
+
+    # ---- the plan in steps
+    steps_per_epoch = math.ceil(len(splits["train"]) / (config.batch_size * accelerator.num_processes))
+    begin_step = (config.prune_start_epoch - 1) * steps_per_epoch
+    end_step = config.prune_end_epoch * steps_per_epoch
+    last_event = begin_step + (end_step - begin_step - 1) // config.prune_every * config.prune_every
+    total_steps = config.epochs * steps_per_epoch
+    if last_event == begin_step:
+        raise CompactMindError(
+            f"no room to prune gradually: prune_every {config.prune_every} is not below the {end_step - begin_step} steps from "
+            f"epoch {config.prune_start_epoch} to {config.prune_end_epoch}; use a smaller --prune_every"
+        )
+
+    def start_phase(recovering: bool):
+        """Return optimizer and schedule of a phase: constant rate up to the end of pruning, then a decaying one."""
+        optimizer = make_optimizer(model, config.recovery_lr if recovering else config.lr, config.weight_decay)
+        if recovering:
+            return optimizer, linear_decay_with_warmup(optimizer, 0, total_steps - end_step)
+        warmup_steps = max(1, int(config.warmup_ratio * end_step))
+        rise = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup_steps))
+        return optimizer, rise
+
+    # ---- resume: the state of the last finished epoch, if this very stage was interrupted
+    resume = TrainingState(directory, stage)
+    history: list[dict] = []
+    best = {"accuracy": -1.0, "weights": None, "epoch": 0}
+    difference = None
+    saved = resume.load()
+    if saved:
+        history, best, difference = saved["history"], saved["best"], saved["difference"]
+        masks = [LayerMask(heads, neurons) for heads, neurons in saved["masks"]]
+        if difference is not None:
+            model = compact(model, masks)
+        model.load_state_dict(saved["model"])
+        accelerator.print(f"{config.output_dir}: going on after epoch {len(history)} of {config.epochs}")
+    recovering = len(history) >= config.prune_end_epoch
+    optimizer, scheduler = start_phase(recovering)
+    if saved:
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+    scorer = ImportanceScorer(model, config.criterion, config.seed)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    # ---- loop
+    progress = Progress(
+        config.output_dir, total_steps, config.log_every, len(history) * steps_per_epoch, accelerator.is_main_process
+    )
+    sparsity = history[-1]["sparsity"] if history else 0.0
+    for epoch in range(len(history) + 1, config.epochs + 1):
+        started, losses = time.perf_counter(), []
+        phase = phase_of(epoch, config)
+        set_seed(config.seed + epoch)  # a resumed run is the same run
+        batches = accelerator.prepare(splits["train"].training_batches(config.batch_size, seed=config.seed + epoch))
+        model.train()
+        for batch in batches:
+            with accelerator.autocast():
+                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+                targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
+                loss = distillation_loss(logits, targets, batch["labels"], config.temperature, config.alpha)
+            accelerator.backward(loss)
+            if difference is None:
+                scorer.observe()
+            accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+            progress.update(
+                losses[-1].item(),
+                scheduler.get_last_lr()[0],
+                len(batch["labels"]) * accelerator.num_processes,
+                sparsity=sparsity,
+            )
+
+            # Masks: re-applied after every step, tightened every `prune_every` steps.
+            if phase == "pruning" and difference is None:
+                plain = accelerator.unwrap_model(model)
+                since = progress.step - 1 - begin_step
+                if since % config.prune_every == 0 and since > 0:
+                    due = cubic_sparsity(progress.step - 1, begin_step, last_event, config.target_sparsity)
+                    masks = choose_masks(plain, scorer.scores(), masks, due, config.round_to)
+                    sparsity = sparsity_of(plain, masks)
+                    scorer.reset()
+                apply_masks(plain, masks)
+
+        plain = accelerator.unwrap_model(model)
+        if epoch == config.prune_end_epoch:
+            plain, difference = compact_and_compare(plain, masks, splits["validation"], config.eval_batch_size)
+            accelerator.free_memory()
+            model = plain
+            if epoch < config.epochs:
+                recovering = True
+                optimizer, scheduler = start_phase(recovering)
+                model, optimizer = accelerator.prepare(model, optimizer)
+            progress.write(
+                f"{config.output_dir:<18} compacted: {len(splits['validation'])} logits differ by at most {difference:.1e} from the "
+                f"masked model; heads {[s['num_heads'] for s in layer_shapes(plain)]}, "
+                f"FFN {[s['intermediate_size'] for s in layer_shapes(plain)]}"
+            )
+        plain = accelerator.unwrap_model(model)
+        accuracy = accuracy_of(predict_logits(plain, splits["validation"], config.eval_batch_size), splits["validation"].labels)
+        history.append(
+            {
+                "epoch": epoch,
+                "phase": phase,
+                "loss": torch.stack(losses).mean().item(),
+                "accuracy": accuracy,
+                "sparsity": sparsity,
+                "lr": scheduler.get_last_lr()[0],
+                "temperature": config.temperature if teacher_logits is not None else None,
+                "alpha": config.alpha if teacher_logits is not None else None,
+                "seconds": time.perf_counter() - started,
+            }
+        )
+        progress.write(
+            f"{config.output_dir:<18} epoch {epoch}/{config.epochs} {phase} | loss {history[-1]['loss']:7.4f} | "
+            f"validation accuracy {accuracy:6.2%} | sparsity {sparsity:6.2%} | {history[-1]['seconds']:.0f} s"
+        )
+        # The best epoch counts from the moment the target sparsity is reached.
+        if epoch >= config.prune_end_epoch and accuracy > best["accuracy"] + (config.min_delta if best["epoch"] else 0.0):
+            best = {"accuracy": accuracy, "weights": cpu_copy(plain.state_dict()), "epoch": epoch}
+        if accelerator.is_main_process:
+            resume.save(
+                model=plain.state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), history=history,
+                masks=[(mask.heads, mask.neurons) for mask in masks], best=best, difference=difference,
+            )  # fmt: skip
+        if recovering and epoch - best["epoch"] >= config.patience:
+            progress.write(f"{config.output_dir:<18} stopped early: no better validation accuracy for {config.patience} epochs")
+            break
+    progress.close()
+
+    # ---- save
+    plain = accelerator.unwrap_model(model)
+    plain.load_state_dict(best["weights"])
+    if not accelerator.is_main_process:
+        return
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = config.experiment_name or f"{config.output_dir}_{config.criterion}_{config.target_sparsity:g}_{now}"
+    save_checkpoint(
+        directory, plain, parent.tokenizer, kind="pruned", parent=config.parent, stage=stage, history=history,
+        metrics={"validation_accuracy": best["accuracy"], "best_epoch": best["epoch"], "sparsity": sparsity,
+                 "masked_against_compacted": difference},
+        data_fingerprint=data_fingerprint(config.data_dir), extra={"experiment_name": name},
+    )  # fmt: skip
+    plot = config.results_dir / f"{config.output_dir}_history.png"
+    plot_history(history, f"{name}: {config.criterion}, {sparsity:.0%} of heads + FFN removed", plot)
+    resume.clear()
+    print(
+        f"{config.output_dir}: {1 - prunable_parameters(plain) / dense_parameters:.1%} of the prunable parameters removed, "
+        f"validation accuracy {best['accuracy']:.2%} (epoch {best['epoch']})\nsaved to {directory}, plot {plot}"
+    )
+
+
+if __name__ == "__main__":
+    run_stage(main, parse_command_line(CONFIG))
