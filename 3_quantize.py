@@ -1,0 +1,105 @@
+"""Quantize the distilled and the pruned student to NF4 4-bit weights (or int8), and check that the result reloads.
+
+Paper: Dettmers et al. 2023 (QLoRA: NF4, double quantization); Dettmers et al. 2022 (LLM.int8()). Library: bitsandbytes.
+Run:   python 3_quantize.py                     (after 1_distill.py and 2_prune_finetune.py; every setting: --help)
+       python 3_quantize.py --method int8       (the fallback when 4 bits cost too much accuracy)
+Reads: models/student_distilled, models/student_pruned, sst2_data/validation.jsonl
+Writes: models/student_distilled_nf4, models/student_pruned_nf4 (or ..._int8)
+Time:  seconds.
+
+The linears of the encoder blocks are packed; classifier heads stay in full precision; embedding tables, two thirds of a
+small encoder, are kept in fp16. 4-bit weights are multiplied in bf16 on a GPU and in fp32 on a CPU.
+"""
+
+import torch
+
+from common import PROFILE, QuantizeConfig, parse_command_line, run_stage
+from compactmind.checkpoint import is_up_to_date, load_checkpoint, read_manifest, save_checkpoint, weights_fingerprint
+from compactmind.data import EncodedSentences, data_fingerprint, load_split
+from compactmind.errors import CompactMindError
+from compactmind.evaluation.accuracy import accuracy_of, predict_logits
+from compactmind.methods.quantization.packed_model import QUANTIZED_KINDS, quantize_model
+
+# ------------------------------------------------------------------------------------------------------------ constants
+# Every field, its reason and its range: common.QuantizeConfig. For example: for_profile(PROFILE, method="int8")
+CONFIG = QuantizeConfig.for_profile(PROFILE)
+
+RELOAD_TOLERANCE = 0.0
+"""Largest allowed difference of any logit between the quantized model and the same model loaded from its file."""
+
+
+def embedding_bytes(model: torch.nn.Module) -> int:
+    """Return what the embedding tables weigh, in bytes as stored."""
+    tables = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    return sum(table.numel() * table.element_size() for table in tables)
+
+
+def quantize(name: str, config: QuantizeConfig, device: str) -> None:
+    """Quantize models/<name> into models/<name>_<method> and verify the file by loading it again."""
+    source, directory = config.models_dir / name, config.models_dir / f"{name}_{config.method}"
+    stage = {
+        "script": "3_quantize.py",
+        "config": {
+            **config.relevant("profile", "method", "double_quantization", "half_precision_embeddings", "max_length"),
+            "data": data_fingerprint(config.data_dir),
+        },
+        "inputs": {name: weights_fingerprint(source)},
+    }
+    if not config.force and is_up_to_date(directory, stage):
+        print(f"{directory} is up to date: skipped (--force True quantizes again)")
+        return
+    parent = load_checkpoint(source, device)
+    if parent.manifest["kind"] in QUANTIZED_KINDS:
+        raise CompactMindError(
+            f"{source} is quantized already ({parent.manifest['kind']}): name its parent in --parents instead"
+        )
+
+    # ---- quantize and measure on the validation sentences
+    validation = EncodedSentences(parent.tokenizer, load_split(config.data_dir, "validation"), config.max_length)
+    before = predict_logits(parent.model, validation, config.eval_batch_size)
+    tables_before = embedding_bytes(parent.model)
+    description = quantize_model(
+        parent.model,
+        config.method,
+        double_quantization=config.double_quantization,
+        half_precision_embeddings=config.half_precision_embeddings,
+    )
+    after = predict_logits(parent.model, validation, config.eval_batch_size)
+    metrics = {
+        "validation_accuracy": accuracy_of(after, validation.labels),
+        "parent_validation_accuracy": accuracy_of(before, validation.labels),
+        "agreement_with_parent": accuracy_of(after, before.argmax(dim=-1)),
+        "embedding_bytes": embedding_bytes(parent.model),
+        "parent_embedding_bytes": tables_before,
+    }
+
+    # ---- save, reload, compare
+    save_checkpoint(
+        directory, parent.model, parent.tokenizer, kind=config.method, parent=name, stage=stage, metrics=metrics,
+        quantization=description, data_fingerprint=data_fingerprint(config.data_dir),
+    )  # fmt: skip
+    reloaded = predict_logits(load_checkpoint(directory, device).model, validation, config.eval_batch_size)
+    difference = (reloaded - after).abs().max().item()
+    if not difference <= RELOAD_TOLERANCE:
+        raise CompactMindError(f"{directory}: reloaded logits differ by {difference:.2e}: this is a bug, please report it")
+
+    size = {path: read_manifest(path)["files"]["model.safetensors"]["bytes"] / 1e6 for path in (source, directory)}
+    print(
+        f"{directory.name:<22} {size[source]:.1f} -> {size[directory]:.1f} MB ({size[source] / size[directory]:.2f}x smaller; "
+        f"embeddings {tables_before / 1e6:.1f} -> {metrics['embedding_bytes'] / 1e6:.1f} MB) | validation accuracy "
+        f"{metrics['parent_validation_accuracy']:.2%} -> {metrics['validation_accuracy']:.2%} | "
+        f"same answer on {metrics['agreement_with_parent']:.2%} | reloads with equal logits"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+def main(config: QuantizeConfig) -> None:
+    if config.method not in QUANTIZED_KINDS:
+        raise CompactMindError(f"unknown method {config.method!r}: choose one of {', '.join(QUANTIZED_KINDS)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in config.parents:
+        quantize(name, config, device)
+
+
+if __name__ == "__main__":
+    run_stage(main, parse_command_line(CONFIG))
