@@ -1,0 +1,160 @@
+"""What a model costs: operations, bytes, time and memory. Each metric is defined here and nowhere else.
+
+GFLOPs        2 x multiply-accumulates / 1e9 of one forward pass at batch 1, attention matmuls included, counted by
+              PyTorch's FlopCounterMode on a twin of the same shapes (eager attention, unpacked weights: fused attention and
+              packed 4-bit products count as 0 otherwise). Quantization does not change it; removing structures does.
+gmacs_thop    what the `thop` tool says about the same twin: multiply-accumulates, attention matmuls never included.
+MB            1e6 bytes of weight files.
+latency       wall time of one forward pass; all models take turns within each round, so that drift of the machine hits
+              them alike, and speed-ups are medians of ratios within a round.
+peak memory   what loading and running the model adds to a fresh process, see `peak_memory`.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+
+def _shape_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model of the same class and widths with plain linears, eager attention and no storage (meta device)."""
+    with torch.device("meta"):
+        twin = type(model)(type(model.config).from_dict(model.config.to_dict()))
+    twin.set_attn_implementation("eager")
+    return twin.eval()
+
+
+def gflops(model: PreTrainedModel, sequence_length: int) -> float:
+    """Return the GFLOPs (2 x MACs / 1e9) of one sequence of `sequence_length` tokens, attention included."""
+    twin = _shape_twin(model)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        twin(input_ids=torch.zeros(1, sequence_length, dtype=torch.long, device="meta"))
+    return counter.get_total_flops() / 1e9
+
+
+def gmacs_thop(model: PreTrainedModel, sequence_length: int) -> float:
+    """Return thop's count of multiply-accumulates / 1e9: linears and norms, no attention matmuls."""
+    from thop import profile
+
+    twin = _shape_twin(model)  # thop leaves buffers behind, so it never sees the model itself
+    macs, _ = profile(twin, inputs=(torch.zeros(1, sequence_length, dtype=torch.long, device="meta"),), verbose=False)
+    return float(macs) / 1e9
+
+
+def weight_megabytes(directory: Path) -> float:
+    """Return the size of a checkpoint's weight files in MB (1e6 bytes)."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors")) / 1e6
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device to finish, so that a wall clock reads what was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.inference_mode()
+def measure_latency(
+    models: dict[str, PreTrainedModel], batch_size: int, sequence_length: int, repeats: int, reference: str, warmup: int = 2
+) -> dict[str, dict[str, float]]:
+    """Time one forward pass of every model on the same random tokens, taking turns for `repeats` rounds.
+
+    Returns per model `median_ms`, `low_ms` and `high_ms` (10th and 90th percentile) and `speedup`: the median over rounds of
+    time of `reference` / time of this model (None if the reference is not among them).
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = min(model.config.vocab_size for model in models.values())
+    input_ids = torch.randint(min(5, vocabulary - 1), vocabulary, (batch_size, sequence_length), generator=generator)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for round_index in range(-warmup, repeats):
+        for name, model in models.items():
+            ids = input_ids.to(model.device)
+            mask = torch.ones_like(ids)
+            synchronize(model.device)
+            started = time.perf_counter()
+            model(input_ids=ids, attention_mask=mask)
+            synchronize(model.device)
+            if round_index >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    result = {}
+    for name, times in seconds.items():
+        ordered = sorted(times)
+        ratios = [own / other for own, other in zip(seconds[reference], times, strict=True)] if reference in seconds else []
+        result[name] = {
+            "median_ms": 1e3 * statistics.median(times),
+            "low_ms": 1e3 * ordered[int(0.1 * (len(ordered) - 1))],
+            "high_ms": 1e3 * ordered[round(0.9 * (len(ordered) - 1))],
+            "speedup": statistics.median(ratios) if ratios else None,
+        }
+    return result
+
+
+def measure_load_time(load: Callable[[], Any], repeats: int = 3) -> float:
+    """Return the median wall time in seconds of `load()`; the file is in the page cache after the first."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        load()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+# ---------------------------------------------------------------------------------------------------------- peak memory
+def peak_memory(directory: Path, batch_size: int, sequence_length: int) -> float:
+    """Return the MB (1e6 bytes) that loading a checkpoint and running one batch adds to a fresh process at its peak.
+
+    On a CPU: high-water mark of resident memory minus what was resident after the imports. With CUDA: peak of allocated
+    device memory. Raises RuntimeError with the process's last words if it fails.
+    """
+    command = [sys.executable, "-m", "compactmind.evaluation.cost", str(directory), str(batch_size), str(sequence_length)]
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path[1:]])}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.returncode:
+        raise RuntimeError(f"measuring the memory of {directory} failed: {result.stderr.strip()[-400:]}")
+    return json.loads(result.stdout.splitlines()[-1])["peak_mb"]
+
+
+def resident_bytes() -> tuple[int, int]:
+    """Return (resident now, highest so far) of this process in bytes."""
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    if sys.platform == "linux":
+        # Not getrusage: its maximum is inherited from the parent process, VmHWM belongs to this one.
+        status = Path("/proc/self/status").read_text()
+        peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+        return memory.rss, peak
+    if hasattr(memory, "peak_wset"):  # Windows
+        return memory.rss, memory.peak_wset
+    import resource
+
+    return memory.rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
+
+
+def _measure_peak_of_this_process(directory: str, batch_size: int, sequence_length: int) -> float:
+    from compactmind.checkpoint import load_checkpoint
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.nn.Linear(64, 64).to(device)(torch.ones(64, 64, device=device))  # the runtime's own buffers come before the mark
+    before, _ = resident_bytes()
+    model = load_checkpoint(directory, device).model
+    with torch.inference_mode():
+        ids = torch.full((batch_size, sequence_length), min(7, model.config.vocab_size - 1), device=device)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return (resident_bytes()[1] - before) / 1e6
+
+
+if __name__ == "__main__":
+    print(json.dumps({"peak_mb": _measure_peak_of_this_process(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))}))
