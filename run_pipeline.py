@@ -1,0 +1,64 @@
+"""Run every stage in order, on any operating system, and go on where an earlier run stopped.
+
+Run:   python run_pipeline.py                   (--profile paper, --only 1_distill.py 6_evaluate_report.py, --help)
+Every stage decides for itself whether its output is up to date; a finished one costs seconds. Settings of single stages are
+edited at the top of the scripts. Stops at the first stage that fails.
+"""
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import PROFILE, PROFILES, StageConfig, parse_command_line
+
+STAGES = (
+    "download_model.py",
+    "1_distill.py",
+    "2_prune_finetune.py",
+    "3_quantize.py",
+    "6_evaluate_report.py",
+)
+"""In the order in which they read each other's output."""
+
+
+@dataclass(frozen=True)
+class PipelineConfig(StageConfig):
+    only: tuple[str, ...] = STAGES
+    """Scripts to run, in pipeline order; default: all."""
+
+
+CONFIG = PipelineConfig.for_profile(PROFILE)
+
+
+def main(config: PipelineConfig) -> None:
+    unknown = [name for name in config.only if name not in STAGES]
+    if unknown:
+        raise SystemExit(f"error: unknown stage {unknown[0]!r}: choose from {', '.join(STAGES)}")
+    if config.profile not in PROFILES:
+        raise SystemExit(f"error: unknown profile {config.profile!r}: choose one of {', '.join(PROFILES)}")
+    root, begun = Path(__file__).resolve().parent, time.perf_counter()
+    shared = [f"--{name}={getattr(config, name)}" for name in ("models_dir", "data_dir", "results_dir", "seed", "force")]
+    stages = [stage for stage in STAGES if stage in config.only]
+    durations = {}
+    for number, stage in enumerate(stages, start=1):
+        print(f"\n=== [{number}/{len(stages)}] {stage}, {(time.perf_counter() - begun) / 60:.1f} min so far", flush=True)
+        started = time.perf_counter()
+        try:
+            code = subprocess.run([sys.executable, root / stage, "--profile", config.profile, *shared]).returncode
+        except KeyboardInterrupt:
+            raise SystemExit(f"\nstopped in {stage}. `python run_pipeline.py` goes on there.") from None
+        if code:
+            raise SystemExit(
+                f"error: {stage} failed (exit code {code}); mend what it says, then `python run_pipeline.py` goes on there"
+            )
+        durations[stage] = time.perf_counter() - started
+    print("\n=== done: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in durations.items()), end="")
+    print(f"; {sum(durations.values()) / 60:.1f} min in all")
+    if STAGES[-1] in stages:
+        print(f"report: {config.results_dir / 'final_report.json'} and {config.results_dir / 'final_report.png'}")
+
+
+if __name__ == "__main__":
+    main(parse_command_line(CONFIG))
