@@ -14,6 +14,7 @@ chosen: the same function, checked here to 1e-5 on the logits, so recovery alrea
 
 import datetime
 import math
+import re
 import time
 from pathlib import Path
 
@@ -22,14 +23,14 @@ import torch
 from accelerate.utils import set_seed
 
 from common import PROFILE, PruneConfig, parse_command_line, run_stage
-from compactmind.checkpoint import is_up_to_date, load_checkpoint, save_checkpoint, weights_fingerprint
+from compactmind.checkpoint import MADE_BY, is_up_to_date, load_checkpoint, save_checkpoint, weights_fingerprint
 from compactmind.data import EncodedSentences, data_fingerprint, load_split
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import accuracy_of, predict_logits
 from compactmind.methods.distillation.soft_targets import distillation_loss
 from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
 from compactmind.methods.pruning.encoder import layer_shapes
-from compactmind.methods.pruning.importance import CRITERIA, ImportanceScorer, prunable_parameters
+from compactmind.methods.pruning.importance import CRITERIA, ImportanceScorer, LayerScores, prunable_parameters
 from compactmind.methods.pruning.masks import LayerMask, apply_masks, choose_masks, compact, full_masks, sparsity_of
 from compactmind.methods.pruning.schedule import cubic_sparsity
 from compactmind.training import (
@@ -67,9 +68,19 @@ def check(config: PruneConfig) -> None:
             f"epochs out of order: 1 <= prune_start_epoch {config.prune_start_epoch} <= prune_end_epoch "
             f"{config.prune_end_epoch} <= epochs {config.epochs} must hold"
         )
-    if Path(config.output_dir).name != config.output_dir or config.output_dir == config.parent:
+    for name in ("batch_size", "prune_every"):
+        if getattr(config, name) < 1:
+            raise CompactMindError(f"{name} {getattr(config, name)} is not at least 1: for example --{name} 16")
+    if not config.temperature > 0:
+        raise CompactMindError(f"temperature {config.temperature:g} is not above 0: for example --temperature 2")
+    if not 0 <= config.alpha <= 1:
+        raise CompactMindError(f"alpha {config.alpha} is not in [0, 1]: for example --alpha 0.5")
+    taken = {config.parent, *(name for name, command in MADE_BY.items() if "2_prune" not in command)}
+    plain = re.fullmatch(r"\w[\w.\-]*", config.output_dir)
+    if not plain or config.output_dir in taken:
         raise CompactMindError(
-            f"output_dir {config.output_dir!r} must be a plain name under {config.models_dir}/, other than the parent's"
+            f"output_dir {config.output_dir!r} must be a plain name under {config.models_dir}/, not the parent's "
+            f"and not another stage's: for example --output_dir student_l2_50"
         )
 
 
@@ -158,15 +169,14 @@ def main(config: PruneConfig) -> None:
     set_seed(config.seed)
     masks = full_masks(model)
     dense_parameters, dense_shapes = prunable_parameters(model), layer_shapes(model)
+    try:  # with any scores: what can be reached does not depend on the ranking
+        choose_masks(model, ImportanceScorer(model, "l2").scores(), masks, config.target_sparsity, config.round_to)
+    except ValueError as error:
+        raise CompactMindError(f"{error}: use a smaller --target_sparsity or --round_to") from None
     accelerator.print(
         f"{config.parent}: {dense_parameters / 1e6:.2f} M prunable parameters in {len(dense_shapes)} layers, "
         f"removing {config.target_sparsity:.0%} by {config.criterion}"
     )
-
-    try:  # a target that no ranking could reach is told now, not after an hour of training
-        choose_masks(model, ImportanceScorer(model, "random").scores(), masks, config.target_sparsity, config.round_to)
-    except ValueError as error:
-        raise CompactMindError(str(error)) from None
 
     # ---- the plan in steps
     steps_per_epoch = math.ceil(len(splits["train"]) / (config.batch_size * accelerator.num_processes))
@@ -208,6 +218,8 @@ def main(config: PruneConfig) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
     scorer = ImportanceScorer(model, config.criterion, config.seed)
+    if saved and difference is None:
+        scorer.observed = [LayerScores(heads, neurons) for heads, neurons in saved["observed"]]
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # ---- loop
@@ -216,6 +228,9 @@ def main(config: PruneConfig) -> None:
     )
     sparsity = history[-1]["sparsity"] if history else 0.0
     for epoch in range(len(history) + 1, config.epochs + 1):
+        if recovering and len(history) - best["epoch"] >= config.patience:
+            progress.write(f"{config.output_dir:<18} stopped early: no better validation accuracy for {config.patience} epochs")
+            break
         started, losses = time.perf_counter(), []
         phase = phase_of(epoch, config)
         set_seed(config.seed + epoch)  # a resumed run is the same run
@@ -292,10 +307,8 @@ def main(config: PruneConfig) -> None:
             resume.save(
                 model=plain.state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), history=history,
                 masks=[(mask.heads, mask.neurons) for mask in masks], best=best, difference=difference,
+                observed=[(score.heads, score.neurons) for score in scorer.observed],
             )  # fmt: skip
-        if recovering and epoch - best["epoch"] >= config.patience:
-            progress.write(f"{config.output_dir:<18} stopped early: no better validation accuracy for {config.patience} epochs")
-            break
     progress.close()
 
     # ---- save

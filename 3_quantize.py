@@ -1,9 +1,10 @@
 """Quantize the distilled and the pruned student to NF4 4-bit weights (or int8), and check that the result reloads.
 
-Paper: Dettmers et al. 2023 (QLoRA: NF4, double quantization); Dettmers et al. 2022 (LLM.int8()). Library: bitsandbytes.
+Paper: Dettmers et al. 2023 (QLoRA: NF4, double quantization), Frantar et al. 2023 (GPTQ: compensating the rounding),
+       Dettmers et al. 2022 (LLM.int8()). Library: bitsandbytes.
 Run:   python 3_quantize.py                     (after 1_distill.py and 2_prune_finetune.py; every setting: --help)
        python 3_quantize.py --method int8       (the fallback when 4 bits cost too much accuracy)
-Reads: models/student_distilled, models/student_pruned, sst2_data/validation.jsonl
+Reads: models/student_distilled, models/student_pruned, sst2_data/{train,validation}.jsonl
 Writes: models/student_distilled_nf4, models/student_pruned_nf4 (or ..._int8)
 Time:  seconds.
 
@@ -40,7 +41,9 @@ def quantize(name: str, config: QuantizeConfig, device: str) -> None:
     stage = {
         "script": "3_quantize.py",
         "config": {
-            **config.relevant("profile", "method", "double_quantization", "half_precision_embeddings", "max_length"),
+            **config.relevant(
+                "profile", "method", "double_quantization", "calibration_sentences", "half_precision_embeddings", "max_length"
+            ),
             "data": data_fingerprint(config.data_dir),
         },
         "inputs": {name: weights_fingerprint(source)},
@@ -58,11 +61,19 @@ def quantize(name: str, config: QuantizeConfig, device: str) -> None:
     validation = EncodedSentences(parent.tokenizer, load_split(config.data_dir, "validation"), config.max_length)
     before = predict_logits(parent.model, validation, config.eval_batch_size)
     tables_before = embedding_bytes(parent.model)
+    calibration = (
+        EncodedSentences(
+            parent.tokenizer, load_split(config.data_dir, "train")[: config.calibration_sentences], config.max_length
+        )
+        if config.calibration_sentences
+        else None
+    )
     description = quantize_model(
         parent.model,
         config.method,
         double_quantization=config.double_quantization,
         half_precision_embeddings=config.half_precision_embeddings,
+        calibration=calibration.evaluation_batches(config.eval_batch_size) if calibration else None,
     )
     after = predict_logits(parent.model, validation, config.eval_batch_size)
     metrics = {

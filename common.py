@@ -121,8 +121,8 @@ class PruneConfig(EncoderConfig):
     """How heads and neurons are scored: first-order loss change, weight magnitude, or the random control."""
     target_sparsity: float = 0.43
     """Share of the prunable parameters (heads + FFN of the encoder blocks) to remove, in [0, 1)."""
-    round_to: int = 16
-    """FFN widths stay multiples of this many neurons (kernels like 8, 16, 64); 1 = any width."""
+    round_to: int = 64
+    """FFN widths stay multiples of this many neurons (kernels like 16 to 64; 4-bit blocks are 64 long); 1 = any width."""
     epochs: int = 3
     """Passes in all: warm-up, pruning and recovery together."""
     prune_start_epoch: int = 1
@@ -153,12 +153,14 @@ class QuantizeConfig(StageConfig):
     """nf4: bitsandbytes 4-bit NormalFloat. int8: bitsandbytes LLM.int8(), the fallback when 4 bits cost too much."""
     double_quantization: bool = True
     """nf4: quantize the block scales too (0.37 bit per weight less)."""
+    calibration_sentences: int = 512
+    """nf4: training sentences on which rounding errors are compensated (GPTQ); 0 = round to nearest."""
     half_precision_embeddings: bool = True
     """Store embedding tables in fp16: they are two thirds of a small encoder and 4-bit kernels do not touch them."""
     max_length: int = 64
-    """Tokens after which a sentence is cut in the check of parent against result."""
+    """Tokens after which a sentence is cut, in calibration and in the check of parent against result."""
     eval_batch_size: int = 64
-    """Sentences per step in that check."""
+    """Sentences per step in both."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ PROFILES: dict[str, dict[str, dict]] = {
         },
         "PruneConfig": {
             "max_length": 128, "freeze_word_embeddings": False, "target_sparsity": 0.2, "epochs": 15,
-            "prune_start_epoch": 2, "prune_end_epoch": 8, "lr": 5e-5, "recovery_lr": 1e-5, "patience": 5,
+            "prune_start_epoch": 2, "prune_end_epoch": 8, "prune_every": 20, "lr": 5e-5, "recovery_lr": 1e-5, "patience": 5,
         },
         "QuantizeConfig": {"max_length": 128},
         "ReportConfig": {"max_length": 128},
@@ -232,9 +234,8 @@ def run_stage(main, config: StageConfig) -> None:
     from compactmind.errors import CompactMindError
 
     silence_libraries()
-    print(f"# {Path(sys.argv[0]).name}, profile {config.profile}")
-    changed = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("profile", "force")}
-    print("# " + ", ".join(f"{name}={value}" for name, value in changed.items()))
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # under `accelerate launch` one process speaks
+        show(config)
     try:
         main(config)
     except CompactMindError as error:
@@ -243,3 +244,10 @@ def run_stage(main, config: StageConfig) -> None:
         raise SystemExit(
             f"\nstopped. Finished checkpoints are whole; `python {Path(sys.argv[0]).name}` goes on where this run was."
         ) from None
+
+
+def show(config: StageConfig) -> None:
+    """Print the resolved settings of a stage."""
+    print(f"# {Path(sys.argv[0]).name}, profile {config.profile}")
+    changed = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("profile", "force")}
+    print("# " + ", ".join(f"{name}={value}" for name, value in changed.items()))

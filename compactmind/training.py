@@ -78,8 +78,9 @@ class TrainingState:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         try:
-            with explain_full_disk(self.path):
-                torch.save({"stage": repr(self.stage), "state": state}, temporary)
+            # Through a Python file: torch's own writer reports a full disk without the operating system's error number.
+            with explain_full_disk(self.path), open(temporary, "wb") as file:
+                torch.save({"stage": repr(self.stage), "state": state}, file)
             temporary.replace(self.path)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -41,8 +41,11 @@ def cached_teacher_logits(
                 for stale in cache_directory.glob(".teacher_logits_*.safetensors"):
                     stale.unlink()
                 temporary = path.with_suffix(".tmp")
-                with explain_full_disk(path):
-                    save_file({"logits": logits.contiguous()}, temporary)
-                temporary.replace(path)
+                try:
+                    with explain_full_disk(path):
+                        save_file({"logits": logits.contiguous()}, temporary)
+                    temporary.replace(path)
+                finally:
+                    temporary.unlink(missing_ok=True)
             return logits
     return load_file(path)["logits"]

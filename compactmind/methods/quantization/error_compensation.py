@@ -1,0 +1,89 @@
+"""Round weights to 4 bits one input column at a time and let the columns that follow make up for the error (GPTQ).
+
+Rounding every weight to its nearest level ignores that a layer's inputs are correlated. GPTQ (Frantar et al. 2023,
+https://arxiv.org/abs/2210.17323) rounds column j, then shifts the columns not yet rounded so that the layer's output on
+calibration inputs changes least: with H = mean of x x^T and its inverse, w_k -= error_j * Hinv[j, k] / Hinv[j, j].
+
+Here the levels are NF4's and the scales those bitsandbytes gives the original weights, so the result is a matrix that
+bitsandbytes packs without any further loss: every value is a level times its block's scale, and the element that defined the
+scale keeps its value. The file, its size and its kernels stay the same. Left out: column reordering by activation size.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+@torch.inference_mode()
+def input_second_moments(
+    model: nn.Module, names: Iterable[str], batches: Iterable[dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Return the mean of x x^T over all non-padding tokens for each named linear: name -> (in_features, in_features) float32.
+
+    Batches hold `input_ids` and `attention_mask` (1 keep, 0 padding). The model is run in evaluation mode and unchanged.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    count, kept = 0, None
+
+    def record(name: str):
+        def hook(_module, inputs):
+            tokens = inputs[0][kept].float()  # (tokens, in_features)
+            product = tokens.T @ tokens
+            sums[name] = sums[name] + product if name in sums else product
+
+        return hook
+
+    model.eval()
+    device = next(model.parameters()).device
+    handles = [model.get_submodule(name).register_forward_pre_hook(record(name)) for name in names]
+    try:
+        for batch in batches:
+            kept = batch["attention_mask"].to(device).bool()
+            count += int(kept.sum())
+            model(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total / count for name, total in sums.items()}
+
+
+@torch.inference_mode()
+def compensate_rounding(
+    weight: torch.Tensor,
+    second_moment: torch.Tensor,
+    levels: torch.Tensor,
+    scale: torch.Tensor,
+    decoded_scale: torch.Tensor,
+    damping: float = 0.01,
+    columns_at_once: int = 128,
+) -> torch.Tensor:
+    """Return `weight` with every element on a level times its `scale`, chosen so that outputs on the calibration change least.
+
+    weight: (out_features, in_features); second_moment: (in_features, in_features); levels: sorted, from -1 to 1; scale and
+    decoded_scale: (out_features, in_features), each element's block scale as the encoder uses it and as the decoder will
+    reproduce it (they differ when scales are themselves quantized). `damping` is a share of the mean diagonal. Elements with
+    |weight| = scale stay where they are, so that an encoder finds the same scales again.
+    """
+    weight = weight.detach().float().clone()
+    in_features = weight.shape[1]
+    pinned, sign = weight.abs() >= scale, weight.sign()
+    boundaries = (levels[1:] + levels[:-1]) / 2
+    moment = second_moment.double().clone()
+    moment.diagonal().add_(damping * moment.diagonal().mean() + 1e-12)
+    # Upper Cholesky factor of the inverse: row j holds what column j passes on to the columns after it.
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment)), upper=True).float()
+    rounded = torch.empty_like(weight)
+    for start in range(0, in_features, columns_at_once):
+        end = min(start + columns_at_once, in_features)
+        errors = torch.empty(weight.shape[0], end - start, device=weight.device)
+        for column in range(start, end):
+            wanted = weight[:, column]
+            nearest = torch.bucketize((wanted / decoded_scale[:, column].clamp_min(1e-12)).contiguous(), boundaries)
+            level = torch.where(pinned[:, column], sign[:, column], levels[nearest])
+            rounded[:, column] = level * scale[:, column]
+            error = (wanted - level * decoded_scale[:, column]) / factor[column, column]
+            weight[:, column:end] -= error[:, None] * factor[column, column:end]
+            errors[:, column - start] = error
+        weight[:, end:] -= errors @ factor[start:end, end:]
+    return rounded

@@ -1,0 +1,51 @@
+"""Fixtures made from nothing: no network, no hub cache, no file outside the test's own directory."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: it reads this once
+
+import helpers
+import pytest
+import torch
+
+from compactmind.data import EncodedSentences
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """A WordPiece tokenizer that knows the words of the synthetic sentences."""
+    return helpers.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def sentences():
+    """Sixty different labelled sentences of different lengths."""
+    return helpers.make_sentences(60)
+
+
+@pytest.fixture(scope="session")
+def encoded(tokenizer, sentences):
+    """The same sentences, tokenized."""
+    return EncodedSentences(tokenizer, sentences, max_length=64)
+
+
+@pytest.fixture
+def bert():
+    return helpers.make_bert()
+
+
+@pytest.fixture
+def distilbert():
+    return helpers.make_distilbert()
+
+
+@pytest.fixture
+def run_here(monkeypatch, capfd):
+    """Run a script inside this process: `run_here(name, *arguments, cwd=...)` -> (exit status, output)."""
+
+    def run(name, *arguments, cwd):
+        return helpers.run_script_here(name, *arguments, cwd=cwd, monkeypatch=monkeypatch, capfd=capfd)
+
+    return run

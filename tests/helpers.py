@@ -1,0 +1,205 @@
+"""What the tests build on: sentences a classifier can learn, tiny models with weights everywhere, and how to run a script."""
+
+import json
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizerFast,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
+
+from compactmind.data import Sentence, normalize
+from compactmind.methods.pruning.masks import LayerMask, full_masks
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+POSITIVE = ["good", "great", "lovely", "funny", "warm", "brilliant", "charming", "moving", "fresh", "clever"]
+NEGATIVE = ["bad", "awful", "dull", "boring", "cold", "clumsy", "stale", "empty", "weak", "tedious"]
+NEUTRAL = [
+    *["a", "the", "this", "that", "film", "movie", "story", "plot", "scene", "actor", "director", "music", "camera"],
+    *["ending", "script", "with", "and", "of", "in", "for", "is", "was", "very", "rather", "quite", "almost", "never"],
+    *["always", "some", "every", "long", "short", "old", "new", "first", "last", "whole", "half"],
+]
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *POSITIVE, *NEGATIVE, *NEUTRAL]
+
+
+# ------------------------------------------------------------------------------------------------------------ sentences
+def make_sentences(count: int, seed: int = 0) -> list[Sentence]:
+    """Return `count` different sentences of 3 to 16 words, labels alternating; one or two words give the label away."""
+    source = random.Random(seed)
+    seen, sentences = set(), []
+    while len(sentences) < count:
+        label = len(sentences) % 2
+        words = source.choices(NEUTRAL, k=source.randint(2, 14)) + source.choices(
+            (NEGATIVE, POSITIVE)[label], k=source.randint(1, 2)
+        )
+        source.shuffle(words)
+        text = " ".join(words)
+        if normalize(text) not in seen:
+            seen.add(normalize(text))
+            sentences.append(Sentence(text, label))
+    return sentences
+
+
+def write_sst2(folder: Path, train_rows: int, dev_rows: int) -> None:
+    """Write train.tsv and dev.tsv as GLUE has them; no sentence stands in both."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sentences = make_sentences(train_rows + dev_rows, seed=7)
+    for name, part in {"dev": sentences[:dev_rows], "train": sentences[dev_rows:]}.items():
+        rows = "".join(f"{sentence.text}\t{sentence.label}\n" for sentence in part)
+        (folder / f"{name}.tsv").write_text("sentence\tlabel\n" + rows, encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+def make_tokenizer(folder: Path) -> BertTokenizerFast:
+    """Return a WordPiece tokenizer that knows the words of `make_sentences`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
+    return BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=64)
+
+
+def bert_config(**changes) -> BertConfig:
+    """Return the configuration of a BERT with 4 layers, 4 heads of 8, FFN 64; `changes` on top."""
+    settings = {"vocab_size": len(VOCABULARY), "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    settings |= {"intermediate_size": 64, "max_position_embeddings": 64, "num_labels": 2, "pad_token_id": 0}
+    return BertConfig(**settings | changes)
+
+
+def distilbert_config(**changes) -> DistilBertConfig:
+    """Return the configuration of a DistilBERT with 3 layers, 4 heads of 8, FFN 64; `changes` on top."""
+    settings = {"vocab_size": len(VOCABULARY), "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64}
+    settings |= {"max_position_embeddings": 64, "num_labels": 2, "pad_token_id": 0}
+    return DistilBertConfig(**settings | changes)
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> torch.nn.Module:
+    """Give every parameter, biases and norms too, a random value other than its initial one; the model in evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator) * scale
+        parameter.copy_(1 + noise if "norm" in name.lower() and name.endswith("weight") else noise)
+    return model.eval()
+
+
+def make_bert(seed: int = 0, scale: float = 0.2, **changes) -> BertForSequenceClassification:
+    """Return a BERT classifier with random weights everywhere, in evaluation mode."""
+    return randomize(BertForSequenceClassification(bert_config(**changes)), seed, scale)
+
+
+def make_distilbert(seed: int = 0, scale: float = 0.2, **changes) -> DistilBertForSequenceClassification:
+    """Return a DistilBERT classifier with random weights everywhere, in evaluation mode."""
+    return randomize(DistilBertForSequenceClassification(distilbert_config(**changes)), seed, scale)
+
+
+MAKERS = {"bert": make_bert, "distilbert": make_distilbert}
+
+
+def uneven_masks(model, seed: int = 0) -> list[LayerMask]:
+    """Return masks that prune `index` heads and 4 + 6 x `index` neurons of layer `index`, chosen at random."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = full_masks(model)
+    for index, mask in enumerate(masks):
+        mask.heads[torch.randperm(len(mask.heads), generator=generator)[: index % len(mask.heads)]] = False
+        mask.neurons[torch.randperm(len(mask.neurons), generator=generator)[: 4 + 6 * index]] = False
+    return masks
+
+
+def example_batch(rows: int = 5, length: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return random token ids and an attention mask whose rows end at different lengths: both (rows, length)."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(5, len(VOCABULARY), (rows, length), generator=generator)
+    lengths = torch.tensor([length - index % length for index in range(rows)])
+    attention_mask = (torch.arange(length) < lengths[:, None]).long()
+    return {"input_ids": input_ids * attention_mask, "attention_mask": attention_mask}
+
+
+@torch.no_grad()
+def logits_of(model, batch: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+    """Return a model's logits for `example_batch`, in evaluation mode: (rows, classes)."""
+    return model.eval()(**(batch or example_batch())).logits
+
+
+# -------------------------------------------------------------------------------------------------------------- scripts
+def make_workspace(folder: Path, train_rows: int = 600, dev_rows: int = 60) -> Path:
+    """Fill a directory with what download_model.py finds without a network: a tiny BERT and a small SST-2."""
+    assets = folder / "local_assets" / "tiny-bert"
+    tokenizer = make_tokenizer(folder / "vocabulary")
+    torch.manual_seed(0)
+    BertModel(bert_config()).save_pretrained(assets)
+    tokenizer.save_pretrained(assets)
+    write_sst2(folder / "sst2_data" / "glue" / "sst2", train_rows, dev_rows)
+    return folder
+
+
+def _command(name: str, arguments: tuple) -> list[str]:
+    return [sys.executable, str(REPOSITORY / name), "--profile", "smoke", *map(str, arguments)]
+
+
+def environment(cwd: Path) -> dict[str, str]:
+    """Return the environment of a subprocess that sees no GPU, no hub and no other profile than the one it is given."""
+    changes = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf_home"), "OMP_NUM_THREADS": "1"}
+    changes |= {"PYTHONIOENCODING": "utf-8", "PYTHONPATH": ""}
+    return {key: value for key, value in os.environ.items() if key != "COMPACTMIND_PROFILE"} | changes
+
+
+def run_script(name: str, *arguments, cwd: Path) -> subprocess.CompletedProcess:
+    """Run a script of the repository in `cwd` with the smoke profile, no GPU and no hub; wait for it to end."""
+    return subprocess.run(
+        _command(name, arguments), cwd=cwd, env=environment(cwd), stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+
+
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell makes its background jobs ignore it, and children inherit that
+
+
+def run_script_until(text: str, number: int, name: str, *arguments, cwd: Path) -> tuple[int, str]:
+    """Start a script, send it signal `number` as soon as it prints a line with `text`, and return its exit status and its output."""
+    with subprocess.Popen(
+        _command(name, arguments), cwd=cwd, env=environment(cwd), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=_heed_interrupts,
+    ) as process:  # fmt: skip
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if text in line:
+                process.send_signal(number)
+                break
+        lines.append(process.stdout.read())
+    return process.returncode, "".join(lines)
+
+
+def run_script_here(name: str, *arguments, cwd: Path, monkeypatch, capfd) -> tuple[int, str]:
+    """Run a script inside this process (no second import of torch) and return its exit status and its output.
+
+    The exit status is what the shell would see; a traceback would arrive here as the exception it is.
+    """
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", [str(REPOSITORY / name), "--profile", "smoke", *map(str, arguments)])
+    capfd.readouterr()
+    status, message = 0, ""
+    try:
+        runpy.run_path(str(REPOSITORY / name), run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            status, message = 1, end.code
+        else:
+            status = end.code or 0
+    captured = capfd.readouterr()
+    return status, captured.out + captured.err + message
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))

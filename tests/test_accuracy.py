@@ -1,0 +1,87 @@
+"""What is said about right and wrong answers, checked by hand and by formulas written a second time."""
+
+import math
+
+import helpers
+import numpy
+import pytest
+import torch
+
+from compactmind.evaluation.accuracy import accuracy_of, classification_metrics, mcnemar, predict_logits
+
+LABELS = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0, 0, 0])
+SCORES = torch.tensor([0.9, 0.8, 0.6, -0.3, 0.7, -0.1, -0.2, -0.5, -0.6, -0.9])  # label 1 is predicted where positive
+LOGITS = torch.stack([-SCORES, SCORES], dim=1)
+
+
+def wilson(correct: int, rows: int) -> tuple[float, float]:
+    """The 95% score interval of Wilson 1927, from its textbook formula."""
+    z, p = 1.959963984540054, correct / rows
+    centre = p + z * z / (2 * rows)
+    half = z * math.sqrt(p * (1 - p) / rows + z * z / (4 * rows * rows))
+    return (centre - half) / (1 + z * z / rows), (centre + half) / (1 + z * z / rows)
+
+
+def exact_two_sided(wins: int, losses: int) -> float:
+    """Twice the smaller tail of a fair coin, at most 1."""
+    n = wins + losses
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n)
+
+
+def test_metrics_against_hand_numbers():
+    # Right: 3 of the 4 positives, 5 of the 6 negatives.
+    metrics = classification_metrics(LOGITS, LABELS)
+    assert metrics["rows"] == 10
+    assert metrics["accuracy"] == accuracy_of(LOGITS, LABELS) == 0.8
+    assert metrics["confusion_matrix"] == [[5, 1], [1, 3]]
+    assert metrics["f1"] == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))
+    pairs = [(p > n) + 0.5 * (p == n) for p in SCORES[LABELS == 1].tolist() for n in SCORES[LABELS == 0].tolist()]
+    assert metrics["auc"] == pytest.approx(sum(pairs) / len(pairs))  # the chance that a positive outranks a negative
+    assert metrics["accuracy_interval"] == pytest.approx(wilson(8, 10), abs=1e-9)
+
+
+@pytest.mark.parametrize(("correct", "rows"), [(0, 5), (5, 5), (1, 2), (793, 872), (900, 1000)])
+def test_the_interval_is_wilsons(correct, rows):
+    labels = torch.ones(rows, dtype=torch.long)
+    logits = torch.zeros(rows, 2)
+    logits[:correct, 1] = 1.0
+    logits[correct:, 0] = 1.0
+    metrics = classification_metrics(logits, labels)
+    assert metrics["accuracy_interval"] == pytest.approx(wilson(correct, rows), abs=1e-9)
+    assert metrics["auc"] is None  # one label only
+    assert metrics["confusion_matrix"] == [[0, 0], [rows - correct, correct]]
+
+
+def test_another_confidence_gives_another_width():
+    low, high = classification_metrics(LOGITS, LABELS, confidence=0.99)["accuracy_interval"]
+    inner_low, inner_high = classification_metrics(LOGITS, LABELS)["accuracy_interval"]
+    assert low < inner_low < inner_high < high
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "both", "neither"), [(0, 0, 3, 2), (1, 0, 0, 0), (8, 2, 20, 5), (30, 30, 1, 1), (3, 14, 9, 0)]
+)
+def test_mcnemar_against_a_binomial_sum(wins, losses, both, neither):
+    reference = numpy.array([True] * wins + [False] * losses + [True] * both + [False] * neither)
+    other = numpy.array([False] * wins + [True] * losses + [True] * both + [False] * neither)
+    result = mcnemar(reference, other)
+    assert (result["only_reference_correct"], result["only_this_correct"]) == (wins, losses)
+    assert result["p_value"] == pytest.approx(exact_two_sided(wins, losses), abs=1e-12)
+    assert mcnemar(other, reference)["p_value"] == result["p_value"]
+
+
+def test_mcnemar_refuses_different_rows():
+    with pytest.raises(ValueError, match="different rows"):
+        mcnemar(numpy.array([True]), numpy.array([True, False]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_logits_come_back_in_the_order_of_the_sentences(distilbert, encoded, batch_size):
+    distilbert.train()  # dropout must be off all the same
+    logits = predict_logits(distilbert, encoded, batch_size)
+    assert logits.shape == (len(encoded), 2) and logits.dtype == torch.float32
+    for row in range(len(encoded)):
+        alone = encoded.collate([row])
+        expected = helpers.logits_of(distilbert, {key: alone[key] for key in ("input_ids", "attention_mask")})
+        torch.testing.assert_close(logits[row], expected[0], atol=1e-4, rtol=1e-4)
+    assert logits.std(dim=0).min() > 0.01  # rows differ, so a wrong order would show

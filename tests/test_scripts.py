@@ -1,0 +1,469 @@
+"""The stages as a user runs them: what they write, that they resume, and what they say when something is wrong."""
+
+import collections
+import re
+import shutil
+import signal
+
+import helpers
+import matplotlib.image
+import pytest
+import torch
+
+from compactmind.checkpoint import load_checkpoint, read_manifest
+from compactmind.methods.pruning.importance import CRITERIA
+
+HISTORY_KEYS = {"epoch", "phase", "loss", "accuracy", "sparsity", "lr", "temperature", "alpha", "seconds"}
+LONG_DISTILL = ("--student_epochs", 12)
+LONG_PRUNE = ("--epochs", 9, "--prune_end_epoch", 5, "--patience", 9)
+"""Enough epochs for a signal to arrive before the end."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A directory in which download_model.py, 1_distill.py and 2_prune_finetune.py have run, and what each printed."""
+    folder = helpers.make_workspace(tmp_path_factory.mktemp("finished"))
+    outputs = {}
+    for name in ("download_model.py", "1_distill.py", "2_prune_finetune.py"):
+        result = helpers.run_script(name, cwd=folder)
+        assert result.returncode == 0, f"{name}\n{result.stdout}\n{result.stderr}"
+        outputs[name] = result.stdout
+    return folder, outputs
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of that directory to run something else in."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns("hf_home"))
+    return folder
+
+
+def digest(folder, name: str) -> str:
+    """Return the recorded SHA-256 of a checkpoint's weights, after checking that its files are whole."""
+    return read_manifest(folder / "models" / name)["files"]["model.safetensors"]["sha256"]
+
+
+def leftovers(folder) -> list[str]:
+    """Return what a finished run must not leave behind."""
+    return sorted(path.name for path in (folder / "models").iterdir() if re.search(r"\.tmp|\.old$|\.training\.", path.name))
+
+
+def temporary_directories(folder) -> list[str]:
+    return sorted(path.name for path in folder.rglob(".*") if re.search(r"\.tmp-|\.old$", path.name))
+
+
+def history_without_times(folder, name: str) -> list[dict]:
+    return [row | {"seconds": None} for row in helpers.read_json(folder / "models" / name / "training_history.json")]
+
+
+# ------------------------------------------------------------------------------------------------------------- artefacts
+def test_every_stage_writes_its_checkpoints_and_nothing_else(finished):
+    folder, _ = finished
+    names = {path.name for path in (folder / "models").iterdir() if not path.name.startswith(".teacher_logits_")}
+    assert names == {"teacher_base", "teacher", "student_finetuned", "student_distilled", "student_pruned"}
+    assert {path.name for path in (folder / "results").iterdir()} == {"student_pruned_history.png"}
+    assert leftovers(folder) == []
+
+
+def test_manifests_say_what_each_model_is_and_where_it_came_from(finished):
+    folder, _ = finished
+    manifests = {
+        name: read_manifest(folder / "models" / name)
+        for name in ("teacher_base", "teacher", "student_finetuned", "student_distilled", "student_pruned")
+    }
+    whole = {"num_heads": 4, "head_dim": 8, "intermediate_size": 64}
+    for name, kind, parent, layers in (
+        ("teacher_base", "dense", None, [whole] * 4),
+        ("teacher", "dense", "teacher_base", [whole] * 4),
+        ("student_finetuned", "dense", "teacher", [whole]),
+        ("student_distilled", "dense", "teacher", [whole]),
+    ):
+        assert (manifests[name]["kind"], manifests[name]["parent"], manifests[name]["layers"]) == (kind, parent, layers)
+    pruned = manifests["student_pruned"]
+    assert (pruned["kind"], pruned["parent"]) == ("pruned", "student_distilled")
+    assert pruned["architecture"] == "PrunedDistilBertForSequenceClassification"
+    (layer,) = pruned["layers"]
+    assert layer["head_dim"] == 8 and layer["intermediate_size"] % 8 == 0
+    removed = (4 - layer["num_heads"]) * 8 * (4 * 32 + 3) + (64 - layer["intermediate_size"]) * (2 * 32 + 1)
+    total = 4 * 8 * (4 * 32 + 3) + 64 * (2 * 32 + 1)
+    assert pruned["metrics"]["sparsity"] == pytest.approx(removed / total)
+    assert pruned["metrics"]["sparsity"] >= 0.4
+    assert 0 <= pruned["metrics"]["masked_against_compacted"] <= 1e-5
+    assert manifests["student_distilled"]["parameters"] - pruned["parameters"] == removed
+    assert re.fullmatch(r"student_pruned_taylor_0\.4_\d{8}-\d{6}", pruned["experiment_name"])
+    assert pruned["stage"]["inputs"] == {name: digest(folder, name) for name in ("student_distilled", "teacher")}
+    assert len({manifest["data_fingerprint"] for name, manifest in manifests.items() if name != "teacher_base"}) == 1
+    assert len({digest(folder, name) for name in manifests}) == len(manifests)
+
+
+def test_saved_models_load_and_answer(finished):
+    folder, _ = finished
+    for name in ("teacher", "student_finetuned", "student_distilled", "student_pruned"):
+        checkpoint = load_checkpoint(folder / "models" / name)
+        assert checkpoint.model.config.id2label == {0: "negative", 1: "positive"}
+        batch = checkpoint.tokenizer(
+            ["a good film", "a bad and boring plot"], padding=True, return_tensors="pt", return_token_type_ids=False
+        )
+        with torch.no_grad():
+            logits = checkpoint.model(**batch).logits
+        assert logits.shape == (2, 2) and not torch.equal(logits[0], logits[1])
+
+
+def test_histories_have_a_row_per_epoch(finished):
+    folder, _ = finished
+    history = {
+        name: helpers.read_json(folder / "models" / name / "training_history.json")
+        for name in ("teacher", "student_finetuned", "student_distilled", "student_pruned")
+    }
+    for name, rows in history.items():
+        assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1)), name
+        for row in rows:
+            assert set(row) == HISTORY_KEYS
+            assert 0 <= row["accuracy"] <= 1 and row["seconds"] > 0 and 0 < row["loss"] < 10
+    assert [row["phase"] for row in history["teacher"]] == ["finetune"]
+    assert [(row["phase"], row["alpha"], row["temperature"]) for row in history["student_finetuned"]] == [
+        ("finetune", None, None)
+    ] * 2
+    distilled = history["student_distilled"]
+    assert [row["phase"] for row in distilled] == ["distill"] * 2
+    # 8 steps an epoch, the last one at 7/16 and 15/16 of the way.
+    assert [row["temperature"] for row in distilled] == pytest.approx([10 - 8 * 7 / 16, 10 - 8 * 15 / 16])
+    assert [row["alpha"] for row in distilled] == pytest.approx([0.9 - 0.7 * 7 / 16, 0.9 - 0.7 * 15 / 16])
+    assert distilled[-1]["lr"] == 0.0
+    pruned = history["student_pruned"]
+    assert [row["phase"] for row in pruned] == ["pruning", "pruning", "recovery"]
+    assert 0 < pruned[0]["sparsity"] < pruned[1]["sparsity"] == pruned[2]["sparsity"]
+    assert pruned[1]["sparsity"] >= 0.4
+    assert pruned[1]["lr"] == 5e-5 and pruned[2]["lr"] == 0.0  # recovery starts at its own rate and decays
+
+
+def test_the_checkpoint_is_the_best_epoch(finished):
+    folder, _ = finished
+    for name in ("teacher", "student_finetuned", "student_distilled"):
+        rows = helpers.read_json(folder / "models" / name / "training_history.json")
+        assert read_manifest(folder / "models" / name)["metrics"]["validation_accuracy"] == max(row["accuracy"] for row in rows)
+    rows = helpers.read_json(folder / "models" / "student_pruned" / "training_history.json")
+    metrics = read_manifest(folder / "models" / "student_pruned")["metrics"]
+    assert metrics["validation_accuracy"] == rows[metrics["best_epoch"] - 1]["accuracy"]
+    assert metrics["best_epoch"] >= 2  # no epoch before the target sparsity was reached
+
+
+def test_the_plot_is_a_picture(finished):
+    path = finished[0] / "results" / "student_pruned_history.png"
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    picture = matplotlib.image.imread(path)
+    assert picture.shape[0] > 300 and picture.shape[1] > 600
+    assert len({tuple(pixel) for pixel in picture[::7, ::7].reshape(-1, picture.shape[2]).tolist()}) > 5  # not blank
+
+
+def test_training_learns_what_the_words_say(copy, run_here):
+    assert run_here("download_model.py", "--max_rows", 400, cwd=copy)[0] == 0
+    learning = ("--freeze_word_embeddings", False, "--log_every", 50)  # the words of the tiny BERT are random numbers
+    arguments = ("--teacher_lr", 1e-3, "--student_lr", 1e-3, "--teacher_epochs", 5, *learning)
+    status, output = run_here("1_distill.py", *arguments, cwd=copy)
+    assert status == 0, output
+    for name in ("teacher", "student_finetuned", "student_distilled"):
+        assert read_manifest(copy / "models" / name)["metrics"]["validation_accuracy"] > 0.9, output
+    status, output = run_here("2_prune_finetune.py", *learning, cwd=copy)
+    assert status == 0, output
+    metrics = read_manifest(copy / "models" / "student_pruned")["metrics"]
+    assert metrics["validation_accuracy"] > 0.9 and metrics["sparsity"] >= 0.4, output
+    assert 0 < metrics["masked_against_compacted"] <= 1e-5
+
+
+def test_scripts_print_their_settings_their_progress_and_where_the_result_is(finished):
+    _, outputs = finished
+    assert outputs["1_distill.py"].startswith("# 1_distill.py, profile smoke\n# ")
+    assert "student_epochs=2" in outputs["1_distill.py"].splitlines()[1]
+    assert outputs["1_distill.py"].count("computing the teacher's logits of 64 sentences once") == 1
+    assert "computing the teacher's logits" not in outputs["2_prune_finetune.py"]  # they are read from the cache
+    for name in ("teacher", "student_finetuned", "student_distilled"):
+        assert f"{name}: saved to models/{name}" in outputs["1_distill.py"]
+    assert re.search(r"student_distilled +step +16/16 \| loss .* \| lr .* sentences/s \| left 0:00", outputs["1_distill.py"])
+    assert re.search(r"student_pruned +compacted: .* heads \[\d\], FFN \[\d+\]", outputs["2_prune_finetune.py"])
+    assert "saved to models/student_pruned, plot results/student_pruned_history.png" in outputs["2_prune_finetune.py"]
+
+
+# --------------------------------------------------------------------------------------------------- up to date or again
+def test_a_second_run_skips_everything_and_says_so(copy, run_here):
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file()}
+    for name, times in (("download_model.py", 2), ("1_distill.py", 3), ("2_prune_finetune.py", 1)):
+        status, output = run_here(name, cwd=copy)
+        assert status == 0
+        assert output.count("up to date") == times
+        assert "epoch" not in output.split("\n", 2)[2]
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_a_changed_setting_runs_only_what_depends_on_it(copy, run_here):
+    before = {name: digest(copy, name) for name in ("teacher", "student_finetuned", "student_distilled")}
+    status, output = run_here("1_distill.py", "--temperature_start", 5, cwd=copy)
+    assert status == 0
+    assert "models/teacher is up to date" in output and "models/student_finetuned is up to date" in output
+    assert "student_distilled  epoch 2/2" in output
+    assert {name: digest(copy, name) == old for name, old in before.items()} == {
+        "teacher": True,
+        "student_finetuned": True,
+        "student_distilled": False,
+    }
+    status, output = run_here("2_prune_finetune.py", cwd=copy)  # its input is another one now
+    assert status == 0 and "up to date" not in output and "epoch 3/3 recovery" in output
+    assert leftovers(copy) == []
+
+
+def test_experiments_stand_side_by_side(copy, run_here):
+    before = digest(copy, "student_pruned")
+    arguments = ("--criterion", "l2", "--output_dir", "student_l2", "--experiment_name", "mine", "--alpha", 0, "--round_to", 1)
+    status, output = run_here("2_prune_finetune.py", *arguments, cwd=copy)
+    assert status == 0, output
+    assert digest(copy, "student_pruned") == before != digest(copy, "student_l2")
+    manifest = read_manifest(copy / "models" / "student_l2")
+    assert (manifest["experiment_name"], manifest["stage"]["config"]["criterion"]) == ("mine", "l2")
+    assert (copy / "results" / "student_l2_history.png").is_file()
+    rows = helpers.read_json(copy / "models" / "student_l2" / "training_history.json")
+    assert {(row["alpha"], row["temperature"]) for row in rows} == {(None, None)}  # labels only
+
+
+def test_recovery_stops_early_and_keeps_the_best_epoch(copy, run_here):
+    status, output = run_here("2_prune_finetune.py", "--epochs", 9, "--patience", 2, "--min_delta", 2, cwd=copy)
+    assert status == 0, output
+    assert "stopped early: no better validation accuracy for 2 epochs" in output
+    rows = helpers.read_json(copy / "models" / "student_pruned" / "training_history.json")
+    assert len(rows) == 4  # nothing is better by 200 points: epochs 3 and 4 use up the patience
+    assert read_manifest(copy / "models" / "student_pruned")["metrics"]["best_epoch"] == 2
+
+
+# ------------------------------------------------------------------------------------------------------- killed, resumed
+@pytest.mark.slow
+def test_a_killed_distillation_goes_on_and_ends_as_an_uninterrupted_one(copy, tmp_path, run_here):
+    whole = tmp_path / "whole"
+    shutil.copytree(copy, whole)
+    status, output = run_here("1_distill.py", *LONG_DISTILL, cwd=whole)
+    assert status == 0, output
+
+    old = {name: digest(copy, name) for name in ("student_finetuned", "student_distilled")}
+    status, output = helpers.run_script_until(
+        "student_finetuned  epoch 3/12", signal.SIGKILL, "1_distill.py", *LONG_DISTILL, "--force", True, cwd=copy
+    )
+    assert status == -signal.SIGKILL, output
+    assert {name: digest(copy, name) for name in old} == old  # what stood there before is whole, and still what it was
+    load_checkpoint(copy / "models" / "student_finetuned")
+    status, output = run_here("1_distill.py", cwd=copy)
+    assert status == 0 and output.count("up to date") == 3
+
+    status, output = helpers.run_script_until(
+        "student_distilled  epoch 5/12", signal.SIGKILL, "1_distill.py", *LONG_DISTILL, cwd=copy
+    )
+    assert status == -signal.SIGKILL, output
+    assert "models/teacher is up to date" in output
+    assert re.search(r"student_finetuned: going on after epoch [23] of 12", output)
+    assert "student_finetuned  epoch 1/12" not in output
+
+    status, output = run_here("1_distill.py", *LONG_DISTILL, cwd=copy)
+    assert status == 0, output
+    assert "models/student_finetuned is up to date" in output
+    assert re.search(r"student_distilled: going on after epoch [45] of 12", output)
+    for name in old:
+        assert digest(copy, name) == digest(whole, name) != old[name]
+        assert history_without_times(copy, name) == history_without_times(whole, name)
+    assert leftovers(copy) == []
+
+
+@pytest.mark.slow
+def test_a_killed_pruning_goes_on_and_ends_as_an_uninterrupted_one(copy, tmp_path, run_here):
+    whole = tmp_path / "whole"
+    shutil.copytree(copy, whole)
+    status, output = run_here("2_prune_finetune.py", *LONG_PRUNE, cwd=whole)
+    assert status == 0, output
+
+    old = digest(copy, "student_pruned")
+    status, output = helpers.run_script_until(
+        "epoch 2/9 pruning", signal.SIGKILL, "2_prune_finetune.py", *LONG_PRUNE, "--force", True, cwd=copy
+    )
+    assert status == -signal.SIGKILL, output
+    assert digest(copy, "student_pruned") == old
+    load_checkpoint(copy / "models" / "student_pruned")
+
+    status, output = helpers.run_script_until(
+        "epoch 7/9 recovery", signal.SIGKILL, "2_prune_finetune.py", *LONG_PRUNE, cwd=copy
+    )
+    assert status == -signal.SIGKILL, output
+    assert re.search(r"student_pruned: going on after epoch [12] of 9", output)
+    assert digest(copy, "student_pruned") == old
+
+    status, output = run_here("2_prune_finetune.py", *LONG_PRUNE, cwd=copy)
+    assert status == 0, output
+    assert re.search(r"student_pruned: going on after epoch [67] of 9", output)
+    assert history_without_times(copy, "student_pruned") == history_without_times(whole, "student_pruned")
+    assert digest(copy, "student_pruned") == digest(whole, "student_pruned") != old
+    assert leftovers(copy) == []
+
+
+def test_ctrl_c_says_that_nothing_is_lost(copy):
+    old = digest(copy, "student_pruned")
+    status, output = helpers.run_script_until("epoch 2/9 pruning", signal.SIGINT, "2_prune_finetune.py", *LONG_PRUNE, cwd=copy)
+    assert status == 1, output
+    assert "stopped. Finished checkpoints are whole; `python 2_prune_finetune.py` goes on where this run was." in output
+    assert "Traceback" not in output
+    assert digest(copy, "student_pruned") == old
+    assert temporary_directories(copy / "models") == []
+
+
+def test_a_full_disk_keeps_the_old_model_and_the_work_done(copy, run_here, monkeypatch):
+    old = digest(copy, "student_pruned")
+    usage = collections.namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 0))
+        status, output = run_here("2_prune_finetune.py", "--seed", 7, cwd=copy)
+    assert status == 1
+    assert "error: not enough disk space to write models/student_pruned" in output
+    assert digest(copy, "student_pruned") == old
+    status, output = run_here("2_prune_finetune.py", "--seed", 7, cwd=copy)
+    assert status == 0 and "going on after epoch 3 of 3" in output
+    assert digest(copy, "student_pruned") != old
+    assert leftovers(copy) == []
+
+
+# ------------------------------------------------------------------------------------------------------------- bad input
+def expect_error(run_here, name: str, *arguments, cwd, parts: tuple) -> None:
+    """Run a stage that cannot work: it ends with status 1 and a message, no traceback."""
+    status, output = run_here(name, *arguments, cwd=cwd)
+    assert status == 1, output
+    message = output[output.index("error: ") :]
+    for part in parts:
+        assert part in message
+
+
+def test_stages_without_their_input_name_it_and_the_command_that_makes_it(copy, run_here):
+    models = copy / "models"
+    shutil.rmtree(models / "student_distilled")
+    expect_error(
+        run_here, "2_prune_finetune.py", cwd=copy, parts=("models/student_distilled not found", "`python 1_distill.py`")
+    )
+    expect_error(
+        run_here,
+        "2_prune_finetune.py",
+        "--parent",
+        "student_finetuned",
+        "--output_dir",
+        "other",
+        "--models_dir",
+        "nowhere",
+        cwd=copy,
+        parts=("nowhere/student_finetuned not found", "`python 1_distill.py`"),
+    )
+    shutil.rmtree(models / "teacher_base")
+    expect_error(run_here, "1_distill.py", cwd=copy, parts=("models/teacher_base not found", "`python download_model.py`"))
+    shutil.rmtree(copy / "sst2_data")
+    for name in ("1_distill.py", "2_prune_finetune.py"):
+        expect_error(run_here, name, cwd=copy, parts=("sst2_data/dataset.json not found", "`python download_model.py`"))
+
+
+def test_half_written_stages_are_noticed(copy, run_here):
+    (copy / "models" / "student_distilled" / "manifest.json").unlink()
+    expect_error(
+        run_here,
+        "2_prune_finetune.py",
+        cwd=copy,
+        parts=("models/student_distilled has no manifest.json", "`python 1_distill.py`"),
+    )
+    weights = copy / "models" / "teacher_base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    expect_error(
+        run_here,
+        "1_distill.py",
+        cwd=copy,
+        parts=("models/teacher_base/model.safetensors has 1000 bytes", "`python download_model.py`"),
+    )
+
+
+def test_a_half_written_output_is_made_again(copy, run_here):
+    old = digest(copy, "student_distilled")
+    (copy / "models" / "student_distilled" / "manifest.json").unlink()
+    (copy / "models" / ".student_distilled.tmp-killed").mkdir()
+    status, output = run_here("1_distill.py", cwd=copy)
+    assert status == 0, output
+    assert digest(copy, "student_distilled") == old
+    assert leftovers(copy) == []
+
+
+def test_sentences_that_were_changed_are_noticed(copy, run_here):
+    path = copy / "sst2_data" / "train.jsonl"
+    path.write_text(path.read_text().replace('"label": 1', '"label": 2', 1))
+    for name in ("1_distill.py", "2_prune_finetune.py"):
+        expect_error(
+            run_here, name, cwd=copy, parts=("sst2_data/train.jsonl is missing or was changed", "`python download_model.py`")
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("--target_sparsity", 1.2), ("1.2", "[0, 1)")),
+        (("--target_sparsity", 1.0), ("1.0", "[0, 1)")),
+        (("--target_sparsity", -0.1), ("-0.1", "[0, 1)")),
+        (("--target_sparsity", "nan"), ("nan", "[0, 1)")),
+        (("--target_sparsity", 0.97), ("0.97", "cannot be reached")),
+        (("--prune_start_epoch", 3, "--prune_end_epoch", 2), ("prune_start_epoch 3", "prune_end_epoch 2")),
+        (("--prune_end_epoch", 4), ("prune_end_epoch 4", "epochs 3")),
+        (("--prune_start_epoch", 0), ("prune_start_epoch 0", "1 <=")),
+        (("--round_to", 0), ("round_to 0", "at least 1")),
+        (("--prune_every", 0), ("prune_every 0",)),
+        (("--prune_every", 500), ("prune_every 500", "--prune_every")),
+        (("--batch_size", 0), ("batch_size 0",)),
+        (("--temperature", 0), ("temperature 0",)),
+        (("--alpha", 1.5), ("alpha 1.5", "[0, 1]")),
+        (("--output_dir", "../x"), ("'../x'", "plain name")),
+        (("--output_dir", "a/b"), ("'a/b'", "plain name")),
+        (("--output_dir", ".."), ("'..'", "plain name")),
+        (("--output_dir", ""), ("''", "plain name")),
+        (("--output_dir", "student_distilled"), ("'student_distilled'", "parent")),
+        (("--output_dir", "teacher"), ("'teacher'",)),
+        (("--output_dir", "teacher_base"), ("'teacher_base'",)),
+        (("--parent", "nobody"), ("models/nobody not found",)),
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_refused_by_the_pruning_stage(copy, run_here, arguments, parts):
+    before = {path.name for path in (copy / "models").iterdir()}
+    expect_error(run_here, "2_prune_finetune.py", "--force", True, *arguments, cwd=copy, parts=parts)
+    assert {path.name for path in (copy / "models").iterdir()} == before
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("--student_layers", 9), ("student_layers 9", "1 to 4")),
+        (("--student_layers", 0), ("student_layers 0", "at least 1")),
+        (("--student_epochs", 0), ("student_epochs 0",)),
+        (("--teacher_epochs", 0), ("teacher_epochs 0",)),
+        (("--batch_size", 0), ("batch_size 0",)),
+        (("--temperature_end", 0), ("temperature_end 0",)),
+        (("--alpha_start", 1.5), ("alpha_start 1.5", "[0, 1]")),
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_refused_by_the_distilling_stage(copy, run_here, arguments, parts):
+    expect_error(run_here, "1_distill.py", "--force", True, *arguments, cwd=copy, parts=parts)
+
+
+def test_an_unknown_criterion_names_the_known_ones(copy, run_here):
+    status, output = run_here("2_prune_finetune.py", "--criterion", "magic", cwd=copy)
+    assert status == 2
+    assert all(word in output for word in ("magic", *CRITERIA))
+
+
+def test_a_shell_sees_the_message_and_nothing_else(copy):
+    result = helpers.run_script("2_prune_finetune.py", "--target_sparsity", "1.2", cwd=copy)
+    assert result.returncode == 1
+    assert result.stderr == "error: target_sparsity 1.2 is not in [0, 1): for example --target_sparsity 0.2\n"
+
+
+@pytest.mark.parametrize("name", ["download_model.py", "1_distill.py", "2_prune_finetune.py"])
+def test_unknown_profiles_and_flags_are_refused_by_every_stage(copy, run_here, name):
+    status, output = run_here(name, "--profile", "huge", cwd=copy)
+    assert status == 1 and "unknown profile 'huge'" in output and "embedded, paper, smoke" in output
+    status, output = run_here(name, "--no_such_flag", 1, cwd=copy)
+    assert status == 2 and "no_such_flag" in output

@@ -1,0 +1,164 @@
+"""What the training loops share: optimizer, schedule, resuming, progress lines."""
+
+import re
+import types
+
+import helpers
+import pytest
+import torch
+
+import compactmind.training
+from compactmind.training import (
+    Progress,
+    TrainingState,
+    clock,
+    cpu_copy,
+    freeze_word_embeddings,
+    linear_decay_with_warmup,
+    make_optimizer,
+)
+
+STAGE = {"script": "1_distill.py", "config": {"lr": 1e-4}, "inputs": {}}
+
+
+# ------------------------------------------------------------------------------------------------------------- resuming
+def test_a_training_state_comes_back_as_it_was(tmp_path, distilbert):
+    optimizer = make_optimizer(distilbert, 1e-3, 0.01)
+    distilbert(**helpers.example_batch(), labels=torch.tensor([0, 1, 0, 1, 0])).loss.backward()
+    optimizer.step()
+    state = TrainingState(tmp_path / "models" / "student", STAGE)
+    assert state.load() is None
+    state.save(model=distilbert.state_dict(), optimizer=optimizer.state_dict(), history=[{"epoch": 1, "alpha": None}])
+    saved = TrainingState(tmp_path / "models" / "student", STAGE).load()
+    assert saved["history"] == [{"epoch": 1, "alpha": None}]
+    fresh = helpers.make_distilbert(seed=1)
+    fresh.load_state_dict(saved["model"])
+    assert torch.equal(helpers.logits_of(fresh), helpers.logits_of(distilbert))
+    again = make_optimizer(fresh, 1e-3, 0.01)
+    again.load_state_dict(saved["optimizer"])
+    ours, theirs = again.state_dict()["state"], optimizer.state_dict()["state"]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key]["exp_avg"], theirs[key]["exp_avg"]) for key in ours)
+    state.clear()
+    state.clear()  # nothing there: fine
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_the_state_of_another_stage_is_ignored(tmp_path):
+    TrainingState(tmp_path / "student", STAGE).save(history=[1])
+    assert TrainingState(tmp_path / "student", STAGE | {"config": {"lr": 2e-4}}).load() is None
+    assert TrainingState(tmp_path / "student_distilled", STAGE).load() is None
+    assert TrainingState(tmp_path / "student", STAGE).load() == {"history": [1]}
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04 half"])
+def test_a_damaged_state_is_ignored_with_a_message(tmp_path, capsys, content):
+    state = TrainingState(tmp_path / "student", STAGE)
+    state.path.write_bytes(content)
+    assert state.load() is None
+    assert f"{state.path} is damaged" in capsys.readouterr().out
+
+
+def test_a_state_that_would_run_code_is_not_loaded(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return print, ("code was run",)
+
+    state = TrainingState(tmp_path / "student", STAGE)
+    torch.save({"stage": repr(STAGE), "state": Evil()}, state.path)
+    assert state.load() is None
+    assert "code was run" not in capsys.readouterr().out
+
+
+def test_a_failed_save_keeps_the_previous_state(tmp_path):
+    state = TrainingState(tmp_path / "student", STAGE)
+    state.save(history=[1])
+    with pytest.raises((AttributeError, TypeError)):
+        state.save(history=lambda: None)
+    assert state.load() == {"history": [1]}
+    assert [path.name for path in tmp_path.iterdir()] == [state.path.name]
+
+
+def test_a_copy_does_not_follow_the_model(distilbert):
+    copy = cpu_copy(distilbert.state_dict())
+    before = {name: tensor.clone() for name, tensor in distilbert.state_dict().items()}
+    helpers.randomize(distilbert, seed=5)
+    assert all(torch.equal(copy[name], before[name]) for name in before)
+    assert not torch.equal(distilbert.classifier.weight, copy["classifier.weight"])
+
+
+# ------------------------------------------------------------------------------------------------ optimizer and schedule
+def test_weight_decay_reaches_matrices_only(distilbert):
+    freeze_word_embeddings(distilbert)
+    optimizer = make_optimizer(distilbert, 1e-3, 0.01)
+    names = {parameter: name for name, parameter in distilbert.named_parameters()}
+    decayed, plain = ([names[p] for p in group["params"]] for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
+    assert all(name.endswith("bias") or "norm" in name.lower() for name in plain)
+    assert all(name.endswith("weight") and "norm" not in name.lower() for name in decayed)
+    word_embeddings = "distilbert.embeddings.word_embeddings.weight"
+    assert sorted(decayed + plain) == sorted(set(names.values()) - {word_embeddings})
+    table = distilbert.distilbert.embeddings.word_embeddings.weight.clone()
+    distilbert(**helpers.example_batch(), labels=torch.tensor([0, 1, 0, 1, 0])).loss.backward()
+    optimizer.step()
+    assert torch.equal(distilbert.distilbert.embeddings.word_embeddings.weight, table)
+
+
+def rates(warmup_steps: int, total_steps: int) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = linear_decay_with_warmup(optimizer, warmup_steps, total_steps)
+    seen = []
+    for _ in range(total_steps):
+        seen.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return [*seen, scheduler.get_last_lr()[0]]
+
+
+def test_the_rate_rises_to_the_peak_and_falls_to_zero():
+    seen = rates(4, 20)
+    assert seen[:4] == pytest.approx([0.4, 0.8, 1.2, 1.6])  # no step is wasted at rate 0
+    assert seen[4] == max(seen) == 2.0
+    falls = [before - after for before, after in zip(seen[4:-1], seen[5:], strict=True)]
+    assert falls == pytest.approx([2.0 / 16] * 16)
+    assert seen[-1] == 0.0
+
+
+def test_a_schedule_without_warm_up_starts_at_the_peak():
+    assert rates(0, 4) == pytest.approx([2.0, 1.5, 1.0, 0.5, 0.0])
+
+
+# ------------------------------------------------------------------------------------------------------------- progress
+def test_one_aligned_line_per_interval(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(compactmind.training, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    progress = Progress("student_distilled", total_steps=1010, log_every=4, start_step=1000)
+    for step in range(10):
+        now[0] += 2.0
+        progress.update(loss=float(step), lr=1e-4 / (step + 1), items=8, sparsity=0.25)
+    progress.write("an own line")
+    progress.close()
+    *lines, own = capsys.readouterr().out.splitlines()
+    assert own == "an own line"
+    assert [re.search(r"step +(\d+)/1010", line).group(1) for line in lines] == ["1004", "1008", "1010"]
+    assert len({tuple(match.start() for match in re.finditer(r"\|", line)) for line in lines}) == 1
+    assert [float(re.search(r"loss +([\d.]+)", line).group(1)) for line in lines] == [1.5, 5.5, 8.5]  # mean since the last line
+    for line in lines:
+        assert line.startswith("student_distilled ")
+        assert "sparsity  0.250" in line and " 4 sentences/s" in line  # 8 sentences in 2 s
+    assert [line.rsplit("left ", 1)[1] for line in lines] == ["0:12", "0:04", "0:00"]  # 6, 2 and 0 steps of 2 s
+    assert [float(re.search(r"lr ([\d.e-]+)", line).group(1)) for line in lines] == [2.5e-5, 1.25e-5, 1e-5]
+
+
+def test_a_process_that_is_not_the_main_one_is_silent(capsys):
+    progress = Progress("student", total_steps=2, log_every=1, enabled=False)
+    progress.update(loss=1.0, lr=1.0, items=8)
+    progress.write("nothing")
+    progress.close()
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == ""
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (9.9, "0:09"), (75, "1:15"), (3600, "1:00:00"), (7384, "2:03:04")])
+def test_clock(seconds, shown):
+    assert clock(seconds) == shown
