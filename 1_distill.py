@@ -35,6 +35,8 @@ from compactmind.training import (
     linear_decay_with_warmup,
     make_accelerator,
     make_optimizer,
+    matmul_precision,
+    set_dropout,
 )
 
 # ------------------------------------------------------------------------------------------------------------ constants
@@ -94,28 +96,29 @@ def train(
         set_seed(config.seed + epoch)  # batch order and dropout depend on the epoch alone: a resumed run is the same run
         batches = accelerator.prepare(train_set.training_batches(config.batch_size, seed=config.seed + epoch))
         model.train()
-        for batch in batches:
-            fraction = progress.step / total_steps
-            temperature = linear_anneal(config.temperature_start, config.temperature_end, fraction)
-            alpha = linear_anneal(config.alpha_start, config.alpha_end, fraction)
-            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-            with accelerator.autocast():
-                output = model(**inputs, output_hidden_states=use_hidden_loss)
-                targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
-                loss = distillation_loss(output.logits.float(), targets, batch["labels"], temperature, alpha)
-                if use_hidden_loss:
-                    with torch.no_grad():
-                        states = teacher(**inputs, output_hidden_states=True).hidden_states
-                    loss = loss + config.hidden_loss_weight * hidden_state_loss(
-                        output.hidden_states, states, layer_map, batch["attention_mask"]
-                    )
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            losses.append(loss.detach())
-            progress.update(losses[-1].item(), scheduler.get_last_lr()[0], len(batch["labels"]) * accelerator.num_processes)
+        with matmul_precision(config.matmul_precision):
+            for batch in batches:
+                fraction = progress.step / total_steps
+                temperature = linear_anneal(config.temperature_start, config.temperature_end, fraction)
+                alpha = linear_anneal(config.alpha_start, config.alpha_end, fraction)
+                inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+                with accelerator.autocast():
+                    output = model(**inputs, output_hidden_states=use_hidden_loss)
+                    targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
+                    loss = distillation_loss(output.logits.float(), targets, batch["labels"], temperature, alpha)
+                    if use_hidden_loss:
+                        with torch.no_grad():
+                            states = teacher(**inputs, output_hidden_states=True).hidden_states
+                        loss = loss + config.hidden_loss_weight * hidden_state_loss(
+                            output.hidden_states, states, layer_map, batch["attention_mask"]
+                        )
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                losses.append(loss.detach())
+                progress.update(losses[-1].item(), scheduler.get_last_lr()[0], len(batch["labels"]) * accelerator.num_processes)
 
         plain = accelerator.unwrap_model(model)
         accuracy = accuracy_of(predict_logits(plain, validation, config.eval_batch_size), validation.labels)
@@ -167,6 +170,8 @@ def check(config: DistillConfig) -> None:
     for name in ("temperature_start", "temperature_end", "teacher_lr", "student_lr"):
         if not getattr(config, name) > 0:
             raise CompactMindError(f"{name} {getattr(config, name)} is not above 0")
+    if not 0 <= config.student_dropout < 1:
+        raise CompactMindError(f"student_dropout {config.student_dropout} is not in [0, 1): for example --student_dropout 0.1")
     for name in ("alpha_start", "alpha_end"):
         if not 0 <= getattr(config, name) <= 1:
             raise CompactMindError(f"{name} {getattr(config, name)} is not in [0, 1]: for example --{name} 0.5")
@@ -178,12 +183,12 @@ def main(config: DistillConfig) -> None:
     models = config.models_dir
 
     # What each output depends on: if none of it changed, the output is up to date.
-    shared = config.relevant("profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio",
+    shared = config.relevant("profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio", "matmul_precision",
                              "freeze_word_embeddings")  # fmt: skip
     shared["data"] = data_fingerprint(config.data_dir)
     teacher_stage = {
         "script": "1_distill.py",
-        "config": {**shared, **config.relevant("teacher_epochs", "teacher_lr")},
+        "config": {**shared, **config.relevant("teacher_epochs", "teacher_lr", "frozen_teacher_layers")},
         "inputs": {"teacher_base": weights_fingerprint(models / "teacher_base")},
     }
     splits = {}
@@ -203,13 +208,20 @@ def main(config: DistillConfig) -> None:
             models / "teacher_base", num_labels=len(LABELS), id2label=LABELS, label2id={v: k for k, v in LABELS.items()},
             dtype=torch.float32,
         )  # fmt: skip
+        if not 0 <= config.frozen_teacher_layers < model.config.num_hidden_layers:
+            raise CompactMindError(
+                f"frozen_teacher_layers {config.frozen_teacher_layers} is not in 0 to {model.config.num_hidden_layers - 1}"
+            )
+        if config.frozen_teacher_layers:  # embeddings too, or the gradient would still pass through the frozen layers
+            for module in (model.bert.embeddings, *model.bert.encoder.layer[: config.frozen_teacher_layers]):
+                module.requires_grad_(False)
         train("teacher", model, tokenizer, load_splits(tokenizer), config, accelerator, teacher_stage,
               epochs=config.teacher_epochs, lr=config.teacher_lr, parent="teacher_base")  # fmt: skip
     else:
         accelerator.print(f"{models / 'teacher'} is up to date: skipped (--force True trains it again)")
 
     # ---- students
-    student_config = {**shared, **config.relevant("student_epochs", "student_lr")}
+    student_config = {**shared, **config.relevant("student_epochs", "student_lr", "student_dropout")}
     inputs = {"teacher": weights_fingerprint(models / "teacher")}
     if (models / "student_base").exists():
         inputs["student_base"] = weights_fingerprint(models / "student_base")
@@ -245,6 +257,7 @@ def main(config: DistillConfig) -> None:
                 f"hidden_loss_weight {config.hidden_loss_weight} needs student and teacher of one hidden size, not "
                 f"{student.config.hidden_size} and {teacher.model.config.hidden_size}: use --hidden_loss_weight 0"
             )
+        set_dropout(student, config.student_dropout)
         data = load_splits(teacher.tokenizer)
         distilled = name == "student_distilled"
         train(

@@ -41,6 +41,8 @@ from compactmind.training import (
     linear_decay_with_warmup,
     make_accelerator,
     make_optimizer,
+    matmul_precision,
+    set_dropout,
 )
 
 matplotlib.use("Agg")
@@ -71,6 +73,8 @@ def check(config: PruneConfig) -> None:
     for name in ("batch_size", "prune_every"):
         if getattr(config, name) < 1:
             raise CompactMindError(f"{name} {getattr(config, name)} is not at least 1: for example --{name} 16")
+    if not 0 <= config.dropout < 1:
+        raise CompactMindError(f"dropout {config.dropout} is not in [0, 1): for example --dropout 0.1")
     if not config.temperature > 0:
         raise CompactMindError(f"temperature {config.temperature:g} is not above 0: for example --temperature 2")
     if not 0 <= config.alpha <= 1:
@@ -137,9 +141,9 @@ def main(config: PruneConfig) -> None:
     stage = {
         "script": "2_prune_finetune.py",
         "config": config.relevant(
-            "profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio",
+            "profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio", "matmul_precision",
             "freeze_word_embeddings", "criterion", "target_sparsity", "round_to", "epochs", "prune_start_epoch",
-            "prune_end_epoch", "prune_every", "lr", "recovery_lr", "patience", "min_delta", "temperature", "alpha",
+            "prune_end_epoch", "prune_every", "dropout", "lr", "recovery_lr", "patience", "min_delta", "temperature", "alpha",
         ) | {"data": data_fingerprint(config.data_dir)},
         "inputs": {
             config.parent: weights_fingerprint(config.models_dir / config.parent),
@@ -166,6 +170,7 @@ def main(config: PruneConfig) -> None:
         del teacher
     if config.freeze_word_embeddings:
         freeze_word_embeddings(model)
+    set_dropout(model, config.dropout)
     set_seed(config.seed)
     masks = full_masks(model)
     dense_parameters, dense_shapes = prunable_parameters(model), layer_shapes(model)
@@ -210,6 +215,7 @@ def main(config: PruneConfig) -> None:
         masks = [LayerMask(heads, neurons) for heads, neurons in saved["masks"]]
         if difference is not None:
             model = compact(model, masks)
+            set_dropout(model, config.dropout)
         model.load_state_dict(saved["model"])
         accelerator.print(f"{config.output_dir}: going on after epoch {len(history)} of {config.epochs}")
     recovering = len(history) >= config.prune_end_epoch
@@ -236,41 +242,43 @@ def main(config: PruneConfig) -> None:
         set_seed(config.seed + epoch)  # a resumed run is the same run
         batches = accelerator.prepare(splits["train"].training_batches(config.batch_size, seed=config.seed + epoch))
         model.train()
-        for batch in batches:
-            with accelerator.autocast():
-                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-                targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
-                loss = distillation_loss(logits, targets, batch["labels"], config.temperature, config.alpha)
-            accelerator.backward(loss)
-            if difference is None:
-                scorer.observe()
-            accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            losses.append(loss.detach())
-            progress.update(
-                losses[-1].item(),
-                scheduler.get_last_lr()[0],
-                len(batch["labels"]) * accelerator.num_processes,
-                sparsity=sparsity,
-            )
+        with matmul_precision(config.matmul_precision):
+            for batch in batches:
+                with accelerator.autocast():
+                    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+                    targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
+                    loss = distillation_loss(logits, targets, batch["labels"], config.temperature, config.alpha)
+                accelerator.backward(loss)
+                if difference is None:
+                    scorer.observe()
+                accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                losses.append(loss.detach())
+                progress.update(
+                    losses[-1].item(),
+                    scheduler.get_last_lr()[0],
+                    len(batch["labels"]) * accelerator.num_processes,
+                    sparsity=sparsity,
+                )
 
-            # Masks: re-applied after every step, tightened every `prune_every` steps.
-            if phase == "pruning" and difference is None:
-                plain = accelerator.unwrap_model(model)
-                since = progress.step - 1 - begin_step
-                if since % config.prune_every == 0 and since > 0:
-                    due = cubic_sparsity(progress.step - 1, begin_step, last_event, config.target_sparsity)
-                    masks = choose_masks(plain, scorer.scores(), masks, due, config.round_to)
-                    sparsity = sparsity_of(plain, masks)
-                    scorer.reset()
-                apply_masks(plain, masks)
+                # Masks: re-applied after every step, tightened every `prune_every` steps.
+                if phase == "pruning" and difference is None:
+                    plain = accelerator.unwrap_model(model)
+                    since = progress.step - 1 - begin_step
+                    if since % config.prune_every == 0 and since > 0:
+                        due = cubic_sparsity(progress.step - 1, begin_step, last_event, config.target_sparsity)
+                        masks = choose_masks(plain, scorer.scores(), masks, due, config.round_to)
+                        sparsity = sparsity_of(plain, masks)
+                        scorer.reset()
+                    apply_masks(plain, masks)
 
         plain = accelerator.unwrap_model(model)
         if epoch == config.prune_end_epoch:
             plain, difference = compact_and_compare(plain, masks, splits["validation"], config.eval_batch_size)
             accelerator.free_memory()
+            set_dropout(plain, config.dropout)
             model = plain
             if epoch < config.epochs:
                 recovering = True

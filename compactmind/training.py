@@ -3,8 +3,10 @@
 The loops themselves stand in the numbered scripts.
 """
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,24 @@ def linear_decay_with_warmup(optimizer: torch.optim.Optimizer, warmup_steps: int
 def freeze_word_embeddings(model: nn.Module) -> None:
     """Stop, in place, the gradient of the word embedding table."""
     model.get_input_embeddings().weight.requires_grad_(False)
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Set, in place, the probability of every dropout layer, attention's included."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Multiply fp32 matrices at `precision` (highest, high, medium) inside the block, as before outside it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class TrainingState:
