@@ -35,7 +35,6 @@ from compactmind.training import (
     linear_decay_with_warmup,
     make_accelerator,
     make_optimizer,
-    matmul_precision,
     set_dropout,
 )
 
@@ -96,29 +95,28 @@ def train(
         set_seed(config.seed + epoch)  # batch order and dropout depend on the epoch alone: a resumed run is the same run
         batches = accelerator.prepare(train_set.training_batches(config.batch_size, seed=config.seed + epoch))
         model.train()
-        with matmul_precision(config.matmul_precision):
-            for batch in batches:
-                fraction = progress.step / total_steps
-                temperature = linear_anneal(config.temperature_start, config.temperature_end, fraction)
-                alpha = linear_anneal(config.alpha_start, config.alpha_end, fraction)
-                inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-                with accelerator.autocast():
-                    output = model(**inputs, output_hidden_states=use_hidden_loss)
-                    targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
-                    loss = distillation_loss(output.logits.float(), targets, batch["labels"], temperature, alpha)
-                    if use_hidden_loss:
-                        with torch.no_grad():
-                            states = teacher(**inputs, output_hidden_states=True).hidden_states
-                        loss = loss + config.hidden_loss_weight * hidden_state_loss(
-                            output.hidden_states, states, layer_map, batch["attention_mask"]
-                        )
-                accelerator.backward(loss)
-                accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-                losses.append(loss.detach())
-                progress.update(losses[-1].item(), scheduler.get_last_lr()[0], len(batch["labels"]) * accelerator.num_processes)
+        for batch in batches:
+            fraction = progress.step / total_steps
+            temperature = linear_anneal(config.temperature_start, config.temperature_end, fraction)
+            alpha = linear_anneal(config.alpha_start, config.alpha_end, fraction)
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            with accelerator.autocast():
+                output = model(**inputs, output_hidden_states=use_hidden_loss)
+                targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
+                loss = distillation_loss(output.logits.float(), targets, batch["labels"], temperature, alpha)
+                if use_hidden_loss:
+                    with torch.no_grad():
+                        states = teacher(**inputs, output_hidden_states=True).hidden_states
+                    loss = loss + config.hidden_loss_weight * hidden_state_loss(
+                        output.hidden_states, states, layer_map, batch["attention_mask"]
+                    )
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+            progress.update(losses[-1].item(), scheduler.get_last_lr()[0], len(batch["labels"]) * accelerator.num_processes)
 
         plain = accelerator.unwrap_model(model)
         accuracy = accuracy_of(predict_logits(plain, validation, config.eval_batch_size), validation.labels)
@@ -183,12 +181,12 @@ def main(config: DistillConfig) -> None:
     models = config.models_dir
 
     # What each output depends on: if none of it changed, the output is up to date.
-    shared = config.relevant("profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio", "matmul_precision",
+    shared = config.relevant("profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio",
                              "freeze_word_embeddings")  # fmt: skip
     shared["data"] = data_fingerprint(config.data_dir)
     teacher_stage = {
         "script": "1_distill.py",
-        "config": {**shared, **config.relevant("teacher_epochs", "teacher_lr", "frozen_teacher_layers")},
+        "config": {**shared, **config.relevant("teacher_epochs", "teacher_lr")},
         "inputs": {"teacher_base": weights_fingerprint(models / "teacher_base")},
     }
     splits = {}
@@ -208,13 +206,6 @@ def main(config: DistillConfig) -> None:
             models / "teacher_base", num_labels=len(LABELS), id2label=LABELS, label2id={v: k for k, v in LABELS.items()},
             dtype=torch.float32,
         )  # fmt: skip
-        if not 0 <= config.frozen_teacher_layers < model.config.num_hidden_layers:
-            raise CompactMindError(
-                f"frozen_teacher_layers {config.frozen_teacher_layers} is not in 0 to {model.config.num_hidden_layers - 1}"
-            )
-        if config.frozen_teacher_layers:  # embeddings too, or the gradient would still pass through the frozen layers
-            for module in (model.bert.embeddings, *model.bert.encoder.layer[: config.frozen_teacher_layers]):
-                module.requires_grad_(False)
         train("teacher", model, tokenizer, load_splits(tokenizer), config, accelerator, teacher_stage,
               epochs=config.teacher_epochs, lr=config.teacher_lr, parent="teacher_base")  # fmt: skip
     else:

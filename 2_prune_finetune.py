@@ -41,7 +41,6 @@ from compactmind.training import (
     linear_decay_with_warmup,
     make_accelerator,
     make_optimizer,
-    matmul_precision,
     set_dropout,
 )
 
@@ -141,7 +140,7 @@ def main(config: PruneConfig) -> None:
     stage = {
         "script": "2_prune_finetune.py",
         "config": config.relevant(
-            "profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio", "matmul_precision",
+            "profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio",
             "freeze_word_embeddings", "criterion", "target_sparsity", "round_to", "epochs", "prune_start_epoch",
             "prune_end_epoch", "prune_every", "dropout", "lr", "recovery_lr", "patience", "min_delta", "temperature", "alpha",
         ) | {"data": data_fingerprint(config.data_dir)},
@@ -242,37 +241,36 @@ def main(config: PruneConfig) -> None:
         set_seed(config.seed + epoch)  # a resumed run is the same run
         batches = accelerator.prepare(splits["train"].training_batches(config.batch_size, seed=config.seed + epoch))
         model.train()
-        with matmul_precision(config.matmul_precision):
-            for batch in batches:
-                with accelerator.autocast():
-                    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-                    targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
-                    loss = distillation_loss(logits, targets, batch["labels"], config.temperature, config.alpha)
-                accelerator.backward(loss)
-                if difference is None:
-                    scorer.observe()
-                accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-                losses.append(loss.detach())
-                progress.update(
-                    losses[-1].item(),
-                    scheduler.get_last_lr()[0],
-                    len(batch["labels"]) * accelerator.num_processes,
-                    sparsity=sparsity,
-                )
+        for batch in batches:
+            with accelerator.autocast():
+                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+                targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
+                loss = distillation_loss(logits, targets, batch["labels"], config.temperature, config.alpha)
+            accelerator.backward(loss)
+            if difference is None:
+                scorer.observe()
+            accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+            progress.update(
+                losses[-1].item(),
+                scheduler.get_last_lr()[0],
+                len(batch["labels"]) * accelerator.num_processes,
+                sparsity=sparsity,
+            )
 
-                # Masks: re-applied after every step, tightened every `prune_every` steps.
-                if phase == "pruning" and difference is None:
-                    plain = accelerator.unwrap_model(model)
-                    since = progress.step - 1 - begin_step
-                    if since % config.prune_every == 0 and since > 0:
-                        due = cubic_sparsity(progress.step - 1, begin_step, last_event, config.target_sparsity)
-                        masks = choose_masks(plain, scorer.scores(), masks, due, config.round_to)
-                        sparsity = sparsity_of(plain, masks)
-                        scorer.reset()
-                    apply_masks(plain, masks)
+            # Masks: re-applied after every step, tightened every `prune_every` steps.
+            if phase == "pruning" and difference is None:
+                plain = accelerator.unwrap_model(model)
+                since = progress.step - 1 - begin_step
+                if since % config.prune_every == 0 and since > 0:
+                    due = cubic_sparsity(progress.step - 1, begin_step, last_event, config.target_sparsity)
+                    masks = choose_masks(plain, scorer.scores(), masks, due, config.round_to)
+                    sparsity = sparsity_of(plain, masks)
+                    scorer.reset()
+                apply_masks(plain, masks)
 
         plain = accelerator.unwrap_model(model)
         if epoch == config.prune_end_epoch:

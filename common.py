@@ -79,9 +79,6 @@ class EncoderConfig(StageConfig):
     """Gradients are clipped to this global norm."""
     warmup_ratio: float = 0.06
     """Share of the optimizer steps over which the learning rate rises from 0."""
-    matmul_precision: Literal["highest", "high", "medium"] = "medium"
-    """Of fp32 matrix products while training (torch.set_float32_matmul_precision): medium lets CPUs with bf16 instructions
-    and GPUs with tensor cores multiply in bf16 and TF32 and add in fp32. Evaluation and checks always use highest."""
     freeze_word_embeddings: bool = True
     """Keep the word embedding table fixed: two thirds of a small encoder, and nothing to gain from 7k sentences."""
     log_every: int = 50
@@ -94,8 +91,6 @@ class DistillConfig(EncoderConfig):
     """Passes over the training sentences for the teacher (2 to 4)."""
     teacher_lr: float = 5e-5
     """Peak learning rate of the teacher (2e-5 to 1e-4; small encoders take more)."""
-    frozen_teacher_layers: int = 2
-    """Lowest teacher layers that keep their pretrained weights: they hold syntax, not sentiment, and their backward pass costs."""
     student_epochs: int = 3
     """Passes for each student: the control and the distilled one get the same."""
     student_lr: float = 1e-4
@@ -195,7 +190,6 @@ PROFILES: dict[str, dict[str, dict]] = {
         "DistillConfig": {
             "max_length": 128, "freeze_word_embeddings": False,
             "teacher_epochs": 3,
-            "frozen_teacher_layers": 0,
             "student_dropout": 0.1, "teacher_lr": 2e-5, "student_epochs": 5, "student_lr": 5e-5,
         },
         "PruneConfig": {
