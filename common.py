@@ -91,7 +91,7 @@ class DistillConfig(EncoderConfig):
     """Passes over the training sentences for the teacher (2 to 4)."""
     teacher_lr: float = 5e-5
     """Peak learning rate of the teacher (2e-5 to 1e-4; small encoders take more)."""
-    student_epochs: int = 3
+    student_epochs: int = 2
     """Passes for each student: the control and the distilled one get the same."""
     student_lr: float = 1e-4
     """Peak learning rate of the students."""
