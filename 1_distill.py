@@ -223,7 +223,8 @@ def main(config: DistillConfig) -> None:
         "student_finetuned": {"script": "1_distill.py", "config": student_config, "inputs": inputs},
         "student_distilled": {"script": "1_distill.py", "config": {**student_config, **distill_config}, "inputs": inputs},
     }
-    for name, stage in stages.items():
+    for name in config.students:
+        stage = stages[name]
         if not config.force and is_up_to_date(models / name, stage):
             accelerator.print(f"{models / name} is up to date: skipped (--force True trains it again)")
             continue
@@ -260,8 +261,9 @@ def main(config: DistillConfig) -> None:
             layer_map=matching_layers(teacher_layers, layer_map),
         )  # fmt: skip
 
-    control, distilled = (read_manifest(models / name)["metrics"]["validation_accuracy"] for name in stages)
-    accelerator.print(f"validation accuracy: control {control:.2%}, distilled {distilled:.2%} ({distilled - control:+.2%})")
+    if all(name in config.students for name in stages):
+        control, distilled = (read_manifest(models / name)["metrics"]["validation_accuracy"] for name in stages)
+        accelerator.print(f"validation accuracy: control {control:.2%}, distilled {distilled:.2%} ({distilled - control:+.2%})")
 
 
 if __name__ == "__main__":

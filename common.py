@@ -91,7 +91,9 @@ class DistillConfig(EncoderConfig):
     """Passes over the training sentences for the teacher (2 to 4)."""
     teacher_lr: float = 5e-5
     """Peak learning rate of the teacher (2e-5 to 1e-4; small encoders take more)."""
-    student_epochs: int = 2
+    students: tuple[Literal["student_finetuned", "student_distilled"], ...] = ("student_finetuned", "student_distilled")
+    """Which students to train: the control without distillation, the distilled one, or both."""
+    student_epochs: int = 3
     """Passes for each student: the control and the distilled one get the same."""
     student_lr: float = 1e-4
     """Peak learning rate of the students."""
@@ -157,7 +159,7 @@ class QuantizeConfig(StageConfig):
     """nf4: bitsandbytes 4-bit NormalFloat. int8: bitsandbytes LLM.int8(), the fallback when 4 bits cost too much."""
     double_quantization: bool = True
     """nf4: quantize the block scales too (0.37 bit per weight less)."""
-    calibration_sentences: int = 256
+    calibration_sentences: int = 128
     """nf4: training sentences on which rounding errors are compensated (GPTQ); 0 = round to nearest."""
     half_precision_embeddings: bool = True
     """Store embedding tables in fp16: they are two thirds of a small encoder and 4-bit kernels do not touch them."""
@@ -177,7 +179,7 @@ class ReportConfig(StageConfig):
     """Sequence length of GFLOPs and latency, in tokens."""
     latency_batches: tuple[int, ...] = (1, 32)
     """Batch sizes of the latency measurement."""
-    latency_repeats: int = 7
+    latency_repeats: int = 6
     """Timed rounds per batch size, after warm-up; all models take turns within a round."""
     reference: str = "student_distilled"
     """The row every other row is compared with (McNemar, speed-up)."""
