@@ -5,7 +5,7 @@ Reads: models/*, sst2_data/test.jsonl           (the test split is used here and
 Writes: results/final_report.json               everything measured, with protocols, environment and goals
         results/final_report.png                accuracy against GFLOPs, point size by bytes
         results/model_comparison.{csv,png,pdf}  accuracy, inference time, load time, size
-Time:  about a minute and a half on 2 CPU cores for six models.
+Time:  about two minutes on 2 CPU cores for six models.
 
 A stage that has not run is a row that names the command to run; it never breaks the report. Definitions of the metrics:
 compactmind/evaluation/accuracy.py and cost.py.
