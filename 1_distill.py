@@ -30,6 +30,7 @@ from compactmind.methods.distillation.teacher_logits import cached_teacher_logit
 from compactmind.training import (
     Progress,
     TrainingState,
+    WeightAverage,
     cpu_copy,
     freeze_word_embeddings,
     linear_decay_with_warmup,
@@ -63,15 +64,13 @@ def train(
     teacher: torch.nn.Module | None = None,
     layer_map: list[int] | None = None,
 ) -> None:
-    """Train one classifier, keep its best epoch by validation accuracy, and save it as models/<name>.
+    """Train one classifier, keep the averaged weights of its best epoch by validation accuracy, and save it as models/<name>.
 
     With `teacher_logits` (one row per training sentence) the loss is distillation; `teacher` and `layer_map` are needed
     for the hidden-state loss only.
     """
     directory = config.models_dir / name
     train_set, validation = splits["train"], splits["validation"]
-    if config.freeze_word_embeddings:
-        freeze_word_embeddings(model)
     optimizer = make_optimizer(model, lr, config.weight_decay)
     steps_per_epoch = math.ceil(len(train_set) / (config.batch_size * accelerator.num_processes))
     total_steps = epochs * steps_per_epoch
@@ -87,6 +86,10 @@ def train(
         history, best_accuracy, best_weights = saved["history"], saved["best_accuracy"], saved["best_weights"]
         accelerator.print(f"{name}: going on after epoch {len(history)} of {epochs}")
     model, optimizer = accelerator.prepare(model, optimizer)
+    plain = accelerator.unwrap_model(model)
+    average = WeightAverage(plain, decay=1 - 1 / max(1, config.average_share * total_steps))
+    if saved:
+        average.load_state_dict(saved["average"])
     use_hidden_loss = teacher is not None and config.hidden_loss_weight > 0
 
     progress = Progress(name, total_steps, config.log_every, len(history) * steps_per_epoch, accelerator.is_main_process)
@@ -115,11 +118,14 @@ def train(
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
+            average.update(plain)
             losses.append(loss.detach())
             progress.update(losses[-1].item(), scheduler.get_last_lr()[0], len(batch["labels"]) * accelerator.num_processes)
 
-        plain = accelerator.unwrap_model(model)
-        accuracy = accuracy_of(predict_logits(plain, validation, config.eval_batch_size), validation.labels)
+        with average.applied_to(plain):
+            accuracy = accuracy_of(predict_logits(plain, validation, config.eval_batch_size), validation.labels)
+            if accuracy > best_accuracy:
+                best_accuracy, best_weights = accuracy, cpu_copy(plain.state_dict())
         history.append(
             {
                 "epoch": epoch,
@@ -137,16 +143,13 @@ def train(
             f"{name:<18} epoch {epoch}/{epochs} | loss {history[-1]['loss']:7.4f} | "
             f"validation accuracy {accuracy:6.2%} | {history[-1]['seconds']:.0f} s"
         )
-        if accuracy > best_accuracy:
-            best_accuracy, best_weights = accuracy, cpu_copy(plain.state_dict())
         if accelerator.is_main_process:
             resume.save(
-                model=plain.state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
-                history=history, best_accuracy=best_accuracy, best_weights=best_weights,
+                model=plain.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict(),
+                scheduler=scheduler.state_dict(), history=history, best_accuracy=best_accuracy, best_weights=best_weights,
             )  # fmt: skip
     progress.close()
 
-    plain = accelerator.unwrap_model(model)
     plain.load_state_dict(best_weights)
     if accelerator.is_main_process:
         save_checkpoint(
@@ -168,9 +171,10 @@ def check(config: DistillConfig) -> None:
     for name in ("temperature_start", "temperature_end", "teacher_lr", "student_lr"):
         if not getattr(config, name) > 0:
             raise CompactMindError(f"{name} {getattr(config, name)} is not above 0")
-    if not 0 <= config.student_dropout < 1:
-        raise CompactMindError(f"student_dropout {config.student_dropout} is not in [0, 1): for example --student_dropout 0.1")
-    for name in ("alpha_start", "alpha_end"):
+    for name in ("teacher_dropout", "student_dropout"):
+        if not 0 <= getattr(config, name) < 1:
+            raise CompactMindError(f"{name} {getattr(config, name)} is not in [0, 1): for example --{name} 0.1")
+    for name in ("alpha_start", "alpha_end", "average_share"):
         if not 0 <= getattr(config, name) <= 1:
             raise CompactMindError(f"{name} {getattr(config, name)} is not in [0, 1]: for example --{name} 0.5")
 
@@ -182,11 +186,11 @@ def main(config: DistillConfig) -> None:
 
     # What each output depends on: if none of it changed, the output is up to date.
     shared = config.relevant("profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio",
-                             "freeze_word_embeddings")  # fmt: skip
+                             "average_share")  # fmt: skip
     shared["data"] = data_fingerprint(config.data_dir)
     teacher_stage = {
         "script": "1_distill.py",
-        "config": {**shared, **config.relevant("teacher_epochs", "teacher_lr")},
+        "config": {**shared, **config.relevant("teacher_epochs", "teacher_lr", "teacher_dropout")},
         "inputs": {"teacher_base": weights_fingerprint(models / "teacher_base")},
     }
     splits = {}
@@ -206,13 +210,14 @@ def main(config: DistillConfig) -> None:
             models / "teacher_base", num_labels=len(LABELS), id2label=LABELS, label2id={v: k for k, v in LABELS.items()},
             dtype=torch.float32,
         )  # fmt: skip
+        set_dropout(model, config.teacher_dropout)
         train("teacher", model, tokenizer, load_splits(tokenizer), config, accelerator, teacher_stage,
               epochs=config.teacher_epochs, lr=config.teacher_lr, parent="teacher_base")  # fmt: skip
     else:
         accelerator.print(f"{models / 'teacher'} is up to date: skipped (--force True trains it again)")
 
     # ---- students
-    student_config = {**shared, **config.relevant("student_epochs", "student_lr", "student_dropout")}
+    student_config = {**shared, **config.relevant("student_epochs", "student_lr", "student_dropout", "freeze_word_embeddings")}
     inputs = {"teacher": weights_fingerprint(models / "teacher")}
     if (models / "student_base").exists():
         inputs["student_base"] = weights_fingerprint(models / "student_base")
@@ -250,6 +255,8 @@ def main(config: DistillConfig) -> None:
                 f"{student.config.hidden_size} and {teacher.model.config.hidden_size}: use --hidden_loss_weight 0"
             )
         set_dropout(student, config.student_dropout)
+        if config.freeze_word_embeddings:
+            freeze_word_embeddings(student)
         data = load_splits(teacher.tokenizer)
         distilled = name == "student_distilled"
         train(

@@ -5,6 +5,8 @@ The loops themselves stand in the numbered scripts.
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,54 @@ def set_dropout(model: nn.Module, probability: float) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability
+
+
+class WeightAverage:
+    """Exponential moving average of a model's trainable weights, to be evaluated and kept instead of the last step's.
+
+    The average of the steps generalises better than any one of them (Polyak & Juditsky 1992, https://doi.org/10.1137/0330046; with
+    exponential weights Tarvainen & Valpola 2017, https://arxiv.org/abs/1703.01780), and it does not matter which step was the
+    last. The first steps count less: the decay is min(decay, step / (step + 10)). With decay 0 it is the model itself.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay, self.step = decay, 0
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take the weights of one more optimizer step into the average."""
+        self.step += 1
+        decay = min(self.decay, self.step / (self.step + 10))
+        parameters = dict(model.named_parameters())
+        for name, average in self.weights.items():
+            average.lerp_(parameters[name], 1 - decay)
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Inside the `with` block the model has the averaged weights, afterwards its own again."""
+        self._exchange(model)
+        try:
+            yield
+        finally:
+            self._exchange(model)
+
+    @torch.no_grad()
+    def _exchange(self, model: nn.Module) -> None:
+        parameters = dict(model.named_parameters())
+        for name, average in self.weights.items():
+            own = parameters[name].clone()
+            parameters[name].copy_(average)
+            average.copy_(own)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; the weights go to the device of the current ones."""
+        self.step = state["step"]
+        for name, average in self.weights.items():
+            average.copy_(state["weights"][name])
 
 
 class TrainingState:

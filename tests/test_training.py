@@ -11,6 +11,7 @@ import compactmind.training
 from compactmind.training import (
     Progress,
     TrainingState,
+    WeightAverage,
     clock,
     cpu_copy,
     freeze_word_embeddings,
@@ -162,3 +163,60 @@ def test_a_process_that_is_not_the_main_one_is_silent(capsys):
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (9.9, "0:09"), (75, "1:15"), (3600, "1:00:00"), (7384, "2:03:04")])
 def test_clock(seconds, shown):
     assert clock(seconds) == shown
+
+
+# ------------------------------------------------------------------------------------------------------- averaged weights
+def linear_with_weight(value: float) -> torch.nn.Linear:
+    layer = torch.nn.Linear(3, 2)
+    torch.nn.init.constant_(layer.weight, value)
+    return layer
+
+
+def test_the_average_follows_the_exponential_formula_after_a_faster_start():
+    layer = linear_with_weight(0.0)
+    average, expected = WeightAverage(layer, decay=0.2), 0.0
+    for step, value in enumerate((1.0, 5.0, -2.0, 4.0, 8.0), start=1):
+        torch.nn.init.constant_(layer.weight, value)
+        average.update(layer)
+        decay = min(0.2, step / (step + 10))
+        expected = decay * expected + (1 - decay) * value
+    assert average.weights["weight"].unique().item() == pytest.approx(expected)
+
+
+def test_averaged_weights_are_there_inside_the_block_and_gone_after_it_also_after_an_error():
+    layer = linear_with_weight(2.0)
+    average = WeightAverage(layer, decay=0.9)
+    torch.nn.init.constant_(layer.weight, 6.0)
+    with pytest.raises(KeyError), average.applied_to(layer):
+        assert layer.weight.unique().item() == 2.0
+        raise KeyError
+    assert layer.weight.unique().item() == 6.0
+    assert average.weights["weight"].unique().item() == 2.0
+
+
+def test_without_decay_the_average_is_the_model_itself():
+    layer = linear_with_weight(0.0)
+    average = WeightAverage(layer, decay=0.0)
+    torch.nn.init.constant_(layer.weight, 3.0)
+    average.update(layer)
+    assert torch.equal(average.weights["weight"], layer.weight)
+
+
+def test_frozen_weights_are_left_out_of_the_average():
+    layer = linear_with_weight(1.0)
+    layer.bias.requires_grad_(False)
+    assert set(WeightAverage(layer, decay=0.9).weights) == {"weight"}
+
+
+def test_a_restored_average_goes_on_as_if_never_interrupted():
+    layer = linear_with_weight(0.0)
+    whole, first = WeightAverage(layer, decay=0.5), WeightAverage(layer, decay=0.5)
+    torch.nn.init.constant_(layer.weight, 1.0)
+    whole.update(layer)
+    first.update(layer)
+    second = WeightAverage(linear_with_weight(7.0), decay=0.5)
+    second.load_state_dict(first.state_dict())
+    torch.nn.init.constant_(layer.weight, 4.0)
+    whole.update(layer)
+    second.update(layer)
+    assert torch.equal(whole.weights["weight"], second.weights["weight"])
