@@ -27,6 +27,7 @@ from compactmind.methods.distillation.schedules import linear_anneal
 from compactmind.methods.distillation.soft_targets import distillation_loss, hidden_state_loss
 from compactmind.methods.distillation.student import alternate_layers, matching_layers, student_from_teacher
 from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
+from compactmind.methods.first_token import read_all_tokens, read_first_token_only
 from compactmind.training import (
     Progress,
     TrainingState,
@@ -71,6 +72,9 @@ def train(
     """
     directory = config.models_dir / name
     train_set, validation = splits["train"], splits["validation"]
+    use_hidden_loss = teacher is not None and config.hidden_loss_weight > 0
+    if not use_hidden_loss:
+        read_first_token_only(model)
     optimizer = make_optimizer(model, lr, config.weight_decay)
     steps_per_epoch = math.ceil(len(train_set) / (config.batch_size * accelerator.num_processes))
     total_steps = epochs * steps_per_epoch
@@ -90,7 +94,6 @@ def train(
     average = WeightAverage(plain, decay=1 - 1 / max(1, config.average_share * total_steps))
     if saved:
         average.load_state_dict(saved["average"])
-    use_hidden_loss = teacher is not None and config.hidden_loss_weight > 0
 
     progress = Progress(name, total_steps, config.log_every, len(history) * steps_per_epoch, accelerator.is_main_process)
     for epoch in range(len(history) + 1, epochs + 1):
@@ -151,6 +154,7 @@ def train(
     progress.close()
 
     plain.load_state_dict(best_weights)
+    read_all_tokens(plain)
     if accelerator.is_main_process:
         save_checkpoint(
             directory, plain, tokenizer, kind="dense", parent=parent, stage=stage, history=history,

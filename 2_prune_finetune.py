@@ -29,6 +29,7 @@ from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import accuracy_of, predict_logits
 from compactmind.methods.distillation.soft_targets import distillation_loss
 from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
+from compactmind.methods.first_token import read_all_tokens, read_first_token_only
 from compactmind.methods.pruning.encoder import layer_shapes
 from compactmind.methods.pruning.importance import CRITERIA, ImportanceScorer, LayerScores, prunable_parameters
 from compactmind.methods.pruning.masks import LayerMask, apply_masks, choose_masks, compact, full_masks, sparsity_of
@@ -170,6 +171,7 @@ def main(config: PruneConfig) -> None:
     if config.freeze_word_embeddings:
         freeze_word_embeddings(model)
     set_dropout(model, config.dropout)
+    read_first_token_only(model)
     set_seed(config.seed)
     masks = full_masks(model)
     dense_parameters, dense_shapes = prunable_parameters(model), layer_shapes(model)
@@ -216,6 +218,7 @@ def main(config: PruneConfig) -> None:
             model = compact(model, masks)
             set_dropout(model, config.dropout)
         model.load_state_dict(saved["model"])
+        read_first_token_only(model)
         accelerator.print(f"{config.output_dir}: going on after epoch {len(history)} of {config.epochs}")
     recovering = len(history) >= config.prune_end_epoch
     optimizer, scheduler = start_phase(recovering)
@@ -277,6 +280,7 @@ def main(config: PruneConfig) -> None:
             plain, difference = compact_and_compare(plain, masks, splits["validation"], config.eval_batch_size)
             accelerator.free_memory()
             set_dropout(plain, config.dropout)
+            read_first_token_only(plain)
             model = plain
             if epoch < config.epochs:
                 recovering = True
@@ -320,6 +324,7 @@ def main(config: PruneConfig) -> None:
     # ---- save
     plain = accelerator.unwrap_model(model)
     plain.load_state_dict(best["weights"])
+    read_all_tokens(plain)
     if not accelerator.is_main_process:
         return
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")

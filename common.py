@@ -164,7 +164,7 @@ class QuantizeConfig(StageConfig):
     """nf4: bitsandbytes 4-bit NormalFloat. int8: bitsandbytes LLM.int8(), the fallback when 4 bits cost too much."""
     double_quantization: bool = True
     """nf4: quantize the block scales too (0.37 bit per weight less)."""
-    calibration_sentences: int = 128
+    calibration_sentences: int = 256
     """nf4: training sentences on which rounding errors are compensated (GPTQ); 0 = round to nearest."""
     half_precision_embeddings: bool = True
     """Store embedding tables in fp16: they are two thirds of a small encoder and 4-bit kernels do not touch them."""

@@ -469,6 +469,6 @@ def test_a_shell_sees_the_message_and_nothing_else(copy):
 @pytest.mark.parametrize("name", ["download_model.py", "1_distill.py", "2_prune_finetune.py"])
 def test_unknown_profiles_and_flags_are_refused_by_every_stage(copy, run_here, name):
     status, output = run_here(name, "--profile", "huge", cwd=copy)
-    assert status == 1 and "unknown profile 'huge'" in output and "embedded, paper, smoke" in output
+    assert status == 1 and "unknown profile 'huge'" in output and "embedded, sst2, paper, smoke" in output
     status, output = run_here(name, "--no_such_flag", 1, cwd=copy)
     assert status == 2 and "no_such_flag" in output

@@ -15,6 +15,7 @@ from compactmind.checkpoint import weights_fingerprint
 from compactmind.data import EncodedSentences
 from compactmind.evaluation.accuracy import predict_logits
 from compactmind.files import explain_full_disk
+from compactmind.methods.first_token import read_all_tokens, read_first_token_only
 
 
 def cached_teacher_logits(
@@ -36,7 +37,9 @@ def cached_teacher_logits(
     with accelerator.main_process_first():
         if not path.is_file():
             accelerator.print(f"computing the teacher's logits of {len(sentences)} sentences once ...")
+            read_first_token_only(teacher)
             logits = predict_logits(teacher, sentences, batch_size)
+            read_all_tokens(teacher)
             if accelerator.is_main_process:
                 for stale in cache_directory.glob(".teacher_logits_*.safetensors"):
                     stale.unlink()

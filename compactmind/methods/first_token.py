@@ -1,0 +1,72 @@
+"""Compute the last encoder block only where its output is read: at the first token, which is all a classifier looks at.
+
+The queries, the output projection and the whole FFN of the last block are needed for one token of each sentence instead of all
+of them; keys and values still come from every token. Logits and gradients are those of the ordinary forward pass (to rounding),
+at up to 5/6 of one block less work: 28% of a three-layer student's training step. It is for training and for scoring
+many sentences; the models themselves, their files and everything measured about them stay as they are.
+"""
+
+import types
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def read_first_token_only(model: PreTrainedModel) -> None:
+    """Make, in place, the last block of a BERT or DistilBERT classifier return its first token alone, (batch, 1, hidden_size).
+
+    `read_all_tokens` undoes it. The last entry of `hidden_states` has one token then. Raises TypeError for other models.
+    """
+    layer, forward = _last_layer(model)
+    layer.forward = types.MethodType(forward, layer)  # a bound method: a deep copy of the model binds it to the copy
+
+
+def read_all_tokens(model: PreTrainedModel) -> None:
+    """Give, in place, the last block its ordinary forward pass back."""
+    _last_layer(model)[0].__dict__.pop("forward", None)
+
+
+def _last_layer(model: PreTrainedModel) -> tuple[nn.Module, types.FunctionType]:
+    base = model.base_model
+    if base.config.model_type in ("bert", "pruned_bert"):
+        return base.encoder.layer[-1], _bert_layer
+    if base.config.model_type in ("distilbert", "pruned_distilbert"):
+        return base.transformer.layer[-1], _distilbert_layer
+    raise TypeError(f"no classifier on the first token is known for model type {base.config.model_type!r}")
+
+
+def _bert_layer(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *_, **__) -> torch.Tensor:
+    own = self.attention.self
+    context = _attention(own.query, own.key, own.value, own.attention_head_size, own.dropout, hidden_states, attention_mask)
+    return self.feed_forward_chunk(self.attention.output(context, hidden_states[:, :1]))
+
+
+def _distilbert_layer(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *_, **__) -> torch.Tensor:
+    own = self.attention
+    context = _attention(own.q_lin, own.k_lin, own.v_lin, own.attention_head_size, own.dropout, hidden_states, attention_mask)
+    attended = self.sa_layer_norm(own.out_lin(context) + hidden_states[:, :1])
+    return self.output_layer_norm(self.ffn(attended) + attended)
+
+
+def _attention(
+    query: nn.Linear,
+    key: nn.Linear,
+    value: nn.Linear,
+    head_dim: int,
+    dropout: nn.Dropout,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return what the first token attends to, (batch, 1, heads * head_dim).
+
+    `attention_mask`: (batch, 1, queries, tokens) as transformers makes it (boolean or additive), or None.
+    """
+    heads = [
+        linear(states).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+        for linear, states in ((query, hidden_states[:, :1]), (key, hidden_states), (value, hidden_states))
+    ]
+    mask = None if attention_mask is None else attention_mask[:, :, :1]
+    context = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout.p if dropout.training else 0.0)
+    return context.transpose(1, 2).flatten(2)
