@@ -29,6 +29,7 @@ from compactmind.evaluation.accuracy import predict_logits  # noqa: E402
 from compactmind.files import write_json_atomically  # noqa: E402
 from compactmind.methods.distillation.soft_targets import distillation_loss  # noqa: E402
 from compactmind.methods.distillation.student import alternate_layers, student_from_teacher  # noqa: E402
+from compactmind.methods.first_token import read_all_tokens, read_first_token_only  # noqa: E402
 from compactmind.training import freeze_word_embeddings, make_optimizer  # noqa: E402
 
 ROUNDS = 7
@@ -49,6 +50,7 @@ class Variant:
     cached_teacher: bool = False
     fused_adamw: bool = False
     frozen_embeddings: bool = False
+    first_token: bool = False
 
 
 VARIANTS = (
@@ -57,7 +59,8 @@ VARIANTS = (
     Variant("+ batches of similar length", True, True),
     Variant("+ teacher logits computed once", True, True, True),
     Variant("+ fused AdamW", True, True, True, True),
-    Variant("+ word embeddings frozen = 1_distill.py", True, True, True, True, True),
+    Variant("+ word embeddings frozen", True, True, True, True, True),
+    Variant("+ last block for the first token only = 1_distill.py", True, True, True, True, True, True),
 )
 
 
@@ -69,6 +72,8 @@ class Trainer:
         self.sentences, self.logits, self.config = sentences, logits, config
         if variant.frozen_embeddings:
             freeze_word_embeddings(self.student)
+        if variant.first_token:
+            read_first_token_only(self.student)
         self.optimizer = (
             make_optimizer(self.student, config.student_lr, config.weight_decay)
             if variant.fused_adamw
@@ -116,9 +121,11 @@ class Trainer:
 def main(config: DistillConfig) -> None:
     teacher = load_checkpoint(config.models_dir / "teacher")
     sentences = EncodedSentences(teacher.tokenizer, load_split(config.data_dir, "train"), config.max_length)
+    read_first_token_only(teacher.model)
     started = time.perf_counter()
     logits = predict_logits(teacher.model, sentences, config.eval_batch_size)
     once = time.perf_counter() - started
+    read_all_tokens(teacher.model)
     layers = alternate_layers(teacher.model.config.num_hidden_layers, config.student_layers)
     student = student_from_teacher(teacher.model, layers)
     trainers = [Trainer(variant, teacher.model, student, sentences, logits, config) for variant in VARIANTS]
