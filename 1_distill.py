@@ -7,7 +7,7 @@ Reads: models/teacher_base, models/student_base if there is one, sst2_data/{trai
 Writes: models/teacher            the teacher, fine-tuned on the labels
         models/student_finetuned  the student trained on the labels alone: the control
         models/student_distilled  the same student trained on the teacher's soft targets and the labels
-Time:  about 10 minutes on 2 CPU cores (embedded profile). A killed run goes on at its last epoch.
+Time:  about 8 minutes on 2 CPU cores (embedded profile). A killed run goes on at its last epoch.
 """
 
 import math

@@ -5,7 +5,7 @@ Run:   python 2_prune_finetune.py               (after python 1_distill.py; ever
        python 2_prune_finetune.py --criterion l2 --target_sparsity 0.5 --output_dir student_l2_50    (side by side)
 Reads: models/student_distilled, models/teacher (its logits, cached), sst2_data/{train,validation}.jsonl
 Writes: models/student_pruned with training_history.json, results/student_pruned_history.png
-Time:  about 2.5 minutes on 2 CPU cores (embedded profile). A killed run goes on at its last epoch.
+Time:  about 2 minutes on 2 CPU cores (embedded profile). A killed run goes on at its last epoch.
 
 Phases, epoch by epoch: warm-up (all structures) -> pruning (every `prune_every` steps the least important structures are
 masked; masks are enforced after every step) -> recovery. The masked model is compacted as soon as its last structure is
