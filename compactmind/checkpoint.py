@@ -23,9 +23,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from compactmind import __version__
 from compactmind.errors import CompactMindError
 from compactmind.files import recover_directory, replace_directory, sha256_of, write_json_atomically
+from compactmind.methods.llama import is_llama, llama_shapes
 from compactmind.methods.pruning import modeling_pruned_encoder
 from compactmind.methods.pruning.encoder import layer_shapes
 from compactmind.methods.quantization.packed_model import QUANTIZED_KINDS, load_quantized
+from compactmind.methods.quantization.w8a8_linear import W8A8Linear
+from compactmind.methods.quantization.w8a8_model import load_w8a8
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -40,11 +43,14 @@ MADE_BY = {
     "student_pruned": "python 2_prune_finetune.py",
     "student_distilled_nf4": "python 3_quantize.py",
     "student_pruned_nf4": "python 3_quantize.py",
+    "llama": "python download_model.py",
+    "llama_w8a8": "python 4_smoothquant_llama.py",
+    "llama_w8a8_naive": "python 4_smoothquant_llama.py",
 }
 """Checkpoint name -> the command that makes it: for error messages and for the rows of a report that have not run."""
 
-KINDS = ("dense", "pruned", *QUANTIZED_KINDS)
-"""What a loader has to know about the weights: of one width, of per-layer widths, or packed."""
+KINDS = ("dense", "pruned", *QUANTIZED_KINDS, "w8a8")
+"""What a loader has to know about the weights: of one width, of per-layer widths, packed, or int8 in and out."""
 
 
 @dataclass
@@ -118,16 +124,18 @@ def save_checkpoint(
     quantization: dict[str, Any] | None = None,
     data_fingerprint: str | None = None,
     extra: dict[str, Any] | None = None,
+    dtype: str = "float32",
 ) -> None:
     """Write a checkpoint, replacing an older one only when the new one is whole.
 
     `stage` records script, config and input fingerprints (`is_up_to_date` compares it); `history` becomes
-    training_history.json; `extra` adds keys to the manifest. Raises CompactMindError when the disk is full.
+    training_history.json; `extra` adds keys to the manifest; `dtype` is what the configuration says the model computes in.
+    Raises CompactMindError when the disk is full.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}, expected one of {', '.join(KINDS)}")
     directory = Path(directory)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in _without_tied_copies(model.state_dict()).items()}
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     config = model.config
     if isinstance(config, (modeling_pruned_encoder.PrunedBertConfig, modeling_pruned_encoder.PrunedDistilBertConfig)):
@@ -137,7 +145,7 @@ def save_checkpoint(
             "AutoModelForSequenceClassification": f"{module.stem}.{type(model).__name__}",
         }
     config.architectures = [type(model).__name__]
-    config.dtype = "float32"  # what is computed in; half-precision tables in the file are storage
+    config.dtype = dtype  # what is computed in; half-precision tables in the file may be storage only
     with replace_directory(directory, needed_bytes=weight_bytes + 5_000_000) as temporary:
         config.save_pretrained(temporary)
         if hasattr(config, "auto_map"):
@@ -154,7 +162,7 @@ def save_checkpoint(
             "parent": parent,
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "parameters": parameters_before_packing(model),
-            "layers": layer_shapes(model),
+            "layers": llama_shapes(model) if is_llama(model) else layer_shapes(model),
             "quantization": quantization,
             "stage": stage,
             "metrics": metrics or {},
@@ -166,10 +174,25 @@ def save_checkpoint(
         write_json_atomically(temporary / MANIFEST, manifest)
 
 
-def load_checkpoint(directory: Path | str, device: str | torch.device = "cpu") -> Checkpoint:
+def _without_tied_copies(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the state dict without tensors that are another one's memory (a head tied to the embeddings)."""
+    seen: set[tuple[int, torch.Size]] = set()
+    kept = {}
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() == 0 or place not in seen:
+            kept[name] = tensor
+        seen.add(place)
+    return kept
+
+
+def load_checkpoint(
+    directory: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Checkpoint:
     """Load any checkpoint of this project, strictly: a missing, unexpected or misshapen tensor is an error.
 
-    Returns the model on `device` in evaluation mode, its tokenizer and manifest. Raises CompactMindError.
+    Returns the model on `device` in evaluation mode, its tokenizer and manifest; weights that are not packed are of `dtype`.
+    Raises CompactMindError.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
@@ -182,8 +205,10 @@ def load_checkpoint(directory: Path | str, device: str | torch.device = "cpu") -
     try:
         if manifest["kind"] in QUANTIZED_KINDS:
             model = load_quantized(directory / WEIGHTS, model_class, manifest["quantization"], device)
+        elif manifest["kind"] == "w8a8":
+            model = load_w8a8(directory / WEIGHTS, model_class, manifest["quantization"], dtype)
         else:
-            model, report = model_class.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+            model, report = model_class.from_pretrained(directory, dtype=dtype, output_loading_info=True)
             problems = {key: sorted(map(str, names)) for key, names in report.items() if names}
             if problems:
                 raise ValueError(f"the tensors of {WEIGHTS} do not fit {architecture}: {problems}")
@@ -199,6 +224,7 @@ def load_checkpoint(directory: Path | str, device: str | torch.device = "cpu") -
 def parameters_before_packing(model: torch.nn.Module) -> int:
     """Count parameters as weights, not as storage: a 4-bit linear counts in_features x out_features (+ bias)."""
     count = sum(parameter.numel() for parameter in model.parameters())
+    count += sum(module.weight.numel() for module in model.modules() if isinstance(module, W8A8Linear))
     for module in model.modules():
         if hasattr(module, "in_features") and getattr(module.weight, "quant_state", None) is not None:
             count += module.in_features * module.out_features - module.weight.numel()

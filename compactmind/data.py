@@ -43,7 +43,7 @@ def read_labelled_sentences(path: Path) -> list[Sentence]:
         raise CompactMindError(f"{path} not found: run `python download_model.py` first")
     try:
         if path.suffix == ".jsonl":
-            rows = _read_json_lines(path)
+            rows = read_json_lines(path)
         elif path.suffix == ".parquet":
             rows = pandas.read_parquet(path).to_dict("records")
         elif path.suffix in (".tsv", ".csv"):
@@ -63,9 +63,16 @@ def read_labelled_sentences(path: Path) -> list[Sentence]:
     return [_check_row(path, number, row) for number, row in enumerate(rows, start=1) if row is not BLANK]
 
 
-def _read_json_lines(path: Path) -> list[dict]:
+def read_json_lines(path: Path) -> list:
+    """Return one value per line of a jsonl file, BLANK for blank lines. Raises CompactMindError naming the row."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CompactMindError(
+            f"{path} cannot be read: {error}. Fix or delete it, then run `python download_model.py`"
+        ) from None
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             rows.append(BLANK)
         else:
@@ -132,18 +139,22 @@ def split_by_hash(sentences: Sequence[Sentence], shares: dict[str, float]) -> di
 
 
 def write_dataset(data_dir: Path, splits: dict[str, list[Sentence]], source: str) -> dict:
-    """Write train/validation/test.jsonl and dataset.json, which is written last and vouches for the others."""
+    """Write the sentences of each split with `write_splits`; the description counts the positive ones."""
+    rows = {name: [{"sentence": s.text, "label": s.label} for s in splits[name]] for name in SPLITS}
+    return write_splits(data_dir, rows, source, {name: {"positive": sum(s.label for s in splits[name])} for name in SPLITS})
+
+
+def write_splits(data_dir: Path, splits: dict[str, list[dict]], source: str | dict, counts: dict[str, dict]) -> dict:
+    """Write train/validation/test.jsonl and dataset.json, which is written last and vouches for the others.
+
+    `counts` adds entries to what dataset.json says of a split. Returns that description.
+    """
     (data_dir / DESCRIPTION).unlink(missing_ok=True)
     description = {"source": source, "splits": {}}
     for name in SPLITS:
-        lines = (json.dumps({"sentence": s.text, "label": s.label}, ensure_ascii=False) + "\n" for s in splits[name])
         path = data_dir / f"{name}.jsonl"
-        write_text_atomically(path, "".join(lines))
-        description["splits"][name] = {
-            "rows": len(splits[name]),
-            "positive": sum(sentence.label for sentence in splits[name]),
-            "sha256": sha256_of(path),
-        }
+        write_text_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in splits[name]))
+        description["splits"][name] = {"rows": len(splits[name]), **counts[name], "sha256": sha256_of(path)}
     write_json_atomically(data_dir / DESCRIPTION, description)
     return description
 

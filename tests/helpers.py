@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -17,6 +18,9 @@ from transformers import (
     BertTokenizerFast,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 from compactmind.data import Sentence, normalize
@@ -104,6 +108,43 @@ def make_distilbert(seed: int = 0, scale: float = 0.2, **changes) -> DistilBertF
 
 
 MAKERS = {"bert": make_bert, "distilbert": make_distilbert}
+
+LLAMA_VOCABULARY = 264
+"""The 256 bytes and the begin-of-text token of `make_byte_tokenizer`, and a few ids that never occur."""
+
+
+def llama_settings(**changes) -> dict:
+    """Return the settings of a Llama with 2 blocks, 4 query and 2 key-value heads of 8, MLP 48; `changes` on top."""
+    settings = {"vocab_size": LLAMA_VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    settings |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 128}
+    return settings | {"bos_token_id": 256, "eos_token_id": None, "pad_token_id": None} | changes
+
+
+def make_llama(seed: int = 0, scale: float = 0.2, **changes) -> LlamaForCausalLM:
+    """Return a Llama with random weights everywhere, in evaluation mode; head and embeddings apart unless `changes` tie them."""
+    return randomize(LlamaForCausalLM(LlamaConfig(**llama_settings(**changes))), seed, scale)
+
+
+def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Cast, in place, the parameters only: `model.to(dtype)` would round the rotary frequencies too, loading does not."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def make_byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per byte of UTF-8 and one begin-of-text token (id 256) in front of each text."""
+    alphabet = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet | {"<s>": 256}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+def example_windows(count: int = 3, length: int = 16, seed: int = 0) -> torch.Tensor:
+    """Return random token ids for `make_llama`: int64 (count, length)."""
+    return torch.randint(0, LLAMA_VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
 def uneven_masks(model, seed: int = 0) -> list[LayerMask]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from compactmind.data import (
+    BLANK,
     DESCRIPTION,
     SPLITS,
     EncodedSentences,
@@ -18,12 +19,15 @@ from compactmind.data import (
     load_split,
     normalize,
     read_dataset_description,
+    read_json_lines,
     read_labelled_sentences,
     split_by_hash,
     stable_share,
     write_dataset,
+    write_splits,
 )
 from compactmind.errors import CompactMindError
+from compactmind.files import sha256_of
 
 ROWS = [Sentence("a good film", 1), Sentence('the "best", they say', 0), Sentence("naïve — and long", 1)]
 
@@ -80,6 +84,25 @@ def test_a_unicode_line_break_inside_a_json_string_does_not_end_the_row(tmp_path
     rows = [Sentence(f"one{character}two", 1), Sentence("three", 0)]
     text = "".join(json.dumps({"sentence": row.text, "label": row.label}, ensure_ascii=False) + "\n" for row in rows)
     assert read_labelled_sentences(write(tmp_path / "a.jsonl", text)) == rows
+
+
+def test_json_lines_are_any_values_and_blank_lines_keep_their_place(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"a": 1}\n\n[2, "three"]\n \t\nnull\n')
+    assert read_json_lines(path) == [{"a": 1}, BLANK, [2, "three"], BLANK, None, BLANK]
+    assert read_json_lines(write(path, "\n \n\n")) == []
+    assert read_json_lines(write(path, "")) == []
+
+
+def test_json_lines_that_cannot_be_read_are_named_by_file_and_row(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"a": 1}\n\n{"a": \n')
+    with pytest.raises(CompactMindError) as caught:
+        read_json_lines(path)
+    assert f"{path}, row 3: not valid JSON" in str(caught.value)
+    path.write_bytes(b'{"a": "caf\xe9"}\n')
+    for file in (path, tmp_path / "nowhere.jsonl"):
+        with pytest.raises(CompactMindError, match="cannot be read.*python download_model.py") as caught:
+            read_json_lines(file)
+        assert str(file) in str(caught.value)
 
 
 # -------------------------------------------------------------------------------------------------------------- refusing
@@ -208,6 +231,26 @@ def test_a_dataset_comes_back_as_it_was_written(dataset):
         assert description["splits"][name]["positive"] == len([s for s in splits[name] if s.label == 1])
     with pytest.raises(ValueError, match="'dev'.*train, validation, test"):
         load_split(folder, "dev")
+
+
+def test_splits_hold_rows_of_any_columns_and_the_description_counts_them(tmp_path):
+    splits = {"test": [], "validation": [{"text": "a\u2028b"}], "train": [{"text": "naïve"}, {"text": "\n", "id": 7}]}
+    counts = {name: {"words": 10 * len(rows)} for name, rows in splits.items()}
+    description = write_splits(tmp_path, splits, {"source": "made up"}, counts)
+    assert read_dataset_description(tmp_path) == description
+    assert description["source"] == {"source": "made up"}
+    for name, rows in splits.items():
+        path = tmp_path / f"{name}.jsonl"
+        assert [row for row in read_json_lines(path) if row is not BLANK] == rows
+        assert description["splits"][name] == {"rows": len(rows), "words": 10 * len(rows), "sha256": sha256_of(path)}
+
+
+def test_splits_that_could_not_be_written_whole_have_no_description(dataset):
+    folder, splits = dataset
+    with pytest.raises(TypeError):
+        write_splits(folder, {"train": [{"a": 1}], "validation": [{"a": object()}], "test": []}, "", dict.fromkeys(SPLITS, {}))
+    assert not (folder / DESCRIPTION).exists()
+    assert load_split(folder, "validation") == splits["validation"]
 
 
 @pytest.mark.parametrize("name", SPLITS)

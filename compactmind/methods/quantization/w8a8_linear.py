@@ -1,0 +1,134 @@
+"""A linear layer with int8 weights and int8 activations whose product really runs on an int8 kernel.
+
+y = (q(x) @ q(W)^T) * s_x * s_W + b with symmetric int8 (-127..127): s_W per output channel; s_x per token (dynamic), per tensor
+(dynamic) or per tensor (static, from calibration): the O1, O2 and O3 of SmoothQuant (Xiao et al. 2023,
+https://arxiv.org/abs/2211.10438). Kernels:
+
+onednn     CPUs with int8 instructions (VNNI): weights repacked once, product and scaling by s_W in one call
+int_mm     torch._int_mm on CUDA (tensor cores, compute capability 7.5 and later; widths that are multiples of 8)
+simulated  the same integers multiplied in floating point: the right numbers, no speed-up, and the report says so
+"""
+
+import torch
+from torch import nn
+
+ACTIVATIONS = ("per_token", "per_tensor", "per_tensor_static")
+LEVELS = 127
+"""Largest int8 magnitude used; -128 is left out so that the range is symmetric."""
+SMALLEST_SCALE = 1e-9
+CUDA_ROWS = 32
+"""torch._int_mm on CUDA wants more than 16 rows: fewer are padded to this many."""
+
+
+def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int8 weights (out, in) and their scales per output channel, float32 (out, 1)."""
+    weight = weight.float()
+    scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST_SCALE) / LEVELS
+    return (weight / scale).round().clamp(-LEVELS, LEVELS).to(torch.int8), scale
+
+
+def activation_scale(x: torch.Tensor, activations: str, static_scale: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the scale of x (tokens, in): float32 (tokens, 1) per token, else (1, 1); `static_scale` is returned as it is."""
+    if activations == "per_tensor_static":
+        return static_scale
+    dim = -1 if activations == "per_token" else (0, 1)
+    absmax = torch.linalg.vector_norm(x, ord=float("inf"), dim=dim, keepdim=True)  # one pass, no |x| in memory
+    return absmax.float().clamp(min=SMALLEST_SCALE) / LEVELS
+
+
+def quantize_activation(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return x (tokens, in) / scale, rounded to the nearest even and clipped to -127..127, int8."""
+    return (x.float() * scale.reciprocal()).round().clamp(-LEVELS, LEVELS).to(torch.int8)
+
+
+def kernel_for(device: torch.device, in_features: int, out_features: int) -> str:
+    """Return which of the kernels above multiplies int8 matrices of these widths on a device."""
+    if device.type == "cuda":
+        capable = torch.cuda.get_device_capability(device) >= (7, 5) and in_features % 8 == 0 and out_features % 8 == 0
+        return "int_mm" if capable else "simulated"
+    if device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported():
+        return "onednn"
+    return "simulated"
+
+
+class W8A8Linear(nn.Module):
+    """y = x W^T + b in int8, see the top of this file. Takes and returns float32, bfloat16 or float16; no gradients.
+
+    Buffers, as the compressed-tensors format names them: `weight` int8 (out, in), `weight_scale` float32 (out, 1), and with
+    per_tensor_static `input_scale` float32 (1, 1). Raises ValueError on an unknown granularity of the activations.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, activations: str = "per_token", device=None):
+        super().__init__()
+        if activations not in ACTIVATIONS:
+            raise ValueError(f"unknown activations {activations!r}: choose one of {', '.join(ACTIVATIONS)}")
+        self.in_features, self.out_features, self.activations = in_features, out_features, activations
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+        self.register_buffer("weight_scale", torch.ones(out_features, 1, device=device))
+        self.register_buffer(
+            "input_scale", torch.ones(1, 1, device=device) if activations == "per_tensor_static" else None
+        )  # fmt: skip
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False) if bias else None
+        self.kernel = "simulated"
+        self.packed = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, activations: str = "per_token", input_absmax: float | None = None) -> "W8A8Linear":
+        """Return the int8 version of a linear layer; `input_absmax` (from calibration) is needed for per_tensor_static.
+
+        Raises ValueError without it.
+        """
+        if activations == "per_tensor_static" and input_absmax is None:
+            raise ValueError("per_tensor_static needs input_absmax, the largest magnitude of the input on calibration text")
+        quantized = cls(linear.in_features, linear.out_features, linear.bias is not None, activations, linear.weight.device)
+        quantized.weight, quantized.weight_scale = quantize_weight(linear.weight.detach())
+        if activations == "per_tensor_static":
+            quantized.input_scale.fill_(max(input_absmax / LEVELS, SMALLEST_SCALE))
+        if linear.bias is not None:
+            quantized.bias.data = linear.bias.detach().float().clone()
+        return quantized.prepare()
+
+    def prepare(self) -> "W8A8Linear":
+        """Choose the kernel for where the weights are now and repack them for it; after loading and after moving."""
+        self.kernel, self.packed = kernel_for(self.weight.device, self.in_features, self.out_features), None
+        if self.kernel == "onednn":
+            self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
+            self.channel_scale = self.weight_scale.flatten().contiguous()
+            self.zero_points = torch.zeros(self.out_features, dtype=torch.int64)
+        return self
+
+    def __getstate__(self) -> dict:
+        """Copy and pickle without the packed weights, which are an opaque tensor; they are made again on the other side."""
+        return {**self.__dict__, "packed": None}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.prepare()
+
+    def _apply(self, function, recurse: bool = True):
+        """Follow a model to another device but never to another dtype, and repack there."""
+        super()._apply(lambda tensor: tensor.to(function(tensor.new_empty(0)).device), recurse)
+        return self.prepare()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., in_features) -> (..., out_features), in x's dtype."""
+        rows = x.reshape(-1, self.in_features)
+        scale = activation_scale(rows, self.activations, self.input_scale)
+        product = self.scaled_product(quantize_activation(rows, scale)) * scale
+        if self.bias is not None:
+            product = product + self.bias
+        return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def scaled_product(self, q: torch.Tensor) -> torch.Tensor:
+        """Return (q @ W_int8^T) * s_W for int8 q (tokens, in), float32 (tokens, out)."""
+        if self.kernel == "onednn":
+            return torch.ops.onednn.qlinear_pointwise(
+                q, 1.0, 0, self.packed, self.channel_scale, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+            )
+        if self.kernel == "int_mm":
+            padded = nn.functional.pad(q, (0, 0, 0, max(0, CUDA_ROWS - len(q))))
+            return torch._int_mm(padded, self.weight.t())[: len(q)].float() * self.weight_scale.t()
+        return (q.float() @ self.weight.float().t()) * self.weight_scale.t()
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, activations={self.activations}, kernel={self.kernel}"

@@ -1,0 +1,82 @@
+"""Running text for language models: reading it, keeping its parts apart, and cutting it into windows of tokens."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from compactmind.data import BLANK, SPLITS, read_json_lines, write_splits
+from compactmind.errors import CompactMindError
+
+JOIN = "\n\n"
+CHARACTERS_PER_TOKEN = 64
+"""Far more than a token has on average: a prefix this long is tokenized when only the first windows are wanted."""
+READABLE = (".raw", ".txt", ".tokens", ".parquet", ".jsonl")
+
+
+def read_documents(path: Path) -> list[str]:
+    """Return the documents of a text file: one per line of raw text, one per row (column `text`) of jsonl and parquet.
+
+    Lines keep their newline and blank ones become empty documents, which is how the WikiText-2 of the hub stores them and
+    what published perplexities are measured on. Raises CompactMindError naming the file and the row.
+    """
+    if not path.is_file():
+        raise CompactMindError(f"{path} not found: run `python download_model.py` first")
+    if path.suffix == ".jsonl":
+        return [_text_of(path, number, row) for number, row in enumerate(read_json_lines(path), start=1) if row is not BLANK]
+    try:
+        if path.suffix == ".parquet":
+            rows = pandas.read_parquet(path, columns=["text"]).to_dict("records")
+            return [_text_of(path, number, row) for number, row in enumerate(rows, start=1)]
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError, KeyError) as error:
+        raise CompactMindError(
+            f"{path} cannot be read as text: {error}. Fix or delete it, then run `python download_model.py`"
+        ) from None
+    return [line + "\n" if line.strip() else "" for line in (lines[:-1] if lines[-1] == "" else lines)]
+
+
+def _text_of(path: Path, number: int, row: object) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise CompactMindError(f"{path}, row {number}: expected an object with the key text and a string: {str(row)[:80]}")
+    return row["text"]
+
+
+def write_text(text_dir: Path, splits: dict[str, list[str]], source: dict) -> dict:
+    """Write train/validation/test.jsonl and the dataset.json that vouches for them; returns that description."""
+    rows = {name: [{"text": document} for document in splits[name]] for name in SPLITS}
+    return write_splits(text_dir, rows, source, {name: {"characters": sum(map(len, splits[name]))} for name in SPLITS})
+
+
+def load_documents(text_dir: Path, split: str) -> list[str]:
+    """Return the documents of train (calibration, retraining), validation (choices) or test (reported numbers only).
+
+    Raises CompactMindError if they are missing or malformed.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}, expected one of {', '.join(SPLITS)}")
+    return read_documents(text_dir / f"{split}.jsonl")
+
+
+def token_windows(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], seq_len: int, max_windows: int = 0
+) -> torch.Tensor:
+    """Return non-overlapping windows of the documents joined by a blank line and tokenized once, int64 (windows, seq_len).
+
+    The first `max_windows` of them (0 = all); an incomplete last window is dropped. Raises CompactMindError if the text is
+    shorter than one window.
+    """
+    joined = JOIN.join(documents)
+    enough = max_windows * seq_len * CHARACTERS_PER_TOKEN or len(joined)
+    ids = tokenizer(joined[:enough], return_tensors="pt", verbose=False)["input_ids"][0]
+    if enough < len(joined) and len(ids) < max_windows * seq_len + 1:  # unusually long tokens: take all of the text
+        ids = tokenizer(joined, return_tensors="pt", verbose=False)["input_ids"][0]
+    count = len(ids) // seq_len
+    if count == 0:
+        raise CompactMindError(
+            f"the text has {len(ids)} tokens, less than one window of {seq_len}: use more text or a smaller --seq_len"
+        )
+    windows = ids[: count * seq_len].view(count, seq_len)
+    return windows[:max_windows] if max_windows else windows
