@@ -35,9 +35,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 # Every field, its reason and its range: common.SmoothQuantConfig. For example: for_profile(PROFILE, alpha=0.85)
 CONFIG = SmoothQuantConfig.for_profile(PROFILE)
 
-RELOAD_TOLERANCE = 0.0
-"""Largest allowed difference of any logit between two loads of the saved model."""
-
 
 # ---------------------------------------------------------------------------------------------------------------- checks
 def check(config: SmoothQuantConfig) -> None:

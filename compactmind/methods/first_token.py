@@ -2,7 +2,7 @@
 
 The queries, the output projection and the whole FFN of the last block are needed for one token of each sentence instead of all
 of them; keys and values still come from every token. Logits and gradients are those of the ordinary forward pass (to rounding),
-at up to 5/6 of one block less work: 28% of a three-layer student's training step. It is for training and for scoring
+at up to 5/6 of one block less work: a fifth of a three-layer student's training step, measured. It is for training and for scoring
 many sentences; the models themselves, their files and everything measured about them stay as they are.
 """
 
