@@ -37,6 +37,7 @@ from compactmind.methods.pruning.schedule import cubic_sparsity
 from compactmind.training import (
     Progress,
     TrainingState,
+    WeightAverage,
     cpu_copy,
     freeze_word_embeddings,
     linear_decay_with_warmup,
@@ -77,8 +78,9 @@ def check(config: PruneConfig) -> None:
         raise CompactMindError(f"dropout {config.dropout} is not in [0, 1): for example --dropout 0.1")
     if not config.temperature > 0:
         raise CompactMindError(f"temperature {config.temperature:g} is not above 0: for example --temperature 2")
-    if not 0 <= config.alpha <= 1:
-        raise CompactMindError(f"alpha {config.alpha} is not in [0, 1]: for example --alpha 0.5")
+    for name in ("alpha", "average_share"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise CompactMindError(f"{name} {getattr(config, name)} is not in [0, 1]: for example --{name} 0.5")
     taken = {config.parent, *(name for name, command in MADE_BY.items() if "2_prune" not in command)}
     plain = re.fullmatch(r"\w[\w.\-]*", config.output_dir)
     if not plain or config.output_dir in taken:
@@ -144,6 +146,7 @@ def main(config: PruneConfig) -> None:
             "profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio",
             "freeze_word_embeddings", "criterion", "target_sparsity", "round_to", "epochs", "prune_start_epoch",
             "prune_end_epoch", "prune_every", "dropout", "lr", "recovery_lr", "patience", "min_delta", "temperature", "alpha",
+            "average_share",
         ) | {"data": data_fingerprint(config.data_dir)},
         "inputs": {
             config.parent: weights_fingerprint(config.models_dir / config.parent),
@@ -197,13 +200,16 @@ def main(config: PruneConfig) -> None:
         )
 
     def start_phase(recovering: bool):
-        """Return optimizer and schedule of a phase: constant rate up to the end of pruning, then a decaying one."""
+        """Return optimizer, schedule and average of a phase: constant rate and the weights as they are up to the end of
+        pruning, then a decaying rate and averaged weights."""
         optimizer = make_optimizer(model, config.recovery_lr if recovering else config.lr, config.weight_decay)
         if recovering:
-            return optimizer, linear_decay_with_warmup(optimizer, 0, total_steps - end_step)
+            steps = total_steps - end_step
+            average = WeightAverage(model, decay=1 - 1 / max(1, config.average_share * steps))
+            return optimizer, linear_decay_with_warmup(optimizer, 0, steps), average
         warmup_steps = max(1, int(config.warmup_ratio * end_step))
         rise = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup_steps))
-        return optimizer, rise
+        return optimizer, rise, WeightAverage(model, decay=0)
 
     # ---- resume: the state of the last finished epoch, if this very stage was interrupted
     resume = TrainingState(directory, stage)
@@ -221,8 +227,9 @@ def main(config: PruneConfig) -> None:
         read_first_token_only(model)
         accelerator.print(f"{config.output_dir}: going on after epoch {len(history)} of {config.epochs}")
     recovering = len(history) >= config.prune_end_epoch
-    optimizer, scheduler = start_phase(recovering)
+    optimizer, scheduler, average = start_phase(recovering)
     if saved:
+        average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
     scorer = ImportanceScorer(model, config.criterion, config.seed)
@@ -274,6 +281,7 @@ def main(config: PruneConfig) -> None:
                     sparsity = sparsity_of(plain, masks)
                     scorer.reset()
                 apply_masks(plain, masks)
+            average.update(accelerator.unwrap_model(model))
 
         plain = accelerator.unwrap_model(model)
         if epoch == config.prune_end_epoch:
@@ -281,10 +289,10 @@ def main(config: PruneConfig) -> None:
             accelerator.free_memory()
             set_dropout(plain, config.dropout)
             read_first_token_only(plain)
-            model = plain
+            model, average = plain, WeightAverage(plain, decay=0)
             if epoch < config.epochs:
                 recovering = True
-                optimizer, scheduler = start_phase(recovering)
+                optimizer, scheduler, average = start_phase(recovering)
                 model, optimizer = accelerator.prepare(model, optimizer)
             progress.write(
                 f"{config.output_dir:<18} compacted: {len(splits['validation'])} logits differ by at most {difference:.1e} from the "
@@ -292,7 +300,13 @@ def main(config: PruneConfig) -> None:
                 f"FFN {[s['intermediate_size'] for s in layer_shapes(plain)]}"
             )
         plain = accelerator.unwrap_model(model)
-        accuracy = accuracy_of(predict_logits(plain, splits["validation"], config.eval_batch_size), splits["validation"].labels)
+        with average.applied_to(plain):
+            accuracy = accuracy_of(
+                predict_logits(plain, splits["validation"], config.eval_batch_size), splits["validation"].labels
+            )
+            # The best epoch counts from the moment the target sparsity is reached.
+            if epoch >= config.prune_end_epoch and accuracy > best["accuracy"] + (config.min_delta if best["epoch"] else 0.0):
+                best = {"accuracy": accuracy, "weights": cpu_copy(plain.state_dict()), "epoch": epoch}
         history.append(
             {
                 "epoch": epoch,
@@ -310,13 +324,10 @@ def main(config: PruneConfig) -> None:
             f"{config.output_dir:<18} epoch {epoch}/{config.epochs} {phase} | loss {history[-1]['loss']:7.4f} | "
             f"validation accuracy {accuracy:6.2%} | sparsity {sparsity:6.2%} | {history[-1]['seconds']:.0f} s"
         )
-        # The best epoch counts from the moment the target sparsity is reached.
-        if epoch >= config.prune_end_epoch and accuracy > best["accuracy"] + (config.min_delta if best["epoch"] else 0.0):
-            best = {"accuracy": accuracy, "weights": cpu_copy(plain.state_dict()), "epoch": epoch}
         if accelerator.is_main_process:
             resume.save(
                 model=plain.state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), history=history,
-                masks=[(mask.heads, mask.neurons) for mask in masks], best=best, difference=difference,
+                masks=[(mask.heads, mask.neurons) for mask in masks], best=best, difference=difference, average=average.state_dict(),
                 observed=[(score.heads, score.neurons) for score in scorer.observed],
             )  # fmt: skip
     progress.close()

@@ -88,6 +88,9 @@ class EncoderConfig(StageConfig):
     """Share of the optimizer steps over which the learning rate rises from 0."""
     freeze_word_embeddings: bool = True
     """Keep the students' word embedding table as the teacher left it: two thirds of a small encoder."""
+    average_share: float = 0.15
+    """Keep an exponential average of the weights that reaches back about this share of all steps (pruning: of the recovery
+    steps); 0 = the last step's weights."""
     log_every: int = 50
     """Optimizer steps between two log lines."""
 
@@ -108,8 +111,6 @@ class DistillConfig(EncoderConfig):
     """Peak learning rate of the students."""
     student_dropout: float = 0.0
     """Dropout of both students; in two passes over soft targets it costs a seventh of the time and regularises little."""
-    average_share: float = 0.15
-    """Keep an exponential average of the weights that reaches back about this share of all steps; 0 = the last step's weights."""
     student_layers: int = 3
     """Layers of a student initialised from alternate teacher layers (ignored where models/student_base exists)."""
     temperature_start: float = 10.0
@@ -225,7 +226,10 @@ class ReportConfig(StageConfig):
 
 PROFILES: dict[str, dict[str, dict]] = {
     "embedded": {},
-    "sst2": {"DistillConfig": {"teacher_epochs": 3, "log_every": 200}, "PruneConfig": {"prune_every": 50, "log_every": 200}},
+    "sst2": {
+        "DistillConfig": {"teacher_epochs": 4, "teacher_lr": 1e-4, "log_every": 200},
+        "PruneConfig": {"prune_every": 50, "log_every": 200},
+    },
     "paper": {
         "DownloadConfig": {
             "teacher_name": "google-bert/bert-base-uncased", "student_name": "distilbert/distilbert-base-uncased",

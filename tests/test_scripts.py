@@ -419,6 +419,7 @@ def test_sentences_that_were_changed_are_noticed(copy, run_here):
         (("--batch_size", 0), ("batch_size 0",)),
         (("--temperature", 0), ("temperature 0",)),
         (("--alpha", 1.5), ("alpha 1.5", "[0, 1]")),
+        (("--average_share", 2), ("average_share 2", "[0, 1]")),
         (("--output_dir", "../x"), ("'../x'", "plain name")),
         (("--output_dir", "a/b"), ("'a/b'", "plain name")),
         (("--output_dir", ".."), ("'..'", "plain name")),
