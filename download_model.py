@@ -37,6 +37,7 @@ from compactmind.data import (
     SPLITS,
     Sentence,
     deduplicate,
+    hold_out_whole_sentences,
     read_dataset_description,
     read_labelled_sentences,
     split_by_hash,
@@ -97,8 +98,8 @@ EMBEDDED_SHARES = {"test": 0.115, "validation": 0.115, "train": 0.77}
 TEXT_FILES = (".raw", ".txt", ".tokens", ".parquet")
 """What a raw WikiText part may be called; jsonl is what this script writes."""
 
-SST2_VALIDATION_SHARE = 0.02
-"""Slice of the SST-2 train split on which models are selected; its dev split is kept for the report."""
+SST2_VALIDATION_SHARE = 0.08
+"""Share of the whole sentences of SST-2's train split on which models are selected (about 550); dev is kept for the report."""
 
 
 # -------------------------------------------------------------------------------------------------------------- sources
@@ -281,10 +282,8 @@ def sst2_files(folder: Path) -> dict[str, Path] | None:
 
 
 def split_sst2(train: list[Sentence], dev: list[Sentence]) -> dict[str, list[Sentence]]:
-    """Return train / validation (a slice of train) / test (= dev); no sentence stands in two of them."""
-    train = deduplicate(train, against=dev)
-    parts = split_by_hash(train, {"validation": SST2_VALIDATION_SHARE, "train": 1 - SST2_VALIDATION_SHARE})
-    return {**parts, "test": dev}
+    """Return train / validation (whole sentences of train, whose phrases leave it) / test (= dev); no sentence in two of them."""
+    return {**hold_out_whole_sentences(deduplicate(train, against=dev), SST2_VALIDATION_SHARE), "test": dev}
 
 
 def read_embedded_sentences(path: Path) -> list[Sentence]:

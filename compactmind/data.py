@@ -138,6 +138,33 @@ def split_by_hash(sentences: Sequence[Sentence], shares: dict[str, float]) -> di
     return parts
 
 
+def hold_out_whole_sentences(sentences: Sequence[Sentence], share: float) -> dict[str, list[Sentence]]:
+    """Split into train and validation where many rows are fragments of others, as SST-2's phrases are of its sentences.
+
+    Validation is a share (by `stable_share`) of the rows that are no fragment of another row; train is what remains without the
+    fragments that occur in held-out sentences only. A random split would ask about sentences whose pieces were trained on. Words
+    are compared after `normalize`; both parts keep the order of the rows.
+    """
+    known: set[str] = set()
+    whole: set[str] = set()
+    for text in sorted((normalize(sentence.text) for sentence in sentences), key=lambda text: -len(text.split())):
+        if text not in known:
+            whole.add(text)
+            known |= _fragments(text)
+    held_out = {text for text in whole if stable_share(text) < share}
+    trainable = set().union(*(_fragments(text) for text in whole - held_out))
+    return {
+        "train": [sentence for sentence in sentences if normalize(sentence.text) in trainable],
+        "validation": [sentence for sentence in sentences if normalize(sentence.text) in held_out],
+    }
+
+
+def _fragments(text: str) -> set[str]:
+    """Return every run of words of a normalized text, itself included."""
+    words = text.split()
+    return {" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)} | {text}
+
+
 def write_dataset(data_dir: Path, splits: dict[str, list[Sentence]], source: str) -> dict:
     """Write the sentences of each split with `write_splits`; the description counts the positive ones."""
     rows = {name: [{"sentence": s.text, "label": s.label} for s in splits[name]] for name in SPLITS}

@@ -407,11 +407,24 @@ def test_sst2_keeps_dev_for_the_test_and_selects_on_a_slice_of_train():
     copies = [Sentence(s.text.upper() + " .", 1 - s.label) for s in dev[:20]] + train[:5]
     parts = split_sst2(train + copies, dev)
     assert parts["test"] == dev
-    assert 0 < len(parts["validation"]) < 0.06 * len(train)
+    assert 0.05 * len(train) < len(parts["validation"]) < 0.11 * len(train)
     assert sorted(s.text for s in parts["train"] + parts["validation"]) == sorted(s.text for s in train)
     keys = {name: {normalize(s.text) for s in part} for name, part in parts.items()}
     assert not keys["train"] & keys["validation"] and not (keys["train"] | keys["validation"]) & keys["test"]
     assert split_sst2(train[::-1] + copies, dev)["validation"] == parts["validation"][::-1]  # whatever the order of the file
+
+
+def test_sst2_validation_asks_about_sentences_of_which_no_fragment_was_trained_on():
+    sentences = helpers.make_sentences(600)
+    fragments = [Sentence(" ".join(s.text.split()[:3]), s.label) for s in sentences]
+    parts = split_sst2(sentences + fragments, [])
+    assert {s.text for s in parts["validation"]} < {s.text for s in sentences}
+    trained = [f" {normalize(s.text)} " for s in parts["train"]]
+    whole = [f" {normalize(s.text)} " for s in sentences if s in parts["train"]]
+    for fragment in {normalize(s.text) for s in fragments}:
+        shared = any(f" {fragment} " in text for text in whole)
+        assert (f" {fragment} " in trained) == shared, fragment
+    assert len(parts["train"]) + len(parts["validation"]) < len({normalize(s.text) for s in sentences + fragments})
 
 
 def test_sst2_files_are_found_in_every_format(tmp_path):
