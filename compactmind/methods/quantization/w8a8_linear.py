@@ -28,17 +28,17 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def activation_scale(x: torch.Tensor, activations: str, static_scale: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the scale of x (tokens, in): float32 (tokens, 1) per token, else (1, 1); `static_scale` is returned as it is."""
+    """Return the scale of x (..., in): float32 (..., 1) per token, else one number of as many dimensions, or `static_scale`."""
     if activations == "per_tensor_static":
         return static_scale
-    dim = -1 if activations == "per_token" else (0, 1)
+    dim = -1 if activations == "per_token" else tuple(range(x.ndim))
     absmax = torch.linalg.vector_norm(x, ord=float("inf"), dim=dim, keepdim=True)  # one pass, no |x| in memory
     return absmax.float().clamp(min=SMALLEST_SCALE) / LEVELS
 
 
 def quantize_activation(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return x (tokens, in) / scale, rounded to the nearest even and clipped to -127..127, int8."""
-    return (x.float() * scale.reciprocal()).round().clamp(-LEVELS, LEVELS).to(torch.int8)
+    """Return x (..., in) / scale, rounded to the nearest even and clipped to -127..127, int8."""
+    return (x.float() * scale.reciprocal()).round_().clamp_(-LEVELS, LEVELS).to(torch.int8)
 
 
 def kernel_for(device: torch.device, in_features: int, out_features: int) -> str:
@@ -89,16 +89,17 @@ class W8A8Linear(nn.Module):
         return quantized.prepare()
 
     def prepare(self) -> "W8A8Linear":
-        """Choose the kernel for where the weights are now and repack them for it; after loading and after moving."""
+        """Choose the kernel for where the weights are now; after loading and after moving. They are repacked at first use."""
         self.kernel, self.packed = kernel_for(self.weight.device, self.in_features, self.out_features), None
-        if self.kernel == "onednn":
-            self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
-            self.channel_scale = self.weight_scale.flatten().contiguous()
-            self.zero_points = torch.zeros(self.out_features, dtype=torch.int64)
         return self
 
+    def _pack(self) -> None:
+        self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
+        self.channel_scale = self.weight_scale.flatten().contiguous()
+        self.zero_points = torch.zeros(self.out_features, dtype=torch.int64)
+
     def __getstate__(self) -> dict:
-        """Copy and pickle without the packed weights, which are an opaque tensor; they are made again on the other side."""
+        """Copy and pickle without the packed weights, which are an opaque tensor; they are made again at first use."""
         return {**self.__dict__, "packed": None}
 
     def __setstate__(self, state: dict) -> None:
@@ -114,21 +115,32 @@ class W8A8Linear(nn.Module):
         """x: (..., in_features) -> (..., out_features), in x's dtype."""
         rows = x.reshape(-1, self.in_features)
         scale = activation_scale(rows, self.activations, self.input_scale)
-        product = self.scaled_product(quantize_activation(rows, scale)) * scale
+        product = self.product(quantize_activation(rows, scale))
+        product = product * (scale if self.product_scale is None else scale * self.product_scale)
         if self.bias is not None:
             product = product + self.bias
         return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
-    def scaled_product(self, q: torch.Tensor) -> torch.Tensor:
-        """Return (q @ W_int8^T) * s_W for int8 q (tokens, in), float32 (tokens, out)."""
+    def product(self, q: torch.Tensor) -> torch.Tensor:
+        """Return q @ W_int8^T for int8 q (..., in): float32 (..., out) or int32, still to be multiplied by `product_scale`."""
+        rows = q.reshape(-1, self.in_features)
         if self.kernel == "onednn":
-            return torch.ops.onednn.qlinear_pointwise(
-                q, 1.0, 0, self.packed, self.channel_scale, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+            if self.packed is None:
+                self._pack()
+            result = torch.ops.onednn.qlinear_pointwise(
+                rows, 1.0, 0, self.packed, self.channel_scale, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""
             )
-        if self.kernel == "int_mm":
-            padded = nn.functional.pad(q, (0, 0, 0, max(0, CUDA_ROWS - len(q))))
-            return torch._int_mm(padded, self.weight.t())[: len(q)].float() * self.weight_scale.t()
-        return (q.float() @ self.weight.float().t()) * self.weight_scale.t()
+        elif self.kernel == "int_mm":
+            padded = nn.functional.pad(rows, (0, 0, 0, max(0, CUDA_ROWS - len(rows))))
+            result = torch._int_mm(padded, self.weight.t())[: len(rows)]
+        else:
+            result = rows.float() @ self.weight.float().t()
+        return result.view(*q.shape[:-1], self.out_features)
+
+    @property
+    def product_scale(self) -> torch.Tensor | None:
+        """s_W as (1, out), or None where the kernel has multiplied by it already."""
+        return None if self.kernel == "onednn" else self.weight_scale.t()
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, activations={self.activations}, kernel={self.kernel}"
