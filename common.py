@@ -135,11 +135,11 @@ class PruneConfig(EncoderConfig):
     """Label kept in the manifest; empty: <output_dir>_<criterion>_<target_sparsity>_<timestamp>."""
     criterion: Literal["taylor", "l2", "random"] = "taylor"
     """How heads and neurons are scored: first-order loss change, weight magnitude, or the random control."""
-    target_sparsity: float = 0.43
+    target_sparsity: float = 0.42
     """Share of the prunable parameters (heads + FFN of the encoder blocks) to remove, in [0, 1)."""
     round_to: int = 64
     """FFN widths stay multiples of this many neurons (kernels like 16 to 64; 4-bit blocks are 64 long); 1 = any width."""
-    epochs: int = 2
+    epochs: int = 3
     """Passes in all: warm-up, pruning and recovery together."""
     prune_start_epoch: int = 1
     """First epoch (counted from 1) in which structures are removed; the ones before it are warm-up."""
@@ -159,8 +159,8 @@ class PruneConfig(EncoderConfig):
     """What counts as better: at least this much validation accuracy."""
     temperature: float = 2.0
     """Softening of the teacher's logits; distillation continues through all phases."""
-    alpha: float = 0.5
-    """Weight of the soft-target loss, 1 - alpha goes to the labels; 0 = labels only."""
+    alpha: float = 0.2
+    """Weight of the soft-target loss, 1 - alpha goes to the labels; 0 = labels only. Distillation ends at 0.2 too."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,12 @@ class SmoothQuantConfig(StageConfig):
     """The Llama to quantize: a checkpoint of this project, or any local Hugging Face folder of a Llama-like causal LM."""
     output_dir: str = "llama_w8a8"
     """Directory under models_dir for the result; the control without smoothing becomes <output_dir>_naive."""
+    nf4_dir: str = "llama_nf4"
+    """Directory under models_dir for the 4-bit control."""
+    save_smoothed: bool = False
+    """Also save the smoothed model in full precision, to quantize it with another tool."""
+    smoothed_dir: str = "llama_smoothed"
+    """Directory under models_dir for it."""
     text_dir: Path = Path("wikitext_data")
     """Running text: calibration from train, choices on validation, reported perplexity on test."""
     calibration_windows: int = 64
@@ -221,7 +227,15 @@ class ReportConfig(StageConfig):
     latency_repeats: int = 6
     """Timed rounds per batch size, after warm-up; all models take turns within a round."""
     reference: str = "student_distilled"
-    """The row every other row is compared with (McNemar, speed-up)."""
+    """The row every other encoder row is compared with (McNemar, speed-up)."""
+    text_dir: Path = Path("wikitext_data")
+    """Running text for the perplexity of the language models (its test split)."""
+    seq_len: int = 512
+    """Tokens per window of text."""
+    eval_windows: int = 16
+    """Windows of text; 0 = all."""
+    prompt_tokens: int = 512
+    """Length of the prompt whose reading time (prefill) is measured."""
 
 
 PROFILES: dict[str, dict[str, dict]] = {
@@ -245,8 +259,8 @@ PROFILES: dict[str, dict[str, dict]] = {
             "prune_start_epoch": 2, "prune_end_epoch": 8, "prune_every": 20, "lr": 5e-5, "recovery_lr": 1e-5, "patience": 5,
         },
         "QuantizeConfig": {"max_length": 128},
-        "SmoothQuantConfig": {"calibration_windows": 512, "eval_windows": 0},
-        "ReportConfig": {"max_length": 128},
+        "SmoothQuantConfig": {"calibration_windows": 512},
+        "ReportConfig": {"max_length": 128, "seq_len": 2048, "eval_windows": 0},
     },
     "smoke": {
         "DownloadConfig": {"teacher_name": "tiny-bert", "llama_name": "", "max_rows": 64},
@@ -256,7 +270,7 @@ PROFILES: dict[str, dict[str, dict]] = {
             "prune_every": 3, "log_every": 4,
         },
         "SmoothQuantConfig": {"calibration_windows": 4, "seq_len": 32, "eval_windows": 4, "alpha_grid": (0.5, 0.8)},
-        "ReportConfig": {"cost_length": 16, "latency_repeats": 3},
+        "ReportConfig": {"cost_length": 16, "latency_repeats": 3, "seq_len": 32, "eval_windows": 4, "prompt_tokens": 16},
     },
 }  # fmt: skip
 """profile -> dataclass name -> the fields in which the profile differs from the defaults above."""
