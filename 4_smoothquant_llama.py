@@ -1,4 +1,4 @@
-"""Quantize a Llama to int8 weights and activations with SmoothQuant, beside the control that shows what smoothing is worth.
+"""Quantize a Llama to int8 weights and activations with SmoothQuant, beside the controls that show what smoothing is worth.
 
 Paper: Xiao et al. 2023 (SmoothQuant, https://arxiv.org/abs/2211.10438).
 Run:   python 4_smoothquant_llama.py            (after python download_model.py; every setting: --help)
@@ -6,11 +6,15 @@ Run:   python 4_smoothquant_llama.py            (after python download_model.py;
        python 4_smoothquant_llama.py --model_path /path/to/a/llama         (any local Hugging Face folder)
 Reads: models/llama, wikitext_data/{train,validation,test}.jsonl
 Writes: models/llama_w8a8          smoothed, int8 weights and activations
-        models/llama_w8a8_naive    the control without smoothing
-        results/smoothquant.{json,png}    perplexities on the same windows; alpha of every layer, or perplexity of every alpha
+        models/llama_w8a8_naive    control: the same without smoothing
+        models/llama_nf4           control: bitsandbytes NF4, 4-bit weights
+        models/llama_smoothed      smoothed but not quantized (--save_smoothed True)
+        results/smoothquant.{json,png}    perplexities on the same held-out windows; alpha against perplexity; alpha of every layer
+Time:  about 4 minutes on 2 CPU cores (embedded profile).
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -18,14 +22,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import PROFILE, SmoothQuantConfig, parse_command_line, run_stage
-from compactmind.checkpoint import is_up_to_date, load_checkpoint, save_checkpoint, weights_fingerprint
+from compactmind.checkpoint import is_up_to_date, load_checkpoint, read_manifest, save_checkpoint, weights_fingerprint
 from compactmind.data import data_fingerprint, read_dataset_description
 from compactmind.errors import CompactMindError
+from compactmind.evaluation.language import kernel_of
 from compactmind.evaluation.perplexity import paired_ratio, perplexity
 from compactmind.files import sha256_of, write_json_atomically
 from compactmind.methods.llama import llama_blocks
-from compactmind.methods.quantization.w8a8_linear import W8A8Linear
-from compactmind.methods.quantization.w8a8_model import PER_LAYER, quantize_llama
+from compactmind.methods.quantization.packed_model import quantize_model
+from compactmind.methods.quantization.w8a8_model import PER_LAYER, calibrate_llama, quantize_llama, smooth_llama
 from compactmind.text import load_documents, token_windows
 
 matplotlib.use("Agg")
@@ -34,6 +39,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 # ------------------------------------------------------------------------------------------------------------ constants
 # Every field, its reason and its range: common.SmoothQuantConfig. For example: for_profile(PROFILE, alpha=0.85)
 CONFIG = SmoothQuantConfig.for_profile(PROFILE)
+
+VALIDATION_WINDOWS = 8
+"""Windows of validation text on which values of alpha are compared."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- checks
@@ -72,17 +80,25 @@ def identity(path: Path) -> str:
 
 # ------------------------------------------------------------------------------------------------------------------ plot
 def plot_alphas(description: dict, table: list[dict], path: Path) -> None:
-    """Draw the alpha of every layer and site, or perplexity against alpha where one was searched for all."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
-    if table:
-        axes.plot([row["alpha"] for row in table], [row["perplexity"] for row in table], "o-", color="#1f5fa8")
-        axes.set(xlabel="alpha", ylabel="perplexity on validation text", title="One alpha for all layers")
-    else:
-        for site, marker in zip(description["sites"], "osv^", strict=False):
-            axes.plot([layer[site] for layer in description["alphas"]], marker=marker, lw=1, label=site)
-        axes.set(xlabel="layer", ylabel="alpha with the smallest output error", ylim=(0, 1), title="Alpha of every layer")
-        axes.legend(title="input of")
-    axes.grid(alpha=0.3)
+    """Draw perplexity against alpha, with the levels of the other settings, and the alpha of every layer and site."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), constrained_layout=True)
+    curve = [row for row in table if isinstance(row["alpha"], float)]
+    left.plot(
+        [row["alpha"] for row in curve], [row["perplexity"] for row in curve], "o-", color="#1f5fa8", label="one alpha for all"
+    )
+    levels = [(row["alpha"], row["perplexity"]) for row in table if isinstance(row["alpha"], str)]
+    for (name, level), style, colour in zip(levels, ("-", "--", ":"), ("#4d4d4d", "#b03a2e", "#2e7d32"), strict=False):
+        left.axhline(level, ls=style, color=colour, label=name)
+    left.set(
+        xlabel="alpha", ylabel="perplexity", title=f"Alpha against perplexity, {VALIDATION_WINDOWS} windows of validation text"
+    )
+    left.legend(frameon=False)
+    for site, marker in zip(description["sites"], "osv^", strict=False):
+        right.plot([layer[site] for layer in description["alphas"]], marker=marker, lw=1, label=site)
+    right.set(xlabel="layer", ylabel="alpha", ylim=(0, 1.02), title="Alpha of every layer and input")
+    right.legend(title="input of", frameon=False)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=150)
@@ -95,81 +111,147 @@ def main(config: SmoothQuantConfig) -> None:
     check(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     text = read_dataset_description(config.text_dir)["source"]["source"]
-    settings = ("profile", "calibration_windows", "seq_len", "activations", "embeddings")
-    stage = {
-        "script": "4_smoothquant_llama.py",
-        "config": {**config.relevant(*settings, "alpha", "alpha_grid", "sites"), "text": data_fingerprint(config.text_dir)},
-        "inputs": {"model": identity(config.model_path)},
-    }
-    naive_stage = {**stage, "config": {**config.relevant(*settings), "text": stage["config"]["text"], "sites": ()}}
-    outputs = {config.output_dir: stage, f"{config.output_dir}_naive": naive_stage}
-    _, tokenizer = load_as_released(config.model_path)
-    calibration = token_windows(tokenizer, load_documents(config.text_dir, "train"), config.seq_len, config.calibration_windows)
+    report_path = config.results_dir / "smoothquant.json"
 
-    # ---- quantize: a fresh copy of the released weights each time
+    # ---- what each output depends on: if none of it changed, the output is up to date
+    settings = ("profile", "calibration_windows", "seq_len", "activations", "embeddings")
+    fingerprint = data_fingerprint(config.text_dir)
+    inputs = {"model": identity(config.model_path)}
+
+    def stage(*names: str, **more) -> dict:
+        return {
+            "script": "4_smoothquant_llama.py",
+            "config": {**config.relevant(*names), "text": fingerprint, **more},
+            "inputs": inputs,
+        }
+
+    smoothed_stage = stage(*settings, "alpha", "alpha_grid", "sites")
+    stages = {
+        config.output_dir: smoothed_stage,
+        f"{config.output_dir}_naive": stage(*settings, sites=()),
+        config.nf4_dir: stage("profile", method="nf4"),
+    }
+    if config.save_smoothed:
+        stages[config.smoothed_dir] = {**smoothed_stage, "quantized": False}
+    due = [name for name, wanted in stages.items() if config.force or not is_up_to_date(config.models_dir / name, wanted)]
+    for name in stages:
+        if name not in due:
+            print(f"{config.models_dir / name} is up to date: skipped (--force True makes it again)")
+    if not due and report_path.is_file():
+        return
+
+    # ---- calibrate once
+    model, tokenizer = load_as_released(config.model_path)
+    validation = token_windows(tokenizer, load_documents(config.text_dir, "validation"), config.seq_len, VALIDATION_WINDOWS)
+    windows = token_windows(tokenizer, load_documents(config.text_dir, "test"), config.seq_len, config.eval_windows)
+    statistics = []
+    if set(due) - {config.nf4_dir}:
+        calibration = token_windows(
+            tokenizer, load_documents(config.text_dir, "train"), config.seq_len, config.calibration_windows
+        )
+        print(f"calibrating on {len(calibration)} windows of {config.seq_len} tokens ...", flush=True)
+        statistics = calibrate_llama(model.to(device), calibration)
+    del model
+
     def quantized(alpha, sites):
+        """Return a fresh copy of the released model in W8A8, and its description."""
         model, _ = load_as_released(config.model_path)
-        model.to(device)
         description = quantize_llama(
-            model, calibration, alpha=alpha, sites=sites, grid=config.alpha_grid, activations=config.activations,
+            model.to(device), statistics, alpha=alpha, sites=sites, grid=config.alpha_grid, activations=config.activations,
             embeddings=config.embeddings,
         )  # fmt: skip
         return model, description
 
+    # ---- alpha against perplexity, on validation text
     table: list[dict] = []
-    for name, wanted in outputs.items():
-        directory = config.models_dir / name
-        if not config.force and is_up_to_date(directory, wanted):
-            print(f"{directory} is up to date: skipped (--force True quantizes again)")
-            continue
-        alpha, sites = config.alpha, config.sites if wanted is stage else ()
-        if alpha == "global" and sites:
-            validation = token_windows(tokenizer, load_documents(config.text_dir, "validation"), config.seq_len, 8)
-            for candidate in config.alpha_grid:
-                found = perplexity(quantized(candidate, sites)[0].float(), validation, "validation")["perplexity"]
-                table.append({"alpha": candidate, "perplexity": found})
-                print(f"alpha {candidate:.2f} | perplexity on validation text {found:.3f}", flush=True)
-            alpha = min(table, key=lambda row: row["perplexity"])["alpha"]
-        print(
-            f"{name}: calibrating on {len(calibration)} windows of {config.seq_len} tokens, then block by block ...", flush=True
-        )
-        model, description = quantized(PER_LAYER if isinstance(alpha, str) else alpha, sites)
+    alpha = config.alpha
+    if config.output_dir in due:
+        settings_to_compare = [("no smoothing", 0.5, ()), (PER_LAYER, PER_LAYER, config.sites)]
+        settings_to_compare += [(value, value, config.sites) for value in config.alpha_grid]
+        for label, value, sites in settings_to_compare:
+            found = perplexity(quantized(value, sites)[0].float(), validation, "validation")["perplexity"]
+            table.append({"alpha": label, "perplexity": found})
+            print(
+                f"alpha {label if isinstance(label, str) else f'{label:.2f}':<12} | perplexity on validation text {found:8.3f}",
+                flush=True,
+            )
+        if alpha == "global":
+            alpha = min((row for row in table if isinstance(row["alpha"], float)), key=lambda row: row["perplexity"])["alpha"]
+
+    # ---- make what is due
+    def save(name: str, model, kind: str, **manifest) -> None:
         save_checkpoint(
-            directory, model, tokenizer, kind="w8a8", parent=config.model_path.name, stage=wanted, quantization=description,
-            data_fingerprint=stage["config"]["text"], extra={"alpha_table": table},
+            config.models_dir / name, model, tokenizer, kind=kind, parent=config.model_path.name, stage=stages[name],
+            data_fingerprint=fingerprint, **manifest,
         )  # fmt: skip
-        if sites:
-            plot_alphas(description, table, config.results_dir / "smoothquant.png")
+
+    for name in due:
+        print(f"{name} ...", flush=True)
+        if name == config.nf4_dir:
+            model, description = nf4(config.model_path, device)
+            save(name, model, "nf4", quantization=description)
+        elif name == config.smoothed_dir:
+            model, _ = load_as_released(config.model_path)
+            smooth_llama(model.to(device), statistics, alpha=alpha, sites=config.sites, grid=config.alpha_grid,
+                         activations=config.activations)  # fmt: skip
+            save(name, model, "dense")
+        else:
+            model, description = quantized(alpha, config.sites if name == config.output_dir else ())
+            save(name, model, "w8a8", quantization=description, extra={"alpha_table": table} if description["sites"] else None)
+            if description["sites"]:
+                plot_alphas(description, table, config.results_dir / "smoothquant.png")
         del model
 
     # ---- measure all on the same held-out windows
-    windows = token_windows(tokenizer, load_documents(config.text_dir, "test"), config.seq_len, config.eval_windows)
-    dense, _ = load_as_released(config.model_path)
-    released_bytes = sum(file.stat().st_size for file in config.model_path.glob("*.safetensors"))
-    rows = {config.model_path.name: (dense.to(device).float(), released_bytes)}
-    for name in outputs:
+    released_bytes = weight_bytes(config.model_path)
+    dense: Callable = lambda: load_as_released(config.model_path)[0].to(device).float()  # noqa: E731
+    rows = {config.model_path.name: (dense, config.model_path)}
+    for name in stages:
         directory = config.models_dir / name
-        rows[name] = (load_checkpoint(directory, device).model, sum(f.stat().st_size for f in directory.glob("*.safetensors")))
-    report = {"protocol": None, "models": []}
+        rows[name] = (lambda directory=directory: load_checkpoint(directory, device).model, directory)
+    report = {"protocol": None, "models": [], "alpha_table": table or previous_table(config)}
     print(
         f"\n{'model':<24}{'perplexity [95% interval]':>30}{'against dense [95%, paired]':>34}{'MB':>9}{'of released':>13}  kernel"
     )
-    for name, (model, size) in rows.items():
+    for name, (load, directory) in rows.items():
+        model = load()
         result = perplexity(model, windows, f"{text}, test")
         report["protocol"] = result.pop("protocol")
         first = report["models"][0] if report["models"] else result
         ratio = paired_ratio(result["losses"], first["losses"])
-        kernels = sorted({module.kernel for module in model.modules() if isinstance(module, W8A8Linear)})
-        row = {"name": name, **result, "against_dense": ratio, "bytes": size, "kernels": kernels}
-        report["models"].append(row)
+        kernel = kernel_of(model, "nf4" if name == config.nf4_dir else "dense")
+        size = weight_bytes(directory)
+        report["models"].append({"name": name, **result, "against_dense": ratio, "bytes": size, "kernel": kernel})
         interval = "[{:.2f}, {:.2f}]".format(*result["interval"])
         paired = "[{:+.2%}, {:+.2%}]".format(*(bound - 1 for bound in ratio["interval"]))
         print(
             f"{name:<24}{result['perplexity']:>13.3f} {interval:>16}{ratio['ratio'] - 1:>+14.2%} {paired:>19}"
-            f"{size / 1e6:>9.1f}{size / released_bytes:>13.3f}  {', '.join(kernels) or 'float32'}"
-        )
-    write_json_atomically(config.results_dir / "smoothquant.json", report)
-    print(f"\n{json.dumps(report['protocol'])}\nwritten to {config.results_dir / 'smoothquant.json'}")
+            f"{size / 1e6:>9.1f}{size / released_bytes:>13.3f}  {kernel}", flush=True,
+        )  # fmt: skip
+        del model
+    write_json_atomically(report_path, report)
+    print(f"\n{json.dumps(report['protocol'])}\nwritten to {report_path}, plot {config.results_dir / 'smoothquant.png'}")
+
+
+def nf4(path: Path, device: str):
+    """Return the model with its block linears in NF4 (everything else as released) and its description."""
+    released, _ = load_as_released(path)
+    dtypes = {name: parameter.dtype for name, parameter in released.named_parameters()}
+    model = released.float().to(device)
+    description = quantize_model(model, "nf4", half_precision_embeddings=False)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtypes[name])
+    return model, description
+
+
+def weight_bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def previous_table(config: SmoothQuantConfig) -> list[dict]:
+    """Return the table of alphas from the manifest of an output that was up to date."""
+    return read_manifest(config.models_dir / config.output_dir).get("alpha_table", [])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Measure every model of the pipeline on held-out sentences and put accuracy, operations, bytes, time and memory side by side.
+"""Measure every model of the pipeline on held-out data and put quality, operations, bytes, time and memory side by side.
 
 Run:   python 6_evaluate_report.py              (after any of the other stages; every setting: --help)
-Reads: models/*, sst2_data/test.jsonl           (the test split is used here and nowhere else)
+Reads: models/*, sst2_data/test.jsonl, wikitext_data/test.jsonl     (test sentences are used here and nowhere else)
 Writes: results/final_report.json               everything measured, with protocols, environment and goals
         results/final_report.png                accuracy against GFLOPs, point size by bytes
         results/model_comparison.{csv,png,pdf}  accuracy, inference time, load time, size
-Time:  about two minutes on 2 CPU cores for six models.
+        results/perplexity_against_size.png     the language models
+Time:  about four minutes on 2 CPU cores for six encoders and four language models.
 
 A stage that has not run is a row that names the command to run; it never breaks the report. Definitions of the metrics:
 compactmind/evaluation/accuracy.py and cost.py.
@@ -38,7 +39,9 @@ from compactmind.evaluation.cost import (
     peak_memory,
     weight_megabytes,
 )
+from compactmind.evaluation.language import draw_perplexity_against_size, language_table, measure_language_models
 from compactmind.files import write_json_atomically, write_text_atomically
+from compactmind.text import load_documents, token_windows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -52,49 +55,77 @@ SCHEMA_VERSION = 1
 ENCODER_ROWS = (
     "teacher", "student_finetuned", "student_distilled", "student_pruned", "student_distilled_nf4", "student_pruned_nf4",
 )  # fmt: skip
-"""The rows a complete run has, in this order; further encoder checkpoints under models/ follow them."""
+LANGUAGE_ROWS = ("llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8")
+"""The rows a complete run has, in this order; further checkpoints of the same track under models/ follow them."""
+DENSE_LANGUAGE_MODEL = "llama"
+"""The language model the others are compared with."""
 
 COLOURS = ["#4d4d4d", "#9a6fb0", "#1f5fa8", "#b03a2e", "#5aa1d8", "#e08e79", "#2e7d32", "#c79a00", "#00838f", "#6d4c41"]
 """One colour per row, the same in every plot."""
 
 
 # ------------------------------------------------------------------------------------------------------------------ rows
-def encoder_rows(models_dir: Path) -> list[str]:
-    """Return the names of all encoder rows: the standard ones, then every other classifier checkpoint found."""
-    others = []
+def row_names(models_dir: Path) -> dict[str, list[str]]:
+    """Return the names of all rows by track: the standard ones, then every other checkpoint found (a broken one: encoder)."""
+    names = {"encoder": list(ENCODER_ROWS), "llm": list(LANGUAGE_ROWS)}
     for manifest in sorted(models_dir.glob("[!.]*/manifest.json")):
         name = manifest.parent.name
+        if name in (*ENCODER_ROWS, *LANGUAGE_ROWS):
+            continue
         try:
-            if name not in ENCODER_ROWS and "SequenceClassification" in read_manifest(manifest.parent)["architecture"]:
-                others.append(name)
+            architecture = read_manifest(manifest.parent)["architecture"]
         except CompactMindError:
-            others.append(name)
-    return [*ENCODER_ROWS, *others]
+            names["encoder"].append(name)
+            continue
+        for track, task in (("encoder", "SequenceClassification"), ("llm", "CausalLM")):
+            if task in architecture:
+                names[track].append(name)
+    return names
 
 
-def load_rows(config: ReportConfig, device: str) -> tuple[list[dict], dict]:
-    """Return one row per encoder (with status `measured`, `not run` or `broken`) and the loaded checkpoints by name."""
+def load_rows(config: ReportConfig, track: str, names: list[str], device: str) -> tuple[list[dict], dict]:
+    """Return one row per name (with status `measured`, `not run` or `broken`) and the loaded checkpoints by name."""
     rows, checkpoints = [], {}
-    for name in encoder_rows(config.models_dir):
+    for name in names:
         directory = config.models_dir / name
+        row = {"name": name, "track": track}
         if not directory.exists():
-            rows.append({"name": name, "track": "encoder", "status": "not run", "command": how_to_make(directory)})
+            rows.append({**row, "status": "not run", "command": how_to_make(directory)})
             continue
         try:
             checkpoints[name] = load_checkpoint(directory, device)
             manifest = checkpoints[name].manifest
         except CompactMindError as error:
             print(f"{name}: {error}")
-            rows.append(
-                {"name": name, "track": "encoder", "status": "broken", "command": how_to_make(directory), "error": str(error)}
-            )
+            rows.append({**row, "status": "broken", "command": how_to_make(directory), "error": str(error)})
             continue
         described = ("kind", "architecture", "parent", "parameters", "layers", "quantization", "stage", "created")
         rows.append(
-            {"name": name, "track": "encoder", "status": "measured", **{key: manifest[key] for key in described}}
+            {**row, "status": "measured", **{key: manifest[key] for key in described}}
             | {"stage_metrics": manifest["metrics"], "experiment_name": manifest.get("experiment_name")}
         )
     return rows, checkpoints
+
+
+def report_language_models(config: ReportConfig, names: list[str], device: str) -> list[dict]:
+    """Return the measured rows of the language models; without their text they are rows that say how to get it."""
+    rows, checkpoints = load_rows(config, "llm", names, device)
+    if checkpoints:
+        try:
+            text = read_dataset_description(config.text_dir)["source"]["source"]
+            tokenizer = next(iter(checkpoints.values())).tokenizer
+            documents = load_documents(config.text_dir, "test")
+            windows = token_windows(tokenizer, documents, config.seq_len, config.eval_windows)
+        except CompactMindError as error:
+            print(f"language models: {error}")
+            return [
+                {"name": name, "track": "llm", "status": "not run", "command": "python download_model.py"} for name in names
+            ]
+        measure_language_models(
+            rows, checkpoints, config.models_dir, windows, f"{text}, test", reference=DENSE_LANGUAGE_MODEL,
+            prompt_tokens=config.prompt_tokens, repeats=config.latency_repeats,
+        )  # fmt: skip
+    return rows
 
 
 def measure(rows: list[dict], checkpoints: dict, config: ReportConfig) -> None:
@@ -209,7 +240,12 @@ def protocols(config: ReportConfig, description: dict) -> dict[str, str]:
         "latency": f"forward pass, {length} tokens, {where}, median of {config.latency_repeats} rounds after 2 of warm-up, 10th to "
         f"90th percentile; all models take turns in each round; speed-up = median ratio to {config.reference} within a round",
         "peak_memory_mb": f"1e6 bytes a fresh process adds when it loads the model and runs batch {max(config.latency_batches)} of "
-        f"{length} tokens (resident memory on a CPU, allocated memory on a GPU)",
+        f"{length} tokens, a language model one prompt (resident memory on a CPU, allocated memory on a GPU)",
+        "perplexity": "exp of the mean loss over predicted tokens, non-overlapping windows of the documents joined by a blank line; "
+        "every row carries text, seq_len, windows and tokens; interval: bootstrap over windows, paired against the dense model",
+        "compression_ratio": f"bytes of the weight files of {DENSE_LANGUAGE_MODEL}, as released / bytes of the row's",
+        "generation": f"batch 1, {where}, medians of {config.latency_repeats} rounds of all models in turn after 2 of warm-up; prefill: "
+        f"{config.prompt_tokens} random tokens with cache, logits of the last one; decode: one more token, mean of 8",
     }
 
 
@@ -266,6 +302,15 @@ def plot_accuracy_against_gflops(rows: list[dict], protocol: dict, path: Path) -
     plt.close(figure)
 
 
+def plot_language_models(rows: list[dict], path: Path) -> None:
+    """Draw perplexity against the size of the weight file."""
+    figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
+    draw_perplexity_against_size(axes, rows, COLOURS)
+    axes.set_title(f"Language models on the same {rows[0].get('protocol', {}).get('windows', '')} windows of held-out text")
+    save_figure(figure, path)
+    plt.close(figure)
+
+
 def plot_comparison(rows: list[dict], config: ReportConfig, paths: list[Path]) -> None:
     """Draw four panels of bars: accuracy, inference time, load time, size."""
     measured = [(colour, row) for colour, row in zip(COLOURS * len(rows), rows, strict=False) if row["status"] == "measured"]
@@ -308,7 +353,8 @@ def plot_comparison(rows: list[dict], config: ReportConfig, paths: list[Path]) -
 def comparison_csv(rows: list[dict], config: ReportConfig) -> str:
     """Return the comparison as CSV text, one line per row, empty cells where a stage has not run."""
     fields = ["name", "status", "accuracy", "accuracy_low", "accuracy_high", "f1", "auc", "mcnemar_p", "parameters", "gflops",
-              "gmacs_thop", "size_mb", "load_seconds", "peak_memory_mb"]  # fmt: skip
+              "gmacs_thop", "size_mb", "load_seconds", "peak_memory_mb",
+              "perplexity", "perplexity_low", "perplexity_high", "compression_ratio", "prefill_ms", "decode_ms"]  # fmt: skip
     fields += [
         f"latency_{batch}_{what}" for batch in config.latency_batches for what in ("median_ms", "low_ms", "high_ms", "speedup")
     ]
@@ -317,7 +363,10 @@ def comparison_csv(rows: list[dict], config: ReportConfig) -> str:
     writer.writeheader()
     for row in rows:
         flat = dict(row)
-        if row["status"] == "measured":
+        if row["status"] == "measured" and row["track"] == "llm":
+            flat["perplexity_low"], flat["perplexity_high"] = row["perplexity_interval"]
+            flat |= {f"{phase}_ms": row["generation"][phase]["median_ms"] for phase in ("prefill", "decode")}
+        elif row["status"] == "measured":
             flat["accuracy_low"], flat["accuracy_high"] = row["accuracy_interval"]
             flat["mcnemar_p"] = (row["mcnemar_against_reference"] or {}).get("p_value")
             for batch in config.latency_batches:
@@ -372,8 +421,10 @@ def print_goals(wanted: list[dict]) -> None:
 def main(config: ReportConfig) -> None:
     description = read_dataset_description(config.data_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows, checkpoints = load_rows(config, device)
+    names = row_names(config.models_dir)
+    rows, checkpoints = load_rows(config, "encoder", names["encoder"], device)
     measure(rows, checkpoints, config)
+    language_rows = report_language_models(config, names["llm"], device)
     real_sst2 = not description["source"]["source"].startswith("PyPI")
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -383,15 +434,18 @@ def main(config: ReportConfig) -> None:
         "data": {**description, "fingerprint": data_fingerprint(config.data_dir)},
         "protocols": protocols(config, description),
         "goals": goals(rows, config, real_sst2),
-        "models": rows,
+        "models": [*rows, *language_rows],
     }
     results = config.results_dir
     write_json_atomically(results / "final_report.json", report)
-    write_text_atomically(results / "model_comparison.csv", comparison_csv(rows, config))
+    write_text_atomically(results / "model_comparison.csv", comparison_csv(report["models"], config))
     if checkpoints:
         plot_accuracy_against_gflops(rows, report["protocols"], results / "final_report.png")
         plot_comparison(rows, config, [results / "model_comparison.png", results / "model_comparison.pdf"])
+    if any(row["status"] == "measured" for row in language_rows):
+        plot_language_models(language_rows, results / "perplexity_against_size.png")
     print_table(rows, config)
+    print(f"\n{language_table(language_rows)}")
     if config.profile != "smoke":
         print_goals(report["goals"])
     print(

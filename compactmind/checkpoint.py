@@ -46,6 +46,8 @@ MADE_BY = {
     "llama": "python download_model.py",
     "llama_w8a8": "python 4_smoothquant_llama.py",
     "llama_w8a8_naive": "python 4_smoothquant_llama.py",
+    "llama_nf4": "python 4_smoothquant_llama.py",
+    "llama_smoothed": "python 4_smoothquant_llama.py --save_smoothed True",
 }
 """Checkpoint name -> the command that makes it: for error messages and for the rows of a report that have not run."""
 

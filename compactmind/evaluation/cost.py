@@ -85,6 +85,41 @@ def measure_latency(
             synchronize(model.device)
             if round_index >= 0:
                 seconds[name].append(time.perf_counter() - started)
+    return _summaries(seconds, reference)
+
+
+@torch.inference_mode()
+def measure_generation(
+    models: dict[str, PreTrainedModel], prompt_tokens: int, repeats: int, reference: str, new_tokens: int = 8, warmup: int = 2
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Time what generating text at batch 1 is made of, all causal language models taking turns for `repeats` rounds.
+
+    `prefill`: reading `prompt_tokens` random tokens as `generate` does, logits of the last one only, keys and values kept.
+    `decode`: one further token with that cache, the mean of `new_tokens`. Returns per model both, each as `measure_latency`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = min(model.config.vocab_size for model in models.values())
+    prompt = torch.randint(min(5, vocabulary - 1), vocabulary, (1, prompt_tokens), generator=generator)
+    seconds: dict[str, dict[str, list[float]]] = {phase: {name: [] for name in models} for phase in ("prefill", "decode")}
+    for round_index in range(-warmup, repeats):
+        for name, model in models.items():
+            ids = prompt.to(model.device)
+            synchronize(model.device)
+            started = time.perf_counter()
+            output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            synchronize(model.device)
+            prefilled = time.perf_counter()
+            for _ in range(new_tokens):
+                output = model(input_ids=output.logits[:, -1].argmax(-1, keepdim=True), past_key_values=output.past_key_values)
+            synchronize(model.device)
+            if round_index >= 0:
+                seconds["prefill"][name].append(prefilled - started)
+                seconds["decode"][name].append((time.perf_counter() - prefilled) / new_tokens)
+    phases = {phase: _summaries(times, reference) for phase, times in seconds.items()}
+    return {name: {phase: summary[name] for phase, summary in phases.items()} for name in models}
+
+
+def _summaries(seconds: dict[str, list[float]], reference: str) -> dict[str, dict[str, float]]:
     result = {}
     for name, times in seconds.items():
         ordered = sorted(times)
@@ -150,7 +185,8 @@ def _measure_peak_of_this_process(directory: str, batch_size: int, sequence_leng
     model = load_checkpoint(directory, device).model
     with torch.inference_mode():
         ids = torch.full((batch_size, sequence_length), min(7, model.config.vocab_size - 1), device=device)
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        last_only = {"logits_to_keep": 1} if hasattr(model, "lm_head") else {}
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), **last_only)
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     return (resident_bytes()[1] - before) / 1e6

@@ -106,7 +106,8 @@ def load_quantized(
             linear.load_packed(packed, state.pop(f"{name}.SCB"))
     missing, unexpected = model.load_state_dict(state, strict=False)
     packed_weights = {f"{name}.weight" for name, _ in linears_to_quantize(model)}
-    missing = [name for name in missing if name not in packed_weights]
+    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()  # a head that is the embedding table
+    missing = [name for name in missing if name not in packed_weights | tied]
     if missing or unexpected:
         raise ValueError(f"tensors do not fit {model_class.__name__}: missing {missing}, unexpected {unexpected}")
     return model

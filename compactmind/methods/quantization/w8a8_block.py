@@ -46,9 +46,7 @@ def scale_and_rotate(product, scale, channel_scale, cos, sin, rotated, head_dim)
 
     Returns the rotated heads and the others, both (batch, tokens, heads, head_dim); cos and sin: (batch or 1, tokens, head_dim).
     """
-    if channel_scale is not None:
-        product = product * channel_scale
-    heads = product.view(*product.shape[:-1], product.shape[-1] // head_dim, head_dim)
+    heads = (product * channel_scale).view(*product.shape[:-1], product.shape[-1] // head_dim, head_dim)
     scale, half = scale.view(*scale.shape, 1), head_dim // 2
     cos = cos.float().unsqueeze(2) * scale
     sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).float().unsqueeze(2) * scale
@@ -58,9 +56,7 @@ def scale_and_rotate(product, scale, channel_scale, cos, sin, rotated, head_dim)
 
 def add(residual, product, scale, channel_scale):
     """Return residual + the rescaled product, in the residual's dtype."""
-    if channel_scale is not None:
-        scale = scale * channel_scale
-    return torch.addcmul(residual.float(), product.to(scale.dtype), scale).to(residual.dtype)
+    return torch.addcmul(residual.float(), product * channel_scale, scale).to(residual.dtype)
 
 
 def add_normalize_and_quantize(residual, product, scale, channel_scale, weight, eps, activations, static_scale):
@@ -71,9 +67,7 @@ def add_normalize_and_quantize(residual, product, scale, channel_scale, weight, 
 
 def gate_and_quantize(product, scale, channel_scale, activations, static_scale):
     """Rescale the product of gate and up, SiLU(gate) * up, then `quantize`."""
-    if channel_scale is not None:
-        scale = scale * channel_scale
-    gate, up = (product * scale).chunk(2, dim=-1)
+    gate, up = (product * channel_scale).mul_(scale).chunk(2, dim=-1)
     return quantize(F.silu(gate).mul_(up), activations, static_scale)
 
 
@@ -121,7 +115,7 @@ class W8A8Block:
         key_heads = attention.k_proj.out_features // attention.head_dim
         rotated = attention.q_proj.out_features // attention.head_dim + key_heads
         heads, value = between.scale_and_rotate(
-            product, scale, self.qkv.product_scale, *position_embeddings, rotated, attention.head_dim
+            product, scale, self.qkv.weight_scale.t(), *position_embeddings, rotated, attention.head_dim
         )
         heads, value = heads.to(hidden_states.dtype).transpose(1, 2), value.to(hidden_states.dtype).transpose(1, 2)
         query, key = heads[:, :-key_heads], heads[:, -key_heads:]
@@ -135,11 +129,13 @@ class W8A8Block:
 
         q, scale = between.quantize(attended.flatten(2), mode, o.input_scale)
         hidden_states, q, scale = between.add_normalize_and_quantize(
-            hidden_states, o.product(q), scale, o.product_scale, after.weight, after.variance_epsilon, mode,
+            hidden_states, o.product(q), scale, o.weight_scale.t(), after.weight, after.variance_epsilon, mode,
             self.gate_up.input_scale,
         )  # fmt: skip
-        q, scale = between.gate_and_quantize(self.gate_up.product(q), scale, self.gate_up.product_scale, mode, down.input_scale)
-        return between.add(hidden_states, down.product(q), scale, down.product_scale)
+        q, scale = between.gate_and_quantize(
+            self.gate_up.product(q), scale, self.gate_up.weight_scale.t(), mode, down.input_scale
+        )
+        return between.add(hidden_states, down.product(q), scale, down.weight_scale.t())
 
 
 def _joined(linears: Sequence[W8A8Linear]) -> W8A8Linear:

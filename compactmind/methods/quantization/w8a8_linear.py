@@ -4,9 +4,11 @@ y = (q(x) @ q(W)^T) * s_x * s_W + b with symmetric int8 (-127..127): s_W per out
 (dynamic) or per tensor (static, from calibration): the O1, O2 and O3 of SmoothQuant (Xiao et al. 2023,
 https://arxiv.org/abs/2211.10438). Kernels:
 
-onednn     CPUs with int8 instructions (VNNI): weights repacked once, product and scaling by s_W in one call
-int_mm     torch._int_mm on CUDA (tensor cores, compute capability 7.5 and later; widths that are multiples of 8)
+int_mm     torch._int_mm: CPUs with int8 instructions (VNNI), CUDA of compute capability 7.5 and later (widths multiples of 8)
 simulated  the same integers multiplied in floating point: the right numbers, no speed-up, and the report says so
+
+Not onednn.qlinear_pointwise with prepacked weights: no faster on 512 tokens, three times slower on one, twice the memory, and with
+signed activations torch 2.13 ships only its reference loop, a thousand times slower.
 """
 
 import torch
@@ -47,7 +49,7 @@ def kernel_for(device: torch.device, in_features: int, out_features: int) -> str
         capable = torch.cuda.get_device_capability(device) >= (7, 5) and in_features % 8 == 0 and out_features % 8 == 0
         return "int_mm" if capable else "simulated"
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported():
-        return "onednn"
+        return "int_mm"
     return "simulated"
 
 
@@ -70,7 +72,6 @@ class W8A8Linear(nn.Module):
         )  # fmt: skip
         self.bias = nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False) if bias else None
         self.kernel = "simulated"
-        self.packed = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, activations: str = "per_token", input_absmax: float | None = None) -> "W8A8Linear":
@@ -89,25 +90,12 @@ class W8A8Linear(nn.Module):
         return quantized.prepare()
 
     def prepare(self) -> "W8A8Linear":
-        """Choose the kernel for where the weights are now; after loading and after moving. They are repacked at first use."""
-        self.kernel, self.packed = kernel_for(self.weight.device, self.in_features, self.out_features), None
+        """Choose the kernel for where the weights are now; after loading and after moving."""
+        self.kernel = kernel_for(self.weight.device, self.in_features, self.out_features)
         return self
 
-    def _pack(self) -> None:
-        self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
-        self.channel_scale = self.weight_scale.flatten().contiguous()
-        self.zero_points = torch.zeros(self.out_features, dtype=torch.int64)
-
-    def __getstate__(self) -> dict:
-        """Copy and pickle without the packed weights, which are an opaque tensor; they are made again at first use."""
-        return {**self.__dict__, "packed": None}
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self.prepare()
-
     def _apply(self, function, recurse: bool = True):
-        """Follow a model to another device but never to another dtype, and repack there."""
+        """Follow a model to another device but never to another dtype."""
         super()._apply(lambda tensor: tensor.to(function(tensor.new_empty(0)).device), recurse)
         return self.prepare()
 
@@ -115,32 +103,21 @@ class W8A8Linear(nn.Module):
         """x: (..., in_features) -> (..., out_features), in x's dtype."""
         rows = x.reshape(-1, self.in_features)
         scale = activation_scale(rows, self.activations, self.input_scale)
-        product = self.product(quantize_activation(rows, scale))
-        product = product * (scale if self.product_scale is None else scale * self.product_scale)
+        product = (self.product(quantize_activation(rows, scale)) * self.weight_scale.t()).mul_(scale)
         if self.bias is not None:
             product = product + self.bias
         return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def product(self, q: torch.Tensor) -> torch.Tensor:
-        """Return q @ W_int8^T for int8 q (..., in): float32 (..., out) or int32, still to be multiplied by `product_scale`."""
+        """Return q @ W_int8^T for int8 q (..., in): int32 or the same in float32 (..., out), not yet scaled."""
         rows = q.reshape(-1, self.in_features)
-        if self.kernel == "onednn":
-            if self.packed is None:
-                self._pack()
-            result = torch.ops.onednn.qlinear_pointwise(
-                rows, 1.0, 0, self.packed, self.channel_scale, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""
-            )
-        elif self.kernel == "int_mm":
-            padded = nn.functional.pad(rows, (0, 0, 0, max(0, CUDA_ROWS - len(rows))))
-            result = torch._int_mm(padded, self.weight.t())[: len(rows)]
-        else:
+        if self.kernel == "simulated":
             result = rows.float() @ self.weight.float().t()
+        elif rows.is_cuda and len(rows) < CUDA_ROWS:
+            result = torch._int_mm(nn.functional.pad(rows, (0, 0, 0, CUDA_ROWS - len(rows))), self.weight.t())[: len(rows)]
+        else:
+            result = torch._int_mm(rows, self.weight.t())
         return result.view(*q.shape[:-1], self.out_features)
-
-    @property
-    def product_scale(self) -> torch.Tensor | None:
-        """s_W as (1, out), or None where the kernel has multiplied by it already."""
-        return None if self.kernel == "onednn" else self.weight_scale.t()
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, activations={self.activations}, kernel={self.kernel}"

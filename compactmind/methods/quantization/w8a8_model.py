@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from compactmind.methods.llama import LINEARS, LlamaBlock, block_linears, llama_blocks
 from compactmind.methods.quantization.calibration import SITES, InputStatistics, calibrate
 from compactmind.methods.quantization.smoothquant import check_alpha, readers_of, site_scale, smooth_block
+from compactmind.methods.quantization.w8a8_block import fuse_blocks
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear, activation_scale, quantize_activation, quantize_weight
 
 PER_LAYER = "per_layer"
@@ -94,10 +95,47 @@ def choose_alphas(
     return {site: grid[min(range(len(grid)), key=row.__getitem__)] for site, row in errors.items()}, errors
 
 
+def calibrate_llama(model: PreTrainedModel, windows: torch.Tensor) -> list[dict[str, InputStatistics]]:
+    """Return what `quantize_llama` needs to know of the inputs of every block, observed on `windows` (windows, seq_len) of text.
+
+    The blocks compute in float32, one at a time; the model stays as it was. Raises CompactMindError, see `calibrate`.
+    """
+    with float32_block_by_block(model):
+        return calibrate(model, windows)
+
+
+@torch.no_grad()
+def smooth_llama(
+    model: PreTrainedModel,
+    statistics: Sequence[dict[str, InputStatistics]],
+    *,
+    alpha: float | str = PER_LAYER,
+    sites: Sequence[str] = tuple(SITES),
+    grid: Sequence[float] = (0.5,),
+    activations: str = "per_token",
+) -> list[dict[str, float]]:
+    """Make, in place, the model float32 and smooth every block; settings as in `quantize_llama`. Returns the alphas used.
+
+    The outputs stay the same; float32, because rounding the smoothed weights to half precision would be a loss of its own.
+    """
+    model.float()
+    blocks = zip(llama_blocks(model), statistics, strict=True)
+    return [_smooth(block, dict(observed), alpha, sites, grid, activations) for block, observed in blocks]
+
+
+def _smooth(block, seen, alpha, sites, grid, activations) -> dict[str, float]:
+    """Smooth one block in float32, in place, `seen` with it; return the alpha of each site."""
+    alphas = dict.fromkeys(sites, alpha)
+    if alpha == PER_LAYER:
+        alphas, _ = choose_alphas(block, seen, sites, grid, activations)
+    smooth_block(block, seen, alphas)
+    return alphas
+
+
 @torch.no_grad()
 def quantize_llama(
     model: PreTrainedModel,
-    windows: torch.Tensor,
+    statistics: Sequence[dict[str, InputStatistics]],
     *,
     alpha: float | str = PER_LAYER,
     sites: Sequence[str] = tuple(SITES),
@@ -107,27 +145,22 @@ def quantize_llama(
 ) -> dict[str, Any]:
     """Make, in place, every linear of the blocks W8A8 and return the description a loader and a manifest need.
 
-    `windows` (windows, seq_len) is calibration text. `sites` are smoothed (none: naive W8A8) with `alpha`: a number in
+    `statistics` come from `calibrate_llama` and stay as they are. `sites` are smoothed (none: naive W8A8) with `alpha`: a number in
     [0, 1], or `per_layer` for the best of `grid` by output error. Raises ValueError on settings outside these.
     """
     if embeddings not in EMBEDDINGS:
         raise ValueError(f"unknown embeddings {embeddings!r}: choose one of {', '.join(EMBEDDINGS)}")
     for value in grid if alpha == PER_LAYER else [alpha]:
         check_alpha(value)
-    with float32_block_by_block(model):
-        statistics = calibrate(model, windows)
     chosen = []
-    for block, seen in zip(llama_blocks(model), statistics, strict=True):
+    for block, observed in zip(llama_blocks(model), statistics, strict=True):
         block.module.float()
-        alphas = dict.fromkeys(sites, alpha)
-        if alpha == PER_LAYER:
-            alphas, _ = choose_alphas(block, seen, sites, grid, activations)
-        smooth_block(block, seen, alphas)
+        seen = dict(observed)  # smoothing puts new entries into it
+        alphas = _smooth(block, seen, alpha, sites, grid, activations)
         for field, path in LINEARS.items():
             absmax = seen[SITE_OF[field]].absmax.max().item()
             model.set_submodule(f"{block.name}.{path}", W8A8Linear.from_linear(getattr(block, field), activations, absmax))
         chosen.append(alphas)
-        seen.clear()
     if embeddings == "int8":
         _quantize_embeddings(model, activations)
     description = {
@@ -140,6 +173,7 @@ def quantize_llama(
         "embeddings": embeddings,
     }
     model.config.quantization_config = compressed_tensors_config(description)
+    fuse_blocks(model)
     return description
 
 
@@ -213,4 +247,5 @@ def load_w8a8(
     for module in model.modules():
         if isinstance(module, W8A8Linear):
             module.prepare()
+    fuse_blocks(model)
     return model

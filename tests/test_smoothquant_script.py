@@ -1,0 +1,207 @@
+"""4_smoothquant_llama.py as a user runs it: files that load again, a table of alphas, and clear words about bad input."""
+
+import json
+
+import helpers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
+
+from compactmind.checkpoint import load_checkpoint, read_manifest
+from compactmind.methods.quantization.w8a8_block import W8A8Block
+from compactmind.methods.quantization.w8a8_linear import W8A8Linear
+from compactmind.methods.quantization.w8a8_model import Int8Embedding
+from compactmind.text import write_text
+
+OUTPUTS = ("llama_w8a8", "llama_w8a8_naive", "llama_nf4")
+
+
+def make_text(folder, characters: int = 4000) -> None:
+    """Write three parts of text that do not overlap."""
+    sentences = [sentence.text for sentence in helpers.make_sentences(600, seed=3)]
+    joined = {name: " . ".join(sentences[start::3])[:characters] for start, name in enumerate(("train", "validation", "test"))}
+    write_text(folder / "wikitext_data", {name: [text] for name, text in joined.items()}, {"source": "made up"})
+
+
+def make_source(folder, model=None):
+    """Save a Llama as others would, tokenizer included, in bfloat16; returns its directory."""
+    source = folder / "their_llama"
+    model = helpers.cast_parameters(model or helpers.make_llama(tie_word_embeddings=True, scale=0.5), torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(source)
+    helpers.make_byte_tokenizer().save_pretrained(source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, request):
+    """Return a directory in which the stage has run once, and what it printed."""
+    folder = tmp_path_factory.mktemp("smoothquant")
+    make_text(folder)
+    make_source(folder)
+    done = helpers.run_script("4_smoothquant_llama.py", "--model_path", "their_llama", "--save_smoothed", True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+@pytest.fixture
+def run_here(monkeypatch, capfd, tmp_path):
+    def run(*arguments, cwd=tmp_path):
+        return helpers.run_script_here(
+            "4_smoothquant_llama.py", "--model_path", "their_llama", *arguments, cwd=cwd, monkeypatch=monkeypatch, capfd=capfd
+        )
+
+    return run
+
+
+@torch.no_grad()
+def logits_of(model) -> torch.Tensor:
+    return model(helpers.example_windows()).logits.float()
+
+
+# -------------------------------------------------------------------------------------------------------------- a whole run
+def test_every_output_loads_again_and_says_what_it_is(finished):
+    folder, _ = finished
+    dense = AutoModelForCausalLM.from_pretrained(folder / "their_llama", dtype=torch.float32)
+    for name in OUTPUTS:
+        checkpoint = load_checkpoint(folder / "models" / name)
+        assert checkpoint.manifest["parent"] == "their_llama"
+        difference = (logits_of(checkpoint.model) - logits_of(dense)).norm() / logits_of(dense).norm()
+        assert 0 < difference < (0.3 if name == "llama_nf4" else 0.05), name
+        assert checkpoint.tokenizer("abc")["input_ids"][0] == 256
+    description = read_manifest(folder / "models" / "llama_w8a8")["quantization"]
+    assert description["method"] == "smoothquant" and len(description["alphas"]) == 2
+    assert all(alpha in (0.5, 0.8) for layer in description["alphas"] for alpha in layer.values())
+    naive = read_manifest(folder / "models" / "llama_w8a8_naive")["quantization"]
+    assert naive["method"] == "w8a8" and naive["sites"] == []
+
+
+def test_the_blocks_run_in_int8_and_nothing_else_does(finished):
+    folder, _ = finished
+    model = load_checkpoint(folder / "models" / "llama_w8a8").model
+    quantized = [name for name, module in model.named_modules() if isinstance(module, W8A8Linear)]
+    assert len(quantized) == 14 and not any("lm_head" in name for name in quantized)
+    assert all(isinstance(layer, W8A8Block) for layer in model.model.layers)
+    state = load_file(folder / "models" / "llama_w8a8" / "model.safetensors")
+    assert {str(tensor.dtype) for name, tensor in state.items() if name.endswith("proj.weight")} == {"torch.int8"}
+    assert state["model.embed_tokens.weight"].dtype == torch.bfloat16 and "lm_head.weight" not in state
+
+
+def test_the_smoothed_model_is_the_dense_one_with_other_weights(finished):
+    folder, _ = finished
+    dense = AutoModelForCausalLM.from_pretrained(folder / "their_llama", dtype=torch.float32)
+    smoothed = AutoModelForCausalLM.from_pretrained(folder / "models" / "llama_smoothed", dtype=torch.float32)
+    assert (logits_of(smoothed) - logits_of(dense)).abs().max() < 1e-5 * logits_of(dense).abs().max()
+    assert not torch.equal(smoothed.model.layers[0].self_attn.q_proj.weight, dense.model.layers[0].self_attn.q_proj.weight)
+
+
+def test_the_table_holds_every_model_on_the_same_windows_and_every_alpha(finished):
+    folder, output = finished
+    report = helpers.read_json(folder / "results" / "smoothquant.json")
+    assert [row["name"] for row in report["models"]] == ["their_llama", *OUTPUTS, "llama_smoothed"]
+    assert (
+        report["protocol"]["windows"] == 4 and report["protocol"]["seq_len"] == 32 and "made up" in report["protocol"]["text"]
+    )
+    dense = report["models"][0]
+    for row in report["models"]:
+        assert row["interval"][0] <= row["perplexity"] <= row["interval"][1]
+        assert row["against_dense"]["ratio"] == pytest.approx(row["perplexity"] / dense["perplexity"])
+        assert row["name"] in output
+    by_name = {row["name"]: row for row in report["models"]}
+    assert by_name["llama_w8a8"]["bytes"] < by_name["their_llama"]["bytes"]
+    assert by_name["llama_smoothed"]["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-5)
+    assert [row["alpha"] for row in report["alpha_table"]] == ["no smoothing", "per_layer", 0.5, 0.8]
+    assert read_manifest(folder / "models" / "llama_w8a8")["alpha_table"] == report["alpha_table"]
+    assert (folder / "results" / "smoothquant.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_run_has_nothing_to_do(finished, run_here):
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    status, output = run_here("--save_smoothed", True, cwd=folder)
+    assert status == 0 and output.count("up to date") == 4
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_one_alpha_for_all_is_the_best_of_the_table(tmp_path, run_here):
+    make_text(tmp_path)
+    make_source(tmp_path)
+    status, output = run_here("--alpha", "global", "--embeddings", "int8", "--activations", "per_tensor_static")
+    assert status == 0, output
+    manifest = read_manifest(tmp_path / "models" / "llama_w8a8")
+    numbers = [row for row in manifest["alpha_table"] if isinstance(row["alpha"], float)]
+    assert manifest["quantization"]["alpha"] == min(numbers, key=lambda row: row["perplexity"])["alpha"]
+    model = load_checkpoint(tmp_path / "models" / "llama_w8a8").model
+    assert isinstance(model.get_input_embeddings(), Int8Embedding) and isinstance(model.lm_head, W8A8Linear)
+    assert model.model.layers[0].mlp.down_proj.activations == "per_tensor_static"
+    text = model.generate(helpers.example_windows()[:1], max_new_tokens=3, do_sample=False)
+    assert text.shape == (1, 19)
+
+
+# --------------------------------------------------------------------------------------------------------------- bad input
+def gemma():
+    return helpers.randomize(GemmaForCausalLM(GemmaConfig(**helpers.llama_settings(head_dim=8))))
+
+
+def poisoned():
+    model = helpers.make_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3] = float("nan")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "make", "expected"),
+    [
+        (("--alpha", 1.5), None, ("alpha 1.5", "[0, 1]")),
+        (("--alpha", -0.1), None, ("alpha -0.1", "[0, 1]")),
+        (("--alpha_grid", 0.5, 2.0), None, ("alpha 2", "[0, 1]")),
+        (("--seq_len", 4096), None, ("tokens, less than one window of 4096", "--seq_len")),
+        (("--calibration_windows", 0), None, ("calibration_windows 0", "at least 1")),
+        (("--model_path", "nowhere"), None, ("nowhere", "config.json", "python download_model.py")),
+        ((), gemma, ("GemmaForCausalLM", "llama, mistral")),
+        ((), poisoned, ("model.layers.1", "NaN or infinite", "down")),
+        (("--text_dir", "no_text"), None, ("no_text", "python download_model.py")),
+    ],
+    ids=str,
+)
+def test_bad_input_is_named_and_leaves_nothing_behind(tmp_path, run_here, arguments, make, expected):
+    make_text(tmp_path)
+    make_source(tmp_path, make() if make else None)
+    status, output = run_here(*arguments)
+    assert status == 1 and all(part in output for part in expected), output
+    assert "Traceback" not in output
+    assert not (tmp_path / "models").exists() or not list((tmp_path / "models").iterdir())
+    assert not (tmp_path / "results").exists() or not list((tmp_path / "results").iterdir())
+
+
+def test_a_truncated_weight_file_and_a_missing_tokenizer_are_named(tmp_path, run_here):
+    make_text(tmp_path)
+    source = make_source(tmp_path)
+    weights = source / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    status, output = run_here()
+    assert status == 1 and "their_llama" in output and "damaged" in output and "Traceback" not in output
+    weights.write_bytes(whole)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    status, output = run_here()
+    assert status == 1 and "their_llama" in output and "tokenizer" in output and "Traceback" not in output
+    assert not (tmp_path / "models").exists() or not list((tmp_path / "models").iterdir())
+
+
+def test_a_checkpoint_with_a_tensor_missing_is_refused(finished, tmp_path):
+    folder, _ = finished
+    state = load_file(folder / "models" / "llama_w8a8" / "model.safetensors")
+    copy = tmp_path / "llama_w8a8"
+    copy.mkdir()
+    for path in (folder / "models" / "llama_w8a8").iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    state.pop("model.layers.0.mlp.down_proj.weight_scale")
+    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"]["bytes"] = (copy / "model.safetensors").stat().st_size
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(Exception, match="weight_scale.*4_smoothquant_llama.py"):
+        load_checkpoint(copy)
