@@ -22,7 +22,7 @@ from common import PROFILE, DistillConfig, parse_command_line, run_stage
 from compactmind.checkpoint import is_up_to_date, load_checkpoint, read_manifest, save_checkpoint, weights_fingerprint
 from compactmind.data import EncodedSentences, data_fingerprint, load_split
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.accuracy import accuracy_of, predict_logits
+from compactmind.evaluation.accuracy import accuracy_of, predict_logits, standard_error
 from compactmind.methods.distillation.schedules import linear_anneal
 from compactmind.methods.distillation.soft_targets import distillation_loss, hidden_state_loss
 from compactmind.methods.distillation.student import alternate_layers, matching_layers, student_from_teacher
@@ -65,8 +65,10 @@ def train(
     teacher: torch.nn.Module | None = None,
     layer_map: list[int] | None = None,
 ) -> None:
-    """Train one classifier, keep the averaged weights of its best epoch by validation accuracy, and save it as models/<name>.
+    """Train one classifier and save the averaged weights of its last epoch that is not worse than the best as models/<name>.
 
+    Not worse: validation accuracy within one standard error. Weights trained at a falling rate are better the lower it is, and
+    the validation sentences are too few to see differences below that.
     With `teacher_logits` (one row per training sentence) the loss is distillation; `teacher` and `layer_map` are needed
     for the hidden-state loss only.
     """
@@ -82,12 +84,12 @@ def train(
 
     # Resume: the state of the last finished epoch, if this very stage was interrupted.
     resume = TrainingState(directory, stage)
-    history, best_accuracy, best_weights = [], -1.0, None
+    history, kept = [], {"accuracy": -1.0, "epoch": 0, "weights": None}
     if saved := resume.load():
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
-        history, best_accuracy, best_weights = saved["history"], saved["best_accuracy"], saved["best_weights"]
+        history, kept = saved["history"], saved["kept"]
         accelerator.print(f"{name}: going on after epoch {len(history)} of {epochs}")
     model, optimizer = accelerator.prepare(model, optimizer)
     plain = accelerator.unwrap_model(model)
@@ -127,8 +129,9 @@ def train(
 
         with average.applied_to(plain):
             accuracy = accuracy_of(predict_logits(plain, validation, config.eval_batch_size), validation.labels)
-            if accuracy > best_accuracy:
-                best_accuracy, best_weights = accuracy, cpu_copy(plain.state_dict())
+            best = max([accuracy, *(row["accuracy"] for row in history)])
+            if accuracy >= best - standard_error(best, len(validation)):
+                kept = {"accuracy": accuracy, "epoch": epoch, "weights": cpu_copy(plain.state_dict())}
         history.append(
             {
                 "epoch": epoch,
@@ -149,21 +152,21 @@ def train(
         if accelerator.is_main_process:
             resume.save(
                 model=plain.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict(),
-                scheduler=scheduler.state_dict(), history=history, best_accuracy=best_accuracy, best_weights=best_weights,
+                scheduler=scheduler.state_dict(), history=history, kept=kept,
             )  # fmt: skip
     progress.close()
 
-    plain.load_state_dict(best_weights)
+    plain.load_state_dict(kept["weights"])
     read_all_tokens(plain)
     if accelerator.is_main_process:
         save_checkpoint(
             directory, plain, tokenizer, kind="dense", parent=parent, stage=stage, history=history,
-            metrics={"validation_accuracy": best_accuracy}, data_fingerprint=data_fingerprint(config.data_dir),
+            metrics={"validation_accuracy": kept["accuracy"], "kept_epoch": kept["epoch"]}, data_fingerprint=data_fingerprint(config.data_dir),
         )  # fmt: skip
         resume.clear()
     accelerator.wait_for_everyone()
     accelerator.free_memory()
-    accelerator.print(f"{name}: saved to {directory} (validation accuracy {best_accuracy:.2%})")
+    accelerator.print(f"{name}: saved to {directory} (validation accuracy {kept['accuracy']:.2%}, epoch {kept['epoch']})")
 
 
 # ----------------------------------------------------------------------------------------------------------------- main

@@ -183,8 +183,8 @@ class QuantizeConfig(StageConfig):
 
 @dataclass(frozen=True)
 class SmoothQuantConfig(StageConfig):
-    model_path: Path = Path("models/llama")
-    """The Llama to quantize: a checkpoint of this project, or any local Hugging Face folder of a Llama-like causal LM."""
+    model_path: str = ""
+    """The Llama to quantize, any local Hugging Face folder of a Llama-like causal LM; empty: <models_dir>/llama."""
     output_dir: str = "llama_w8a8"
     """Directory under models_dir for the result; the control without smoothing becomes <output_dir>_naive."""
     nf4_dir: str = "llama_nf4"
@@ -206,6 +206,8 @@ class SmoothQuantConfig(StageConfig):
     layer, or one for all by perplexity on validation text."""
     alpha_grid: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
     """What per_layer and global choose from."""
+    refine: bool = True
+    """Then let every channel's scale follow the gradient of the rounding noise it leaves on calibration rows; False: alpha alone."""
     sites: tuple[Literal["qkv", "o", "gate_up", "down"], ...] = ("qkv", "o", "gate_up", "down")
     """Inputs that are smoothed; the paper's two are qkv and gate_up."""
     activations: Literal["per_token", "per_tensor", "per_tensor_static"] = "per_token"
@@ -241,7 +243,7 @@ class ReportConfig(StageConfig):
 PROFILES: dict[str, dict[str, dict]] = {
     "embedded": {},
     "sst2": {
-        "DistillConfig": {"teacher_epochs": 4, "teacher_lr": 1e-4, "log_every": 200},
+        "DistillConfig": {"log_every": 200},
         "PruneConfig": {"prune_every": 50, "log_every": 200},
     },
     "paper": {

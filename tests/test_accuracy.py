@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 
-from compactmind.evaluation.accuracy import accuracy_of, classification_metrics, mcnemar, predict_logits
+from compactmind.evaluation.accuracy import accuracy_of, classification_metrics, mcnemar, predict_logits, standard_error
 
 LABELS = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0, 0, 0])
 SCORES = torch.tensor([0.9, 0.8, 0.6, -0.3, 0.7, -0.1, -0.2, -0.5, -0.6, -0.9])  # label 1 is predicted where positive
@@ -85,3 +85,10 @@ def test_logits_come_back_in_the_order_of_the_sentences(distilbert, encoded, bat
         expected = helpers.logits_of(distilbert, {key: alone[key] for key in ("input_ids", "attention_mask")})
         torch.testing.assert_close(logits[row], expected[0], atol=1e-4, rtol=1e-4)
     assert logits.std(dim=0).min() > 0.01  # rows differ, so a wrong order would show
+
+
+def test_the_standard_error_is_the_spread_of_a_share():
+    assert standard_error(0.5, 100) == pytest.approx(0.05)
+    assert standard_error(1.0, 100) == 0
+    drawn = torch.distributions.Binomial(200, torch.tensor(0.8)).sample((4000,)) / 200
+    assert standard_error(0.8, 200) == pytest.approx(drawn.std().item(), rel=0.1)

@@ -1,5 +1,6 @@
 """What a classifier gets right, how sure that number is, and whether two classifiers differ."""
 
+import math
 from typing import Any
 
 import numpy
@@ -31,6 +32,11 @@ def predict_logits(model: nn.Module, sentences: EncodedSentences, batch_size: in
 def accuracy_of(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """Return the share of rows whose largest logit is the label, in [0, 1]."""
     return (logits.argmax(dim=-1) == labels).double().mean().item()
+
+
+def standard_error(accuracy: float, rows: int) -> float:
+    """Return the standard error of an accuracy (share in [0, 1]) measured on so many rows."""
+    return math.sqrt(accuracy * (1 - accuracy) / rows)
 
 
 def classification_metrics(logits: torch.Tensor, labels: torch.Tensor, confidence: float = 0.95) -> dict[str, Any]:
