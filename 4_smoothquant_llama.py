@@ -109,6 +109,7 @@ def plot_alphas(description: dict, table: list[dict], path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------------- main
 def main(config: SmoothQuantConfig) -> None:
     check(config)
+    source = Path(config.model_path) if config.model_path else config.models_dir / "llama"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     text = read_dataset_description(config.text_dir)["source"]["source"]
     report_path = config.results_dir / "smoothquant.json"
@@ -116,7 +117,7 @@ def main(config: SmoothQuantConfig) -> None:
     # ---- what each output depends on: if none of it changed, the output is up to date
     settings = ("profile", "calibration_windows", "seq_len", "activations", "embeddings")
     fingerprint = data_fingerprint(config.text_dir)
-    inputs = {"model": identity(config.model_path)}
+    inputs = {"model": identity(source)}
 
     def stage(*names: str, **more) -> dict:
         return {
@@ -125,7 +126,7 @@ def main(config: SmoothQuantConfig) -> None:
             "inputs": inputs,
         }
 
-    smoothed_stage = stage(*settings, "alpha", "alpha_grid", "sites")
+    smoothed_stage = stage(*settings, "alpha", "alpha_grid", "sites", "refine")
     stages = {
         config.output_dir: smoothed_stage,
         f"{config.output_dir}_naive": stage(*settings, sites=()),
@@ -141,7 +142,7 @@ def main(config: SmoothQuantConfig) -> None:
         return
 
     # ---- calibrate once
-    model, tokenizer = load_as_released(config.model_path)
+    model, tokenizer = load_as_released(source)
     validation = token_windows(tokenizer, load_documents(config.text_dir, "validation"), config.seq_len, VALIDATION_WINDOWS)
     windows = token_windows(tokenizer, load_documents(config.text_dir, "test"), config.seq_len, config.eval_windows)
     statistics = []
@@ -153,12 +154,12 @@ def main(config: SmoothQuantConfig) -> None:
         statistics = calibrate_llama(model.to(device), calibration)
     del model
 
-    def quantized(alpha, sites):
+    def quantized(alpha, sites, refine=False):
         """Return a fresh copy of the released model in W8A8, and its description."""
-        model, _ = load_as_released(config.model_path)
+        model, _ = load_as_released(source)
         description = quantize_llama(
-            model.to(device), statistics, alpha=alpha, sites=sites, grid=config.alpha_grid, activations=config.activations,
-            embeddings=config.embeddings,
+            model.to(device), statistics, alpha=alpha, sites=sites, grid=config.alpha_grid, refine=refine,
+            activations=config.activations, embeddings=config.embeddings,
         )  # fmt: skip
         return model, description
 
@@ -166,13 +167,14 @@ def main(config: SmoothQuantConfig) -> None:
     table: list[dict] = []
     alpha = config.alpha
     if config.output_dir in due:
-        settings_to_compare = [("no smoothing", 0.5, ()), (PER_LAYER, PER_LAYER, config.sites)]
-        settings_to_compare += [(value, value, config.sites) for value in config.alpha_grid]
-        for label, value, sites in settings_to_compare:
-            found = perplexity(quantized(value, sites)[0].float(), validation, "validation")["perplexity"]
+        compared = [("no smoothing", 0.5, (), False), (PER_LAYER, PER_LAYER, config.sites, False)]
+        compared += [("per_layer, refined", PER_LAYER, config.sites, True)] if config.refine else []
+        compared += [(value, value, config.sites, False) for value in config.alpha_grid]
+        for label, value, sites, refine in compared:
+            found = perplexity(quantized(value, sites, refine)[0].float(), validation, "validation")["perplexity"]
             table.append({"alpha": label, "perplexity": found})
             print(
-                f"alpha {label if isinstance(label, str) else f'{label:.2f}':<12} | perplexity on validation text {found:8.3f}",
+                f"alpha {label if isinstance(label, str) else f'{label:.2f}':<18} | perplexity on validation text {found:8.3f}",
                 flush=True,
             )
         if alpha == "global":
@@ -181,31 +183,31 @@ def main(config: SmoothQuantConfig) -> None:
     # ---- make what is due
     def save(name: str, model, kind: str, **manifest) -> None:
         save_checkpoint(
-            config.models_dir / name, model, tokenizer, kind=kind, parent=config.model_path.name, stage=stages[name],
+            config.models_dir / name, model, tokenizer, kind=kind, parent=source.name, stage=stages[name],
             data_fingerprint=fingerprint, **manifest,
         )  # fmt: skip
 
     for name in due:
         print(f"{name} ...", flush=True)
         if name == config.nf4_dir:
-            model, description = nf4(config.model_path, device)
+            model, description = nf4(source, device)
             save(name, model, "nf4", quantization=description)
         elif name == config.smoothed_dir:
-            model, _ = load_as_released(config.model_path)
+            model, _ = load_as_released(source)
             smooth_llama(model.to(device), statistics, alpha=alpha, sites=config.sites, grid=config.alpha_grid,
-                         activations=config.activations)  # fmt: skip
+                         refine=config.refine, activations=config.activations)  # fmt: skip
             save(name, model, "dense")
         else:
-            model, description = quantized(alpha, config.sites if name == config.output_dir else ())
+            model, description = quantized(alpha, config.sites if name == config.output_dir else (), config.refine)
             save(name, model, "w8a8", quantization=description, extra={"alpha_table": table} if description["sites"] else None)
             if description["sites"]:
                 plot_alphas(description, table, config.results_dir / "smoothquant.png")
         del model
 
     # ---- measure all on the same held-out windows
-    released_bytes = weight_bytes(config.model_path)
-    dense: Callable = lambda: load_as_released(config.model_path)[0].to(device).float()  # noqa: E731
-    rows = {config.model_path.name: (dense, config.model_path)}
+    released_bytes = weight_bytes(source)
+    dense: Callable = lambda: load_as_released(source)[0].to(device).float()  # noqa: E731
+    rows = {source.name: (dense, source)}
     for name in stages:
         directory = config.models_dir / name
         rows[name] = (lambda directory=directory: load_checkpoint(directory, device).model, directory)

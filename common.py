@@ -206,8 +206,9 @@ class SmoothQuantConfig(StageConfig):
     layer, or one for all by perplexity on validation text."""
     alpha_grid: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
     """What per_layer and global choose from."""
-    refine: bool = True
-    """Then let every channel's scale follow the gradient of the rounding noise it leaves on calibration rows; False: alpha alone."""
+    refine: bool = False
+    """Then let every channel's scale follow the gradient of the rounding noise it leaves on calibration rows: less divergence from
+    the dense model, a perplexity that cannot be told apart, and most of a minute per 135M parameters."""
     sites: tuple[Literal["qkv", "o", "gate_up", "down"], ...] = ("qkv", "o", "gate_up", "down")
     """Inputs that are smoothed; the paper's two are qkv and gate_up."""
     activations: Literal["per_token", "per_tensor", "per_tensor_static"] = "per_token"

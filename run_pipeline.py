@@ -18,9 +18,13 @@ STAGES = (
     "1_distill.py",
     "2_prune_finetune.py",
     "3_quantize.py",
+    "4_smoothquant_llama.py",
     "6_evaluate_report.py",
 )
 """In the order in which they read each other's output."""
+
+LLAMA_STAGES = ("4_smoothquant_llama.py",)
+"""Left out where download_model.py was told to fetch no language model (--llama_name "")."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,9 @@ def main(config: PipelineConfig) -> None:
     durations = {}
     for number, stage in enumerate(stages, start=1):
         print(f"\n=== [{number}/{len(stages)}] {stage}, {(time.perf_counter() - begun) / 60:.1f} min so far", flush=True)
+        if stage in LLAMA_STAGES and not (config.models_dir / "llama").is_dir():
+            print(f"skipped: there is no {config.models_dir / 'llama'} (`python download_model.py` makes it)")
+            continue
         started = time.perf_counter()
         try:
             code = subprocess.run([sys.executable, root / stage, "--profile", config.profile, *shared]).returncode

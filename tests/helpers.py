@@ -23,8 +23,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from compactmind.checkpoint import save_checkpoint
 from compactmind.data import Sentence, normalize
 from compactmind.methods.pruning.masks import LayerMask, full_masks
+from compactmind.text import write_text
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -182,6 +184,28 @@ def make_workspace(folder: Path, train_rows: int = 600, dev_rows: int = 60) -> P
     tokenizer.save_pretrained(assets)
     write_sst2(folder / "sst2_data" / "glue" / "sst2", train_rows, dev_rows)
     return folder
+
+
+def add_text(folder: Path, characters: int = 4000) -> None:
+    """Write wikitext_data/ with three parts that do not overlap."""
+    sentences = [sentence.text for sentence in make_sentences(600, seed=3)]
+    parts = {name: " . ".join(sentences[start::3])[:characters] for start, name in enumerate(("train", "validation", "test"))}
+    write_text(folder / "wikitext_data", {name: [text] for name, text in parts.items()}, {"source": "made up"})
+
+
+def released_llama(model: torch.nn.Module | None = None) -> torch.nn.Module:
+    """Return a small Llama with tied embeddings, or `model`, in the dtype of a release: bfloat16."""
+    model = cast_parameters(model or make_llama(tie_word_embeddings=True, scale=0.5), torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    return model
+
+
+def add_llama(folder: Path) -> None:
+    """Write models/llama and the text for it, as download_model.py does with a larger one."""
+    stage = {"script": "download_model.py", "config": {}, "inputs": {}}
+    model, tokenizer = released_llama(), make_byte_tokenizer()
+    save_checkpoint(folder / "models" / "llama", model, tokenizer, kind="dense", parent=None, stage=stage, dtype="bfloat16")
+    add_text(folder)
 
 
 def _command(name: str, arguments: tuple) -> list[str]:

@@ -11,14 +11,20 @@ import pytest
 from compactmind.checkpoint import load_checkpoint, read_manifest
 from compactmind.data import EncodedSentences, load_split
 from compactmind.evaluation.accuracy import predict_logits
+from compactmind.evaluation.perplexity import perplexity
+from compactmind.text import load_documents, token_windows
 
 ROWS = ["teacher", "student_finetuned", "student_distilled", "student_pruned", "student_distilled_nf4", "student_pruned_nf4"]
+LANGUAGE_ROWS = ["llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8"]
+STAGES = ("download_model.py", "1_distill.py", "2_prune_finetune.py", "3_quantize.py", "4_smoothquant_llama.py",
+          "6_evaluate_report.py")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory):
     """A directory in which run_pipeline.py has run every stage, and what it printed."""
     folder = helpers.make_workspace(tmp_path_factory.mktemp("reported"), train_rows=300, dev_rows=50)
+    helpers.add_llama(folder)
     result = helpers.run_script("run_pipeline.py", cwd=folder)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return folder, result.stdout
@@ -34,9 +40,7 @@ def copy(reported, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- pipeline
 def test_the_pipeline_runs_every_stage_in_order_and_says_where_the_report_is(reported):
     _, output = reported
-    places = [output.index(f"[{number}/5] {name}") for number, name in enumerate(
-        ("download_model.py", "1_distill.py", "2_prune_finetune.py", "3_quantize.py", "6_evaluate_report.py"), start=1
-    )]  # fmt: skip
+    places = [output.index(f"[{number}/6] {name}") for number, name in enumerate(STAGES, start=1)]
     assert places == sorted(places)
     assert output.rstrip().endswith("report: results/final_report.json and results/final_report.png")
 
@@ -80,7 +84,7 @@ def test_int8_is_a_choice_and_becomes_a_row(copy, run_here):
     status, output = run_here("6_evaluate_report.py", cwd=copy)
     assert status == 0, output
     rows = {row["name"]: row for row in helpers.read_json(copy / "results" / "final_report.json")["models"]}
-    assert list(rows) == [*ROWS, "student_pruned_int8"] and rows["student_pruned_int8"]["status"] == "measured"
+    assert list(rows) == [*ROWS, "student_pruned_int8", *LANGUAGE_ROWS] and rows["student_pruned_int8"]["status"] == "measured"
 
 
 def test_a_quantized_parent_is_refused(copy, run_here):
@@ -100,8 +104,8 @@ def test_the_report_holds_every_row_with_every_measurement(reported):
     folder, output = reported
     report = helpers.read_json(folder / "results" / "final_report.json")
     assert report["schema_version"] == 1 and report["profile"] == "smoke"
-    assert [row["name"] for row in report["models"]] == ROWS
-    for row in report["models"]:
+    assert [row["name"] for row in report["models"]] == [*ROWS, *LANGUAGE_ROWS]
+    for row in report["models"][: len(ROWS)]:
         assert row["status"] == "measured" and row["track"] == "encoder"
         low, high = row["accuracy_interval"]
         assert 0 <= low <= row["accuracy"] <= high <= 1 and 0 <= row["auc"] <= 1 and 0 <= row["f1"] <= 1
@@ -151,17 +155,52 @@ def test_the_table_for_spreadsheets_agrees_with_the_report(reported):
         table = {row["name"]: row for row in csv.DictReader(file)}
     for row in helpers.read_json(folder / "results" / "final_report.json")["models"]:
         line = table[row["name"]]
-        assert float(line["accuracy"]) == row["accuracy"] and float(line["size_mb"]) == row["size_mb"]
+        assert float(line["size_mb"]) == row["size_mb"]
+        if row["track"] == "llm":
+            assert float(line["perplexity"]) == row["perplexity"] and line["accuracy"] == ""
+            assert float(line["decode_ms"]) == row["generation"]["decode"]["median_ms"]
+            continue
+        assert float(line["accuracy"]) == row["accuracy"] and line["perplexity"] == ""
         assert float(line["latency_32_median_ms"]) == row["latency"]["batch_32"]["median_ms"]
 
 
 def test_the_plots_are_pictures(reported):
     folder, _ = reported
-    for name in ("final_report.png", "model_comparison.png"):
+    for name in ("final_report.png", "model_comparison.png", "perplexity_against_size.png"):
         picture = matplotlib.image.imread(folder / "results" / name)
         assert picture.shape[0] > 300 and picture.shape[1] > 300 and math.isfinite(picture.std()) and picture.std() > 0.01
     assert (folder / "results" / "model_comparison.pdf").read_bytes().startswith(b"%PDF")
     assert not list((folder / "results").glob(".*tmp*"))
+
+
+def test_language_models_are_measured_on_the_same_windows_and_against_the_dense_one(reported):
+    folder, output = reported
+    report = helpers.read_json(folder / "results" / "final_report.json")
+    rows = {row["name"]: row for row in report["models"] if row["track"] == "llm"}
+    assert list(rows) == LANGUAGE_ROWS and {"perplexity", "compression_ratio", "generation"} <= report["protocols"].keys()
+    dense = rows["llama"]
+    windows = token_windows(helpers.make_byte_tokenizer(), load_documents(folder / "wikitext_data", "test"), 32, 4)
+    for name, row in rows.items():
+        assert row["status"] == "measured" and row["protocol"]["seq_len"] == 32 and row["protocol"]["windows"] == 4
+        found = perplexity(load_checkpoint(folder / "models" / name).model, windows, "")["perplexity"]
+        assert row["perplexity"] == pytest.approx(found, rel=1e-4)
+        assert row["against_dense"]["ratio"] == pytest.approx(row["perplexity"] / dense["perplexity"])
+        assert row["compression_ratio"] == pytest.approx(dense["size_mb"] / row["size_mb"])
+        for phase in ("prefill", "decode"):
+            assert row["generation"][phase]["median_ms"] > 0 and row["generation"][phase]["speedup"] > 0
+        assert row["peak_memory_mb"] > 0 and row["parameters"] == dense["parameters"]
+        assert name in output
+    assert dense["kernel"] == "float32" and rows["llama_nf4"]["kernel"] == "bitsandbytes"
+    assert rows["llama_w8a8"]["kernel"] in ("int_mm", "simulated")
+
+
+def test_without_text_the_language_models_are_not_run_and_the_encoders_are(copy, run_here):
+    shutil.rmtree(copy / "wikitext_data")
+    status, output = run_here("6_evaluate_report.py", cwd=copy)
+    assert status == 0, output
+    rows = {row["name"]: row for row in helpers.read_json(copy / "results" / "final_report.json")["models"]}
+    assert rows["llama"] == {"name": "llama", "track": "llm", "status": "not run", "command": "python download_model.py"}
+    assert rows["teacher"]["status"] == "measured"
 
 
 def test_missing_and_broken_stages_are_rows_that_say_what_to_do(copy, run_here):
@@ -171,7 +210,7 @@ def test_missing_and_broken_stages_are_rows_that_say_what_to_do(copy, run_here):
     assert status == 0, output
     report = helpers.read_json(copy / "results" / "final_report.json")
     rows = {row["name"]: row for row in report["models"]}
-    assert list(rows) == ROWS
+    assert list(rows) == [*ROWS, *LANGUAGE_ROWS]
     assert rows["student_pruned"] == {
         "name": "student_pruned", "track": "encoder", "status": "not run", "command": "python 2_prune_finetune.py",
     }  # fmt: skip

@@ -20,10 +20,20 @@ SITES = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down":
 
 @dataclass
 class InputStatistics:
-    """What was seen at one input: `absmax` (channels,) over all tokens, `rows` (kept, channels) an even sample of the tokens."""
+    """What was seen at one input.
+
+    absmax (channels,): largest magnitude over all tokens; rows (kept, channels): an even sample of the tokens; row_weights (kept,):
+    how much an error of what reads this input matters at that token. Where the output is added to the residual stream, that is
+    1 / its root mean square there: the next norm divides by it, and some tokens are hundreds of times as large as others.
+    """
 
     absmax: torch.Tensor
     rows: torch.Tensor
+    row_weights: torch.Tensor
+
+    def divided_by(self, scale: torch.Tensor) -> "InputStatistics":
+        """Return the statistics of the input after its channels are divided by `scale` (channels,)."""
+        return InputStatistics(self.absmax / scale, self.rows / scale, self.row_weights)
 
 
 @torch.no_grad()
@@ -42,9 +52,12 @@ def calibrate(model: PreTrainedModel, windows: torch.Tensor, rows: int = 256) ->
     model.eval()
     with ExitStack() as hooks:
         for block, seen in zip(blocks, statistics, strict=True):
+            residual: dict[str, torch.Tensor] = {}
+            for site, norm in (("o", block.input_norm), ("down", block.post_norm)):  # what their outputs are added to
+                hooks.callback(norm.register_forward_pre_hook(_residual_watcher(residual, site)).remove)
             for site, readers in SITES.items():
-                handle = _first_reader(block, readers).register_forward_pre_hook(_observer(block, site, seen, lambda: picked))
-                hooks.callback(handle.remove)
+                observer = _observer(block, site, seen, residual, lambda: picked)
+                hooks.callback(_first_reader(block, readers).register_forward_pre_hook(observer).remove)
         for index, window in enumerate(windows):
             count = min((index + 1) * rows // len(windows) - index * rows // len(windows), len(window))
             picked = torch.randperm(len(window), generator=torch.Generator().manual_seed(index))[:count].sort().values
@@ -58,7 +71,16 @@ def _first_reader(block: LlamaBlock, readers: tuple[str, ...]) -> nn.Module:
     return getattr(block, readers[0])
 
 
-def _observer(block: LlamaBlock, site: str, seen: dict[str, InputStatistics], picked: Callable[[], torch.Tensor]):
+def _residual_watcher(residual: dict[str, torch.Tensor], site: str):
+    def watch(_, inputs) -> None:
+        residual[site] = inputs[0].detach().flatten(0, -2).float().square().mean(dim=-1).sqrt()
+
+    return watch
+
+
+def _observer(
+    block: LlamaBlock, site: str, seen: dict[str, InputStatistics], residual: dict, picked: Callable[[], torch.Tensor]
+):
     def observe(_, inputs) -> None:
         values = inputs[0].detach().flatten(0, -2).float()
         absmax = values.abs().amax(dim=0)
@@ -68,10 +90,14 @@ def _observer(block: LlamaBlock, site: str, seen: dict[str, InputStatistics], pi
                 f"{block.name}: the input of {'/'.join(SITES[site])} is NaN or infinite (channel {channel}) on calibration text: "
                 f"the weights are damaged, or overflow in {inputs[0].dtype}; try --dtype float32"
             )
-        kept = values[picked().to(values.device)]
-        if site not in seen:
-            seen[site] = InputStatistics(absmax, kept)
-        else:
-            seen[site] = InputStatistics(torch.maximum(seen[site].absmax, absmax), torch.cat([seen[site].rows, kept]))
+        index = picked().to(values.device)
+        kept, weights = values[index], torch.ones(len(index), device=values.device)
+        if site in residual:
+            weights = 1 / residual[site][index].clamp(min=1e-6)
+        if site in seen:
+            before = seen[site]
+            absmax = torch.maximum(before.absmax, absmax)
+            kept, weights = torch.cat([before.rows, kept]), torch.cat([before.row_weights, weights])
+        seen[site] = InputStatistics(absmax, kept, weights)
 
     return observe

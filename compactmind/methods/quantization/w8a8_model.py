@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from compactmind.methods.llama import LINEARS, LlamaBlock, block_linears, llama_blocks
 from compactmind.methods.quantization.calibration import SITES, InputStatistics, calibrate
-from compactmind.methods.quantization.smoothquant import check_alpha, readers_of, site_scale, smooth_block
+from compactmind.methods.quantization.smoothquant import check_alpha, fold, readers_of, refined_scale, site_scale
 from compactmind.methods.quantization.w8a8_block import fuse_blocks
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear, activation_scale, quantize_activation, quantize_weight
 
@@ -71,9 +71,11 @@ def float32_block_by_block(model: PreTrainedModel) -> Iterator[None]:
 def output_error(block: LlamaBlock, site: str, statistics: InputStatistics, alpha: float | None, activations: str) -> float:
     """Return the relative squared error of what reads `site`, quantized after smoothing with `alpha` (None: unsmoothed).
 
-    Sum over the readers of ||X W^T - q(X / s) q(W s)^T||^2 / ||X W^T||^2 on the kept calibration rows X.
+    Sum over the readers of ||X W^T - q(X / s) q(W s)^T||^2 / ||X W^T||^2 on the kept calibration rows X, which count by their
+    weights where each token has a scale of its own.
     """
     scale = torch.ones_like(statistics.absmax) if alpha is None else site_scale(block, site, statistics, alpha)
+    token_weights = statistics.row_weights[:, None] if activations == "per_token" else 1.0
     rows = statistics.rows / scale
     static = (statistics.absmax / scale).max().view(1, 1) / 127
     step = activation_scale(rows, activations, static)
@@ -82,8 +84,9 @@ def output_error(block: LlamaBlock, site: str, statistics: InputStatistics, alph
     for linear in readers_of(block, site):
         wanted = statistics.rows @ linear.weight.float().t()
         weight, weight_scale = quantize_weight(linear.weight.float() * scale)
-        error += (quantized_rows @ (weight.float() * weight_scale).t() - wanted).square().sum().item()
-        size += wanted.square().sum().item()
+        found = quantized_rows @ (weight.float() * weight_scale).t()
+        error += ((found - wanted) * token_weights).square().sum().item()
+        size += (wanted * token_weights).square().sum().item()
     return error / max(size, 1e-30)
 
 
@@ -112,6 +115,7 @@ def smooth_llama(
     alpha: float | str = PER_LAYER,
     sites: Sequence[str] = tuple(SITES),
     grid: Sequence[float] = (0.5,),
+    refine: bool = False,
     activations: str = "per_token",
 ) -> list[dict[str, float]]:
     """Make, in place, the model float32 and smooth every block; settings as in `quantize_llama`. Returns the alphas used.
@@ -120,15 +124,20 @@ def smooth_llama(
     """
     model.float()
     blocks = zip(llama_blocks(model), statistics, strict=True)
-    return [_smooth(block, dict(observed), alpha, sites, grid, activations) for block, observed in blocks]
+    return [_smooth(block, dict(observed), alpha, sites, grid, refine, activations) for block, observed in blocks]
 
 
-def _smooth(block, seen, alpha, sites, grid, activations) -> dict[str, float]:
+def _smooth(block, seen, alpha, sites, grid, refine, activations) -> dict[str, float]:
     """Smooth one block in float32, in place, `seen` with it; return the alpha of each site."""
     alphas = dict.fromkeys(sites, alpha)
     if alpha == PER_LAYER:
         alphas, _ = choose_alphas(block, seen, sites, grid, activations)
-    smooth_block(block, seen, alphas)
+    for site in sites:
+        scale = site_scale(block, site, seen[site], alphas[site])
+        if refine:
+            scale = refined_scale(block, site, seen[site], scale, activations)
+        fold(block, site, scale)
+        seen[site] = seen[site].divided_by(scale)
     return alphas
 
 
@@ -140,13 +149,14 @@ def quantize_llama(
     alpha: float | str = PER_LAYER,
     sites: Sequence[str] = tuple(SITES),
     grid: Sequence[float] = (0.5,),
+    refine: bool = False,
     activations: str = "per_token",
     embeddings: str = "as_released",
 ) -> dict[str, Any]:
     """Make, in place, every linear of the blocks W8A8 and return the description a loader and a manifest need.
 
     `statistics` come from `calibrate_llama` and stay as they are. `sites` are smoothed (none: naive W8A8) with `alpha`: a number in
-    [0, 1], or `per_layer` for the best of `grid` by output error. Raises ValueError on settings outside these.
+    [0, 1], or `per_layer` for the best of `grid` by output error; with `refine` that is where `refined_scale` starts. Raises ValueError on settings outside these.
     """
     if embeddings not in EMBEDDINGS:
         raise ValueError(f"unknown embeddings {embeddings!r}: choose one of {', '.join(EMBEDDINGS)}")
@@ -156,7 +166,7 @@ def quantize_llama(
     for block, observed in zip(llama_blocks(model), statistics, strict=True):
         block.module.float()
         seen = dict(observed)  # smoothing puts new entries into it
-        alphas = _smooth(block, seen, alpha, sites, grid, activations)
+        alphas = _smooth(block, seen, alpha, sites, grid, refine, activations)
         for field, path in LINEARS.items():
             absmax = seen[SITE_OF[field]].absmax.max().item()
             model.set_submodule(f"{block.name}.{path}", W8A8Linear.from_linear(getattr(block, field), activations, absmax))
@@ -170,6 +180,7 @@ def quantize_llama(
         "sites": list(sites),
         "alpha": alpha,
         "alphas": chosen,
+        "refined": refine and bool(sites),
         "embeddings": embeddings,
     }
     model.config.quantization_config = compressed_tensors_config(description)
