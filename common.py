@@ -195,7 +195,7 @@ class SmoothQuantConfig(StageConfig):
     """Directory under models_dir for it."""
     text_dir: Path = Path("wikitext_data")
     """Running text: calibration from train, choices on validation, reported perplexity on test."""
-    calibration_windows: int = 64
+    calibration_windows: int = 32
     """Windows of text on which activations are observed (the paper: 512 sentences)."""
     seq_len: int = 512
     """Tokens per window, in calibration and in perplexity."""
@@ -204,7 +204,7 @@ class SmoothQuantConfig(StageConfig):
     alpha: float | Literal["per_layer", "global"] = "per_layer"
     """How much of the difficulty moves into the weights, in [0, 1]; or chosen from alpha_grid: by the output error of each
     layer, or one for all by perplexity on validation text."""
-    alpha_grid: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+    alpha_grid: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     """What per_layer and global choose from."""
     refine: bool = False
     """Then let every channel's scale follow the gradient of the rounding noise it leaves on calibration rows: less divergence from

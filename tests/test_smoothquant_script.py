@@ -197,3 +197,15 @@ def test_a_checkpoint_with_a_tensor_missing_is_refused(finished, tmp_path):
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(Exception, match="weight_scale.*4_smoothquant_llama.py"):
         load_checkpoint(copy)
+
+
+@pytest.mark.slow
+def test_compressed_tensors_reads_the_file(finished):
+    """With `pip install compressed-tensors==0.20.0`, which transformers uses to read such files without this project."""
+    pytest.importorskip("compressed_tensors")
+    folder, _ = finished
+    for name in ("llama_w8a8", "llama_w8a8_naive"):
+        theirs = AutoModelForCausalLM.from_pretrained(folder / "models" / name, dtype=torch.float32)
+        ours = load_checkpoint(folder / "models" / name).model
+        assert not any(isinstance(module, W8A8Linear) for module in theirs.modules())
+        assert (logits_of(theirs) - logits_of(ours)).norm() / logits_of(ours).norm() < 5e-3
