@@ -14,7 +14,7 @@ from typing import Literal
 
 PROFILE = os.environ.get("COMPACTMIND_PROFILE", "embedded")
 """`embedded`: CPU, minutes, PyPI only. `paper`: GPU and model hub, the published models. `smoke`: seconds, for tests.
-`sst2`: the models of `embedded` on the real SST-2, on a CPU in about an hour; put its files into sst2_data/glue/sst2/ first."""
+`sst2`: the models of `embedded` on the real SST-2, on a CPU in about half an hour; put its files into sst2_data/glue/sst2/ first."""
 
 
 @dataclass(frozen=True)
