@@ -6,6 +6,7 @@ prefill, decode    compactmind/evaluation/cost.py, measure_generation
 kernel             what multiplies the matrices of the blocks; `simulated` is the right numbers without an int8 kernel
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,10 @@ def measure_language_models(
     models = {name: checkpoint.model for name, checkpoint in checkpoints.items()}
     times = measure_generation(models, prompt_tokens, repeats, reference)
     print("peak memory, each model in a process of its own ...", flush=True)
-    for row in measured:
-        row["generation"] = times[row["name"]]
-        row["peak_memory_mb"] = peak_memory(models_dir / row["name"], 1, prompt_tokens)
+    with ThreadPoolExecutor(max_workers=1 if torch.cuda.is_available() else 2) as pool:
+        peaks = pool.map(lambda row: peak_memory(models_dir / row["name"], 1, prompt_tokens), measured)
+        for row, peak in zip(measured, peaks, strict=True):
+            row["generation"], row["peak_memory_mb"] = times[row["name"]], peak
 
 
 def language_table(rows: list[dict[str, Any]]) -> str:
