@@ -1,12 +1,12 @@
 """Quantize a Llama to int8 weights and activations with SmoothQuant, beside the controls that show what smoothing is worth.
 
-Paper: Xiao et al. 2023 (SmoothQuant, https://arxiv.org/abs/2211.10438).
+Paper: Xiao et al. 2023 (SmoothQuant, https://arxiv.org/abs/2211.10438); Ashkboos et al. 2024 (QuaRot, https://arxiv.org/abs/2404.00456).
 Run:   python 4_smoothquant_llama.py            (after python download_model.py; every setting: --help)
-       python 4_smoothquant_llama.py --alpha 0.85 --sites qkv gate_up      (the paper's recipe)
+       python 4_smoothquant_llama.py --alpha 0.85 --sites qkv gate_up --rotations      (SmoothQuant's own recipe)
        python 4_smoothquant_llama.py --model_path /path/to/a/llama         (any local Hugging Face folder)
 Reads: models/llama, wikitext_data/{train,validation,test}.jsonl
-Writes: models/llama_w8a8          smoothed, int8 weights and activations
-        models/llama_w8a8_naive    control: the same without smoothing
+Writes: models/llama_w8a8          smoothed and rotated, int8 weights and activations
+        models/llama_w8a8_naive    control: the same without either
         models/llama_nf4           control: bitsandbytes NF4, 4-bit weights
         models/llama_smoothed      smoothed but not quantized (--save_smoothed True)
         results/smoothquant.{json,png}    perplexities on the same held-out windows; alpha against perplexity; alpha of every layer
@@ -30,7 +30,7 @@ from compactmind.evaluation.perplexity import paired_ratio, perplexity
 from compactmind.files import sha256_of, write_json_atomically
 from compactmind.methods.llama import llama_blocks
 from compactmind.methods.quantization.packed_model import quantize_model
-from compactmind.methods.quantization.w8a8_model import PER_LAYER, calibrate_llama, quantize_llama, smooth_llama
+from compactmind.methods.quantization.w8a8_model import PER_LAYER, W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama
 from compactmind.text import load_documents, token_windows
 
 matplotlib.use("Agg")
@@ -126,10 +126,10 @@ def main(config: SmoothQuantConfig) -> None:
             "inputs": inputs,
         }
 
-    smoothed_stage = stage(*settings, "alpha", "alpha_grid", "sites", "refine")
+    smoothed_stage = stage(*settings, "alpha", "alpha_grid", "sites", "rotations")
     stages = {
         config.output_dir: smoothed_stage,
-        f"{config.output_dir}_naive": stage(*settings, sites=()),
+        f"{config.output_dir}_naive": stage(*settings, sites=(), rotations=()),
         config.nf4_dir: stage("profile", method="nf4"),
     }
     if config.save_smoothed:
@@ -154,27 +154,29 @@ def main(config: SmoothQuantConfig) -> None:
         statistics = calibrate_llama(model.to(device), calibration)
     del model
 
-    def quantized(alpha, sites, refine=False):
+    def recipe(alpha, sites=config.sites, rotations=config.rotations) -> W8A8Recipe:
+        return W8A8Recipe(alpha, sites, rotations, config.alpha_grid, config.activations, config.embeddings)
+
+    def quantized(how: W8A8Recipe):
         """Return a fresh copy of the released model in W8A8, and its description."""
         model, _ = load_as_released(source)
-        description = quantize_llama(
-            model.to(device), statistics, alpha=alpha, sites=sites, grid=config.alpha_grid, refine=refine,
-            activations=config.activations, embeddings=config.embeddings,
-        )  # fmt: skip
-        return model, description
+        return model, quantize_llama(model.to(device), statistics, how)
+
+    naive = recipe(0.5, sites=(), rotations=())
 
     # ---- alpha against perplexity, on validation text
     table: list[dict] = []
     alpha = config.alpha
     if config.output_dir in due:
-        compared = [("no smoothing", 0.5, (), False), (PER_LAYER, PER_LAYER, config.sites, False)]
-        compared += [("per_layer, refined", PER_LAYER, config.sites, True)] if config.refine else []
-        compared += [(value, value, config.sites, False) for value in config.alpha_grid]
-        for label, value, sites, refine in compared:
-            found = perplexity(quantized(value, sites, refine)[0].float(), validation, "validation")["perplexity"]
+        compared = {"naive": naive, PER_LAYER: recipe(PER_LAYER)}
+        if config.rotations:
+            compared[f"{PER_LAYER}, not rotated"] = recipe(PER_LAYER, rotations=())
+        compared |= {value: recipe(value) for value in config.alpha_grid}
+        for label, how in compared.items():
+            found = perplexity(quantized(how)[0].float(), validation, "validation")["perplexity"]
             table.append({"alpha": label, "perplexity": found})
             print(
-                f"alpha {label if isinstance(label, str) else f'{label:.2f}':<18} | perplexity on validation text {found:8.3f}",
+                f"alpha {label if isinstance(label, str) else f'{label:.2f}':<22} | perplexity on validation text {found:8.3f}",
                 flush=True,
             )
         if alpha == "global":
@@ -194,13 +196,18 @@ def main(config: SmoothQuantConfig) -> None:
             save(name, model, "nf4", quantization=description)
         elif name == config.smoothed_dir:
             model, _ = load_as_released(source)
-            smooth_llama(model.to(device), statistics, alpha=alpha, sites=config.sites, grid=config.alpha_grid,
-                         refine=config.refine, activations=config.activations)  # fmt: skip
+            smooth_llama(model.to(device), statistics, recipe(alpha))
             save(name, model, "dense")
         else:
-            model, description = quantized(alpha, config.sites if name == config.output_dir else (), config.refine)
-            save(name, model, "w8a8", quantization=description, extra={"alpha_table": table} if description["sites"] else None)
-            if description["sites"]:
+            model, description = quantized(recipe(alpha) if name == config.output_dir else naive)
+            save(
+                name,
+                model,
+                "w8a8",
+                quantization=description,
+                extra={"alpha_table": table} if name == config.output_dir else None,
+            )
+            if name == config.output_dir:
                 plot_alphas(description, table, config.results_dir / "smoothquant.png")
         del model
 

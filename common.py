@@ -206,11 +206,11 @@ class SmoothQuantConfig(StageConfig):
     layer, or one for all by perplexity on validation text."""
     alpha_grid: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     """What per_layer and global choose from."""
-    refine: bool = False
-    """Then let every channel's scale follow the gradient of the rounding noise it leaves on calibration rows: less divergence from
-    the dense model, a perplexity that cannot be told apart, and most of a minute per 135M parameters."""
     sites: tuple[Literal["qkv", "o", "gate_up", "down"], ...] = ("qkv", "o", "gate_up", "down")
     """Inputs that are smoothed; the paper's two are qkv and gate_up."""
+    rotations: tuple[Literal["qkv", "o", "gate_up", "down"], ...] = ("qkv", "o", "gate_up", "down")
+    """Inputs that are rotated (Hadamard, as in QuaRot): o costs nothing, the others a small float product while the model runs.
+    Readers without `transform_config` (transformers 5.23) need --rotations o. None with per_tensor_static."""
     activations: Literal["per_token", "per_tensor", "per_tensor_static"] = "per_token"
     """Granularity of the activations' scale: the paper's O1, O2 and O3."""
     embeddings: Literal["as_released", "int8"] = "as_released"

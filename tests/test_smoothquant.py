@@ -13,13 +13,10 @@ from compactmind.methods.quantization.smoothquant import (
     check_alpha,
     fold,
     readers_of,
-    refined_scale,
-    rounding_noise,
     site_scale,
     smooth_block,
     smoothing_scale,
 )
-from compactmind.methods.quantization.w8a8_linear import activation_scale, quantize_activation, quantize_weight
 
 PATHS = {
     "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -139,7 +136,7 @@ def test_an_input_that_is_no_number_is_named_by_block_linears_and_channel(window
     model = helpers.make_llama()
     with torch.no_grad():
         model.model.layers[1].post_attention_layernorm.weight[3] = value
-    with pytest.raises(CompactMindError, match=r"model.layers.1: the input of gate/up is NaN or infinite \(channel 3\)"):
+    with pytest.raises(CompactMindError, match=r"model.layers.1: the input of gate/up is NaN or infinite \(channel 3"):
         calibrate(model, windows)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -339,7 +336,6 @@ def test_dead_channels_do_no_harm(windows, alpha):
     assert_fresh(model, windows, statistics)
 
 
-# --------------------------------------------------------------------------------------------------------------- refining
 @torch.no_grad()
 def test_rows_that_join_the_residual_stream_count_by_its_size_there(windows):
     model = helpers.make_llama()
@@ -358,38 +354,3 @@ def test_rows_that_join_the_residual_stream_count_by_its_size_there(windows):
     for row, weight in zip(seen["o"].rows, seen["o"].row_weights, strict=True):  # each row with its own weight
         assert 1 / sizes[(rows - row).abs().sum(dim=1).argmin()] == pytest.approx(weight.item(), rel=1e-4)
     assert seen["qkv"].row_weights.eq(1).all() and seen["gate_up"].row_weights.eq(1).all()
-
-
-def test_the_noise_formula_is_what_rounding_does():
-    generator = torch.Generator().manual_seed(0)
-    rows, weight = torch.randn(400, 64, generator=generator), torch.randn(48, 64, generator=generator)
-    scale = torch.rand(64, generator=generator) + 0.5
-    for activations in ("per_token", "per_tensor"):
-        smoothed = rows / scale
-        step = activation_scale(smoothed, activations)
-        levels, weight_step = quantize_weight(weight * scale)
-        found = (quantize_activation(smoothed, step).float() * step) @ (levels.float() * weight_step).t()
-        measured = (found - rows @ weight.t()).square().sum(dim=1).mean()
-        assert rounding_noise(rows, weight, scale, activations).item() == pytest.approx(measured.item(), rel=0.1)
-
-
-@pytest.mark.parametrize("key_value_heads", [1, 2, 4])
-def test_refined_scales_leave_less_noise_and_the_same_model(windows, key_value_heads):
-    model = helpers.make_llama(num_key_value_heads=key_value_heads)
-    model.model.layers[0].mlp.up_proj.weight.data[5] *= 30  # a channel that alpha alone treats as any other of its size
-    expected = logits_of(model, windows)
-    statistics = calibrate(model, windows, rows=64)
-    for block, seen in zip(llama_blocks(model), statistics, strict=True):
-        for site in SITES:
-            start = site_scale(block, site, seen[site], 0.5)
-            refined = refined_scale(block, site, seen[site], start)
-            weight = torch.cat([linear.weight for linear in readers_of(block, site)]).detach()
-            rows = seen[site].rows * seen[site].row_weights[:, None]
-            assert rounding_noise(rows, weight, refined) < rounding_noise(rows, weight, start)
-            assert not refined.requires_grad and (refined > 0).all()
-            if site == "o":
-                grouped = refined.view(-1, block.groups, block.head_dim)
-                assert torch.equal(grouped, grouped[:, :1].expand_as(grouped))
-            with torch.no_grad():
-                fold(block, site, refined)
-    assert (logits_of(model, windows) - expected).abs().max() < 1e-5 * expected.abs().max()

@@ -12,15 +12,16 @@ from compactmind.methods.quantization.w8a8_block import W8A8Block, compile_block
 from compactmind.methods.quantization.w8a8_linear import ACTIVATIONS, W8A8Linear
 
 
-def make_model(architecture: str = "llama", activations: str = "per_token", **changes):
-    """Return a small model whose block linears are int8, not fused yet."""
+def make_model(architecture: str = "llama", activations: str = "per_token", rotation: int = 0, **changes):
+    """Return a small model whose block linears are int8, not fused yet; `rotation` is that of all inputs but o's."""
     if architecture == "llama":
         model = helpers.make_llama(**changes)
     else:
         model = helpers.randomize(MistralForCausalLM(MistralConfig(**helpers.llama_settings(head_dim=16, **changes))))
     for name, module in list(model.model.layers.named_modules()):
         if isinstance(module, nn.Linear):
-            model.model.layers.set_submodule(name, W8A8Linear.from_linear(module, activations, 4.0))
+            size = 0 if name.endswith("o_proj") else rotation
+            model.model.layers.set_submodule(name, W8A8Linear.from_linear(module, activations, 4.0, size))
     return model
 
 
@@ -32,7 +33,7 @@ def logits_of(model, **inputs) -> torch.Tensor:
 CASES = {
     "grouped": {}, "one group": {"num_key_value_heads": 4}, "one key head": {"num_key_value_heads": 1},
     "odd heads": {"num_key_value_heads": 1, "head_dim": 10}, "mistral": {"architecture": "mistral"},
-    "sliding window": {"architecture": "mistral", "sliding_window": 5},
+    "rotated": {"rotation": 16}, "sliding window": {"architecture": "mistral", "sliding_window": 5},
     "long rope": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
 }  # fmt: skip
 
@@ -45,7 +46,7 @@ def test_fused_blocks_compute_what_the_linears_compute_one_by_one(case, activati
     assert fuse_blocks(model) == 2 and all(isinstance(layer, W8A8Block) for layer in model.model.layers)
     fused = logits_of(model)
     # Rounding to int8 may fall the other way on single values; the float model is much further off.
-    dense = helpers.make_llama(**case) if "architecture" not in case else None
+    dense = helpers.make_llama(**case) if not {"architecture", "rotation"} & set(case) else None
     assert (fused - plain).norm() / plain.norm() < 2e-3
     if dense is not None and activations == "per_token":
         assert (fused - plain).norm() < 0.3 * (logits_of(dense) - plain).norm()
@@ -106,7 +107,7 @@ def test_a_float_model_is_left_alone():
 
 @pytest.mark.slow
 def test_compiled_functions_compute_what_the_eager_ones_do():
-    model = make_model()
+    model = make_model(rotation=16)
     fuse_blocks(model)
     eager = logits_of(model)
     compiled = logits_of(compile_blocks(model))

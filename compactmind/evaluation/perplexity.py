@@ -17,6 +17,8 @@ from compactmind.errors import CompactMindError
 
 RESAMPLES = 2000
 """Bootstrap resamples of the windows for the 95% interval."""
+LARGEST_LOSS = 700.0
+"""Nats per token above which a model counts as damaged: guessing evenly costs 11, and exp(710) is no number any more."""
 
 
 @torch.inference_mode()
@@ -38,11 +40,12 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, text: str) -> dict
     """Return the perplexity on `windows` (windows, seq_len) with a 95% interval and its protocol.
 
     `text` names where the windows come from. Keys: perplexity, interval (bootstrap over windows), loss (nats), losses (per
-    window), protocol. Raises CompactMindError if the loss is not a number.
+    window), protocol. Raises CompactMindError if the loss is not a number or beyond all reason.
     """
     losses = window_losses(model, windows)
-    if not torch.isfinite(losses).all():
-        bad = int((~torch.isfinite(losses)).nonzero()[0])
+    damaged = ~(losses < LARGEST_LOSS)
+    if damaged.any():
+        bad = int(damaged.nonzero()[0])
         raise CompactMindError(f"the loss of window {bad} of {text} is {losses[bad].item()}: the model is damaged")
     return {
         "perplexity": math.exp(losses.mean()),

@@ -18,6 +18,11 @@ SITES = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down":
 """Distinct inputs of a block -> the linears that read them."""
 
 
+def readers_of(block: LlamaBlock, site: str) -> list[nn.Linear]:
+    """Return the linears that read the input `site`."""
+    return [getattr(block, name) for name in SITES[site]]
+
+
 @dataclass
 class InputStatistics:
     """What was seen at one input.
@@ -55,9 +60,9 @@ def calibrate(model: PreTrainedModel, windows: torch.Tensor, rows: int = 256) ->
             residual: dict[str, torch.Tensor] = {}
             for site, norm in (("o", block.input_norm), ("down", block.post_norm)):  # what their outputs are added to
                 hooks.callback(norm.register_forward_pre_hook(_residual_watcher(residual, site)).remove)
-            for site, readers in SITES.items():
+            for site in SITES:
                 observer = _observer(block, site, seen, residual, lambda: picked)
-                hooks.callback(_first_reader(block, readers).register_forward_pre_hook(observer).remove)
+                hooks.callback(readers_of(block, site)[0].register_forward_pre_hook(observer).remove)
         for index, window in enumerate(windows):
             count = min((index + 1) * rows // len(windows) - index * rows // len(windows), len(window))
             picked = torch.randperm(len(window), generator=torch.Generator().manual_seed(index))[:count].sort().values
@@ -65,10 +70,6 @@ def calibrate(model: PreTrainedModel, windows: torch.Tensor, rows: int = 256) ->
                 input_ids=window[None].to(model.device), use_cache=False
             )  # without the head: nobody reads its input here
     return statistics
-
-
-def _first_reader(block: LlamaBlock, readers: tuple[str, ...]) -> nn.Module:
-    return getattr(block, readers[0])
 
 
 def _residual_watcher(residual: dict[str, torch.Tensor], site: str):
@@ -87,8 +88,8 @@ def _observer(
         if not torch.isfinite(absmax).all():
             channel = int((~torch.isfinite(absmax)).nonzero()[0])
             raise CompactMindError(
-                f"{block.name}: the input of {'/'.join(SITES[site])} is NaN or infinite (channel {channel}) on calibration text: "
-                f"the weights are damaged, or overflow in {inputs[0].dtype}; try --dtype float32"
+                f"{block.name}: the input of {'/'.join(SITES[site])} is NaN or infinite (channel {channel}, {inputs[0].dtype}) on "
+                "calibration text: the weights of this layer or of one before it are damaged, download or make the model again"
             )
         index = picked().to(values.device)
         kept, weights = values[index], torch.ones(len(index), device=values.device)

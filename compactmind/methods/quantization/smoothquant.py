@@ -10,10 +10,9 @@ attention all query heads of a group share one value head, hence one s). In exac
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from compactmind.methods.llama import LlamaBlock
-from compactmind.methods.quantization.calibration import SITES, InputStatistics
+from compactmind.methods.quantization.calibration import SITES, InputStatistics, readers_of
 
 NORM_SITES = ("qkv", "gate_up")
 """Sites of the paper: their scales go into the norm before them."""
@@ -34,11 +33,6 @@ def smoothing_scale(activation_absmax: torch.Tensor, weight_absmax: torch.Tensor
     return (activation**alpha / weight ** (1 - alpha)).clamp(min=SMALLEST)
 
 
-def readers_of(block: LlamaBlock, site: str) -> list[nn.Linear]:
-    """Return the linears that read the input `site`."""
-    return [getattr(block, name) for name in SITES[site]]
-
-
 def site_scale(block: LlamaBlock, site: str, statistics: InputStatistics, alpha: float) -> torch.Tensor:
     """Return the smoothing scale of one input of a block, (channels,); for `o` equal within each group of query heads."""
     activation = statistics.absmax
@@ -46,54 +40,6 @@ def site_scale(block: LlamaBlock, site: str, statistics: InputStatistics, alpha:
     if site == "o":
         activation, weight = (_over_groups(block, values) for values in (activation, weight))
     return smoothing_scale(activation, weight, alpha)
-
-
-def rounding_noise(
-    rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, activations: str = "per_token"
-) -> torch.Tensor:
-    """Return the expected squared error per token that int8 rounding puts on (rows / scale) @ (weight * scale)^T.
-
-    rows (tokens, in), weight (out, in), scale (in,). A value rounded with step d is off by d^2 / 12 on average; steps are the
-    largest magnitude of a token (of all tokens unless per_token) and of a weight row, / 127. Differentiable in `scale`.
-    """
-    smoothed = rows / scale
-    largest = smoothed.abs().amax(dim=1).square()
-    of_activations = (largest.mean() if activations == "per_token" else largest.max()) * (weight * scale).square().sum()
-    of_weights = (weight.abs() * scale).amax(dim=1).square().sum() * smoothed.square().sum(dim=1).mean()
-    return (of_activations + of_weights) / (12 * 127**2)
-
-
-@torch.enable_grad()
-def refined_scale(
-    block: LlamaBlock,
-    site: str,
-    statistics: InputStatistics,
-    start: torch.Tensor,
-    activations: str = "per_token",
-    steps: int = 60,
-) -> torch.Tensor:
-    """Return a scale (channels,) with less `rounding_noise` on the kept rows than `start`: gradient descent on its logarithm.
-
-    alpha gives a family of one parameter; each channel's scale is free, and the noise it leaves is a formula. With a scale per token,
-    tokens count by their `row_weights`.
-    """
-    weight = torch.cat([linear.weight.detach().float() for linear in readers_of(block, site)])
-    rows = statistics.rows * statistics.row_weights[:, None] if activations == "per_token" else statistics.rows
-    grouped = start.log().view(-1, block.groups, block.head_dim)[:, :1] if site == "o" else start.log()
-    free = grouped.detach().clone().requires_grad_(True)
-    optimizer = torch.optim.Adam([free], lr=0.05)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
-    best, best_noise = start, float("inf")
-    for _ in range(steps):
-        scale = (free.expand(-1, block.groups, -1).reshape(-1) if site == "o" else free).exp()
-        noise = rounding_noise(rows, weight, scale, activations)
-        if noise.item() < best_noise:
-            best, best_noise = scale.detach(), noise.item()
-        optimizer.zero_grad()
-        noise.log().backward()
-        optimizer.step()
-        decay.step()
-    return best
 
 
 def _over_groups(block: LlamaBlock, values: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, eager_attention_forward
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
+from compactmind.methods.quantization.rotation import rotate
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear, activation_scale, quantize_activation
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer)
@@ -30,15 +31,19 @@ LAYERS = (LlamaDecoderLayer, MistralDecoderLayer)
 
 
 # ------------------------------------------------------------------------------------------- between two int8 products
-def quantize(x: torch.Tensor, activations: str, static_scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x (..., channels) in int8 and its scale, which multiplies (..., channels)."""
+def quantize(
+    x: torch.Tensor, rotation: torch.Tensor | None, activations: str, static_scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x (..., channels), rotated unless `rotation` is None, in int8, and its scale, which multiplies (..., channels)."""
+    if rotation is not None:
+        x = rotate(x, rotation)
     scale = activation_scale(x, activations, static_scale)
     return quantize_activation(x, scale), scale
 
 
-def normalize_and_quantize(hidden, weight, eps, activations, static_scale):
+def normalize_and_quantize(hidden, weight, eps, rotation, activations, static_scale):
     """RMSNorm, then `quantize`."""
-    return quantize(F.rms_norm(hidden.float(), weight.shape, weight.float(), eps), activations, static_scale)
+    return quantize(F.rms_norm(hidden.float(), weight.shape, weight.float(), eps), rotation, activations, static_scale)
 
 
 def scale_and_rotate(product, scale, channel_scale, cos, sin, rotated, head_dim):
@@ -59,16 +64,16 @@ def add(residual, product, scale, channel_scale):
     return torch.addcmul(residual.float(), product * channel_scale, scale).to(residual.dtype)
 
 
-def add_normalize_and_quantize(residual, product, scale, channel_scale, weight, eps, activations, static_scale):
+def add_normalize_and_quantize(residual, product, scale, channel_scale, weight, eps, rotation, activations, static_scale):
     """`add`, then `normalize_and_quantize`; returns the sum too."""
     hidden = add(residual, product, scale, channel_scale)
-    return hidden, *normalize_and_quantize(hidden, weight, eps, activations, static_scale)
+    return hidden, *normalize_and_quantize(hidden, weight, eps, rotation, activations, static_scale)
 
 
-def gate_and_quantize(product, scale, channel_scale, activations, static_scale):
+def gate_and_quantize(product, scale, channel_scale, rotation, activations, static_scale):
     """Rescale the product of gate and up, SiLU(gate) * up, then `quantize`."""
     gate, up = (product * channel_scale).mul_(scale).chunk(2, dim=-1)
-    return quantize(F.silu(gate).mul_(up), activations, static_scale)
+    return quantize(F.silu(gate).mul_(up), rotation, activations, static_scale)
 
 
 FUNCTIONS = (quantize, normalize_and_quantize, scale_and_rotate, add, add_normalize_and_quantize, gate_and_quantize)
@@ -109,7 +114,7 @@ class W8A8Block:
         o, down, mode = attention.o_proj, mlp.down_proj, self.qkv.activations
 
         q, scale = between.normalize_and_quantize(
-            hidden_states, before.weight, before.variance_epsilon, mode, self.qkv.input_scale
+            hidden_states, before.weight, before.variance_epsilon, self.qkv.rotation, mode, self.qkv.input_scale
         )
         product = self.qkv.product(q)
         key_heads = attention.k_proj.out_features // attention.head_dim
@@ -127,14 +132,15 @@ class W8A8Block:
             sliding_window=getattr(attention.config, "sliding_window", None), **kwargs,
         )  # fmt: skip
 
-        q, scale = between.quantize(attended.flatten(2), mode, o.input_scale)
+        q, scale = between.quantize(attended.flatten(2), o.rotation, mode, o.input_scale)
         hidden_states, q, scale = between.add_normalize_and_quantize(
-            hidden_states, o.product(q), scale, o.weight_scale.t(), after.weight, after.variance_epsilon, mode,
-            self.gate_up.input_scale,
+            hidden_states, o.product(q), scale, o.weight_scale.t(), after.weight, after.variance_epsilon,
+            self.gate_up.rotation, mode, self.gate_up.input_scale,
         )  # fmt: skip
         q, scale = between.gate_and_quantize(
-            self.gate_up.product(q), scale, self.gate_up.weight_scale.t(), mode, down.input_scale
-        )
+            self.gate_up.product(q), scale, self.gate_up.weight_scale.t(),
+            down.rotation, mode, down.input_scale,
+        )  # fmt: skip
         return between.add(hidden_states, down.product(q), scale, down.weight_scale.t())
 
 
@@ -144,7 +150,7 @@ def _joined(linears: Sequence[W8A8Linear]) -> W8A8Linear:
     joined = W8A8Linear(first.in_features, sum(rows), bias=False, activations=first.activations, device="meta")
     joined.weight = torch.cat([linear.weight for linear in linears])
     joined.weight_scale = torch.cat([linear.weight_scale for linear in linears])
-    joined.input_scale = first.input_scale
+    joined.input_scale, joined.hadamard_input = first.input_scale, first.hadamard_input
     for linear, weight in zip(linears, joined.weight.split(rows), strict=True):
         linear.weight = weight
     return joined.prepare()

@@ -2,7 +2,7 @@
 
 y = (q(x) @ q(W)^T) * s_x * s_W + b with symmetric int8 (-127..127): s_W per output channel; s_x per token (dynamic), per tensor
 (dynamic) or per tensor (static, from calibration): the O1, O2 and O3 of SmoothQuant (Xiao et al. 2023,
-https://arxiv.org/abs/2211.10438). Kernels:
+https://arxiv.org/abs/2211.10438). With a rotation, x is first multiplied by it (and W has been, see rotation.py). Kernels:
 
 int_mm     torch._int_mm: CPUs with int8 instructions (VNNI), CUDA of compute capability 7.5 and later (widths multiples of 8)
 simulated  the same integers multiplied in floating point: the right numbers, no speed-up, and the report says so
@@ -13,6 +13,8 @@ signed activations torch 2.13 ships only its reference loop, a thousand times sl
 
 import torch
 from torch import nn
+
+from compactmind.methods.quantization.rotation import InputRotation
 
 ACTIVATIONS = ("per_token", "per_tensor", "per_tensor_static")
 LEVELS = 127
@@ -57,10 +59,13 @@ class W8A8Linear(nn.Module):
     """y = x W^T + b in int8, see the top of this file. Takes and returns float32, bfloat16 or float16; no gradients.
 
     Buffers, as the compressed-tensors format names them: `weight` int8 (out, in), `weight_scale` float32 (out, 1), and with
-    per_tensor_static `input_scale` float32 (1, 1). Raises ValueError on an unknown granularity of the activations.
+    per_tensor_static `input_scale` float32 (1, 1). `rotation` is the size of the Hadamard blocks that the input is multiplied by, 0
+    for none. Raises ValueError on an unknown granularity of the activations.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, activations: str = "per_token", device=None):
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, activations: str = "per_token", rotation: int = 0, device=None
+    ):
         super().__init__()
         if activations not in ACTIVATIONS:
             raise ValueError(f"unknown activations {activations!r}: choose one of {', '.join(ACTIVATIONS)}")
@@ -70,18 +75,23 @@ class W8A8Linear(nn.Module):
         self.register_buffer(
             "input_scale", torch.ones(1, 1, device=device) if activations == "per_tensor_static" else None
         )  # fmt: skip
+        self.hadamard_input = InputRotation(rotation, device) if rotation else None
         self.bias = nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False) if bias else None
         self.kernel = "simulated"
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, activations: str = "per_token", input_absmax: float | None = None) -> "W8A8Linear":
-        """Return the int8 version of a linear layer; `input_absmax` (from calibration) is needed for per_tensor_static.
+    def from_linear(
+        cls, linear: nn.Linear, activations: str = "per_token", input_absmax: float | None = None, rotation: int = 0
+    ) -> "W8A8Linear":
+        """Return the int8 version of a linear layer, whose weight is rotated already if there is to be a rotation.
 
-        Raises ValueError without it.
+        `input_absmax` (from calibration) is needed for per_tensor_static. Raises ValueError without it.
         """
         if activations == "per_tensor_static" and input_absmax is None:
             raise ValueError("per_tensor_static needs input_absmax, the largest magnitude of the input on calibration text")
-        quantized = cls(linear.in_features, linear.out_features, linear.bias is not None, activations, linear.weight.device)
+        quantized = cls(
+            linear.in_features, linear.out_features, linear.bias is not None, activations, rotation, linear.weight.device
+        )
         quantized.weight, quantized.weight_scale = quantize_weight(linear.weight.detach())
         if activations == "per_tensor_static":
             quantized.input_scale.fill_(max(input_absmax / LEVELS, SMALLEST_SCALE))
@@ -99,9 +109,16 @@ class W8A8Linear(nn.Module):
         super()._apply(lambda tensor: tensor.to(function(tensor.new_empty(0)).device), recurse)
         return self.prepare()
 
+    @property
+    def rotation(self) -> torch.Tensor | None:
+        """The matrix by which blocks of input channels are multiplied, None for none."""
+        return None if self.hadamard_input is None else self.hadamard_input.matrix
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in_features) -> (..., out_features), in x's dtype."""
         rows = x.reshape(-1, self.in_features)
+        if self.hadamard_input is not None:
+            rows = self.hadamard_input(rows)
         scale = activation_scale(rows, self.activations, self.input_scale)
         product = (self.product(quantize_activation(rows, scale)) * self.weight_scale.t()).mul_(scale)
         if self.bias is not None:

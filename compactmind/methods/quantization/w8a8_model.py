@@ -1,12 +1,15 @@
-"""Turn the blocks of a Llama into W8A8, one after the other, with or without SmoothQuant before it; write and rebuild such a model.
+"""Turn the blocks of a Llama into W8A8, one after the other, smoothed and rotated before it or not; write and rebuild such a model.
 
 The files follow the compressed-tensors layout `int-quantized` (int8 `weight`, `weight_scale` per output channel, `input_scale`
-if static), which vLLM and transformers with compressed-tensors read. One block at a time is in float32; all others wait in the
+if static), which vLLM and transformers with compressed-tensors read; a rotation of down_proj's input is a `transform_config`, which
+vLLM and compressed-tensors know and transformers 5.23 leaves out. One block at a time is in float32; all others wait in the
 dtype they were released in, and every quantized block frees its float weights.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +18,70 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from compactmind.methods.llama import LINEARS, LlamaBlock, block_linears, llama_blocks
-from compactmind.methods.quantization.calibration import SITES, InputStatistics, calibrate
-from compactmind.methods.quantization.smoothquant import check_alpha, fold, readers_of, refined_scale, site_scale
+from compactmind.methods.llama import LINEARS, LlamaBlock, llama_blocks
+from compactmind.methods.quantization.calibration import SITES, InputStatistics, calibrate, readers_of
+from compactmind.methods.quantization.rotation import (
+    FOLDED_SITE,
+    InputRotation,
+    fold_rotation,
+    hadamard,
+    rotate,
+    rotation_sizes,
+)
+from compactmind.methods.quantization.smoothquant import check_alpha, fold, site_scale
 from compactmind.methods.quantization.w8a8_block import fuse_blocks
-from compactmind.methods.quantization.w8a8_linear import W8A8Linear, activation_scale, quantize_activation, quantize_weight
+from compactmind.methods.quantization.w8a8_linear import (
+    ACTIVATIONS,
+    W8A8Linear,
+    activation_scale,
+    quantize_activation,
+    quantize_weight,
+)
 
 PER_LAYER = "per_layer"
 EMBEDDINGS = ("as_released", "int8")
 SITE_OF = {linear: site for site, readers in SITES.items() for linear in readers}
+TRANSFORM = "hadamard"
+"""Name of the rotation in the files: compressed-tensors expects its matrix as <linear>.<name>_input.weight."""
 COMPRESSED_ACTIVATIONS = {
     "per_token": {"strategy": "token", "dynamic": True},
     "per_tensor": {"strategy": "tensor", "dynamic": True},
     "per_tensor_static": {"strategy": "tensor", "dynamic": False},
 }
 """Our names of the activations' granularity -> how compressed-tensors says it."""
+
+
+@dataclass(frozen=True)
+class W8A8Recipe:
+    """How a Llama becomes W8A8. Raises ValueError on a value outside its range."""
+
+    alpha: float | str = PER_LAYER
+    """In [0, 1], or per_layer: the best of `grid` by the output error of what reads the input."""
+    sites: Sequence[str] = tuple(SITES)
+    """Inputs that are smoothed."""
+    rotations: Sequence[str] = tuple(SITES)
+    """Inputs that are rotated; none with per_tensor_static, whose scale is calibrated on inputs as they are."""
+    grid: Sequence[float] = (0.5,)
+    activations: str = "per_token"
+    embeddings: str = "as_released"
+
+    def __post_init__(self):
+        for value in self.grid if self.alpha == PER_LAYER else [self.alpha]:
+            check_alpha(value)
+        for name, values, choices in (
+            ("site", self.sites, tuple(SITES)),
+            ("rotation", self.rotations, tuple(SITES)),
+            ("activations", [self.activations], ACTIVATIONS),
+            ("embeddings", [self.embeddings], EMBEDDINGS),
+        ):
+            for value in values:
+                if value not in choices:
+                    raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
+
+    @property
+    def rotated(self) -> tuple[str, ...]:
+        """The sites that are rotated in fact."""
+        return () if self.activations == "per_tensor_static" else tuple(self.rotations)
 
 
 class Int8Embedding(nn.Module):
@@ -68,22 +120,25 @@ def float32_block_by_block(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def output_error(block: LlamaBlock, site: str, statistics: InputStatistics, alpha: float | None, activations: str) -> float:
+def output_error(
+    block: LlamaBlock, site: str, statistics: InputStatistics, alpha: float | None, activations: str, rotation: int = 0
+) -> float:
     """Return the relative squared error of what reads `site`, quantized after smoothing with `alpha` (None: unsmoothed).
 
     Sum over the readers of ||X W^T - q(X / s) q(W s)^T||^2 / ||X W^T||^2 on the kept calibration rows X, which count by their
-    weights where each token has a scale of its own.
+    weights where each token has a scale of its own; X / s and W s are rotated before q, `rotation` channels together.
     """
     scale = torch.ones_like(statistics.absmax) if alpha is None else site_scale(block, site, statistics, alpha)
+    matrix = hadamard(max(rotation, 1)).to(scale.device)
     token_weights = statistics.row_weights[:, None] if activations == "per_token" else 1.0
-    rows = statistics.rows / scale
+    rows = rotate(statistics.rows / scale, matrix)
     static = (statistics.absmax / scale).max().view(1, 1) / 127
     step = activation_scale(rows, activations, static)
     quantized_rows = quantize_activation(rows, step).float() * step
     error = size = 0.0
     for linear in readers_of(block, site):
         wanted = statistics.rows @ linear.weight.float().t()
-        weight, weight_scale = quantize_weight(linear.weight.float() * scale)
+        weight, weight_scale = quantize_weight(rotate(linear.weight.float() * scale, matrix))
         found = quantized_rows @ (weight.float() * weight_scale).t()
         error += ((found - wanted) * token_weights).square().sum().item()
         size += (wanted * token_weights).square().sum().item()
@@ -91,11 +146,14 @@ def output_error(block: LlamaBlock, site: str, statistics: InputStatistics, alph
 
 
 def choose_alphas(
-    block: LlamaBlock, statistics: dict[str, InputStatistics], sites: Sequence[str], grid: Sequence[float], activations: str
-) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Return, per site, the alpha of `grid` with the smallest output error on calibration rows, and all errors of the grid."""
-    errors = {site: [output_error(block, site, statistics[site], alpha, activations) for alpha in grid] for site in sites}
-    return {site: grid[min(range(len(grid)), key=row.__getitem__)] for site, row in errors.items()}, errors
+    block: LlamaBlock, statistics: dict[str, InputStatistics], recipe: W8A8Recipe, rotations: Mapping[str, int]
+) -> dict[str, float]:
+    """Return, per site, the alpha of the grid with the smallest output error on calibration rows."""
+
+    def error(site: str, alpha: float) -> float:
+        return output_error(block, site, statistics[site], alpha, recipe.activations, rotations.get(site, 0))
+
+    return {site: min(recipe.grid, key=partial(error, site)) for site in recipe.sites}
 
 
 def calibrate_llama(model: PreTrainedModel, windows: torch.Tensor) -> list[dict[str, InputStatistics]]:
@@ -109,83 +167,73 @@ def calibrate_llama(model: PreTrainedModel, windows: torch.Tensor) -> list[dict[
 
 @torch.no_grad()
 def smooth_llama(
-    model: PreTrainedModel,
-    statistics: Sequence[dict[str, InputStatistics]],
-    *,
-    alpha: float | str = PER_LAYER,
-    sites: Sequence[str] = tuple(SITES),
-    grid: Sequence[float] = (0.5,),
-    refine: bool = False,
-    activations: str = "per_token",
+    model: PreTrainedModel, statistics: Sequence[dict[str, InputStatistics]], recipe: W8A8Recipe
 ) -> list[dict[str, float]]:
-    """Make, in place, the model float32 and smooth every block; settings as in `quantize_llama`. Returns the alphas used.
+    """Make, in place, the model float32 and smooth every block, without any rotation. Returns the alphas used.
 
     The outputs stay the same; float32, because rounding the smoothed weights to half precision would be a loss of its own.
     """
     model.float()
     blocks = zip(llama_blocks(model), statistics, strict=True)
-    return [_smooth(block, dict(observed), alpha, sites, grid, refine, activations) for block, observed in blocks]
+    return [_smooth_and_rotate(block, dict(observed), recipe, {}) for block, observed in blocks]
 
 
-def _smooth(block, seen, alpha, sites, grid, refine, activations) -> dict[str, float]:
-    """Smooth one block in float32, in place, `seen` with it; return the alpha of each site."""
-    alphas = dict.fromkeys(sites, alpha)
-    if alpha == PER_LAYER:
-        alphas, _ = choose_alphas(block, seen, sites, grid, activations)
-    for site in sites:
-        scale = site_scale(block, site, seen[site], alphas[site])
-        if refine:
-            scale = refined_scale(block, site, seen[site], scale, activations)
+def _smooth_and_rotate(
+    block: LlamaBlock, seen: dict[str, InputStatistics], recipe: W8A8Recipe, rotations: Mapping[str, int]
+) -> dict[str, float]:
+    """Smooth and rotate one block in float32, in place; return the alpha of each site. Smoothing changes `seen` with it."""
+    alphas = dict.fromkeys(recipe.sites, recipe.alpha)
+    if recipe.alpha == PER_LAYER:
+        alphas = choose_alphas(block, seen, recipe, rotations)
+    for site, alpha in alphas.items():
+        scale = site_scale(block, site, seen[site], alpha)
         fold(block, site, scale)
         seen[site] = seen[site].divided_by(scale)
+    for site, size in rotations.items():
+        fold_rotation(block, site, size)
     return alphas
 
 
 @torch.no_grad()
 def quantize_llama(
-    model: PreTrainedModel,
-    statistics: Sequence[dict[str, InputStatistics]],
-    *,
-    alpha: float | str = PER_LAYER,
-    sites: Sequence[str] = tuple(SITES),
-    grid: Sequence[float] = (0.5,),
-    refine: bool = False,
-    activations: str = "per_token",
-    embeddings: str = "as_released",
+    model: PreTrainedModel, statistics: Sequence[dict[str, InputStatistics]], recipe: W8A8Recipe
 ) -> dict[str, Any]:
     """Make, in place, every linear of the blocks W8A8 and return the description a loader and a manifest need.
 
-    `statistics` come from `calibrate_llama` and stay as they are. `sites` are smoothed (none: naive W8A8) with `alpha`: a number in
-    [0, 1], or `per_layer` for the best of `grid` by output error; with `refine` that is where `refined_scale` starts. Raises ValueError on settings outside these.
+    `statistics` come from `calibrate_llama` and stay as they are.
     """
-    if embeddings not in EMBEDDINGS:
-        raise ValueError(f"unknown embeddings {embeddings!r}: choose one of {', '.join(EMBEDDINGS)}")
-    for value in grid if alpha == PER_LAYER else [alpha]:
-        check_alpha(value)
-    chosen = []
-    for block, observed in zip(llama_blocks(model), statistics, strict=True):
+    chosen, blocks = [], llama_blocks(model)
+    rotations = rotation_sizes(blocks, recipe.rotated)
+    for block, observed in zip(blocks, statistics, strict=True):
         block.module.float()
         seen = dict(observed)  # smoothing puts new entries into it
-        alphas = _smooth(block, seen, alpha, sites, grid, refine, activations)
+        alphas = _smooth_and_rotate(block, seen, recipe, rotations)
         for field, path in LINEARS.items():
             absmax = seen[SITE_OF[field]].absmax.max().item()
-            model.set_submodule(f"{block.name}.{path}", W8A8Linear.from_linear(getattr(block, field), activations, absmax))
+            rotation = running_rotation(rotations, field)
+            quantized = W8A8Linear.from_linear(getattr(block, field), recipe.activations, absmax, rotation)
+            model.set_submodule(f"{block.name}.{path}", quantized)
         chosen.append(alphas)
-    if embeddings == "int8":
-        _quantize_embeddings(model, activations)
+    if recipe.embeddings == "int8":
+        _quantize_embeddings(model, recipe.activations)
     description = {
-        "method": "smoothquant" if sites else "w8a8",
+        "method": "smoothquant" if recipe.sites else "w8a8",
         "bits": 8,
-        "granularity": {"weights": "per output channel", "activations": activations},
-        "sites": list(sites),
-        "alpha": alpha,
+        "granularity": {"weights": "per output channel", "activations": recipe.activations},
+        "sites": list(recipe.sites),
+        "alpha": recipe.alpha,
         "alphas": chosen,
-        "refined": refine and bool(sites),
-        "embeddings": embeddings,
+        "rotations": rotations,
+        "embeddings": recipe.embeddings,
     }
     model.config.quantization_config = compressed_tensors_config(description)
     fuse_blocks(model)
     return description
+
+
+def running_rotation(rotations: Mapping[str, int], field: str) -> int:
+    """Return the size of the blocks by which the input of a linear is rotated while the model runs, 0 for none."""
+    return 0 if SITE_OF[field] == FOLDED_SITE else rotations.get(SITE_OF[field], 0)
 
 
 def _quantize_embeddings(model: PreTrainedModel, activations: str) -> None:
@@ -212,13 +260,21 @@ def compressed_tensors_config(description: dict[str, Any]) -> dict[str, Any]:
         "weights": {**int8, "strategy": "channel", "dynamic": False},
         "input_activations": {**int8, **activations},
     }
-    return {
+    config = {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": [] if description["embeddings"] == "int8" else ["lm_head"],
     }
+    running = {site: size for site, size in description["rotations"].items() if site != FOLDED_SITE}
+    if running:
+        where = {"targets": [f"re:.*{LINEARS[field]}$" for site in running for field in SITES[site]], "ignore": []}
+        applied = [{**where, "location": "input", "inverse": False}, {**where, "location": "weight_input", "inverse": True}]
+        (size,) = set(running.values())
+        transform = {"type": "hadamard", "head_dim": size, "precision": "torch.float32", "apply": applied}
+        config["transform_config"] = {"config_groups": {TRANSFORM: transform}}
+    return config
 
 
 # --------------------------------------------------------------------------------------------------------------- rebuilding
@@ -234,9 +290,12 @@ def load_w8a8(
     with torch.device("meta"):
         model = model_class(config)
     for block in llama_blocks(model):
-        for path, linear in block_linears(block).items():
-            empty = W8A8Linear(linear.in_features, linear.out_features, linear.bias is not None, activations, device="meta")
-            model.set_submodule(path, empty)
+        for field, path in LINEARS.items():
+            linear, rotation = getattr(block, field), running_rotation(description["rotations"], field)
+            empty = W8A8Linear(
+                linear.in_features, linear.out_features, linear.bias is not None, activations, rotation, device="meta"
+            )
+            model.set_submodule(f"{block.name}.{path}", empty)
     tied = config.tie_word_embeddings
     if description["embeddings"] == "int8":
         table = model.get_input_embeddings()
@@ -244,7 +303,7 @@ def load_w8a8(
         dynamic = "per_token" if activations == "per_tensor_static" else activations
         model.set_output_embeddings(W8A8Linear(table.embedding_dim, table.num_embeddings, False, dynamic, device="meta"))
     state = load_file(weights_file)
-    packed = {name for name, module in model.named_modules() if isinstance(module, (W8A8Linear, Int8Embedding))}
+    packed = {name for name, module in model.named_modules() if isinstance(module, (W8A8Linear, InputRotation, Int8Embedding))}
     for name, tensor in state.items():
         if tensor.is_floating_point() and name.rpartition(".")[0] not in packed:
             state[name] = tensor.to(dtype)
