@@ -2,12 +2,12 @@
 
 Run:   python benchmarks/int8_llama.py           (after python download_model.py and python 4_smoothquant_llama.py)
        pip install torchao==0.18.0               (optional: its rows are left out without it)
-Reads: models/llama, models/llama_w8a8, models/llama_nf4
+Reads: models/llama, models/llama_w8a8, models/llama_w8a8_naive, models/llama_nf4
 Writes: results/benchmark_int8.json, and prints the table
 
 prefill: one forward pass over a prompt, logits of the last token, no cache (compiled models recompile for every layer of one);
 decode: one token with a cache of the prompt's length. All rows take turns in every round; medians, 10th to 90th percentile, and
-medians of the ratio to float32 within a round. Warm-up is the first call: for compiled rows the time to compile.
+medians of the ratio to float32 within a round. Naive W8A8 has no rotations: what torchao's computes, like for like. Warm-up is the first call: for compiled rows the time to compile.
 """
 
 import copy
@@ -54,6 +54,8 @@ def make_rows(config: BenchmarkConfig, device: str) -> dict:
         "float32, compiled": (lambda: torch.compile(load("llama")), False),
         "CompactMind W8A8": (lambda: load("llama_w8a8"), True),
         "CompactMind W8A8, compiled": (lambda: compile_blocks(load("llama_w8a8")), True),
+        "CompactMind naive W8A8": (lambda: load("llama_w8a8_naive"), True),
+        "CompactMind naive W8A8, compiled": (lambda: compile_blocks(load("llama_w8a8_naive")), True),
         "bitsandbytes int8": (lambda: bitsandbytes(load("llama"), "int8"), True),
         "bitsandbytes NF4": (lambda: load("llama_nf4"), True),
     }

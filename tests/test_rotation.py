@@ -27,7 +27,7 @@ def test_the_matrix_is_orthogonal_symmetric_and_spreads_evenly(size):
     ("changes", "expected"),
     [
         ({}, {"qkv": 16, "o": 8, "gate_up": 16, "down": 16}),
-        ({"hidden_size": 256, "intermediate_size": 192}, {"qkv": 64, "o": 64, "gate_up": 64, "down": 64}),
+        ({"hidden_size": 256, "intermediate_size": 192}, {"qkv": 32, "o": 32, "gate_up": 32, "down": 32}),
         ({"head_dim": 10, "intermediate_size": 7}, {"o": 2}),
     ],
     ids=str,

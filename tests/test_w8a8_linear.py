@@ -100,9 +100,9 @@ def test_every_kernel_gives_the_numbers_of_the_simulation(rows, kernel):
     layer = quantize(make_linear(), "per_token")
     q = quantize_activation(make_input(rows, 24), torch.tensor([[0.02]]))
     layer.kernel = layer.kernel if kernel == "in use" else kernel
-    product = layer.product(q)
+    product = layer.parts.product(q)
     layer.kernel = "simulated"
-    assert product.shape == (rows, 16) and torch.equal(product.float(), layer.product(q))
+    assert product.shape == (rows, 16) and torch.equal(product.float(), layer.parts.product(q))
 
 
 def test_the_largest_products_do_not_overflow():

@@ -6,7 +6,7 @@ R is block-diagonal with Hadamard blocks (entries +-1 / sqrt(size)), as in QuaRo
 https://arxiv.org/abs/2404.00456) and SpinQuant (Liu et al. 2024, https://arxiv.org/abs/2405.16406), where the two are R2 and R4:
 
 o                    folded into the rows of v_proj and the columns of o_proj, head by head: attention averages values, so it is free
-qkv, gate_up, down   folded into the columns of the readers; the input is rotated while the model runs, 64 x 64 per 64 channels
+qkv, gate_up, down   folded into the columns of the readers; the input is rotated while the model runs, 32 x 32 per 32 channels
 """
 
 import math
@@ -20,8 +20,8 @@ from compactmind.methods.quantization.calibration import readers_of
 
 FOLDED_SITE = "o"
 """The input whose rotation needs no work while the model runs."""
-LARGEST_BLOCK = 64
-"""Channels rotated together: 512 were no better than 64 on SmolLM2, 32 a little worse, and the cost grows with the number."""
+LARGEST_BLOCK = 32
+"""Channels rotated together: 64 and more were no better on SmolLM2, 16 worse, and the cost grows with the number."""
 
 
 def rotation_sizes(blocks: Sequence[LlamaBlock], sites: Iterable[str]) -> dict[str, int]:
@@ -77,11 +77,11 @@ class InputRotation(nn.Module):
     def __init__(self, size: int, device=None):
         super().__init__()
         self.register_buffer("weight", signs(size).to(device=device, dtype=torch.bfloat16))
+        self.prepare()
 
-    @property
-    def matrix(self) -> torch.Tensor:
-        """The orthogonal matrix, float32 (size, size)."""
-        return self.weight.float() / math.sqrt(len(self.weight))
+    def prepare(self) -> None:
+        """Compute `matrix`, the orthogonal matrix in float32 (size, size), from the stored signs; after loading and after moving."""
+        self.matrix = self.weight.float() / math.sqrt(len(self.weight))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rotate(x.float(), self.matrix)

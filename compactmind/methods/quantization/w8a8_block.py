@@ -4,16 +4,15 @@ An int8 product is several times as fast as a float one, so a block spends its t
 gating, quantizing, each a pass over memory. Here
 
 - q/k/v are one product, gate/up are one product: their common input is quantized once;
-- what lies between two products is one function (the six below). They take tensors only, so `torch.compile` translates each of
-  them once for all blocks of all models, and turns it into a single pass;
+- what lies before attention is one function, what lies after it another. They take tensors only, so `torch.compile` translates
+  each of them once for all blocks of all models, and fuses what is between the products;
 - attention and the cache stay those of transformers, whichever implementation the model is configured for.
 
 The modules, their names and the file stay as they are: a block with another forward pass, same numbers up to rounding.
 """
 
 import functools
-from collections.abc import Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,67 +22,58 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, eager_attention_forward
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
-from compactmind.methods.quantization.rotation import rotate
-from compactmind.methods.quantization.w8a8_linear import W8A8Linear, activation_scale, quantize_activation
+from compactmind.methods.quantization.w8a8_linear import Int8Parts, W8A8Linear
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer)
 """Blocks whose computation the forward pass below is; any other keeps its own, linear by linear."""
 
 
-# ------------------------------------------------------------------------------------------- between two int8 products
-def quantize(
-    x: torch.Tensor, rotation: torch.Tensor | None, activations: str, static_scale: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x (..., channels), rotated unless `rotation` is None, in int8, and its scale, which multiplies (..., channels)."""
-    if rotation is not None:
-        x = rotate(x, rotation)
-    scale = activation_scale(x, activations, static_scale)
-    return quantize_activation(x, scale), scale
+# ---------------------------------------------------------------------------------------------------- around attention
+def before_attention(hidden, norm_weight, eps, qkv: Int8Parts, cos, sin, rotated, head_dim):
+    """RMSNorm, the product of q, k and v, split into heads of which the first `rotated` are turned (RoPE).
 
-
-def normalize_and_quantize(hidden, weight, eps, rotation, activations, static_scale):
-    """RMSNorm, then `quantize`."""
-    return quantize(F.rms_norm(hidden.float(), weight.shape, weight.float(), eps), rotation, activations, static_scale)
-
-
-def scale_and_rotate(product, scale, channel_scale, cos, sin, rotated, head_dim):
-    """Rescale the product of q, k and v (batch, tokens, channels), split it into heads and rotate the first `rotated` (RoPE).
-
-    Returns the rotated heads and the others, both (batch, tokens, heads, head_dim); cos and sin: (batch or 1, tokens, head_dim).
+    hidden (batch, tokens, channels), cos and sin (batch or 1, tokens, head_dim). Returns the turned heads and the others, both
+    (batch, heads, tokens, head_dim) in the dtype of `hidden`.
     """
-    heads = (product * channel_scale).view(*product.shape[:-1], product.shape[-1] // head_dim, head_dim)
-    scale, half = scale.view(*scale.shape, 1), head_dim // 2
-    cos = cos.float().unsqueeze(2) * scale
-    sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).float().unsqueeze(2) * scale
-    turning = heads[:, :, :rotated]
-    return (turning * cos).addcmul_(turning.roll(half, -1), sin), heads[:, :, rotated:] * scale
+    q, scale = qkv.quantize(_rms_norm(hidden, norm_weight, eps))
+    heads = _rescale(qkv.product(q), qkv, scale).unflatten(-1, (-1, head_dim))
+    first, second = heads[:, :, :rotated].chunk(2, dim=-1)  # not torch.roll: compiled, its indices make this 50 times slower
+    cos, sin = (angle.float().unsqueeze(2).chunk(2, dim=-1) for angle in (cos, sin))
+    turned = torch.cat((first * cos[0] - second * sin[0], second * cos[1] + first * sin[1]), dim=-1)
+    return turned.to(hidden.dtype).transpose(1, 2), heads[:, :, rotated:].to(hidden.dtype).transpose(1, 2)
 
 
-def add(residual, product, scale, channel_scale):
+def after_attention(residual, attended, o: Int8Parts, norm_weight, eps, gate_up: Int8Parts, down: Int8Parts):
+    """o_proj, RMSNorm, SiLU(gate) * up and down_proj with their two additions to the residual stream (batch, tokens, channels)."""
+    q, scale = o.quantize(attended)
+    hidden = _add(residual, o.product(q), o, scale)
+    q, scale = gate_up.quantize(_rms_norm(hidden, norm_weight, eps))
+    gate, up = _rescale(gate_up.product(q), gate_up, scale).chunk(2, dim=-1)
+    q, scale = down.quantize(F.silu(gate).mul_(up))
+    return _add(hidden, down.product(q), down, scale)
+
+
+def _rms_norm(hidden, weight, eps):
+    return F.rms_norm(hidden.float(), weight.shape, weight.float(), eps)
+
+
+def _rescale(product, linear, scale):
+    return (product * linear.channel_scale).mul_(scale)
+
+
+def _add(residual, product, linear, scale):
     """Return residual + the rescaled product, in the residual's dtype."""
-    return torch.addcmul(residual.float(), product * channel_scale, scale).to(residual.dtype)
+    return torch.addcmul(residual.float(), product * linear.channel_scale, scale).to(residual.dtype)
 
 
-def add_normalize_and_quantize(residual, product, scale, channel_scale, weight, eps, rotation, activations, static_scale):
-    """`add`, then `normalize_and_quantize`; returns the sum too."""
-    hidden = add(residual, product, scale, channel_scale)
-    return hidden, *normalize_and_quantize(hidden, weight, eps, rotation, activations, static_scale)
-
-
-def gate_and_quantize(product, scale, channel_scale, rotation, activations, static_scale):
-    """Rescale the product of gate and up, SiLU(gate) * up, then `quantize`."""
-    gate, up = (product * channel_scale).mul_(scale).chunk(2, dim=-1)
-    return quantize(F.silu(gate).mul_(up), rotation, activations, static_scale)
-
-
-FUNCTIONS = (quantize, normalize_and_quantize, scale_and_rotate, add, add_normalize_and_quantize, gate_and_quantize)
-EAGER = SimpleNamespace(**{function.__name__: function for function in FUNCTIONS})
+COMPILED_TOKENS = 16
+"""Fewer tokens than this are computed eagerly in a compiled model too: calling a compiled function costs more than it saves."""
 
 
 @functools.cache
-def compiled_functions() -> SimpleNamespace:
-    """Return the functions above compiled, for any number of tokens; the translation itself happens at the first calls."""
-    return SimpleNamespace(**{function.__name__: torch.compile(function, dynamic=True) for function in FUNCTIONS})
+def compiled_functions() -> tuple[Callable, Callable]:
+    """Return the two functions compiled, for any number of tokens; the translation itself happens at the first calls."""
+    return torch.compile(before_attention, dynamic=True), torch.compile(after_attention, dynamic=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ the block
@@ -108,21 +98,16 @@ class W8A8Block:
         position_embeddings=None, **kwargs,
     ) -> torch.Tensor:  # fmt: skip
         """hidden_states: (batch, tokens, channels) -> the same shape; the arguments are those of the transformers layer."""
-        between = compiled_functions() if self.compiled else EAGER
-        attention, mlp = self.self_attn, self.mlp
-        before, after = self.input_layernorm, self.post_attention_layernorm
-        o, down, mode = attention.o_proj, mlp.down_proj, self.qkv.activations
-
-        q, scale = between.normalize_and_quantize(
-            hidden_states, before.weight, before.variance_epsilon, self.qkv.rotation, mode, self.qkv.input_scale
-        )
-        product = self.qkv.product(q)
+        attention = self.self_attn
+        before, after = before_attention, after_attention
+        if self.compiled and hidden_states.shape[1] >= COMPILED_TOKENS:
+            before, after = compiled_functions()
+        norm = self.input_layernorm
         key_heads = attention.k_proj.out_features // attention.head_dim
         rotated = attention.q_proj.out_features // attention.head_dim + key_heads
-        heads, value = between.scale_and_rotate(
-            product, scale, self.qkv.weight_scale.t(), *position_embeddings, rotated, attention.head_dim
+        heads, value = before(
+            hidden_states, norm.weight, norm.variance_epsilon, self.qkv.parts, *position_embeddings, rotated, attention.head_dim
         )
-        heads, value = heads.to(hidden_states.dtype).transpose(1, 2), value.to(hidden_states.dtype).transpose(1, 2)
         query, key = heads[:, :-key_heads], heads[:, -key_heads:]
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, attention.layer_idx)
@@ -131,17 +116,11 @@ class W8A8Block:
             attention, query, key, value, attention_mask, dropout=0.0, scaling=attention.scaling, position_ids=position_ids,
             sliding_window=getattr(attention.config, "sliding_window", None), **kwargs,
         )  # fmt: skip
-
-        q, scale = between.quantize(attended.flatten(2), o.rotation, mode, o.input_scale)
-        hidden_states, q, scale = between.add_normalize_and_quantize(
-            hidden_states, o.product(q), scale, o.weight_scale.t(), after.weight, after.variance_epsilon,
-            self.gate_up.rotation, mode, self.gate_up.input_scale,
+        norm = self.post_attention_layernorm
+        return after(
+            hidden_states, attended.flatten(2), attention.o_proj.parts, norm.weight, norm.variance_epsilon,
+            self.gate_up.parts, self.mlp.down_proj.parts,
         )  # fmt: skip
-        q, scale = between.gate_and_quantize(
-            self.gate_up.product(q), scale, self.gate_up.weight_scale.t(),
-            down.rotation, mode, down.input_scale,
-        )  # fmt: skip
-        return between.add(hidden_states, down.product(q), scale, down.weight_scale.t())
 
 
 def _joined(linears: Sequence[W8A8Linear]) -> W8A8Linear:
@@ -180,7 +159,7 @@ def fuse_blocks(model: PreTrainedModel) -> int:
 def compile_blocks(model: PreTrainedModel, compiled: bool = True) -> PreTrainedModel:
     """Let, in place, the fused blocks of a W8A8 model use compiled functions (or eager ones again); needs a C++ compiler on CPUs.
 
-    The first calls take the time to compile six functions, whatever the number of blocks.
+    The first calls take the time to compile two functions, whatever the number of blocks.
     """
     for module in model.modules():
         if isinstance(module, W8A8Block):

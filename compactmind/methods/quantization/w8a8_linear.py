@@ -11,10 +11,12 @@ Not onednn.qlinear_pointwise with prepacked weights: no faster on 512 tokens, th
 signed activations torch 2.13 ships only its reference loop, a thousand times slower.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
-from compactmind.methods.quantization.rotation import InputRotation
+from compactmind.methods.quantization.rotation import InputRotation, rotate
 
 ACTIVATIONS = ("per_token", "per_tensor", "per_tensor_static")
 LEVELS = 127
@@ -36,7 +38,7 @@ def activation_scale(x: torch.Tensor, activations: str, static_scale: torch.Tens
     if activations == "per_tensor_static":
         return static_scale
     dim = -1 if activations == "per_token" else tuple(range(x.ndim))
-    absmax = torch.linalg.vector_norm(x, ord=float("inf"), dim=dim, keepdim=True)  # one pass, no |x| in memory
+    absmax = torch.maximum(x.amax(dim, keepdim=True), -x.amin(dim, keepdim=True))  # 20 times as fast as the infinity norm
     return absmax.float().clamp(min=SMALLEST_SCALE) / LEVELS
 
 
@@ -53,6 +55,36 @@ def kernel_for(device: torch.device, in_features: int, out_features: int) -> str
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported():
         return "int_mm"
     return "simulated"
+
+
+class Int8Parts(NamedTuple):
+    """What an int8 product needs of a W8A8Linear: tensors and names, no module, so that compiled code serves every layer."""
+
+    weight: torch.Tensor
+    channel_scale: torch.Tensor
+    """(1, out): what a product is multiplied by, beside the scale of its input."""
+    rotation: torch.Tensor | None
+    input_scale: torch.Tensor | None
+    activations: str
+    kernel: str
+
+    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x (..., in), rotated if there is a rotation, in int8, and its scale, which multiplies (..., 1)."""
+        if self.rotation is not None:
+            x = rotate(x.float(), self.rotation)
+        scale = activation_scale(x, self.activations, self.input_scale)
+        return quantize_activation(x, scale), scale
+
+    def product(self, q: torch.Tensor) -> torch.Tensor:
+        """Return q @ W_int8^T for int8 q (..., in): int32 or the same in float32 (..., out), not yet scaled."""
+        rows = q.reshape(-1, self.weight.shape[1])
+        if self.kernel == "simulated":
+            result = rows.float() @ self.weight.float().t()
+        elif rows.is_cuda and len(rows) < CUDA_ROWS:
+            result = torch._int_mm(nn.functional.pad(rows, (0, 0, 0, CUDA_ROWS - len(rows))), self.weight.t())[: len(rows)]
+        else:
+            result = torch._int_mm(rows, self.weight.t())
+        return result.view(*q.shape[:-1], self.weight.shape[0])
 
 
 class W8A8Linear(nn.Module):
@@ -102,6 +134,8 @@ class W8A8Linear(nn.Module):
     def prepare(self) -> "W8A8Linear":
         """Choose the kernel for where the weights are now; after loading and after moving."""
         self.kernel = kernel_for(self.weight.device, self.in_features, self.out_features)
+        if self.hadamard_input is not None:
+            self.hadamard_input.prepare()
         return self
 
     def _apply(self, function, recurse: bool = True):
@@ -110,31 +144,19 @@ class W8A8Linear(nn.Module):
         return self.prepare()
 
     @property
-    def rotation(self) -> torch.Tensor | None:
-        """The matrix by which blocks of input channels are multiplied, None for none."""
-        return None if self.hadamard_input is None else self.hadamard_input.matrix
+    def parts(self) -> Int8Parts:
+        """What a product needs, see there."""
+        rotation = None if self.hadamard_input is None else self.hadamard_input.matrix
+        return Int8Parts(self.weight, self.weight_scale.t(), rotation, self.input_scale, self.activations, self.kernel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in_features) -> (..., out_features), in x's dtype."""
-        rows = x.reshape(-1, self.in_features)
-        if self.hadamard_input is not None:
-            rows = self.hadamard_input(rows)
-        scale = activation_scale(rows, self.activations, self.input_scale)
-        product = (self.product(quantize_activation(rows, scale)) * self.weight_scale.t()).mul_(scale)
+        parts = self.parts
+        q, scale = parts.quantize(x.reshape(-1, self.in_features))
+        product = (parts.product(q) * parts.channel_scale).mul_(scale)
         if self.bias is not None:
             product = product + self.bias
         return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
-
-    def product(self, q: torch.Tensor) -> torch.Tensor:
-        """Return q @ W_int8^T for int8 q (..., in): int32 or the same in float32 (..., out), not yet scaled."""
-        rows = q.reshape(-1, self.in_features)
-        if self.kernel == "simulated":
-            result = rows.float() @ self.weight.float().t()
-        elif rows.is_cuda and len(rows) < CUDA_ROWS:
-            result = torch._int_mm(nn.functional.pad(rows, (0, 0, 0, CUDA_ROWS - len(rows))), self.weight.t())[: len(rows)]
-        else:
-            result = torch._int_mm(rows, self.weight.t())
-        return result.view(*q.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, activations={self.activations}, kernel={self.kernel}"
