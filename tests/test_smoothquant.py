@@ -1,6 +1,7 @@
 """SmoothQuant: what calibration saw is what is there, and smoothing changes the activations but not the model."""
 
 import math
+import weakref
 
 import helpers
 import pytest
@@ -17,6 +18,8 @@ from compactmind.methods.quantization.smoothquant import (
     smooth_block,
     smoothing_scale,
 )
+from compactmind.methods.quantization.w8a8_linear import W8A8Linear
+from compactmind.methods.quantization.w8a8_model import W8A8Recipe, quantize_llama
 
 PATHS = {
     "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -354,3 +357,19 @@ def test_rows_that_join_the_residual_stream_count_by_its_size_there(windows):
     for row, weight in zip(seen["o"].rows, seen["o"].row_weights, strict=True):  # each row with its own weight
         assert 1 / sizes[(rows - row).abs().sum(dim=1).argmin()] == pytest.approx(weight.item(), rel=1e-4)
     assert seen["qkv"].row_weights.eq(1).all() and seen["gate_up"].row_weights.eq(1).all()
+
+
+def test_no_more_than_one_block_is_in_float_at_a_time(windows, monkeypatch):
+    model = helpers.make_llama(num_hidden_layers=4)
+    statistics, alive = calibrate(model, windows), []
+    seen: list[weakref.ref] = []
+    make = W8A8Linear.from_linear.__func__
+
+    def watched(cls, linear, *arguments):
+        seen.append(weakref.ref(linear))
+        alive.append(sum(reference() is not None for reference in seen))
+        return make(cls, linear, *arguments)
+
+    monkeypatch.setattr(W8A8Linear, "from_linear", classmethod(watched))
+    quantize_llama(model, statistics, W8A8Recipe())
+    assert len(alive) == 28 and max(alive) <= 8  # seven linears of a block, and one more until its module is replaced

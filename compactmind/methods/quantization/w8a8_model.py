@@ -204,7 +204,8 @@ def quantize_llama(
     """
     chosen, blocks = [], llama_blocks(model)
     rotations = rotation_sizes(blocks, recipe.rotated)
-    for block, observed in zip(blocks, statistics, strict=True):
+    for observed in statistics:
+        block = blocks.pop(0)  # the list holds the float linears: each block must be the last to know its own
         block.module.float()
         seen = dict(observed)  # smoothing puts new entries into it
         alphas = _smooth_and_rotate(block, seen, recipe, rotations)
