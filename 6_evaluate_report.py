@@ -430,13 +430,13 @@ def print_goals(wanted: list[dict]) -> None:
     """Print each goal with what was measured."""
     shown = {"share": "{:.1%}", "points": "{:+.1f}", "factor": "{:.2f}x"}
     verdicts = {True: "met", False: "MISSED", None: "not run"}
-    print(f"\n{'goal':<42}{'wanted':>17}{'measured':>10}")
+    print(f"\n{'goal':<44}{'wanted':>16}{'measured':>10}")
     for goal in wanted:
         scale = 100 if goal["unit"] == "points" else 1
         bound, found = (
             "" if value is None else shown[goal["unit"]].format(scale * value) for value in (goal["value"], goal["measured"])
         )
-        print(f"{goal['goal']:<42}{goal['bound'] + ' ' + bound:>17}{found:>10}  {verdicts[goal['met']]}")
+        print(f"{goal['goal']:<44}{goal['bound'] + ' ' + bound:>16}{found:>10}  {verdicts[goal['met']]}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
