@@ -19,16 +19,14 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import PROFILE, SmoothQuantConfig, parse_command_line, run_stage
-from compactmind.checkpoint import is_up_to_date, load_checkpoint, read_manifest, save_checkpoint, weights_fingerprint
+from compactmind.checkpoint import identity_of, is_up_to_date, load_as_released, load_checkpoint, read_manifest, save_checkpoint
 from compactmind.data import data_fingerprint, read_dataset_description
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.language import kernel_of
 from compactmind.evaluation.perplexity import paired_ratio, perplexity
-from compactmind.files import sha256_of, write_json_atomically
-from compactmind.methods.llama import llama_blocks
+from compactmind.files import write_json_atomically
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_model import PER_LAYER, W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama
 from compactmind.text import load_documents, token_windows
@@ -56,26 +54,6 @@ def check(config: SmoothQuantConfig) -> None:
     for name, least in (("calibration_windows", 1), ("seq_len", 2), ("eval_windows", 0)):
         if getattr(config, name) < least:
             raise CompactMindError(f"{name} {getattr(config, name)} is not at least {least}: for example --{name} 64")
-
-
-def load_as_released(path: Path):
-    """Return a Llama in the dtype of its file and its tokenizer. Raises CompactMindError saying what is wrong with it."""
-    if not (path / "config.json").is_file():
-        raise CompactMindError(f"{path} holds no model (no config.json): run `python download_model.py`, or give --model_path")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True).eval()
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # noqa: BLE001  safetensors, json and transformers each have their own way to say "damaged"
-        raise CompactMindError(f"{path} could not be loaded ({error}): it is damaged, or its tokenizer is missing") from None
-    llama_blocks(model)
-    return model, tokenizer
-
-
-def identity(path: Path) -> str:
-    """Return what identifies the weights in a folder: from the manifest, or a hash of foreign files."""
-    if (path / "manifest.json").is_file():
-        return weights_fingerprint(path)
-    return " ".join(sha256_of(file) for file in sorted(path.glob("*.safetensors")))
 
 
 # ------------------------------------------------------------------------------------------------------------------ plot
@@ -117,7 +95,7 @@ def main(config: SmoothQuantConfig) -> None:
     # ---- what each output depends on: if none of it changed, the output is up to date
     settings = ("profile", "calibration_windows", "seq_len", "activations", "embeddings")
     fingerprint = data_fingerprint(config.text_dir)
-    inputs = {"model": identity(source)}
+    inputs = {"model": identity_of(source)}
 
     def stage(*names: str, **more) -> dict:
         return {

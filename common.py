@@ -218,6 +218,33 @@ class SmoothQuantConfig(StageConfig):
 
 
 @dataclass(frozen=True)
+class SearchConfig(StageConfig):
+    model_path: str = ""
+    """The dense Llama, any local Hugging Face folder of a Llama-like causal LM; empty: <models_dir>/llama."""
+    output: str = ""
+    """Directory for the result; empty: <models_dir>/llama_pruned."""
+    strategy: Literal["fixed"] = "fixed"
+    """fixed: run the one pipeline given."""
+    pipeline: str = (
+        '[{"method": "prune", "params": {"sparsity": 0.2, "criterion": "taylor", "scope": "uniform"}}, '
+        '{"method": "retrain", "params": {"tokens": 75000}}]'
+    )
+    """JSON: a list of steps, each with method (prune, retrain, w8a8, nf4) and params."""
+    text_dir: Path = Path("wikitext_data")
+    """Running text: calibration and retraining from train, choices on validation, reported perplexity on test."""
+    seq_len: int = 512
+    """Tokens per window of text."""
+    calibration_windows: int = 32
+    """Windows of training text on which activations and gradients are observed."""
+    train_windows: int = 0
+    """Windows of training text to retrain on; 0 = all there are."""
+    held_out_windows: int = 8
+    """Windows of validation text that decide which weights of retraining are kept."""
+    eval_windows: int = 16
+    """Windows of test text for the reported perplexity; 0 = all."""
+
+
+@dataclass(frozen=True)
 class ReportConfig(StageConfig):
     max_length: int = 64
     """Tokens after which a test sentence is cut."""
@@ -263,6 +290,7 @@ PROFILES: dict[str, dict[str, dict]] = {
         },
         "QuantizeConfig": {"max_length": 128},
         "SmoothQuantConfig": {"calibration_windows": 512},
+        "SearchConfig": {"seq_len": 2048, "eval_windows": 0},
         "ReportConfig": {"max_length": 128, "seq_len": 2048, "eval_windows": 0},
     },
     "smoke": {
@@ -273,6 +301,10 @@ PROFILES: dict[str, dict[str, dict]] = {
             "prune_every": 3, "log_every": 4,
         },
         "SmoothQuantConfig": {"calibration_windows": 4, "seq_len": 32, "eval_windows": 4, "alpha_grid": (0.5, 0.8)},
+        "SearchConfig": {
+            "seq_len": 32, "calibration_windows": 4, "train_windows": 16, "held_out_windows": 2, "eval_windows": 4,
+            "pipeline": '[{"method": "prune", "params": {"sparsity": 0.3, "round_to": 8}}, {"method": "retrain", "params": {"tokens": 512}}]',
+        },
         "ReportConfig": {"cost_length": 16, "latency_repeats": 3, "seq_len": 32, "eval_windows": 4, "prompt_tokens": 16},
     },
 }  # fmt: skip

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,18 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from compactmind import __version__
 from compactmind.errors import CompactMindError
 from compactmind.files import recover_directory, replace_directory, sha256_of, write_json_atomically
-from compactmind.methods.llama import is_llama, llama_shapes
-from compactmind.methods.pruning import modeling_pruned_encoder
+from compactmind.methods.llama import is_llama, llama_blocks, llama_shapes
 from compactmind.methods.pruning.encoder import layer_shapes
+from compactmind.methods.pruning.modeling_pruned_encoder import (
+    PrunedBertForSequenceClassification,
+    PrunedDistilBertForSequenceClassification,
+)
+from compactmind.methods.pruning.modeling_pruned_llama import PrunedLlamaForCausalLM
 from compactmind.methods.quantization.packed_model import QUANTIZED_KINDS, load_quantized
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 from compactmind.methods.quantization.w8a8_model import load_w8a8
@@ -47,9 +52,16 @@ MADE_BY = {
     "llama_w8a8": "python 4_smoothquant_llama.py",
     "llama_w8a8_naive": "python 4_smoothquant_llama.py",
     "llama_nf4": "python 4_smoothquant_llama.py",
+    "llama_pruned": "python 5_bayesian_search.py",
     "llama_smoothed": "python 4_smoothquant_llama.py --save_smoothed True",
 }
 """Checkpoint name -> the command that makes it: for error messages and for the rows of a report that have not run."""
+
+PRUNED_CLASSES = {
+    each.__name__: each
+    for each in (PrunedBertForSequenceClassification, PrunedDistilBertForSequenceClassification, PrunedLlamaForCausalLM)
+}
+"""Architectures of our own; the file that defines one lies beside the weights of each such checkpoint."""
 
 KINDS = ("dense", "pruned", *QUANTIZED_KINDS, "w8a8")
 """What a loader has to know about the weights: of one width, of per-layer widths, packed, or int8 in and out."""
@@ -105,6 +117,13 @@ def weights_fingerprint(directory: Path | str) -> str:
     return read_manifest(directory)["files"][WEIGHTS]["sha256"]
 
 
+def identity_of(directory: Path) -> str:
+    """Return what identifies the weights in a folder: `weights_fingerprint`, or a hash of the files of a foreign model."""
+    if (directory / MANIFEST).is_file():
+        return weights_fingerprint(directory)
+    return " ".join(sha256_of(file) for file in sorted(directory.glob("*.safetensors")))
+
+
 def is_up_to_date(directory: Path | str, stage: dict[str, Any]) -> bool:
     """Tell whether `directory` holds a whole checkpoint made by this very `stage` (script, config and inputs)."""
     try:
@@ -140,17 +159,18 @@ def save_checkpoint(
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in _without_tied_copies(model.state_dict()).items()}
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     config = model.config
-    if isinstance(config, (modeling_pruned_encoder.PrunedBertConfig, modeling_pruned_encoder.PrunedDistilBertConfig)):
-        module = Path(modeling_pruned_encoder.__file__)
+    module = Path(sys.modules[type(model).__module__].__file__) if type(model).__name__ in PRUNED_CLASSES else None
+    if module:
+        auto_class = "AutoModelForCausalLM" if is_llama(model) else "AutoModelForSequenceClassification"
         config.auto_map = {
             "AutoConfig": f"{module.stem}.{type(config).__name__}",
-            "AutoModelForSequenceClassification": f"{module.stem}.{type(model).__name__}",
+            auto_class: f"{module.stem}.{type(model).__name__}",
         }
     config.architectures = [type(model).__name__]
     config.dtype = dtype  # what is computed in; half-precision tables in the file may be storage only
     with replace_directory(directory, needed_bytes=weight_bytes + 5_000_000) as temporary:
         config.save_pretrained(temporary)
-        if hasattr(config, "auto_map"):
+        if module:
             shutil.copyfile(module, temporary / module.name)
         save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
         tokenizer.save_pretrained(temporary)
@@ -199,7 +219,7 @@ def load_checkpoint(
     directory = Path(directory)
     manifest = read_manifest(directory)
     architecture = manifest["architecture"]
-    model_class = getattr(modeling_pruned_encoder, architecture, None) or getattr(transformers, architecture, None)
+    model_class = PRUNED_CLASSES.get(architecture) or getattr(transformers, architecture, None)
     if model_class is None:
         raise CompactMindError(
             f"{directory / MANIFEST}: unknown architecture {architecture!r}: run `{how_to_make(directory)}` again"
@@ -221,6 +241,22 @@ def load_checkpoint(
             f"{directory} could not be loaded ({error}): run `{how_to_make(directory)}` again with --force True"
         ) from error
     return Checkpoint(model.to(device).eval(), tokenizer, manifest)
+
+
+def load_as_released(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a Llama-like causal LM from any Hugging Face folder in the dtype of its file, and its tokenizer.
+
+    Raises CompactMindError saying what is wrong with it.
+    """
+    if not (path / "config.json").is_file():
+        raise CompactMindError(f"{path} holds no model (no config.json): run `python download_model.py`, or give --model_path")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # noqa: BLE001  safetensors, json and transformers each have their own way to say "damaged"
+        raise CompactMindError(f"{path} could not be loaded ({error}): it is damaged, or its tokenizer is missing") from None
+    llama_blocks(model)
+    return model, tokenizer
 
 
 def parameters_before_packing(model: torch.nn.Module) -> int:

@@ -108,7 +108,7 @@ class WeightAverage:
 
 
 class TrainingState:
-    """The state of an unfinished training run, saved once per epoch, so that a killed run goes on where it was.
+    """The state of an unfinished training run, saved every so often, so that a killed run goes on where it was.
 
     It lies beside the checkpoint it will become (`models/.<name>.training.pt`) and is deleted with success. A state of
     another stage record (other config, other inputs) is ignored. Only tensors and plain values are stored, and it is
@@ -126,7 +126,7 @@ class TrainingState:
         try:
             saved = torch.load(self.path, weights_only=True, map_location="cpu")
         except Exception:  # noqa: BLE001  any damage means the same: start from the first epoch
-            print(f"{self.path} is damaged: starting this model from its first epoch")
+            print(f"{self.path} is damaged: starting this model from the beginning")
             return None
         return saved["state"] if saved["stage"] == repr(self.stage) else None
 
@@ -156,10 +156,13 @@ def cpu_copy(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 class Progress:
     """A progress bar on a terminal, and one aligned line per `log_every` steps everywhere.
 
-    The line: step, loss (mean since the last line), lr, the caller's own fields, sentences/s, time left.
+    The line: step, loss (mean since the last line), lr, the caller's own fields, sentences (or another `unit`) per second, time left.
     """
 
-    def __init__(self, label: str, total_steps: int, log_every: int, start_step: int = 0, enabled: bool = True):
+    def __init__(
+        self, label: str, total_steps: int, log_every: int, start_step: int = 0, enabled: bool = True, unit: str = "sentences"
+    ):
+        self.unit = unit
         self.label, self.total_steps, self.log_every, self.enabled = label, total_steps, log_every, enabled
         self.step = start_step
         self.losses: list[float] = []
@@ -172,7 +175,7 @@ class Progress:
         )  # fmt: skip
 
     def update(self, loss: float, lr: float, items: int, **shown: float) -> None:
-        """Count one optimizer step over `items` sentences."""
+        """Count one optimizer step over `items` sentences (or another unit)."""
         self.step += 1
         self.losses.append(loss)
         self.items += items
@@ -183,7 +186,7 @@ class Progress:
             extra = "".join(f" | {name} {value:6.3f}" for name, value in shown.items())
             self.write(
                 f"{self.label:<18} step {self.step:>5}/{self.total_steps} | loss {sum(self.losses) / len(self.losses):7.4f}"
-                f" | lr {lr:.2e}{extra} | {self.items / (now - self.mark):5.0f} sentences/s | left {clock(left)}"
+                f" | lr {lr:.2e}{extra} | {self.items / (now - self.mark):5.0f} {self.unit}/s | left {clock(left)}"
             )
             self.losses, self.items, self.mark = [], 0, now
 

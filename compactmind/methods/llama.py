@@ -29,7 +29,7 @@ class LlamaBlock:
     """Query heads per key-value head: 1 without grouped-query attention."""
 
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "granite", "stablelm", "helium", "smollm3")
+ARCHITECTURES = ("llama", "pruned_llama", "mistral", "qwen2", "qwen3", "granite", "stablelm", "helium", "smollm3")
 """Model types whose norms multiply by their weight and stand directly before the linears that read them. Gemma's multiply by
 1 + weight and stand elsewhere: the same attribute names, another computation."""
 

@@ -1,0 +1,293 @@
+"""Structured pruning of a Llama: how much goes where, and the model made smaller block by block, its projections re-fitted.
+
+How much where: `uniform` takes the same share of every block, so the result is a Llama of other widths; `global` spreads the budget
+by score over all blocks. Channels go in bundles of `round_to`, because kernels like such widths; groups go whole.
+
+Compensation: once inputs of a projection are gone, its remaining columns are re-fitted to give the output that the whole one would give
+on calibration text, W' = W C[:, K] (C[K, K] + damping)^-1 with C the inputs' second moment and K what is kept: least squares in closed form
+(as SlimGPT, Ling et al. 2024, https://arxiv.org/abs/2412.18110, and Frantar & Alistarh 2022, https://arxiv.org/abs/2208.11580). Blocks
+are handled in order, each on the text as the smaller blocks before it pass it on; at no time is more than one block's moments in memory.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from compactmind.errors import CompactMindError
+from compactmind.methods.llama import LlamaBlock, llama_blocks
+from compactmind.methods.pruning.llama_importance import AGGREGATES, CRITERIA, BlockScores, block_influence, score
+from compactmind.methods.pruning.llama_structure import (
+    STRUCTURES,
+    BlockMask,
+    channel_parameters,
+    columns_of_o,
+    full_mask,
+    group_parameters,
+    kept_parameters,
+    prunable_parameters,
+    rebuilt,
+    remove_blocks,
+    shrink_block,
+)
+
+SCOPES = ("uniform", "global")
+TOLERANCE = 0.01
+"""Sparsity is met within this much."""
+
+
+@dataclass(frozen=True)
+class PruneRecipe:
+    """What to remove from a Llama, and how. Raises ValueError on a value outside its range."""
+
+    sparsity: float = 0.2
+    """Share of the prunable parameters (FFN channels and key-value groups of all blocks) to remove, in [0, 1)."""
+    criterion: str = "taylor"
+    """How structures are scored: taylor, activation, variance, l2 or random."""
+    scope: str = "uniform"
+    """uniform: the same widths in every block; global: where the scores are lowest."""
+    structures: Sequence[str] = ("channels",)
+    """channels (of the FFN), groups (key-value heads with their query heads), or both."""
+    aggregate: str = "sum"
+    """How the scores of a structure's parts are put together: sum, mean or max."""
+    round_to: int = 64
+    """FFN widths stay multiples of this; uniform halves it as often as the sparsity needs."""
+    compensate: bool = True
+    """Re-fit down_proj and o_proj to the inputs that are left."""
+    damping: float = 0.01
+    """Added to the diagonal of the second moment, as a share of its mean."""
+    protect: int = 0
+    """This many blocks at either end stay whole (global only)."""
+    blocks: int = 0
+    """Remove this many whole blocks first, those that turn the residual stream least."""
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity {self.sparsity} is not in [0, 1): for example 0.2")
+        for name, value, choices in (
+            ("criterion", self.criterion, CRITERIA),
+            ("scope", self.scope, SCOPES),
+            ("aggregate", self.aggregate, AGGREGATES),
+            *(("structure", structure, STRUCTURES) for structure in self.structures),
+        ):
+            if value not in choices:
+                raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
+        if not self.structures:
+            raise ValueError(f"no structures to remove: choose from {', '.join(STRUCTURES)}")
+        if self.round_to < 1 or self.protect < 0 or self.blocks < 0 or self.damping <= 0:
+            raise ValueError("round_to must be at least 1, protect and blocks at least 0, damping above 0")
+        if self.protect and self.scope == "uniform":
+            raise ValueError(f"protect {self.protect} leaves some blocks wider than others: it needs scope global")
+
+
+# ------------------------------------------------------------------------------------------------------- how much where
+def choose_masks(model: PreTrainedModel, scores: list[BlockScores], recipe: PruneRecipe) -> list[BlockMask]:
+    """Return what each block keeps. Raises CompactMindError if the recipe would empty a block or cannot meet its sparsity."""
+    blocks = llama_blocks(model)
+    narrowest = min(block.up.out_features for block in blocks)
+    if recipe.round_to > narrowest and recipe.sparsity and "channels" in recipe.structures:
+        raise CompactMindError(f"round_to {recipe.round_to} is more than the FFN width {narrowest}: choose a smaller multiple")
+    choose = _uniform_masks if recipe.scope == "uniform" else _global_masks
+    masks = choose(blocks, scores, recipe)
+    total = prunable_parameters(model)
+    found = 1 - sum(kept_parameters(block, mask) for block, mask in zip(blocks, masks, strict=True)) / total
+    if abs(found - recipe.sparsity) > TOLERANCE:
+        raise CompactMindError(
+            f"sparsity {recipe.sparsity} cannot be met: {'/'.join(recipe.structures)} in steps of round_to {recipe.round_to} give "
+            f"{found:.3f} at the closest without emptying a block; use other structures, a smaller round_to or scope global"
+        )
+    return masks
+
+
+def _uniform_masks(blocks: list[LlamaBlock], scores: list[BlockScores], recipe: PruneRecipe) -> list[BlockMask]:
+    block, whole = blocks[0], full_mask(blocks[0])
+    width, count = len(whole.channels), len(whole.groups)
+    if any((x.up.out_features, x.k.out_features) != (block.up.out_features, block.k.out_features) for x in blocks):
+        raise CompactMindError("scope uniform needs blocks of equal widths: use scope global")
+    all_of_it = width * channel_parameters(block) + count * group_parameters(block)
+    kept_groups = count
+    if "groups" in recipe.structures:
+        kept_groups = max(1, round(count * (1 - recipe.sparsity)))
+    kept_channels = width
+    if "channels" in recipe.structures:
+        wanted = ((1 - recipe.sparsity) * all_of_it - kept_groups * group_parameters(block)) / channel_parameters(block)
+        multiple = recipe.round_to
+        while multiple >= 1:
+            kept_channels = min(width, max(multiple, round(wanted / multiple) * multiple))
+            if abs(kept_channels - wanted) * channel_parameters(block) <= TOLERANCE * all_of_it or multiple == 1:
+                break
+            multiple //= 2
+    masks = []
+    for found in scores:
+        mask = BlockMask(torch.zeros(width, dtype=torch.bool), torch.zeros(count, dtype=torch.bool))
+        mask.channels[found.channels.topk(kept_channels).indices] = True
+        mask.groups[found.groups.topk(kept_groups).indices] = True
+        masks.append(mask)
+    return masks
+
+
+def _global_masks(blocks: list[LlamaBlock], scores: list[BlockScores], recipe: PruneRecipe) -> list[BlockMask]:
+    """Remove bundles of channels and groups in the order of their scores per parameter, least first."""
+    candidates = []  # (score, block, structure, indices, parameters)
+    for index, (block, found) in enumerate(zip(blocks, scores, strict=True)):
+        if not recipe.protect <= index < len(blocks) - recipe.protect:
+            continue
+        channels, groups = (_comparable(values, recipe.criterion) for values in (found.channels, found.groups))
+        if "channels" in recipe.structures:
+            order, width = found.channels.argsort(), len(found.channels)
+            first = width % recipe.round_to or recipe.round_to  # a width that is no multiple becomes one
+            bundles = order.split([first, *[recipe.round_to] * ((width - first) // recipe.round_to)])
+            for bundle in bundles[:-1]:  # the best one stays: no block is emptied
+                each = channel_parameters(block)
+                candidates.append(
+                    (channels[bundle].mean().item() / _size(each, recipe), index, "channels", bundle, each * len(bundle))
+                )
+        if "groups" in recipe.structures:
+            each = group_parameters(block)
+            for group in found.groups.argsort()[:-1]:
+                candidates.append((groups[group].item() / _size(each, recipe), index, "groups", group, each))
+    masks, left = (
+        [full_mask(block) for block in blocks],
+        recipe.sparsity * sum(kept_parameters(b, full_mask(b)) for b in blocks),
+    )
+    for _, index, structure, which, parameters in sorted(candidates, key=lambda candidate: candidate[0]):
+        if parameters / 2 > left:
+            break
+        getattr(masks[index], structure)[which] = False
+        left -= parameters
+    return masks
+
+
+def _comparable(values: torch.Tensor, criterion: str) -> torch.Tensor:
+    """Return scores that can be compared between blocks: a loss change as it is, any other in standard deviations of its block."""
+    if criterion in ("taylor", "random") or len(values) < 2:
+        return values
+    return (values - values.mean()) / values.std().clamp(min=1e-12)
+
+
+def _size(parameters: int, recipe: PruneRecipe) -> float:
+    """Return what a score is divided by: a loss change is per parameter freed."""
+    return parameters if recipe.criterion == "taylor" else 1.0
+
+
+# --------------------------------------------------------------------------------------------------------- compensation
+def refit(weight: torch.Tensor, moment: torch.Tensor, keep: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return the weight (out, in) with pruned columns 0 and the kept ones re-fitted, so that outputs change least.
+
+    moment: (in, in), mean of x x^T; keep: (in,) boolean. Computed in float64.
+    """
+    kept = keep.nonzero()[:, 0].to(weight.device)
+    moment = moment.double()
+    inner = moment[kept][:, kept].clone()
+    inner.diagonal().add_(damping * moment.diagonal().mean() + 1e-12)
+    fitted = torch.linalg.solve(inner, moment[kept] @ weight.double().t()).t()  # (out, kept)
+    result = torch.zeros_like(weight)
+    result[:, kept] = fitted.to(weight.dtype)
+    return result
+
+
+class BlockByBlock:
+    """Runs a model on calibration text one block at a time, keeping only what passes between blocks."""
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, windows: torch.Tensor):
+        self.states, self.arguments = [], {}
+
+        def catch(_, args, kwargs):
+            self.states.append((args[0] if args else kwargs["hidden_states"]).clone())
+            self.arguments = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "past_key_values")}
+            raise _FirstBlockReached
+
+        handle = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            for window in windows:
+                with suppress(_FirstBlockReached):
+                    model.model(input_ids=window[None].to(model.device), use_cache=False)
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def moments(self, block: LlamaBlock) -> dict[str, torch.Tensor]:
+        """Return the mean of x x^T of the inputs of o_proj and down_proj; the states stay where they are."""
+        totals, tokens, handles = {}, 0, []
+
+        def record(name: str):
+            def hook(_, inputs):
+                x = inputs[0].flatten(0, -2).float()
+                product = x.t() @ x
+                totals[name] = totals[name] + product if name in totals else product
+
+            return hook
+
+        for name in ("o", "down"):
+            handles.append(getattr(block, name).register_forward_pre_hook(record(name)))
+        try:
+            for state in self.states:
+                block.module(state, **self.arguments)
+                tokens += state.shape[1]
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: total / tokens for name, total in totals.items()}
+
+    @torch.no_grad()
+    def advance(self, module: nn.Module) -> None:
+        """Let all states pass through a block."""
+        self.states = [module(state, **self.arguments) for state in self.states]
+
+
+class _FirstBlockReached(Exception):
+    pass
+
+
+# ------------------------------------------------------------------------------------------------------------- the whole
+@torch.no_grad()
+def prune_llama(
+    model: PreTrainedModel, recipe: PruneRecipe, windows: torch.Tensor | None = None
+) -> tuple[PreTrainedModel, dict]:
+    """Return a physically smaller model and what was done to it; `model` gives its weights away and must not be used again.
+
+    `windows` (windows, seq_len) of text are needed unless the criterion is l2 or random, nothing is compensated and no block
+    is removed. Raises CompactMindError on a recipe that does not fit the model.
+    """
+    if (windows is None or len(windows) == 0) and (recipe.compensate or recipe.blocks):
+        raise CompactMindError(
+            "compensation and the removal of blocks need calibration text: use more text or a smaller --seq_len"
+        )
+    before, removed = prunable_parameters(model), set()
+    if recipe.blocks:
+        influence = block_influence(model, windows)
+        ends = range(recipe.protect), range(len(influence) - recipe.protect, len(influence))
+        for index in (*ends[0], *ends[1]):
+            influence[index] = float("inf")
+        if recipe.blocks >= int(torch.isfinite(influence).sum()):
+            raise CompactMindError(f"blocks {recipe.blocks} would leave none of the {len(influence)} that may be removed")
+        removed = set(influence.argsort()[: recipe.blocks].tolist())
+        remove_blocks(model, removed)
+    scores = score(model, recipe.criterion, windows, aggregate=recipe.aggregate, seed=recipe.seed)
+    masks = choose_masks(model, scores, recipe)
+    runner = BlockByBlock(model, windows) if recipe.compensate else None
+    for block, mask in zip(llama_blocks(model), masks, strict=True):
+        if runner:
+            moments = runner.moments(block)
+            for linear, name, keep in (
+                (block.o, "o", columns_of_o(block, mask.groups)),
+                (block.down, "down", mask.channels),
+            ):
+                if not keep.all():
+                    linear.weight.copy_(refit(linear.weight, moments[name], keep, recipe.damping))
+        shrink_block(block, mask)
+        if runner:
+            runner.advance(block.module)
+    result = rebuilt(model)
+    description = {
+        "sparsity": 1 - prunable_parameters(result) / before,
+        "removed_blocks": sorted(removed),
+        "kept_channels": [int(mask.channels.sum()) for mask in masks],
+        "kept_groups": [int(mask.groups.sum()) for mask in masks],
+    }
+    return result, description

@@ -1,0 +1,165 @@
+"""What can be removed from a Llama whole: FFN channels, key-value groups, blocks; and how the smaller model is built.
+
+The couplings, which `tests/test_llama_pruning.py` checks against the same model with those parts silenced:
+
+channel j of a block's FFN     row j of gate_proj and of up_proj, column j of down_proj
+group g of its attention       key-value head g (its rows of k_proj and v_proj) and all query heads that read it (their rows of
+                               q_proj, their columns of o_proj)
+block l                        everything in it: the residual stream passes by
+
+A model of equal widths is a Llama again, or, where the hidden size is no multiple of the heads that are left, a Mistral without
+sliding window, which computes the same (LlamaConfig refuses such a number of heads). Unequal widths need modeling_pruned_llama.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+
+from compactmind.methods.llama import LINEARS, LlamaBlock, llama_blocks
+from compactmind.methods.pruning.modeling_pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM
+
+STRUCTURES = ("channels", "groups")
+PRUNABLE_TYPES = ("llama", "mistral", "pruned_llama")
+"""Model types whose smaller versions the classes above describe."""
+
+
+@dataclass
+class BlockMask:
+    """What stays of one block, boolean: True keep, False prune. No group left and no channel left is not a block."""
+
+    channels: torch.Tensor  # (intermediate_size,)
+    groups: torch.Tensor  # (num_key_value_heads,)
+
+
+def full_mask(block: LlamaBlock) -> BlockMask:
+    """Return the mask that keeps everything of a block."""
+    return BlockMask(
+        torch.ones(block.up.out_features, dtype=torch.bool),
+        torch.ones(block.k.out_features // block.head_dim, dtype=torch.bool),
+    )
+
+
+def channel_parameters(block: LlamaBlock) -> int:
+    """Count the parameters one FFN channel owns."""
+    return 2 * block.up.in_features + block.down.out_features + sum(x.bias is not None for x in (block.gate, block.up))
+
+
+def group_parameters(block: LlamaBlock) -> int:
+    """Count the parameters one key-value head owns, with the query heads that read it."""
+    hidden = block.q.in_features
+    biases = block.groups * (block.q.bias is not None) + (block.k.bias is not None) + (block.v.bias is not None)
+    return block.head_dim * (2 * (block.groups + 1) * hidden + biases)
+
+
+def prunable_parameters(model: PreTrainedModel) -> int:
+    """Count what sparsity is a share of: the parameters owned by all FFN channels and key-value groups."""
+    return sum(kept_parameters(block, full_mask(block)) for block in llama_blocks(model))
+
+
+def kept_parameters(block: LlamaBlock, mask: BlockMask) -> int:
+    """Count the prunable parameters that a mask leaves in a block."""
+    return int(mask.channels.sum()) * channel_parameters(block) + int(mask.groups.sum()) * group_parameters(block)
+
+
+def columns_of_o(block: LlamaBlock, groups: torch.Tensor) -> torch.Tensor:
+    """Return, for a value per key-value group, the same per input channel of o_proj (and per row of q_proj)."""
+    return groups.repeat_interleave(block.groups * block.head_dim)
+
+
+@torch.no_grad()
+def silence(model: PreTrainedModel, masks: list[BlockMask]) -> None:
+    """Set, in place, what the masks prune to zero where it is read: the widths stay, the function is that of the smaller model."""
+    for block, mask in zip(llama_blocks(model), masks, strict=True):
+        block.down.weight[:, ~mask.channels.to(block.down.weight.device)] = 0
+        block.o.weight[:, ~columns_of_o(block, mask.groups).to(block.o.weight.device)] = 0
+
+
+@torch.no_grad()
+def shrink_block(block: LlamaBlock, mask: BlockMask) -> None:
+    """Remove, in place, the rows and columns of a block that the mask prunes; the model's configuration does not follow."""
+    keep = {"gate": mask.channels, "up": mask.channels, "q": columns_of_o(block, mask.groups)}
+    keep["k"] = keep["v"] = mask.groups.repeat_interleave(block.head_dim)
+    for field, rows in keep.items():
+        block.module.set_submodule(LINEARS[field], _part(getattr(block, field), rows, 0))
+    block.module.set_submodule(LINEARS["o"], _part(block.o, keep["q"], 1))
+    block.module.set_submodule(LINEARS["down"], _part(block.down, mask.channels, 1))
+
+
+def _part(linear: nn.Linear, keep: torch.Tensor, dim: int) -> nn.Linear:
+    index = keep.nonzero()[:, 0].to(linear.weight.device)
+    weight = linear.weight.index_select(dim, index)
+    part = nn.Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None, device="meta")
+    part.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+    if linear.bias is not None:
+        part.bias = nn.Parameter(linear.bias.index_select(0, index) if dim == 0 else linear.bias.clone())
+    return part
+
+
+def remove_blocks(model: PreTrainedModel, indices: set[int]) -> None:
+    """Remove whole blocks, in place; raises ValueError if none would be left."""
+    layers = model.model.layers
+    if len(indices) >= len(layers):
+        raise ValueError(f"removing {len(indices)} blocks would leave none of {len(layers)}")
+    model.model.layers = nn.ModuleList(layer for index, layer in enumerate(layers) if index not in indices)
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = index
+    model.config.num_hidden_layers = len(model.model.layers)
+    for name in ("layer_num_key_value_heads", "layer_intermediate_sizes"):
+        if getattr(model.config, name, None):
+            setattr(
+                model.config, name, [value for index, value in enumerate(getattr(model.config, name)) if index not in indices]
+            )
+
+
+def rebuilt(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model whose class and configuration say what the blocks of `model`, whose weights it takes, have become.
+
+    Raises ValueError for model types that have no class for it.
+    """
+    config = model.config
+    if config.model_type not in PRUNABLE_TYPES:
+        raise ValueError(f"cannot rebuild a {config.model_type!r}: expected one of {', '.join(PRUNABLE_TYPES)}")
+    blocks = llama_blocks(model)
+    key_value_heads = [block.k.out_features // block.head_dim for block in blocks]
+    widths = [block.up.out_features for block in blocks]
+    groups, head_dim = blocks[0].groups, blocks[0].head_dim
+    settings = config.to_dict()
+    for name in (
+        "model_type",
+        "architectures",
+        "auto_map",
+        "layer_num_key_value_heads",
+        "layer_intermediate_sizes",
+        "transformers_version",
+    ):
+        settings.pop(name, None)
+    settings |= {"head_dim": head_dim, "num_hidden_layers": len(blocks), "intermediate_size": widths[0]}
+    uniform = len(set(key_value_heads)) == 1 and len(set(widths)) == 1
+    if uniform:
+        settings |= {"num_key_value_heads": key_value_heads[0], "num_attention_heads": groups * key_value_heads[0]}
+        fits_llama = config.hidden_size % settings["num_attention_heads"] == 0
+        if fits_llama and config.model_type != "mistral":
+            config_class, model_class = LlamaConfig, LlamaForCausalLM
+        else:
+            config_class, model_class = MistralConfig, MistralForCausalLM
+            settings["sliding_window"] = getattr(config, "sliding_window", None)
+            biased = any(linear.bias is not None for block in blocks for linear in (block.q, block.gate))
+            if biased:
+                raise ValueError(
+                    "a Llama with biases and this number of heads has no class in transformers: prune channels only"
+                )
+    elif config.model_type == "mistral":
+        raise ValueError("unequal widths of a Mistral have no class: use scope uniform")
+    else:
+        config_class, model_class = PrunedLlamaConfig, PrunedLlamaForCausalLM
+        settings |= {"layer_num_key_value_heads": key_value_heads, "layer_intermediate_sizes": widths}
+        settings |= {"num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads}
+    with torch.device("meta"):
+        result = model_class(config_class(**settings))
+    result.load_state_dict(model.state_dict(), assign=True)
+    result.tie_weights()
+    result.model.rotary_emb = model.model.rotary_emb  # computed, not stored: the one on meta is empty
+    result.generation_config = model.generation_config
+    return result.train(model.training)

@@ -1,0 +1,1 @@
+"""Train a model again after something was taken out of it."""

@@ -1,0 +1,440 @@
+"""Retrain a pruned Llama as a causal language model, on text alone or distilled from the dense model it was cut from.
+
+The loss of a predicted token is alpha * T^2 * KL(dense || pruned) at temperature T + (1 - alpha) * cross-entropy with the
+token that really follows (Hinton et al. 2015, https://arxiv.org/abs/1503.02531), if wanted with the mean squared error
+between the hidden states of both models on top. All weights are trained, or low-rank adapters beside the seven linears of
+each block (Hu et al. 2021, https://arxiv.org/abs/2106.09685), which are added into the weights before the model is returned.
+
+A loss is in nats and a mean over predicted tokens, seq_len - 1 per window. Held-out text decides which weights are kept, and
+the weights that came in take part: the model is never returned worse than it came. Left out: packing of documents with masks
+between them, and sharding of one model over devices (every device holds all of it).
+"""
+
+import logging
+import math
+import time
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from compactmind.errors import CompactMindError
+from compactmind.evaluation.perplexity import LARGEST_LOSS, window_losses
+from compactmind.methods.distillation.soft_targets import distillation_loss, hidden_state_loss
+from compactmind.methods.distillation.student import alternate_layers, matching_layers
+from compactmind.methods.llama import LINEARS, llama_blocks
+from compactmind.training import Progress, TrainingState, cpu_copy, make_accelerator, make_optimizer
+
+MODES = ("full", "lora")
+CHUNK_TOKENS = 1024
+"""Tokens whose logits are turned into float32 and softened at a time: 0.2 GB per tensor with a vocabulary of 50,000."""
+
+
+# --------------------------------------------------------------------------------------------------------------- recipe
+@dataclass(frozen=True)
+class RetrainRecipe:
+    """How to retrain; every value is checked when it is set. Raises ValueError naming the value and the valid range."""
+
+    mode: str = "full"
+    """full trains every weight; lora trains adapters of a few percent of the size: less memory, smaller steps away."""
+    tokens: int = 75_000
+    """Training tokens to see in all, rounded up to whole steps; text shorter than that is repeated in a new order."""
+    batch_size: int = 2
+    """Windows per device whose activations are in memory at once."""
+    accumulation: int = 1
+    """Batches whose gradients are averaged before one optimizer step: a larger batch without its memory."""
+    lr: float = 1e-4
+    """Peak learning rate of AdamW: 1e-5 to 3e-4 for full; adapters take about ten times as much."""
+    weight_decay: float = 0.01
+    """AdamW weight decay of the matrices, 0 to 0.1."""
+    warmup_ratio: float = 0.05
+    """Fraction of the steps over which the rate rises from 0 to lr; it falls as a cosine to 0 over the rest. In [0, 1)."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger 2-norm are scaled down to it, so that one odd window cannot throw the weights off."""
+    distillation: bool = True
+    """Learn from the dense model's predictions as well as from the text."""
+    temperature: float = 2.0
+    """Softens both distributions before they are compared, 1 to 4: the improbable tokens say more."""
+    alpha: float = 0.5
+    """Weight of the dense model's predictions in [0, 1]; the text has 1 - alpha."""
+    hidden_loss_weight: float = 0.0
+    """Weight of the mean squared error between hidden states, 0 to 1; above 0 both models need one hidden size."""
+    gradient_checkpointing: bool = False
+    """Compute each block's activations again in the backward pass: memory of one block, about a third more time."""
+    lora_rank: int = 16
+    """Rank of the adapters, 4 to 64; mode lora only."""
+    lora_alpha: int = 32
+    """The adapters' output is multiplied by lora_alpha / lora_rank; mode lora only."""
+    evaluations: int = 4
+    """How often the held-out loss is measured, evenly spaced, after the last step too: each costs a pass over that text."""
+    seed: int = 42
+    """Decides the order of the windows and the adapters' start, 0 to 2^31."""
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
+        for name in ("tokens", "batch_size", "accumulation", "lora_rank", "lora_alpha", "evaluations"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not at least 1")
+        for name in ("lr", "temperature", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)} is not above 0 and finite")
+        for name in ("weight_decay", "hidden_loss_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)} is not at least 0 and finite")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio {self.warmup_ratio} is not in [0, 1)")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha {self.alpha} is not in [0, 1]")
+        if not 0 <= self.seed <= 2**31:
+            raise ValueError(f"seed {self.seed} is not in [0, 2^31]")
+
+
+def plan_steps(recipe: RetrainRecipe, seq_len: int, processes: int = 1) -> int:
+    """Return the number of optimizer steps in which at least `recipe.tokens` tokens are seen, by all processes together."""
+    return math.ceil(recipe.tokens / (recipe.batch_size * recipe.accumulation * processes * seq_len))
+
+
+def batch_rows(windows: int, step: int, size: int, seed: int) -> torch.Tensor:
+    """Return which of `windows` windows the optimizer step number `step` (from 1) trains on: int64 (size,).
+
+    The steps read one endless stream: all windows in random order, then all again in another order. It depends on the
+    arguments alone, so a resumed run goes on where the stream was.
+    """
+    first = (step - 1) * size
+    passes = range(first // windows, (first + size - 1) // windows + 1)
+    orders = [torch.randperm(windows, generator=torch.Generator().manual_seed(seed + number)) for number in passes]
+    return torch.cat(orders)[first % windows :][:size]
+
+
+def cosine_decay_with_warmup(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
+    """Return a schedule rising from 0 to the peak over `warmup_steps`, then falling as half a cosine to 0 at `total_steps`.
+
+    Loshchilov & Hutter 2017 (https://arxiv.org/abs/1608.03983), without restarts.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    return LambdaLR(optimizer, factor)
+
+
+# ----------------------------------------------------------------------------------------------------------------- loss
+def chunked_distillation_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor | None,
+    labels: torch.Tensor,
+    temperature: float,
+    alpha: float,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> torch.Tensor:
+    """Return the mean `distillation_loss` over tokens, with float32 copies of `chunk_tokens` rows of the logits at a time.
+
+    Logits: (tokens, vocab) in any float dtype, labels: (tokens,); labels alone count without a teacher. The softened
+    distributions of a chunk are computed again in the backward pass instead of being stored: with a large vocabulary they
+    would be several times the rest of the model's activations.
+    """
+
+    def chunk_loss(student: torch.Tensor, teacher: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
+        teacher = None if teacher is None else teacher.float()
+        return distillation_loss(student.float(), teacher, labels, temperature, alpha) * len(labels)
+
+    students = student_logits.split(chunk_tokens)  # each (chunk_tokens, vocab), the last one shorter
+    teachers = [None] * len(students) if teacher_logits is None else teacher_logits.split(chunk_tokens)
+    chunks = zip(students, teachers, labels.split(chunk_tokens), strict=True)
+    losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.stack(losses).sum() / len(labels)
+
+
+class RetrainingLoss(nn.Module):
+    """The training loss as a function of a batch of windows, with the student as its only submodule.
+
+    One module, so that a wrapper for several devices or for mixed precision sees one forward pass that returns a scalar and
+    never copies the logits. The teacher stands in a tuple: it is neither trained, nor copied between devices.
+    """
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, recipe: RetrainRecipe):
+        super().__init__()
+        self.student, self.teacher, self.recipe = student, (teacher,), recipe
+        self.use_hidden_loss = teacher is not None and recipe.hidden_loss_weight > 0
+        if self.use_hidden_loss:
+            depths = teacher.config.num_hidden_layers, student.config.num_hidden_layers
+            self.layer_map = matching_layers(depths[0], alternate_layers(*depths))
+
+    def forward(self, windows: torch.Tensor) -> torch.Tensor:
+        """Return the loss of `windows`, int64 (batch, seq_len), as a scalar."""
+        (teacher,), recipe = self.teacher, self.recipe
+        input_ids, labels = windows[:, :-1], windows[:, 1:].flatten()  # (batch, seq_len - 1), (batch * (seq_len - 1),)
+        arguments = {"input_ids": input_ids, "use_cache": False, "output_hidden_states": self.use_hidden_loss}
+        output, target = self.student(**arguments), None
+        if teacher is not None:
+            with torch.no_grad():
+                target = teacher(**arguments)
+        loss = chunked_distillation_loss(
+            output.logits.flatten(0, 1),  # (batch * (seq_len - 1), vocab)
+            None if target is None else target.logits.flatten(0, 1),
+            labels, recipe.temperature, recipe.alpha,
+        )  # fmt: skip
+        if self.use_hidden_loss:
+            everywhere = torch.ones_like(input_ids)
+            states = output.hidden_states, target.hidden_states
+            loss = loss + recipe.hidden_loss_weight * hidden_state_loss(*states, self.layer_map, everywhere)
+        return loss
+
+
+def held_out_loss(model: PreTrainedModel, held_out: torch.Tensor, accelerator: Accelerator) -> float:
+    """Return the mean loss in nats on `held_out` (windows, seq_len), the same number in every process; evaluation mode."""
+    loss = window_losses(model.eval(), held_out).mean().to(accelerator.device)
+    return accelerator.reduce(loss, reduction="mean").item()
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> nn.Module:
+    """Put, in place, an adapter beside each of the seven linears of every block and freeze everything else.
+
+    Returns peft's wrapper, whose `merge_and_unload` and `unload` take them out again. The first output is that of the model
+    without adapters: one of the two factors starts at 0.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it advises optional CPU kernels at import
+    from peft import LoraConfig, get_peft_model  # here, because importing it takes seconds that only this mode should pay
+
+    targets = [path.rpartition(".")[2] for path in LINEARS.values()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft still asks for names that transformers has renamed
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets))
+
+
+def trainable_copy(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a copy of the trainable weights in main memory; tied ones once."""
+    return cpu_copy({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
+
+
+@torch.no_grad()
+def load_trainable(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Write, in place, what `trainable_copy` returned."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in weights.items():
+        parameters[name].copy_(tensor)
+
+
+def set_gradient_checkpointing(model: PreTrainedModel, enable: bool) -> None:
+    """Switch, in place, the recomputation of each block's activations on or off."""
+    prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # transformers 5.20: the latter
+    if enable:
+        getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{prefix}_checkpointing_disable")()
+        model.disable_input_require_grads()  # the hook on the embeddings that enabling put there
+
+
+# ----------------------------------------------------------------------------------------------------------------- loop
+def check_inputs(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    held_out: torch.Tensor,
+    recipe: RetrainRecipe,
+    teacher: PreTrainedModel | None,
+) -> None:
+    """Raise CompactMindError, before anything is computed, on models or text that cannot be trained with this recipe."""
+    llama_blocks(model)
+    if len(windows) < 1 or len(held_out) < 1:
+        raise CompactMindError(
+            f"{len(windows)} training windows and {len(held_out)} held-out windows: retraining needs at least 1 of each; "
+            "use more text or a smaller seq_len"
+        )
+    for what, text in {"training": windows, "held-out": held_out}.items():
+        if text.ndim != 2 or text.shape[1] < 2:
+            raise CompactMindError(
+                f"{what} windows of shape {tuple(text.shape)}: expected (windows, seq_len), seq_len at least 2"
+            )
+        if not 0 <= text.min() <= text.max() < model.config.vocab_size:
+            raise CompactMindError(
+                f"token ids {text.min()} to {text.max()} in the {what} windows, but the model knows 0 to "
+                f"{model.config.vocab_size - 1}: tokenize the text with the model's own tokenizer"
+            )
+    if dtypes := {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}:
+        raise CompactMindError(
+            f"weights of {', '.join(sorted(dtypes))} lose the small steps of training: load the model with dtype=torch.float32"
+        )
+    if recipe.mode == "full" and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise CompactMindError("requires_grad is False for every weight of the model: call model.requires_grad_(True) first")
+    if not recipe.distillation:
+        return
+    if teacher is None:
+        raise CompactMindError("distillation needs a teacher: give the dense model, or set distillation to False")
+    if teacher is model:
+        raise CompactMindError("the teacher is the model itself: give the dense model, loaded on its own")
+    ours, theirs = model.config, teacher.config
+    if ours.vocab_size != theirs.vocab_size:
+        raise CompactMindError(
+            f"the model has {ours.vocab_size} tokens in its vocabulary and the teacher {theirs.vocab_size}: distillation compares "
+            "predictions token by token, so give a teacher of the same vocabulary or set distillation to False"
+        )
+    if recipe.hidden_loss_weight > 0:
+        if ours.hidden_size != theirs.hidden_size:
+            raise CompactMindError(
+                f"hidden_loss_weight {recipe.hidden_loss_weight} needs a model and a teacher of one hidden size, not "
+                f"{ours.hidden_size} and {theirs.hidden_size}: set hidden_loss_weight to 0"
+            )
+        if ours.num_hidden_layers > theirs.num_hidden_layers:
+            raise CompactMindError(
+                f"hidden_loss_weight {recipe.hidden_loss_weight} needs a teacher with at least the model's layers, not "
+                f"{theirs.num_hidden_layers} for {ours.num_hidden_layers}: set hidden_loss_weight to 0"
+            )
+
+
+def retrain_causal_lm(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    held_out: torch.Tensor,
+    recipe: RetrainRecipe,
+    *,
+    teacher: PreTrainedModel | None = None,
+    accelerator: Accelerator | None = None,
+    resume: TrainingState | None = None,
+    log_every: int = 20,
+    label: str = "retrain",
+) -> dict[str, Any]:
+    """Retrain a Llama-like causal LM in place and leave it in evaluation mode with the weights of its lowest held-out loss.
+
+    `model` has float32 weights; it and the `teacher` (used if `recipe.distillation`, its weights stay as they are) go to the
+    device of `accelerator`. `windows` (windows, seq_len) and `held_out` (windows, seq_len) are int64 token ids. With `resume`
+    the state is saved after every evaluation, a run that was killed goes on from there and ends with the weights of an
+    unbroken one, and the state is cleared at the end.
+
+    A loss that is not finite ends the run early, without an exception. Returns perplexity_before, perplexity_after and
+    loss_before, loss_after (held-out, in nats), tokens_seen, seconds, kept_step (0: no step was better than the weights that
+    came in, so the model has these again), stopped (None, or what ended the run early) and history, a row per evaluation with
+    step, phase, loss (training, mean since the last row), held_out_loss, perplexity, lr, seconds (since the last row).
+    Raises CompactMindError on models or text that do not fit the recipe.
+    """
+    started = mark = time.perf_counter()
+    check_inputs(model, windows, held_out, recipe, teacher)
+    accelerator = accelerator or make_accelerator()
+    processes = accelerator.num_processes
+    windows_per_step = recipe.batch_size * recipe.accumulation * processes
+    total_steps = plan_steps(recipe, windows.shape[1], processes)
+    evaluation_steps = {math.ceil(total_steps * number / recipe.evaluations) for number in range(1, recipe.evaluations + 1)}
+    saved = resume.load() if resume else None
+
+    # ---- models
+    model.to(accelerator.device)
+    teacher = teacher.to(accelerator.device).eval() if recipe.distillation else None
+    loss_before = saved["loss_before"] if saved else held_out_loss(model, held_out, accelerator)
+    if not loss_before < LARGEST_LOSS:
+        raise CompactMindError(f"the held-out loss before retraining is {loss_before}: the model that came in is damaged")
+    set_seed(recipe.seed)
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    adapters = add_adapters(model, recipe.lora_rank, recipe.lora_alpha) if recipe.mode == "lora" else None
+    if recipe.gradient_checkpointing:
+        set_gradient_checkpointing(model, True)
+    optimizer = make_optimizer(model, recipe.lr, recipe.weight_decay)
+    scheduler = cosine_decay_with_warmup(optimizer, int(recipe.warmup_ratio * total_steps), total_steps)
+
+    # ---- resume: the state of the last evaluation, if this very run was interrupted
+    step, seconds, history, losses, stopped = 0, 0.0, [], [], None
+    kept = {"loss": loss_before, "step": 0, "weights": trainable_copy(model)}
+    if saved:
+        load_trainable(model, saved["weights"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        step, seconds, history, kept = saved["step"], saved["seconds"], saved["history"], saved["kept"]
+        accelerator.print(f"{label}: going on after step {step} of {total_steps}")
+    objective, optimizer = accelerator.prepare(RetrainingLoss(model, teacher, recipe), optimizer)
+
+    # ---- steps
+    progress = Progress(label, total_steps, log_every, step, accelerator.is_main_process, unit="tokens")
+    for number in range(step + 1, total_steps + 1):
+        model.train()
+        set_seed(recipe.seed + number, device_specific=True)  # dropout, if the model has any, depends on the step alone
+        rows = batch_rows(len(windows), number, windows_per_step, recipe.seed)
+        batches = rows.view(recipe.accumulation, processes, recipe.batch_size)[:, accelerator.process_index]
+        loss = torch.zeros((), device=accelerator.device)
+        for index, batch in enumerate(batches, start=1):
+            with nullcontext() if index == recipe.accumulation else accelerator.no_sync(objective):
+                share = objective(windows[batch].to(accelerator.device)) / recipe.accumulation
+                accelerator.backward(share)
+            loss += share.detach()
+        loss = accelerator.reduce(loss, reduction="mean").item()
+        if not math.isfinite(loss):  # before the step: its gradients never reach the weights
+            stopped = f"loss became {loss} at step {number}"
+            break
+        accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+        lr = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        step = number
+        losses.append(loss)
+        progress.update(loss, lr, windows_per_step * windows.shape[1])
+
+        if step not in evaluation_steps:
+            continue
+        held_out_now = held_out_loss(model, held_out, accelerator)
+        if not math.isfinite(held_out_now):
+            stopped = f"held-out loss became {held_out_now} at step {step}"
+            break
+        if held_out_now < kept["loss"]:
+            kept = {"loss": held_out_now, "step": step, "weights": trainable_copy(model)}
+        now = time.perf_counter()
+        row = {
+            "step": step,
+            "phase": "retrain",
+            "loss": sum(losses) / len(losses),
+            "held_out_loss": held_out_now,
+            "perplexity": math.exp(min(held_out_now, LARGEST_LOSS)),  # no float beyond that, and no use either
+            "lr": lr,
+            "seconds": now - mark,
+        }
+        history, losses, mark = [*history, row], [], now
+        progress.write(
+            f"{label:<18} step {step:>5}/{total_steps} | loss {row['loss']:7.4f} | held-out loss {held_out_now:7.4f} | "
+            f"perplexity {row['perplexity']:8.4g} | {row['seconds']:.0f} s"
+        )
+        if resume and accelerator.is_main_process:
+            resume.save(
+                step=step, seconds=seconds + now - started, history=history, kept=kept, loss_before=loss_before,
+                weights=trainable_copy(model), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
+            )  # fmt: skip
+    progress.close()
+
+    # ---- the best weights, in a plain model
+    if stopped:
+        accelerator.print(f"{label}: stopped: {stopped}")
+    origin = f"step {kept['step']}" if kept["step"] else "before retraining: no step was better on held-out text"
+    accelerator.print(f"{label}: kept the weights of {origin}")
+    load_trainable(model, kept["weights"])
+    if recipe.gradient_checkpointing:
+        set_gradient_checkpointing(model, False)
+    if adapters is not None:
+        adapters.merge_and_unload() if kept["step"] else adapters.unload()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable[name])
+    model.zero_grad()
+    model.eval()
+    accelerator.free_memory()
+    if resume and accelerator.is_main_process:
+        resume.clear()
+    accelerator.wait_for_everyone()
+    return {
+        "perplexity_before": math.exp(loss_before),
+        "perplexity_after": math.exp(kept["loss"]),
+        "loss_before": loss_before,
+        "loss_after": kept["loss"],
+        "tokens_seen": step * windows_per_step * windows.shape[1],
+        "seconds": seconds + time.perf_counter() - started,
+        "kept_step": kept["step"],
+        "stopped": stopped,
+        "history": history,
+    }

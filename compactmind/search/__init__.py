@@ -1,0 +1,1 @@
+"""Searching over pipelines: what is legal, how one is run and measured."""

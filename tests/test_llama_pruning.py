@@ -1,0 +1,368 @@
+"""Pruning a Llama: the smaller model is the masked one, the criteria are what they say, and a re-fitted projection is the best one."""
+
+import copy
+import subprocess
+import sys
+
+import helpers
+import pytest
+import torch
+from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from compactmind.checkpoint import load_checkpoint, save_checkpoint
+from compactmind.errors import CompactMindError
+from compactmind.methods.llama import llama_blocks
+from compactmind.methods.pruning.llama_importance import CRITERIA, block_influence, score
+from compactmind.methods.pruning.llama_pruning import BlockByBlock, PruneRecipe, choose_masks, prune_llama, refit
+from compactmind.methods.pruning.llama_structure import (
+    BlockMask,
+    full_mask,
+    kept_parameters,
+    prunable_parameters,
+    rebuilt,
+    shrink_block,
+    silence,
+)
+from compactmind.methods.pruning.modeling_pruned_llama import PrunedLlamaForCausalLM
+
+STAGE = {"script": "test", "config": {}, "inputs": {}}
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return helpers.example_windows(count=6, length=24)
+
+
+def make(**changes):
+    """Return a Llama with 3 blocks, 4 query and 2 key-value heads of 8, MLP 48, unless `changes` say otherwise."""
+    return helpers.make_llama(**{"num_hidden_layers": 3, **changes})
+
+
+@torch.no_grad()
+def logits_of(model) -> torch.Tensor:
+    return model(helpers.example_windows()).logits
+
+
+def random_masks(model, channels: int | list[int], groups: int | list[int], seed: int = 0) -> list[BlockMask]:
+    """Return masks that keep so many channels and groups (of every block, or one number per block), at random places."""
+    generator, masks = torch.Generator().manual_seed(seed), []
+    for index, block in enumerate(llama_blocks(model)):
+        mask = full_mask(block)
+        for kept, values in ((channels, mask.channels), (groups, mask.groups)):
+            kept = kept if isinstance(kept, int) else kept[index]
+            values[torch.randperm(len(values), generator=generator)[kept:]] = False
+        masks.append(mask)
+    return masks
+
+
+def shrunk(model, masks):
+    """Return a smaller copy of a model."""
+    model = copy.deepcopy(model)
+    for block, mask in zip(llama_blocks(model), masks, strict=True):
+        shrink_block(block, mask)
+    return rebuilt(model)
+
+
+# ------------------------------------------------------------------------------------------------------------- couplings
+CASES = {
+    "channels": ({}, 24, 2, LlamaForCausalLM),
+    "groups": ({}, 48, 1, LlamaForCausalLM),
+    "both": ({}, 20, 1, LlamaForCausalLM),
+    "three groups of four": ({"num_attention_heads": 8, "num_key_value_heads": 4}, 40, 3, MistralForCausalLM),
+    "no grouped queries": ({"num_key_value_heads": 4}, 30, 3, MistralForCausalLM),
+    "tied": ({"tie_word_embeddings": True}, 24, 1, LlamaForCausalLM),
+    "biases": ({"attention_bias": True, "mlp_bias": True}, 24, 1, LlamaForCausalLM),
+    "unequal": ({}, [48, 8, 24], [1, 2, 1], PrunedLlamaForCausalLM),
+    "unequal, biases": ({"attention_bias": True, "mlp_bias": True}, [48, 8, 24], [1, 2, 1], PrunedLlamaForCausalLM),
+}
+
+
+@pytest.mark.parametrize(("changes", "channels", "groups", "expected"), CASES.values(), ids=CASES)
+def test_the_smaller_model_computes_what_the_masked_one_does(changes, channels, groups, expected):
+    model = make(**changes)
+    masks, whole = random_masks(model, channels, groups), logits_of(model)
+    small = shrunk(model, masks)
+    silence(model, masks)
+    masked = logits_of(model)
+    assert type(small) is expected
+    assert (masked - whole).abs().max() > 0.01 * whole.abs().max()  # something was removed
+    assert (logits_of(small) - masked).abs().max() < 1e-5 * masked.abs().max()
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    cached = small.generate(helpers.example_windows()[:1], max_new_tokens=5, do_sample=False)
+    plain = small.generate(helpers.example_windows()[:1], max_new_tokens=5, do_sample=False, use_cache=False)
+    assert torch.equal(cached, plain)
+
+
+def test_parameters_are_counted_as_they_go():
+    model = make(attention_bias=True)
+    masks = random_masks(model, 20, 1)
+    small = shrunk(model, masks)
+    in_blocks = lambda each: sum(p.numel() for n, p in each.model.layers.named_parameters())  # noqa: E731
+    assert prunable_parameters(model) - prunable_parameters(small) == in_blocks(model) - in_blocks(small)
+    assert prunable_parameters(small) == sum(kept_parameters(b, m) for b, m in zip(llama_blocks(model), masks, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------------- reload
+def save(model, directory):
+    save_checkpoint(directory, model, helpers.make_byte_tokenizer(), kind="pruned", parent="x", stage=STAGE)
+
+
+@pytest.mark.parametrize("case", ["both", "three groups of four", "tied", "unequal"])
+def test_a_process_without_this_package_reloads_it(case, tmp_path):
+    changes, channels, groups, expected = CASES[case]
+    model = make(**changes)
+    small = shrunk(model, random_masks(model, channels, groups))
+    save(small, tmp_path / "small")
+    again = load_checkpoint(tmp_path / "small")
+    assert type(again.model) is expected and torch.equal(logits_of(again.model), logits_of(small))
+    torch.save(helpers.example_windows(), tmp_path / "windows.pt")
+    trusted = ", trust_remote_code=True" if case == "unequal" else ""
+    code = (
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained('small', dtype=torch.float32{trusted})\n"
+        "torch.save(model(torch.load('windows.pt')).logits.detach(), 'logits.pt')\n"
+        "assert not any(name.startswith('compactmind') for name in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert torch.allclose(torch.load(tmp_path / "logits.pt"), logits_of(small), atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- criteria
+def test_taylor_is_the_derivative_of_the_loss_by_a_mask_per_token(windows):
+    model = make()
+    scores, block = score(model, "taylor", windows)[1], llama_blocks(model)[1]
+    expected = {"down": 0, "o": 0}
+    for window in windows:
+        masks = {"down": torch.ones(1, 24, 48, requires_grad=True), "o": torch.ones(1, 24, 2, requires_grad=True)}
+        hooks = [
+            block.down.register_forward_pre_hook(lambda _, inputs, masks=masks: (inputs[0] * masks["down"],)),
+            block.o.register_forward_pre_hook(
+                lambda _, inputs, masks=masks: (inputs[0] * masks["o"].repeat_interleave(16, -1),)
+            ),
+        ]
+        model(window[None], labels=window[None]).loss.backward()
+        for hook in hooks:
+            hook.remove()
+        for name, mask in masks.items():
+            expected[name] = expected[name] + mask.grad[0].square().sum(dim=0)
+    assert torch.allclose(scores.channels, expected["down"], rtol=1e-3)
+    assert torch.allclose(scores.groups, expected["o"], rtol=1e-3)
+
+
+def test_taylor_predicts_what_removing_a_little_does(windows):
+    model = make()
+    channel = score(model, "taylor", windows[:1])[2].channels
+    silent = llama_blocks(model)[2].down.weight
+    with torch.no_grad():
+        loss, changes = model(windows[:1], labels=windows[:1]).loss.double(), []
+        for index in range(48):
+            kept = silent[:, index].clone()
+            silent[:, index] = 0
+            changes.append((model(windows[:1], labels=windows[:1]).loss.double() - loss).abs().item())
+            silent[:, index] = kept
+    order, found = channel.argsort(descending=True)[:12], torch.tensor(changes)
+    assert found[order].mean() > 1.5 * found.mean()  # the channels it ranks first are those whose loss shows
+
+
+def test_taylor_leaves_no_trace(windows):
+    model = make()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    score(model, "taylor", windows)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("aggregate", ["sum", "mean", "max"])
+@torch.no_grad()
+def test_activation_and_variance_are_weight_times_what_goes_in(windows, aggregate):
+    model, inputs = make(), {}
+    block = llama_blocks(model)[2]
+    hooks = []
+    for name in ("down", "o"):
+        hook = getattr(block, name).register_forward_hook(
+            lambda _, args, __, name=name: inputs.update({name: args[0].flatten(0, 1)})
+        )
+        hooks.append(hook)
+    model(windows)
+    for hook in hooks:
+        hook.remove()
+    found = {criterion: score(model, criterion, windows, aggregate=aggregate)[2] for criterion in ("activation", "variance")}
+    join = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax}[aggregate]
+    wanda = lambda name: inputs[name].norm(dim=0) * getattr(block, name).weight.norm(dim=0)  # noqa: E731
+    assert torch.allclose(found["activation"].channels, wanda("down"), rtol=1e-4)
+    assert torch.allclose(found["activation"].groups, join(wanda("o").view(2, 16), 1), rtol=1e-4)
+    flap = inputs["down"].var(dim=0, unbiased=False) * block.down.weight.norm(dim=0).square()
+    assert torch.allclose(found["variance"].channels, flap, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_l2_is_the_norm_of_every_matrix_a_structure_has_a_part_of():
+    model = make()
+    block, found = llama_blocks(model)[0], score(model, "l2")[0]
+    expected = block.gate.weight[7].norm() + block.up.weight[7].norm() + block.down.weight[:, 7].norm()
+    assert found.channels[7].item() == pytest.approx(expected.item(), rel=1e-5)
+    parts = [block.q.weight[16:], block.k.weight[8:], block.v.weight[8:], block.o.weight[:, 16:]]
+    assert found.groups[1].item() == pytest.approx(sum(part.norm() for part in parts).item(), rel=1e-5)
+
+
+def test_random_is_the_same_for_one_seed_and_another_for_another():
+    model = make()
+    first, again, other = (score(model, "random", seed=seed)[0].channels for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_the_least_influential_block_is_the_one_that_adds_nothing(windows):
+    model = make()
+    with torch.no_grad():
+        for linear in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
+            linear.weight.mul_(0.01)
+    influence = block_influence(model, windows)
+    assert influence.argmin() == 1 and influence[1] < 0.01 * influence[0]
+    small, done = prune_llama(model, PruneRecipe(sparsity=0.0, blocks=1, compensate=False), windows)
+    assert done["removed_blocks"] == [1] and len(small.model.layers) == 2 and small.config.num_hidden_layers == 2
+    assert [layer.self_attn.layer_idx for layer in small.model.layers] == [0, 1]
+    assert done["sparsity"] == pytest.approx(1 / 3)
+
+
+# ---------------------------------------------------------------------------------------------------------- how much where
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize(("scope", "round_to"), [("uniform", 8), ("global", 4)])
+@pytest.mark.parametrize("structures", [("channels",), ("channels", "groups")], ids="+".join)
+def test_the_sparsity_is_met_in_multiples(windows, criterion, scope, round_to, structures):
+    model = make(intermediate_size=96, num_attention_heads=8, num_key_value_heads=4)
+    whole = prunable_parameters(model)
+    recipe = PruneRecipe(0.3, criterion, scope, structures, round_to=round_to, compensate=False)
+    small, done = prune_llama(model, recipe, windows)
+    assert abs(1 - prunable_parameters(small) / whole - 0.3) <= 0.01
+    assert done["sparsity"] == pytest.approx(1 - prunable_parameters(small) / whole)
+    if scope == "uniform":
+        assert len(set(done["kept_channels"])) == len(set(done["kept_groups"])) == 1
+    else:
+        assert all(width % round_to == 0 and width > 0 for width in done["kept_channels"])
+    assert ("groups" in structures) or set(done["kept_groups"]) == {4}
+    assert torch.isfinite(logits_of(small)).all()
+
+
+@pytest.mark.parametrize("unimportant", [0, 2])
+def test_global_takes_from_where_it_matters_least_and_spares_the_ends(windows, unimportant):
+    model = make(num_hidden_layers=4)
+    with torch.no_grad():
+        model.model.layers[unimportant].mlp.down_proj.weight.mul_(1e-5)  # its channels hardly reach the loss
+    recipe = {"sparsity": 0.15, "scope": "global", "round_to": 4, "compensate": False}
+    widths = prune_llama(copy.deepcopy(model), PruneRecipe(**recipe), windows)[1]["kept_channels"]
+    assert widths[unimportant] == min(widths) == 4
+    protected = prune_llama(copy.deepcopy(model), PruneRecipe(**recipe, protect=1), windows)[1]["kept_channels"]
+    assert protected[0] == protected[-1] == 48 and sum(protected) == sum(widths)
+
+
+def test_the_best_channels_are_the_ones_that_stay(windows):
+    model = make()
+    scores = score(model, "taylor", windows)
+    masks = choose_masks(model, scores, PruneRecipe(0.3, round_to=1))
+    for found, mask in zip(scores, masks, strict=True):
+        assert found.channels[mask.channels].min() >= found.channels[~mask.channels].max()
+
+
+# ---------------------------------------------------------------------------------------------------------- compensation
+def test_the_refitted_weight_is_the_least_squares_solution():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
+    weight, keep = torch.randn(5, 12, generator=generator), torch.tensor([True] * 8 + [False] * 4)
+    found = refit(weight, x.t() @ x / len(x), keep, damping=1e-9)
+    expected = torch.linalg.lstsq(x[:, keep], x @ weight.t()).solution.t()
+    assert torch.allclose(found[:, keep], expected, atol=1e-3) and found[:, ~keep].eq(0).all()
+    loss = lambda candidate: (x @ (candidate - weight).t()).square().sum()  # noqa: E731
+    assert loss(found) < 0.9 * loss(weight * keep)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "random"])
+def test_compensation_brings_the_outputs_closer(windows, criterion):
+    model = make()
+    with torch.no_grad():
+        for block in llama_blocks(model):  # every channel has a twin that could speak for it
+            for linear in (block.gate, block.up):
+                linear.weight[24:] = linear.weight[:24] + 0.01 * torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
+    whole, difference = logits_of(model), {}
+    for compensate in (False, True):
+        recipe = PruneRecipe(0.2, criterion, round_to=8, compensate=compensate)
+        text = helpers.example_windows(count=40, length=24)
+        small, _ = prune_llama(copy.deepcopy(model), recipe, text)
+        difference[compensate] = (logits_of(small) - whole).norm()
+    assert difference[True] < 0.9 * difference[False]
+
+
+@torch.no_grad()
+def test_block_by_block_is_the_model(windows):
+    model = make()
+    runner = BlockByBlock(model, windows)
+    for block in llama_blocks(model):
+        moments = runner.moments(block)
+        assert moments["down"].shape == (48, 48) and moments["o"].shape == (32, 32)
+        runner.advance(block.module)
+    states = torch.cat(runner.states)
+    expected = model.lm_head(model.model.norm(states))
+    assert torch.allclose(model(windows).logits, expected, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"sparsity": 1.0}, r"sparsity 1.0 is not in \[0, 1\)"),
+        ({"sparsity": -0.1}, r"sparsity -0.1"),
+        ({"criterion": "magnitude"}, "unknown criterion 'magnitude': choose one of taylor"),
+        ({"scope": "local"}, "unknown scope 'local': choose one of uniform, global"),
+        ({"structures": ("heads",)}, "unknown structure 'heads': choose one of channels, groups"),
+        ({"structures": ()}, "no structures"),
+        ({"aggregate": "prod"}, "unknown aggregate 'prod'"),
+        ({"round_to": 0}, "round_to"),
+        ({"protect": 1}, "needs scope global"),
+    ],
+    ids=str,
+)
+def test_a_recipe_outside_its_range_is_refused(settings, expected):
+    with pytest.raises(ValueError, match=expected):
+        PruneRecipe(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"round_to": 64}, "round_to 64 is more than the FFN width 48"),
+        ({"sparsity": 0.95, "round_to": 8}, "sparsity 0.95 cannot be met.*without emptying a block"),
+        ({"sparsity": 0.3, "structures": ("groups",), "round_to": 8}, "sparsity 0.3 cannot be met"),
+        ({"sparsity": 0.9, "scope": "global", "protect": 1, "round_to": 8}, "cannot be met"),
+        ({"sparsity": 0.0, "blocks": 3, "round_to": 8}, "blocks 3 would leave none of the 3"),
+    ],
+    ids=str,
+)
+def test_a_recipe_that_does_not_fit_the_model_is_refused(windows, settings, expected):
+    with pytest.raises(CompactMindError, match=expected):
+        prune_llama(make(), PruneRecipe(**settings), windows)
+
+
+@pytest.mark.parametrize("settings", [{}, {"compensate": False}, {"criterion": "l2"}], ids=str)
+def test_without_text_the_error_says_so(settings):
+    with pytest.raises(CompactMindError, match="calibration text"):
+        prune_llama(make(), PruneRecipe(round_to=8, **settings))
+
+
+def test_l2_without_compensation_needs_no_text():
+    assert prune_llama(make(), PruneRecipe(0.3, "l2", round_to=8, compensate=False))[1]["sparsity"] == pytest.approx(
+        0.3, abs=0.01
+    )
+
+
+def test_a_mistral_cannot_have_unequal_widths(windows):
+    model = helpers.randomize(MistralForCausalLM(MistralConfig(**helpers.llama_settings(head_dim=8))))
+    with pytest.raises(ValueError, match="use scope uniform"):
+        prune_llama(model, PruneRecipe(0.2, scope="global", round_to=8, compensate=False), windows)
+
+
+def test_damaged_weights_are_named(windows):
+    model = make()
+    model.model.layers[1].mlp.down_proj.weight.data[0, 3] = float("nan")
+    with pytest.raises(CompactMindError, match="model.layers.1"):
+        prune_llama(model, PruneRecipe(criterion="activation", round_to=8, compensate=False), windows)
