@@ -7,7 +7,7 @@ Run:   python 5_bayesian_search.py              (after python download_model.py;
 Reads: models/llama, wikitext_data/{train,validation,test}.jsonl
 Writes: models/llama_pruned        what the pipeline gives (--output), with perplexity after every step in its manifest
         results/pipeline_<name>.json    the same in one file
-Time:  about 8 minutes on 2 CPU cores with the default pipeline (embedded profile), most of it retraining.
+Time:  about 15 minutes on 2 CPU cores with the default pipeline (embedded profile), most of it retraining.
 """
 
 import json

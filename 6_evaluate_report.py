@@ -55,7 +55,7 @@ SCHEMA_VERSION = 2
 ENCODER_ROWS = (
     "teacher", "student_finetuned", "student_distilled", "student_pruned", "student_distilled_nf4", "student_pruned_nf4",
 )  # fmt: skip
-LANGUAGE_ROWS = ("llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8")
+LANGUAGE_ROWS = ("llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_pruned")
 """The rows a complete run has, in this order; further checkpoints of the same track under models/ follow them."""
 DENSE_LANGUAGE_MODEL = "llama"
 """The language model the others are compared with."""

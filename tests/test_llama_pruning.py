@@ -257,6 +257,14 @@ def test_global_takes_from_where_it_matters_least_and_spares_the_ends(windows, u
     assert protected[0] == protected[-1] == 48 and sum(protected) == sum(widths)
 
 
+@pytest.mark.parametrize("scope", ["uniform", "global"])
+def test_several_rounds_meet_the_same_sparsity_and_score_anew(windows, scope):
+    recipe = {"sparsity": 0.3, "scope": scope, "round_to": 4, "compensate": False}
+    once, in_three = (prune_llama(make(), PruneRecipe(**recipe, rounds=rounds), windows) for rounds in (1, 3))
+    assert once[1]["sparsity"] == pytest.approx(0.3, abs=0.01) == in_three[1]["sparsity"]
+    assert not torch.equal(logits_of(once[0]), logits_of(in_three[0]))
+
+
 def test_the_best_channels_are_the_ones_that_stay(windows):
     model = make()
     scores = score(model, "taylor", windows)
@@ -318,6 +326,7 @@ def test_block_by_block_is_the_model(windows):
         ({"structures": ()}, "no structures"),
         ({"aggregate": "prod"}, "unknown aggregate 'prod'"),
         ({"round_to": 0}, "round_to"),
+        ({"rounds": 0}, "rounds"),
         ({"protect": 1}, "needs scope global"),
     ],
     ids=str,

@@ -15,7 +15,7 @@ from compactmind.evaluation.perplexity import perplexity
 from compactmind.text import load_documents, token_windows
 
 ROWS = ["teacher", "student_finetuned", "student_distilled", "student_pruned", "student_distilled_nf4", "student_pruned_nf4"]
-LANGUAGE_ROWS = ["llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8"]
+LANGUAGE_ROWS = ["llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_pruned"]
 STAGES = ("download_model.py", "1_distill.py", "2_prune_finetune.py", "3_quantize.py", "4_smoothquant_llama.py",
           "6_evaluate_report.py")  # fmt: skip
 
@@ -25,6 +25,8 @@ def reported(tmp_path_factory):
     """A directory in which run_pipeline.py has run every stage, and what it printed."""
     folder = helpers.make_workspace(tmp_path_factory.mktemp("reported"), train_rows=300, dev_rows=50)
     helpers.add_llama(folder)
+    pruned = helpers.run_script("5_bayesian_search.py", cwd=folder)
+    assert pruned.returncode == 0, pruned.stderr
     result = helpers.run_script("run_pipeline.py", cwd=folder)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return folder, result.stdout
@@ -188,7 +190,8 @@ def test_language_models_are_measured_on_the_same_windows_and_against_the_dense_
         assert row["compression_ratio"] == pytest.approx(dense["size_mb"] / row["size_mb"])
         for phase in ("prefill", "decode"):
             assert row["generation"][phase]["median_ms"] > 0 and row["generation"][phase]["speedup"] > 0
-        assert row["peak_memory_mb"] > 0 and row["parameters"] == dense["parameters"]
+        assert row["peak_memory_mb"] > 0
+        assert (row["parameters"] < dense["parameters"]) == (name == "llama_pruned") and row["parameters"] <= dense["parameters"]
         assert name in output
     assert dense["kernel"] == "float32" and rows["llama_nf4"]["kernel"] == "bitsandbytes"
     assert rows["llama_w8a8"]["kernel"] in ("int_mm", "simulated")

@@ -11,7 +11,7 @@ are handled in order, each on the text as the smaller blocks before it pass it o
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -59,6 +59,8 @@ class PruneRecipe:
     """Re-fit down_proj and o_proj to the inputs that are left."""
     damping: float = 0.01
     """Added to the diagonal of the second moment, as a share of its mean."""
+    rounds: int = 1
+    """Remove it in this many equal parts, scoring what is left before each."""
     protect: int = 0
     """This many blocks at either end stay whole (global only)."""
     blocks: int = 0
@@ -78,8 +80,8 @@ class PruneRecipe:
                 raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
         if not self.structures:
             raise ValueError(f"no structures to remove: choose from {', '.join(STRUCTURES)}")
-        if self.round_to < 1 or self.protect < 0 or self.blocks < 0 or self.damping <= 0:
-            raise ValueError("round_to must be at least 1, protect and blocks at least 0, damping above 0")
+        if self.round_to < 1 or self.rounds < 1 or self.protect < 0 or self.blocks < 0 or self.damping <= 0:
+            raise ValueError("round_to and rounds must be at least 1, protect and blocks at least 0, damping above 0")
         if self.protect and self.scope == "uniform":
             raise ValueError(f"protect {self.protect} leaves some blocks wider than others: it needs scope global")
 
@@ -268,6 +270,22 @@ def prune_llama(
             raise CompactMindError(f"blocks {recipe.blocks} would leave none of the {len(influence)} that may be removed")
         removed = set(influence.argsort()[: recipe.blocks].tolist())
         remove_blocks(model, removed)
+    without_blocks = prunable_parameters(model)
+    for number in range(1, recipe.rounds + 1):
+        wanted = (1 - recipe.sparsity * number / recipe.rounds) * without_blocks
+        _remove(model, replace(recipe, sparsity=max(0.0, 1 - wanted / prunable_parameters(model))), windows)
+    result = rebuilt(model)
+    description = {
+        "sparsity": 1 - prunable_parameters(result) / before,
+        "removed_blocks": sorted(removed),
+        "kept_channels": [block.up.out_features for block in llama_blocks(result)],
+        "kept_groups": [block.k.out_features // block.head_dim for block in llama_blocks(result)],
+    }
+    return result, description
+
+
+def _remove(model: PreTrainedModel, recipe: PruneRecipe, windows: torch.Tensor | None) -> None:
+    """Score, choose, re-fit and shrink, in place; the model's configuration does not follow."""
     scores = score(model, recipe.criterion, windows, aggregate=recipe.aggregate, seed=recipe.seed)
     masks = choose_masks(model, scores, recipe)
     runner = BlockByBlock(model, windows) if recipe.compensate else None
@@ -283,11 +301,3 @@ def prune_llama(
         shrink_block(block, mask)
         if runner:
             runner.advance(block.module)
-    result = rebuilt(model)
-    description = {
-        "sparsity": 1 - prunable_parameters(result) / before,
-        "removed_blocks": sorted(removed),
-        "kept_channels": [int(mask.channels.sum()) for mask in masks],
-        "kept_groups": [int(mask.groups.sum()) for mask in masks],
-    }
-    return result, description
