@@ -217,6 +217,12 @@ class SmoothQuantConfig(StageConfig):
     """Keep the embedding table and the head as they are, or make them int8 too."""
 
 
+PRUNE_AND_RETRAIN = (
+    '[{"method": "prune", "params": {"sparsity": 0.2, "criterion": "taylor", "scope": "uniform"}}, '
+    '{"method": "retrain", "params": {"tokens": 75000}}]'
+)
+
+
 @dataclass(frozen=True)
 class SearchConfig(StageConfig):
     model_path: str = ""
@@ -225,10 +231,7 @@ class SearchConfig(StageConfig):
     """Directory for the result; empty: <models_dir>/llama_pruned."""
     strategy: Literal["fixed"] = "fixed"
     """fixed: run the one pipeline given."""
-    pipeline: str = (
-        '[{"method": "prune", "params": {"sparsity": 0.2, "criterion": "taylor", "scope": "uniform"}}, '
-        '{"method": "retrain", "params": {"tokens": 75000}}]'
-    )
+    pipeline: str = PRUNE_AND_RETRAIN
     """JSON: a list of steps, each with method (prune, retrain, w8a8, nf4) and params."""
     text_dir: Path = Path("wikitext_data")
     """Running text: calibration and retraining from train, choices on validation, reported perplexity on test."""

@@ -105,7 +105,7 @@ def test_a_missing_parent_names_its_command(copy, run_here):
 def test_the_report_holds_every_row_with_every_measurement(reported):
     folder, output = reported
     report = helpers.read_json(folder / "results" / "final_report.json")
-    assert report["schema_version"] == 1 and report["profile"] == "smoke"
+    assert report["schema_version"] == 2 and report["profile"] == "smoke"
     assert [row["name"] for row in report["models"]] == [*ROWS, *LANGUAGE_ROWS]
     for row in report["models"][: len(ROWS)]:
         assert row["status"] == "measured" and row["track"] == "encoder"
@@ -191,7 +191,9 @@ def test_language_models_are_measured_on_the_same_windows_and_against_the_dense_
         for phase in ("prefill", "decode"):
             assert row["generation"][phase]["median_ms"] > 0 and row["generation"][phase]["speedup"] > 0
         assert row["peak_memory_mb"] > 0
-        assert (row["parameters"] < dense["parameters"]) == (name == "llama_pruned") and row["parameters"] <= dense["parameters"]
+        assert (row["parameters"] < dense["parameters"]) == (name == "llama_pruned") and row["parameters"] <= dense[
+            "parameters"
+        ]
         assert name in output
     assert dense["kernel"] == "float32" and rows["llama_nf4"]["kernel"] == "bitsandbytes"
     assert rows["llama_w8a8"]["kernel"] in ("int_mm", "simulated")

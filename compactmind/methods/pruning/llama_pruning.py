@@ -99,7 +99,7 @@ def choose_masks(model: PreTrainedModel, scores: list[BlockScores], recipe: Prun
     found = 1 - sum(kept_parameters(block, mask) for block, mask in zip(blocks, masks, strict=True)) / total
     if abs(found - recipe.sparsity) > TOLERANCE:
         raise CompactMindError(
-            f"sparsity {recipe.sparsity} cannot be met: {'/'.join(recipe.structures)} in steps of round_to {recipe.round_to} give "
+            f"sparsity {recipe.sparsity:.4g} cannot be met: {'/'.join(recipe.structures)} in steps of round_to {recipe.round_to} give "
             f"{found:.3f} at the closest without emptying a block; use other structures, a smaller round_to or scope global"
         )
     return masks
