@@ -10,7 +10,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, MistralConfig, MistralFo
 
 from compactmind.checkpoint import MANIFEST, WEIGHTS, is_up_to_date, load_checkpoint, read_manifest, save_checkpoint
 from compactmind.errors import CompactMindError
-from compactmind.methods.llama import LINEARS, block_linears, is_llama, llama_blocks, llama_shapes
+from compactmind.methods.llama import LINEARS, is_llama, llama_blocks, llama_shapes
 
 STAGE = {"script": "download_model.py", "config": {"source": "made up"}, "inputs": {"weights": "abc"}}
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
@@ -61,7 +61,7 @@ def test_mistral_is_taken_apart_like_llama():
 
 def test_the_linears_of_all_blocks_are_those_of_the_model_but_its_head():
     model = helpers.make_llama()
-    named = {name: linear for block in llama_blocks(model) for name, linear in block_linears(block).items()}
+    named = {f"{block.name}.{LINEARS[field]}": getattr(block, field) for block in llama_blocks(model) for field in LINEARS}
     expected = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert named == {name: module for name, module in expected.items() if name != "lm_head"}
     assert len(named) == 2 * len(LINEARS)

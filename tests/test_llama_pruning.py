@@ -1,8 +1,10 @@
 """Pruning a Llama: the smaller model is the masked one, the criteria are what they say, and a re-fitted projection is the best one."""
 
 import copy
+import gc
 import subprocess
 import sys
+import weakref
 
 import helpers
 import pytest
@@ -12,7 +14,8 @@ from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.methods.llama import llama_blocks
-from compactmind.methods.pruning.llama_importance import CRITERIA, block_influence, score
+from compactmind.methods.pruning import llama_pruning
+from compactmind.methods.pruning.llama_importance import CRITERIA, block_influence, hidden_importance, score
 from compactmind.methods.pruning.llama_pruning import BlockByBlock, PruneRecipe, choose_masks, prune_llama, refit
 from compactmind.methods.pruning.llama_structure import (
     BlockMask,
@@ -20,8 +23,10 @@ from compactmind.methods.pruning.llama_structure import (
     kept_parameters,
     prunable_parameters,
     rebuilt,
+    remove_hidden_channels,
     shrink_block,
     silence,
+    silence_hidden_channels,
 )
 from compactmind.methods.pruning.modeling_pruned_llama import PrunedLlamaForCausalLM
 
@@ -91,6 +96,26 @@ def test_the_smaller_model_computes_what_the_masked_one_does(changes, channels, 
     cached = small.generate(helpers.example_windows()[:1], max_new_tokens=5, do_sample=False)
     plain = small.generate(helpers.example_windows()[:1], max_new_tokens=5, do_sample=False, use_cache=False)
     assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [({}, 24), ({}, 27), ({"tie_word_embeddings": True}, 27), ({"attention_bias": True, "mlp_bias": True}, 24)],
+    ids=str,
+)
+def test_without_hidden_channels_it_computes_what_it_does_with_silent_ones(changes, kept):
+    model = make(rms_norm_eps=1e-2, **changes)  # a large eps: forgetting to scale it would show
+    keep = torch.zeros(model.config.hidden_size, dtype=torch.bool)
+    keep[torch.randperm(len(keep), generator=torch.Generator().manual_seed(0))[:kept]] = True
+    small, before = copy.deepcopy(model), logits_of(model)
+    silence_hidden_channels(model, keep)
+    remove_hidden_channels(small, keep)
+    small = rebuilt(small)
+    assert small.config.hidden_size == small.get_input_embeddings().weight.shape[1] == kept
+    torch.testing.assert_close(logits_of(small), logits_of(model), rtol=0, atol=1e-5)
+    assert not torch.allclose(logits_of(small), before, atol=1e-2)
+    tied = small.lm_head.weight is small.model.embed_tokens.weight
+    assert tied == bool(changes.get("tie_word_embeddings"))
 
 
 def test_parameters_are_counted_as_they_go():
@@ -172,6 +197,17 @@ def test_taylor_leaves_no_trace(windows):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_taylor_keeps_nothing_of_a_window(windows):
+    model, seen = make(), []
+    for block in llama_blocks(model):
+        for linear in (block.down, block.o):
+            linear.register_forward_pre_hook(lambda _, inputs: seen.append(weakref.ref(inputs[0])))
+    score(model, "taylor", windows)
+    gc.collect()
+    assert len(seen) == 6 * len(windows)
+    assert [each for each in seen if each() is not None] == []
 
 
 @pytest.mark.parametrize("aggregate", ["sum", "mean", "max"])
@@ -257,6 +293,50 @@ def test_global_takes_from_where_it_matters_least_and_spares_the_ends(windows, u
     assert protected[0] == protected[-1] == 48 and sum(protected) == sum(widths)
 
 
+def test_known_scores_are_used_once_and_only_for_the_model_they_are_of(windows, monkeypatch):
+    calls = []
+    monkeypatch.setattr(llama_pruning, "score", lambda *args, **options: calls.append(1) or score(*args, **options))
+    known = score(make(), "taylor", windows)
+    for changes, expected in (({}, 0), ({"rounds": 2}, 1), ({"blocks": 1}, 1), ({"hidden_sparsity": 0.25}, 1)):
+        calls.clear()
+        recipe = PruneRecipe(sparsity=0.3, round_to=4, **changes)
+        _, with_known = prune_llama(make(), recipe, windows, known)
+        assert len(calls) == expected, changes
+        assert with_known == prune_llama(make(), recipe, windows)[1]
+
+
+def test_the_hidden_channels_that_go_are_the_ones_the_norms_pass_least_of(windows):
+    model = make()
+    with torch.no_grad():
+        for block in llama_blocks(model):
+            block.input_norm.weight[[3, 17]] = 1e-4
+            block.post_norm.weight[[3, 17]] = 1e-4
+        model.model.norm.weight[[3, 17]] = 1e-4
+    importance = hidden_importance(model, windows)
+    assert set(importance.argsort()[:2].tolist()) == {3, 17}
+    hidden, before = model.config.hidden_size, logits_of(model)
+    recipe = PruneRecipe(sparsity=0, hidden_sparsity=2 / hidden, round_to=1, compensate=False)
+    small, done = prune_llama(copy.deepcopy(model), recipe, windows)
+    assert done["hidden_size"] == small.config.hidden_size == hidden - 2
+    assert done["sparsity"] == pytest.approx(2 / hidden)
+    change = (logits_of(small) - before).norm() / before.norm()
+    with torch.no_grad():
+        keep = torch.ones(hidden, dtype=torch.bool)
+        keep[[5, 6]] = False
+        other = copy.deepcopy(model)
+        remove_hidden_channels(other, keep)
+    assert change < 0.5 * (logits_of(rebuilt(other)) - before).norm() / before.norm()
+
+
+def test_hidden_channels_blocks_and_widths_go_together_and_reload(windows, tmp_path):
+    recipe = PruneRecipe(sparsity=0.25, hidden_sparsity=0.25, blocks=1, round_to=4, structures=("channels", "groups"))
+    model, done = prune_llama(make(), recipe, windows)
+    assert done["hidden_size"] == 24
+    assert len(done["removed_blocks"]) == 1
+    save(model, tmp_path / "small")
+    assert torch.equal(logits_of(load_checkpoint(tmp_path / "small").model), logits_of(model))
+
+
 @pytest.mark.parametrize("scope", ["uniform", "global"])
 def test_several_rounds_meet_the_same_sparsity_and_score_anew(windows, scope):
     recipe = {"sparsity": 0.3, "scope": scope, "round_to": 4, "compensate": False}
@@ -320,6 +400,7 @@ def test_block_by_block_is_the_model(windows):
     [
         ({"sparsity": 1.0}, r"sparsity 1.0 is not in \[0, 1\)"),
         ({"sparsity": -0.1}, r"sparsity -0.1"),
+        ({"hidden_sparsity": 1}, r"hidden_sparsity 1 is not in \[0, 1\)"),
         ({"criterion": "magnitude"}, "unknown criterion 'magnitude': choose one of taylor"),
         ({"scope": "local"}, "unknown scope 'local': choose one of uniform, global"),
         ({"structures": ("heads",)}, "unknown structure 'heads': choose one of channels, groups"),
@@ -343,6 +424,10 @@ def test_a_recipe_outside_its_range_is_refused(settings, expected):
         ({"sparsity": 0.95, "round_to": 8}, "sparsity 0.95 cannot be met.*without emptying a block"),
         ({"sparsity": 0.3, "structures": ("groups",), "round_to": 8}, "sparsity 0.3 cannot be met"),
         ({"sparsity": 0.9, "scope": "global", "protect": 1, "round_to": 8}, "cannot be met"),
+        (
+            {"sparsity": 0.0, "hidden_sparsity": 0.9, "round_to": 24},
+            "hidden_sparsity 0.9 would leave less than round_to 24 of 32",
+        ),
         ({"sparsity": 0.0, "blocks": 3, "round_to": 8}, "blocks 3 would leave none of the 3"),
     ],
     ids=str,

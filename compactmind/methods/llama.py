@@ -73,9 +73,9 @@ def llama_blocks(model: PreTrainedModel) -> list[LlamaBlock]:
     return blocks
 
 
-def block_linears(block: LlamaBlock) -> dict[str, nn.Module]:
-    """Return the linears of a block by their full path in the model."""
-    return {f"{block.name}.{path}": getattr(block, field) for field, path in LINEARS.items()}
+def stream_norms(model: PreTrainedModel) -> list[nn.Module]:
+    """Return what reads the residual stream: two norms per block and the last one."""
+    return [norm for block in llama_blocks(model) for norm in (block.input_norm, block.post_norm)] + [model.model.norm]
 
 
 def is_llama(model: nn.Module) -> bool:

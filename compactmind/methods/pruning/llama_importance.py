@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
-from compactmind.methods.llama import LlamaBlock, llama_blocks
+from compactmind.methods.llama import LlamaBlock, llama_blocks, stream_norms
 
 CRITERIA = ("taylor", "activation", "variance", "l2", "random")
 AGGREGATES = ("sum", "mean", "max")
@@ -103,13 +103,13 @@ def _taylor(model: PreTrainedModel, blocks: list[LlamaBlock], windows: torch.Ten
 
     def watch(total: torch.Tensor, columns: int):
         def before(_, inputs):
-            x = inputs[0]
+            value = inputs[0].detach()  # a hook that knows the tensor it hangs on keeps it, and all before it, for ever
 
             def backward(gradient) -> None:
-                change = (gradient * x.detach()).flatten(0, -2).float()  # (tokens, channels)
+                change = (gradient * value).flatten(0, -2).float()  # (tokens, channels)
                 total.add_(change.unflatten(-1, (-1, columns)).sum(dim=-1).square().sum(dim=0))
 
-            x.register_hook(backward)
+            inputs[0].register_hook(backward)
 
         return before
 
@@ -182,3 +182,23 @@ def block_influence(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tens
             for index, (before, after) in enumerate(zip(states[:-1], states[1:], strict=True)):
                 totals[index] += (1 - torch.cosine_similarity(before, after, dim=-1)).mean().double().cpu()
     return totals / len(windows)
+
+
+@torch.no_grad()
+def hidden_importance(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
+    """Return the mean magnitude of every channel of the residual stream behind its norms, summed over the norms: (hidden_size,).
+
+    Minitron's measure (Muralidharan et al. 2024, https://arxiv.org/abs/2407.14679): what the linears that read the stream get of it.
+    """
+    norms = stream_norms(model)
+    total = torch.zeros(model.config.hidden_size, dtype=torch.float64)
+
+    def add(_, __, output) -> None:
+        total.add_(output.float().abs().flatten(0, -2).mean(dim=0).double().cpu())
+
+    with ExitStack() as hooks:
+        for norm in norms:
+            hooks.callback(norm.register_forward_hook(add).remove)
+        for window in windows:
+            model.model(input_ids=window[None].to(model.device), use_cache=False)
+    return (total / len(windows)).float()

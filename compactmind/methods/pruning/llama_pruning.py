@@ -19,7 +19,14 @@ from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
 from compactmind.methods.llama import LlamaBlock, llama_blocks
-from compactmind.methods.pruning.llama_importance import AGGREGATES, CRITERIA, BlockScores, block_influence, score
+from compactmind.methods.pruning.llama_importance import (
+    AGGREGATES,
+    CRITERIA,
+    BlockScores,
+    block_influence,
+    hidden_importance,
+    score,
+)
 from compactmind.methods.pruning.llama_structure import (
     STRUCTURES,
     BlockMask,
@@ -31,6 +38,7 @@ from compactmind.methods.pruning.llama_structure import (
     prunable_parameters,
     rebuilt,
     remove_blocks,
+    remove_hidden_channels,
     shrink_block,
 )
 
@@ -44,7 +52,8 @@ class PruneRecipe:
     """What to remove from a Llama, and how. Raises ValueError on a value outside its range."""
 
     sparsity: float = 0.2
-    """Share of the prunable parameters (FFN channels and key-value groups of all blocks) to remove, in [0, 1)."""
+    """Share of the prunable parameters (FFN channels and key-value groups of all blocks) to remove, in [0, 1); of what is left, if blocks
+    or hidden channels go too."""
     criterion: str = "taylor"
     """How structures are scored: taylor, activation, variance, l2 or random."""
     scope: str = "uniform"
@@ -65,11 +74,14 @@ class PruneRecipe:
     """This many blocks at either end stay whole (global only)."""
     blocks: int = 0
     """Remove this many whole blocks first, those that turn the residual stream least."""
+    hidden_sparsity: float = 0.0
+    """Share of the channels of the residual stream to remove before that, everywhere, rounded to a multiple of round_to; in [0, 1)."""
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity {self.sparsity} is not in [0, 1): for example 0.2")
+        for name in ("sparsity", "hidden_sparsity"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not in [0, 1): for example 0.2")
         for name, value, choices in (
             ("criterion", self.criterion, CRITERIA),
             ("scope", self.scope, SCOPES),
@@ -249,18 +261,24 @@ class _FirstBlockReached(Exception):
 # ------------------------------------------------------------------------------------------------------------- the whole
 @torch.no_grad()
 def prune_llama(
-    model: PreTrainedModel, recipe: PruneRecipe, windows: torch.Tensor | None = None
+    model: PreTrainedModel,
+    recipe: PruneRecipe,
+    windows: torch.Tensor | None = None,
+    scores: list[BlockScores] | None = None,
 ) -> tuple[PreTrainedModel, dict]:
     """Return a physically smaller model and what was done to it; `model` gives its weights away and must not be used again.
 
     `windows` (windows, seq_len) of text are needed unless the criterion is l2 or random, nothing is compensated and no block
-    is removed. Raises CompactMindError on a recipe that does not fit the model.
+    or hidden channel is removed. `scores` spares scoring `model` if what the recipe asks for is known already; only the first round
+    uses them, and only if no block or hidden channel goes before it. Raises CompactMindError on a recipe that does not fit the model.
     """
-    if (windows is None or len(windows) == 0) and (recipe.compensate or recipe.blocks):
+    if (windows is None or len(windows) == 0) and (recipe.compensate or recipe.blocks or recipe.hidden_sparsity):
         raise CompactMindError(
-            "compensation and the removal of blocks need calibration text: use more text or a smaller --seq_len"
+            "compensation and the removal of blocks or hidden channels need calibration text: use more text or a smaller --seq_len"
         )
     before, removed = prunable_parameters(model), set()
+    if recipe.hidden_sparsity:
+        remove_hidden_channels(model, _kept_hidden_channels(model, recipe, windows))
     if recipe.blocks:
         influence = block_influence(model, windows)
         ends = range(recipe.protect), range(len(influence) - recipe.protect, len(influence))
@@ -273,20 +291,37 @@ def prune_llama(
     without_blocks = prunable_parameters(model)
     for number in range(1, recipe.rounds + 1):
         wanted = (1 - recipe.sparsity * number / recipe.rounds) * without_blocks
-        _remove(model, replace(recipe, sparsity=max(0.0, 1 - wanted / prunable_parameters(model))), windows)
+        known = scores if number == 1 and not recipe.blocks and not recipe.hidden_sparsity else None
+        _remove(model, replace(recipe, sparsity=max(0.0, 1 - wanted / prunable_parameters(model))), windows, known)
     result = rebuilt(model)
     description = {
         "sparsity": 1 - prunable_parameters(result) / before,
         "removed_blocks": sorted(removed),
+        "hidden_size": result.config.hidden_size,
         "kept_channels": [block.up.out_features for block in llama_blocks(result)],
         "kept_groups": [block.k.out_features // block.head_dim for block in llama_blocks(result)],
     }
     return result, description
 
 
-def _remove(model: PreTrainedModel, recipe: PruneRecipe, windows: torch.Tensor | None) -> None:
+def _kept_hidden_channels(model: PreTrainedModel, recipe: PruneRecipe, windows: torch.Tensor) -> torch.Tensor:
+    size, multiple = model.config.hidden_size, recipe.round_to
+    kept = min(size, max(multiple, round((1 - recipe.hidden_sparsity) * size / multiple) * multiple))
+    if abs(1 - kept / size - recipe.hidden_sparsity) > multiple / size / 2 + 1e-9:
+        raise CompactMindError(
+            f"hidden_sparsity {recipe.hidden_sparsity} would leave less than round_to {multiple} of {size} hidden channels: "
+            "choose a smaller one"
+        )
+    keep = torch.zeros(size, dtype=torch.bool)
+    keep[hidden_importance(model, windows).topk(kept).indices] = True
+    return keep
+
+
+def _remove(
+    model: PreTrainedModel, recipe: PruneRecipe, windows: torch.Tensor | None, scores: list[BlockScores] | None
+) -> None:
     """Score, choose, re-fit and shrink, in place; the model's configuration does not follow."""
-    scores = score(model, recipe.criterion, windows, aggregate=recipe.aggregate, seed=recipe.seed)
+    scores = scores or score(model, recipe.criterion, windows, aggregate=recipe.aggregate, seed=recipe.seed)
     masks = choose_masks(model, scores, recipe)
     runner = BlockByBlock(model, windows) if recipe.compensate else None
     for block, mask in zip(llama_blocks(model), masks, strict=True):

@@ -6,6 +6,8 @@ channel j of a block's FFN     row j of gate_proj and of up_proj, column j of do
 group g of its attention       key-value head g (its rows of k_proj and v_proj) and all query heads that read it (their rows of
                                q_proj, their columns of o_proj)
 block l                        everything in it: the residual stream passes by
+hidden channel h               column h of the embeddings, of the head and of every linear that reads the residual stream, row h of every
+                               linear that writes to it, weight h of every norm
 
 A model of equal widths is a Llama again, or, where the hidden size is no multiple of the heads that are left, a Mistral without
 sliding window, which computes the same (LlamaConfig refuses such a number of heads). Unequal widths need modeling_pruned_llama.py.
@@ -17,7 +19,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from compactmind.methods.llama import LINEARS, LlamaBlock, llama_blocks
+from compactmind.methods.llama import LINEARS, LlamaBlock, llama_blocks, stream_norms
 from compactmind.methods.pruning.modeling_pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM
 
 STRUCTURES = ("channels", "groups")
@@ -111,6 +113,46 @@ def remove_blocks(model: PreTrainedModel, indices: set[int]) -> None:
             setattr(
                 model.config, name, [value for index, value in enumerate(getattr(model.config, name)) if index not in indices]
             )
+
+
+@torch.no_grad()
+def remove_hidden_channels(model: PreTrainedModel, keep: torch.Tensor) -> None:
+    """Remove, in place, channels of the residual stream everywhere; keep: (hidden_size,) boolean.
+
+    A norm divides by the root of the mean square of its input, and a mean over fewer channels is another one: with H of them before
+    and K after, weights times sqrt(H / K) and eps times H / K give what the same norm gives if the channels that go are 0.
+    """
+    ratio = len(keep) / int(keep.sum())
+    for block in llama_blocks(model):
+        for field in ("q", "k", "v", "gate", "up"):
+            block.module.set_submodule(LINEARS[field], _part(getattr(block, field), keep, 1))
+        for field in ("o", "down"):
+            block.module.set_submodule(LINEARS[field], _part(getattr(block, field), keep, 0))
+    for norm in stream_norms(model):
+        norm.weight = nn.Parameter(norm.weight[keep.to(norm.weight.device)] * ratio**0.5, norm.weight.requires_grad)
+        norm.variance_epsilon *= ratio
+    embeddings = model.get_input_embeddings()
+    tied = model.get_output_embeddings().weight is embeddings.weight
+    table = embeddings.weight[:, keep.to(embeddings.weight.device)]
+    embeddings.weight, embeddings.embedding_dim = nn.Parameter(table, embeddings.weight.requires_grad), table.shape[1]
+    head = _part(model.get_output_embeddings(), keep, 1)
+    if tied:
+        head.weight = embeddings.weight
+    model.set_output_embeddings(head)
+    model.config.hidden_size = table.shape[1]
+    model.config.rms_norm_eps *= ratio
+
+
+@torch.no_grad()
+def silence_hidden_channels(model: PreTrainedModel, keep: torch.Tensor) -> None:
+    """Set, in place, to zero what writes the channels that go into the residual stream: the function of the smaller model."""
+    gone = ~keep.to(model.device)
+    model.get_input_embeddings().weight[:, gone] = 0  # the head reads these too, but 0 times 0 is what it would read anyway
+    for block in llama_blocks(model):
+        for linear in (block.o, block.down):
+            linear.weight[gone] = 0
+            if linear.bias is not None:
+                linear.bias[gone] = 0
 
 
 def rebuilt(model: PreTrainedModel) -> PreTrainedModel:
