@@ -100,6 +100,8 @@ def main(config: SearchConfig) -> None:
         output, found.model, tokenizer, kind=found.kind, parent=source.name, stage=stage, quantization=found.quantization,
         data_fingerprint=fingerprint, extra=record, dtype=str(found.model.dtype).removeprefix("torch."),
     )  # fmt: skip
+    if resources.resume:
+        resources.resume.clear()
     path = config.results_dir / f"pipeline_{output.name}.json"
     write_json_atomically(path, record)
 

@@ -23,19 +23,18 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.perplexity import LARGEST_LOSS, window_losses
-from compactmind.methods.distillation.soft_targets import distillation_loss, hidden_state_loss
+from compactmind.methods.distillation.soft_targets import hidden_state_loss
 from compactmind.methods.distillation.student import alternate_layers, matching_layers
 from compactmind.methods.llama import LINEARS, llama_blocks
 from compactmind.training import Progress, TrainingState, cpu_copy, make_accelerator, make_optimizer
 
 MODES = ("full", "lora")
-CHUNK_TOKENS = 1024
-"""Tokens whose logits are turned into float32 and softened at a time: 0.2 GB per tensor with a vocabulary of 50,000."""
+CHUNK_TOKENS = 32
+"""Tokens whose logits are turned into float32 and softened at a time: 6 MB per tensor with a vocabulary of 50,000."""
 
 
 # --------------------------------------------------------------------------------------------------------------- recipe
@@ -131,30 +130,48 @@ def cosine_decay_with_warmup(optimizer: torch.optim.Optimizer, warmup_steps: int
 
 
 # ----------------------------------------------------------------------------------------------------------------- loss
-def chunked_distillation_loss(
+def token_loss(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor | None,
     labels: torch.Tensor,
     temperature: float,
     alpha: float,
-    chunk_tokens: int = CHUNK_TOKENS,
 ) -> torch.Tensor:
-    """Return the mean `distillation_loss` over tokens, with float32 copies of `chunk_tokens` rows of the logits at a time.
+    """Return the mean `distillation_loss` over tokens as a float32 scalar; its gradient is computed in the same pass.
 
-    Logits: (tokens, vocab) in any float dtype, labels: (tokens,); labels alone count without a teacher. The softened
-    distributions of a chunk are computed again in the backward pass instead of being stored: with a large vocabulary they
-    would be several times the rest of the model's activations.
+    Logits: (tokens, vocab) in any float dtype, labels: (tokens,); labels alone count without a teacher. A few rows at a time are turned
+    into float32, so that they stay in the processor's cache: with a large vocabulary the softened distributions of all rows
+    would be several times the rest of the model's activations. There is one backward pass, for the student's logits.
     """
+    return _TokenLoss.apply(student_logits, teacher_logits, labels, temperature, 0.0 if teacher_logits is None else alpha)
 
-    def chunk_loss(student: torch.Tensor, teacher: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
-        teacher = None if teacher is None else teacher.float()
-        return distillation_loss(student.float(), teacher, labels, temperature, alpha) * len(labels)
 
-    students = student_logits.split(chunk_tokens)  # each (chunk_tokens, vocab), the last one shorter
-    teachers = [None] * len(students) if teacher_logits is None else teacher_logits.split(chunk_tokens)
-    chunks = zip(students, teachers, labels.split(chunk_tokens), strict=True)
-    losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return torch.stack(losses).sum() / len(labels)
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student_logits, teacher_logits, labels, temperature: float, alpha: float) -> torch.Tensor:
+        tokens = len(labels)
+        gradient = torch.empty_like(student_logits)  # (tokens, vocab), of the mean
+        total = torch.zeros((), dtype=torch.float64, device=labels.device)
+        for start in range(0, tokens, CHUNK_TOKENS):
+            rows = slice(start, start + CHUNK_TOKENS)
+            logits, wanted = student_logits[rows].float(), labels[rows, None]
+            change = torch.log_softmax(logits, dim=-1)
+            total -= (1 - alpha) * change.gather(1, wanted).double().sum()
+            change.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=change.dtype)).mul_(1 - alpha)
+            if alpha > 0:
+                ours = torch.log_softmax(logits / temperature, dim=-1)
+                theirs = torch.log_softmax(teacher_logits[rows].float() / temperature, dim=-1)
+                soft = theirs.exp()
+                total += alpha * temperature**2 * torch.linalg.vecdot(soft, theirs - ours).double().sum()
+                change.add_(ours.exp_().sub_(soft), alpha=alpha * temperature)
+            gradient[rows] = change.div_(tokens)
+        ctx.save_for_backward(gradient)
+        return (total / tokens).to(torch.float32)
+
+    @staticmethod
+    def backward(ctx, upstream: torch.Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(upstream.to(gradient.dtype)), None, None, None, None
 
 
 class RetrainingLoss(nn.Module):
@@ -181,7 +198,7 @@ class RetrainingLoss(nn.Module):
         if teacher is not None:
             with torch.no_grad():
                 target = teacher(**arguments)
-        loss = chunked_distillation_loss(
+        loss = token_loss(
             output.logits.flatten(0, 1),  # (batch * (seq_len - 1), vocab)
             None if target is None else target.logits.flatten(0, 1),
             labels, recipe.temperature, recipe.alpha,
@@ -310,8 +327,8 @@ def retrain_causal_lm(
 
     `model` has float32 weights; it and the `teacher` (used if `recipe.distillation`, its weights stay as they are) go to the
     device of `accelerator`. `windows` (windows, seq_len) and `held_out` (windows, seq_len) are int64 token ids. With `resume`
-    the state is saved after every evaluation, a run that was killed goes on from there and ends with the weights of an
-    unbroken one, and the state is cleared at the end.
+    the state is saved after every evaluation, and a run that was killed goes on from there and ends with the weights of an
+    unbroken one; who called clears it, once the model it led to is safe.
 
     A loss that is not finite ends the run early, without an exception. Returns perplexity_before, perplexity_after and
     loss_before, loss_after (held-out, in nats), tokens_seen, seconds, kept_step (0: no step was better than the weights that
@@ -424,8 +441,6 @@ def retrain_causal_lm(
     model.zero_grad()
     model.eval()
     accelerator.free_memory()
-    if resume and accelerator.is_main_process:
-        resume.clear()
     accelerator.wait_for_everyone()
     return {
         "perplexity_before": math.exp(loss_before),
