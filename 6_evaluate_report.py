@@ -31,6 +31,7 @@ from compactmind.checkpoint import how_to_make, load_checkpoint, read_manifest, 
 from compactmind.data import EncodedSentences, data_fingerprint, load_split, read_dataset_description
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import classification_metrics, mcnemar, predict_logits
+from compactmind.evaluation.capability import MATCHES
 from compactmind.evaluation.cost import (
     gflops,
     gmacs_thop,
@@ -39,7 +40,13 @@ from compactmind.evaluation.cost import (
     peak_memory,
     weight_megabytes,
 )
-from compactmind.evaluation.language import draw_perplexity_against_size, language_table, measure_language_models
+from compactmind.evaluation.language import (
+    draw_perplexity_against_size,
+    gsm8k_table,
+    language_table,
+    measure_gsm8k,
+    measure_language_models,
+)
 from compactmind.files import write_json_atomically, write_text_atomically
 from compactmind.text import load_documents, token_windows
 
@@ -103,6 +110,7 @@ def load_rows(config: ReportConfig, track: str, names: list[str], device: str) -
         rows.append(
             {**row, "status": "measured", **{key: manifest[key] for key in described}}
             | {"stage_metrics": manifest["metrics"], "experiment_name": manifest.get("experiment_name")}
+            | {key: manifest[key] for key in ("pipeline", "interaction", "layer_errors") if key in manifest}
         )
     return rows, checkpoints
 
@@ -125,6 +133,9 @@ def report_language_models(config: ReportConfig, names: list[str], device: str) 
             rows, checkpoints, config.models_dir, windows, f"{text}, test", reference=DENSE_LANGUAGE_MODEL,
             prompt_tokens=config.prompt_tokens, repeats=config.latency_repeats,
         )  # fmt: skip
+    if config.gsm8k_problems:
+        file = config.gsm8k_dir / "test.jsonl"
+        measure_gsm8k(rows, checkpoints, config.gsm8k_problems, file if file.is_file() else None)
     return rows
 
 
@@ -237,6 +248,14 @@ def language_goals(rows: list[dict], config: ReportConfig) -> list[dict]:
     found = json.loads(benchmark.read_text(encoding="utf-8"))["rows"] if benchmark.is_file() else []
     compiled = next((row["prefill"]["against_float32"] for row in found if row["name"] == "CompactMind W8A8, compiled"), None)
     wanted.append(("... compiled (see benchmarks/)", "at least", 2.3, compiled, "factor"))
+    pruned = next((row for row in rows if row["name"] == "llama_pruned" and row["status"] == "measured"), None)
+    against = pruned["against_dense"] if pruned else None
+    seconds = [step["seconds"] for step in (pruned or {}).get("pipeline", []) if step["method"] == "retrain"]
+    wanted += [
+        ("llama_pruned perplexity, times dense", "at most", 1.2, against["ratio"] if against else None, "factor"),
+        ("llama_pruned prefill", "at least", 1.15, pruned["generation"]["prefill"]["speedup"] if pruned else None, "factor"),
+        ("llama_pruned retraining", "at most", 10.0, sum(seconds) / 60 if seconds else None, "minutes"),
+    ]
     return [
         {"goal": name, "bound": bound, "value": value, "measured": measured, "unit": unit,
          "met": None if measured is None else bool(measured >= value if bound == "at least" else measured <= value)}
@@ -265,6 +284,8 @@ def protocols(config: ReportConfig, description: dict) -> dict[str, str]:
         f"{length} tokens, a language model one prompt (resident memory on a CPU, allocated memory on a GPU)",
         "perplexity": "exp of the mean loss over predicted tokens, non-overlapping windows of the documents joined by a blank line; "
         "every row carries text, seq_len, windows and tokens; interval: bootstrap over windows, paired against the dense model",
+        "gsm8k": "lm-eval, gsm8k_cot (8 worked examples), greedy, the first problems of the test split; strict: the answer where the "
+        "examples put it, flexible: the last number; 95% Wilson interval",
         "compression_ratio": f"bytes of the weight files of {DENSE_LANGUAGE_MODEL}, as released / bytes of the row's",
         "generation": f"batch 1, {where}, medians of {config.latency_repeats} rounds of all models in turn after 2 of warm-up; prefill: "
         f"{config.prompt_tokens} random tokens with cache, logits of the last one; decode: one more token, mean of 8",
@@ -376,7 +397,8 @@ def comparison_csv(rows: list[dict], config: ReportConfig) -> str:
     """Return the comparison as CSV text, one line per row, empty cells where a stage has not run."""
     fields = ["name", "status", "accuracy", "accuracy_low", "accuracy_high", "f1", "auc", "mcnemar_p", "parameters", "gflops",
               "gmacs_thop", "size_mb", "load_seconds", "peak_memory_mb",
-              "perplexity", "perplexity_low", "perplexity_high", "compression_ratio", "prefill_ms", "decode_ms"]  # fmt: skip
+              "perplexity", "perplexity_low", "perplexity_high", "compression_ratio", "prefill_ms", "decode_ms",
+              "gsm8k_strict", "gsm8k_flexible"]  # fmt: skip
     fields += [
         f"latency_{batch}_{what}" for batch in config.latency_batches for what in ("median_ms", "low_ms", "high_ms", "speedup")
     ]
@@ -388,6 +410,7 @@ def comparison_csv(rows: list[dict], config: ReportConfig) -> str:
         if row["status"] == "measured" and row["track"] == "llm":
             flat["perplexity_low"], flat["perplexity_high"] = row["perplexity_interval"]
             flat |= {f"{phase}_ms": row["generation"][phase]["median_ms"] for phase in ("prefill", "decode")}
+            flat |= {f"gsm8k_{match}": row["gsm8k"][match]["accuracy"] for match in MATCHES if "gsm8k" in row}
         elif row["status"] == "measured":
             flat["accuracy_low"], flat["accuracy_high"] = row["accuracy_interval"]
             flat["mcnemar_p"] = (row["mcnemar_against_reference"] or {}).get("p_value")
@@ -428,7 +451,7 @@ def print_table(rows: list[dict], config: ReportConfig) -> None:
 
 def print_goals(wanted: list[dict]) -> None:
     """Print each goal with what was measured."""
-    shown = {"share": "{:.1%}", "points": "{:+.1f}", "factor": "{:.2f}x"}
+    shown = {"share": "{:.1%}", "points": "{:+.1f}", "factor": "{:.2f}x", "minutes": "{:.1f} min"}
     verdicts = {True: "met", False: "MISSED", None: "not run"}
     print(f"\n{'goal':<44}{'wanted':>16}{'measured':>10}")
     for goal in wanted:
@@ -467,7 +490,7 @@ def main(config: ReportConfig) -> None:
     if any(row["status"] == "measured" for row in language_rows):
         plot_language_models(language_rows, results / "perplexity_against_size.png")
     print_table(rows, config)
-    print(f"\n{language_table(language_rows)}")
+    print(f"\n{language_table(language_rows)}{gsm8k_table(language_rows)}")
     if config.profile != "smoke":
         print_goals(report["goals"])
     print(

@@ -269,6 +269,10 @@ class ReportConfig(StageConfig):
     """Windows of text; 0 = all."""
     prompt_tokens: int = 512
     """Length of the prompt whose reading time (prefill) is measured."""
+    gsm8k_problems: int = 0
+    """Test problems of GSM8K to ask every language model; 0 = leave it out, 1319 = all. About 5 s per problem and model on 2 cores."""
+    gsm8k_dir: Path = Path("gsm8k_data")
+    """Where test.jsonl of GSM8K lies; without it the hub's is used."""
 
 
 PROFILES: dict[str, dict[str, dict]] = {

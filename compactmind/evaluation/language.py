@@ -3,6 +3,7 @@
 perplexity         compactmind/evaluation/perplexity.py, its protocol stamped on every row
 compression ratio  bytes of the dense checkpoint's weight files, in the dtype they were released in / bytes of this one's
 prefill, decode    compactmind/evaluation/cost.py, measure_generation
+GSM8K              compactmind/evaluation/capability.py
 kernel             what multiplies the matrices of the blocks; `simulated` is the right numbers without an int8 kernel
 """
 
@@ -15,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compactmind.checkpoint import Checkpoint, load_checkpoint
+from compactmind.evaluation.capability import MATCHES, gsm8k
 from compactmind.evaluation.cost import measure_generation, measure_load_time, peak_memory, weight_megabytes
 from compactmind.evaluation.perplexity import paired_ratio, perplexity
 from compactmind.methods.quantization.packed_model import QUANTIZED_KINDS
@@ -70,6 +72,31 @@ def measure_language_models(
         peaks = pool.map(lambda row: peak_memory(models_dir / row["name"], 1, prompt_tokens), measured)
         for row, peak in zip(measured, peaks, strict=True):
             row["generation"], row["peak_memory_mb"] = times[row["name"]], peak
+
+
+def measure_gsm8k(rows: list[dict[str, Any]], checkpoints: dict[str, Checkpoint], problems: int, file: Path | None) -> None:
+    """Add, in place, `gsm8k` to the rows with status `measured`; see compactmind/evaluation/capability.py."""
+    for row in rows:
+        if row["status"] == "measured":
+            print(f"{row['name']:<24} GSM8K, {problems} problems ...", flush=True)
+            checkpoint = checkpoints[row["name"]]
+            row["gsm8k"] = gsm8k(checkpoint.model, checkpoint.tokenizer, problems, file=file)
+
+
+def gsm8k_table(rows: list[dict[str, Any]]) -> str:
+    """Return the GSM8K results as aligned text, empty if there are none."""
+    asked = [row for row in rows if "gsm8k" in row]
+    if not asked:
+        return ""
+    found = asked[0]["gsm8k"]
+    lines = [
+        f"\n\n{found['task'] + ', ' + str(found['problems']) + ' problems':<24}" + "".join(f"{name:>28}" for name in MATCHES)
+    ]
+    for row in asked:
+        cells = (row["gsm8k"][match] for match in MATCHES)
+        shown = ("{:.1%} [{:.1%}, {:.1%}]".format(cell["accuracy"], *cell["interval"]) for cell in cells)
+        lines.append(f"{row['name']:<24}" + "".join(f"{cell:>28}" for cell in shown))
+    return "\n".join(lines)
 
 
 def language_table(rows: list[dict[str, Any]]) -> str:
