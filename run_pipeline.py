@@ -19,11 +19,12 @@ STAGES = (
     "2_prune_finetune.py",
     "3_quantize.py",
     "4_smoothquant_llama.py",
+    "5_bayesian_search.py",
     "6_evaluate_report.py",
 )
 """In the order in which they read each other's output."""
 
-LLAMA_STAGES = ("4_smoothquant_llama.py",)
+LLAMA_STAGES = ("4_smoothquant_llama.py", "5_bayesian_search.py")
 """Left out where download_model.py was told to fetch no language model (--llama_name "")."""
 
 

@@ -17,7 +17,7 @@ from compactmind.text import load_documents, token_windows
 ROWS = ["teacher", "student_finetuned", "student_distilled", "student_pruned", "student_distilled_nf4", "student_pruned_nf4"]
 LANGUAGE_ROWS = ["llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_pruned"]
 STAGES = ("download_model.py", "1_distill.py", "2_prune_finetune.py", "3_quantize.py", "4_smoothquant_llama.py",
-          "6_evaluate_report.py")  # fmt: skip
+          "5_bayesian_search.py", "6_evaluate_report.py")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,6 @@ def reported(tmp_path_factory):
     """A directory in which run_pipeline.py has run every stage, and what it printed."""
     folder = helpers.make_workspace(tmp_path_factory.mktemp("reported"), train_rows=300, dev_rows=50)
     helpers.add_llama(folder)
-    pruned = helpers.run_script("5_bayesian_search.py", cwd=folder)
-    assert pruned.returncode == 0, pruned.stderr
     result = helpers.run_script("run_pipeline.py", cwd=folder)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return folder, result.stdout
@@ -42,7 +40,7 @@ def copy(reported, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- pipeline
 def test_the_pipeline_runs_every_stage_in_order_and_says_where_the_report_is(reported):
     _, output = reported
-    places = [output.index(f"[{number}/6] {name}") for number, name in enumerate(STAGES, start=1)]
+    places = [output.index(f"[{number}/7] {name}") for number, name in enumerate(STAGES, start=1)]
     assert places == sorted(places)
     assert output.rstrip().endswith("report: results/final_report.json and results/final_report.png")
 
@@ -195,6 +193,12 @@ def test_language_models_are_measured_on_the_same_windows_and_against_the_dense_
             "parameters"
         ]
         assert name in output
+    steps = rows["llama_pruned"]["pipeline"]
+    assert [step["method"] for step in steps] == ["dense", "prune", "retrain"]
+    assert steps[-1]["perplexity"] == pytest.approx(rows["llama_pruned"]["perplexity"], rel=1e-4)
+    goals = {goal["goal"]: goal for goal in report["goals"]}
+    assert goals["llama_pruned perplexity, times dense"]["measured"] == rows["llama_pruned"]["against_dense"]["ratio"]
+    assert goals["llama_pruned retraining"]["measured"] == pytest.approx(steps[-1]["seconds"] / 60)
     assert dense["kernel"] == "float32" and rows["llama_nf4"]["kernel"] == "bitsandbytes"
     assert rows["llama_w8a8"]["kernel"] in ("int_mm", "simulated")
 
