@@ -354,15 +354,45 @@ def test_the_best_channels_are_the_ones_that_stay(windows):
 
 
 # ---------------------------------------------------------------------------------------------------------- compensation
-def test_the_refitted_weight_is_the_least_squares_solution():
+@pytest.mark.parametrize("damping", [1e-9, 0.3])
+def test_the_refitted_weight_is_the_least_squares_solution(damping):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
     weight, keep = torch.randn(5, 12, generator=generator), torch.tensor([True] * 8 + [False] * 4)
-    found = refit(weight, x.t() @ x / len(x), keep, damping=1e-9)
-    expected = torch.linalg.lstsq(x[:, keep], x @ weight.t()).solution.t()
+    wanted = x @ weight.t() + 0.5 * torch.randn(300, 5, generator=generator)
+    found = refit(weight, x.t() @ x / len(x), wanted.t() @ x / len(x), keep, damping)
+    # The damping as rows of its own: as much of every kept input alone, and the old weight as what is wanted there.
+    pull = (damping * x.square().mean() * len(x)).sqrt() * torch.eye(8)
+    rows, aims = torch.cat([x[:, keep], pull]), torch.cat([wanted, pull @ weight[:, keep].t()])
+    expected = torch.linalg.lstsq(rows.double(), aims.double()).solution.t().float()
     assert torch.allclose(found[:, keep], expected, atol=1e-3) and found[:, ~keep].eq(0).all()
-    loss = lambda candidate: (x @ (candidate - weight).t()).square().sum()  # noqa: E731
+    loss = lambda candidate: (x @ candidate.t() - wanted).square().sum()  # noqa: E731
     assert loss(found) < 0.9 * loss(weight * keep)
+
+
+def test_with_nothing_gone_and_no_error_so_far_refitting_changes_nothing(windows):
+    model = make(attention_bias=True, mlp_bias=True)
+    small, _ = prune_llama(copy.deepcopy(model), PruneRecipe(sparsity=0.0, round_to=8), windows)
+    for old, new in zip(llama_blocks(model), llama_blocks(small), strict=True):
+        torch.testing.assert_close(new.down.weight, old.down.weight, atol=1e-5, rtol=0)
+        torch.testing.assert_close(new.o.weight, old.o.weight, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_an_error_that_came_in_is_made_good(windows):
+    model = make()
+    disturbed = copy.deepcopy(model)
+    runner = BlockByBlock(disturbed, windows)
+    for state in runner.states:
+        state[:] = state + 0.1 * state.norm(dim=-1, keepdim=True) / state.shape[-1] ** 0.5
+    runner.dense_states = [state.clone() for state in BlockByBlock(model, windows).states]
+    block, before = llama_blocks(disturbed)[0], runner.states
+    runner.run_dense(block)
+    error = lambda states: sum((a - b).square().sum() for a, b in zip(states, runner.dense_states, strict=True))  # noqa: E731
+    untouched = error([block.module(state, **runner.arguments) for state in before])
+    block.down.weight.copy_(refit(block.down.weight, *runner.moments(block, "down"), torch.ones(48, dtype=torch.bool), 0.05))
+    runner.advance(block.module)
+    assert error(runner.states) < 0.9 * untouched
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "random"])
@@ -386,12 +416,17 @@ def test_block_by_block_is_the_model(windows):
     model = make()
     runner = BlockByBlock(model, windows)
     for block in llama_blocks(model):
-        moments = runner.moments(block)
-        assert moments["down"].shape == (48, 48) and moments["o"].shape == (32, 32)
+        runner.run_dense(block)
+        for name, width in (("o", 32), ("down", 48)):
+            moment, cross = runner.moments(block, name)
+            assert moment.shape == (width, width) and cross.shape == (32, width)
+            torch.testing.assert_close(
+                cross, getattr(block, name).weight @ moment, atol=1e-5, rtol=1e-4
+            )  # no error: its own output
         runner.advance(block.module)
-    states = torch.cat(runner.states)
-    expected = model.lm_head(model.model.norm(states))
-    assert torch.allclose(model(windows).logits, expected, atol=1e-5)
+    for states in (runner.states, runner.dense_states):
+        expected = model.lm_head(model.model.norm(torch.cat(states)))
+        assert torch.allclose(model(windows).logits, expected, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------- bad input

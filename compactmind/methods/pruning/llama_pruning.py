@@ -3,10 +3,11 @@
 How much where: `uniform` takes the same share of every block, so the result is a Llama of other widths; `global` spreads the budget
 by score over all blocks. Channels go in bundles of `round_to`, because kernels like such widths; groups go whole.
 
-Compensation: once inputs of a projection are gone, its remaining columns are re-fitted to give the output that the whole one would give
-on calibration text, W' = W C[:, K] (C[K, K] + damping)^-1 with C the inputs' second moment and K what is kept: least squares in closed form
-(as SlimGPT, Ling et al. 2024, https://arxiv.org/abs/2412.18110, and Frantar & Alistarh 2022, https://arxiv.org/abs/2208.11580). Blocks
-are handled in order, each on the text as the smaller blocks before it pass it on; at no time is more than one block's moments in memory.
+Compensation: once inputs of a projection that writes to the residual stream are gone, its remaining columns are re-fitted so that the
+stream behind it is as near to the dense model's as it can be on calibration text: least squares in closed form, held to the weights it had by
+damping (SlimGPT, Ling et al. 2024, https://arxiv.org/abs/2412.18110, refits to the layer's own output; taking the error that came in
+along is GPTAQ's idea, Li et al. 2025, https://arxiv.org/abs/2504.02692). Blocks are handled in order, each on the text as the
+smaller blocks before it pass it on; at no time is more than one block's moments in memory.
 """
 
 from collections.abc import Sequence
@@ -66,8 +67,8 @@ class PruneRecipe:
     """FFN widths stay multiples of this; uniform halves it as often as the sparsity needs."""
     compensate: bool = True
     """Re-fit down_proj and o_proj to the inputs that are left."""
-    damping: float = 0.01
-    """Added to the diagonal of the second moment, as a share of its mean."""
+    damping: float = 0.2
+    """What holds re-fitted weights to those they were, as a share of the mean square of what goes in."""
     rounds: int = 1
     """Remove it in this many equal parts, scoring what is left before each."""
     protect: int = 0
@@ -189,27 +190,30 @@ def _size(parameters: int, recipe: PruneRecipe) -> float:
 
 
 # --------------------------------------------------------------------------------------------------------- compensation
-def refit(weight: torch.Tensor, moment: torch.Tensor, keep: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return the weight (out, in) with pruned columns 0 and the kept ones re-fitted, so that outputs change least.
+def refit(weight: torch.Tensor, moment: torch.Tensor, cross: torch.Tensor, keep: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return the weight (out, in) with pruned columns 0 and the kept ones W' such that W' x is nearest to what is wanted.
 
-    moment: (in, in), mean of x x^T; keep: (in,) boolean. Computed in float64.
+    moment: (in, in), mean of x x^T; cross: (out, in), mean of wanted x^T; keep: (in,) boolean. Minimises the mean of ||wanted - W' x||^2 +
+    damping times the mean square of x times ||W' - W||^2 over the kept columns. Computed in float64.
     """
     kept = keep.nonzero()[:, 0].to(weight.device)
-    moment = moment.double()
-    inner = moment[kept][:, kept].clone()
+    moment, old = moment.double(), weight.double()[:, kept]
+    inner = moment[kept][:, kept]
+    left = cross.double()[:, kept] - old @ inner  # (out, kept): what the old columns leave unexplained
     inner.diagonal().add_(damping * moment.diagonal().mean() + 1e-12)
-    fitted = torch.linalg.solve(inner, moment[kept] @ weight.double().t()).t()  # (out, kept)
     result = torch.zeros_like(weight)
-    result[:, kept] = fitted.to(weight.dtype)
+    result[:, kept] = (old + torch.linalg.solve(inner, left.t()).t()).to(weight.dtype)
     return result
 
 
 class BlockByBlock:
-    """Runs a model on calibration text one block at a time, keeping only what passes between blocks."""
+    """Runs a model on calibration text one block at a time, keeping only what passes between blocks: as the dense model has it, and as the
+    smaller one has it so far."""
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, windows: torch.Tensor):
         self.states, self.arguments = [], {}
+        self.targets: dict[str, list[torch.Tensor]] = {}
 
         def catch(_, args, kwargs):
             self.states.append((args[0] if args else kwargs["hidden_states"]).clone())
@@ -223,30 +227,44 @@ class BlockByBlock:
                     model.model(input_ids=window[None].to(model.device), use_cache=False)
         finally:
             handle.remove()
+        self.dense_states = list(self.states)
 
     @torch.no_grad()
-    def moments(self, block: LlamaBlock) -> dict[str, torch.Tensor]:
-        """Return the mean of x x^T of the inputs of o_proj and down_proj; the states stay where they are."""
-        totals, tokens, handles = {}, 0, []
-
-        def record(name: str):
-            def hook(_, inputs):
-                x = inputs[0].flatten(0, -2).float()
-                product = x.t() @ x
-                totals[name] = totals[name] + product if name in totals else product
-
-            return hook
-
-        for name in ("o", "down"):
-            handles.append(getattr(block, name).register_forward_pre_hook(record(name)))
+    def run_dense(self, block: LlamaBlock) -> None:
+        """Let the dense model's states pass through a block that is still as it was; what they are behind o and down is the aim."""
+        self.targets, middle = {"o": [], "down": []}, []
+        handle = block.post_norm.register_forward_pre_hook(lambda _, inputs: middle.append(inputs[0]))
         try:
-            for state in self.states:
+            for index, state in enumerate(self.dense_states):
+                self.dense_states[index] = block.module(state, **self.arguments)
+                self.targets["o"].append(middle.pop())
+                self.targets["down"].append(self.dense_states[index])
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def moments(self, block: LlamaBlock, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the means of x x^T and wanted x^T at `o` or `down` of a block, for `refit`; the states stay where they are.
+
+        x is the projection's input in the smaller model, wanted what it has to add there to come to the dense model's state.
+        """
+        linear, seen, total, cross, tokens = getattr(block, name), {}, 0.0, 0.0, 0
+        handles = [
+            linear.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0])),
+            block.post_norm.register_forward_pre_hook(lambda _, inputs: seen.update(middle=inputs[0])),
+        ]
+        try:
+            for state, target in zip(self.states, self.targets[name], strict=True):
                 block.module(state, **self.arguments)
-                tokens += state.shape[1]
+                wanted = target - (state if name == "o" else seen["middle"])
+                if linear.bias is not None:
+                    wanted = wanted - linear.bias
+                x, wanted = seen["x"].flatten(0, -2).float(), wanted.flatten(0, -2).float()
+                total, cross, tokens = total + x.t() @ x, cross + wanted.t() @ x, tokens + len(x)
         finally:
             for handle in handles:
                 handle.remove()
-        return {name: total / tokens for name, total in totals.items()}
+        return total / tokens, cross / tokens
 
     @torch.no_grad()
     def advance(self, module: nn.Module) -> None:
@@ -326,13 +344,10 @@ def _remove(
     runner = BlockByBlock(model, windows) if recipe.compensate else None
     for block, mask in zip(llama_blocks(model), masks, strict=True):
         if runner:
-            moments = runner.moments(block)
-            for linear, name, keep in (
-                (block.o, "o", columns_of_o(block, mask.groups)),
-                (block.down, "down", mask.channels),
-            ):
-                if not keep.all():
-                    linear.weight.copy_(refit(linear.weight, moments[name], keep, recipe.damping))
+            runner.run_dense(block)
+            for name, keep in (("o", columns_of_o(block, mask.groups)), ("down", mask.channels)):
+                linear = getattr(block, name)
+                linear.weight.copy_(refit(linear.weight, *runner.moments(block, name), keep, recipe.damping))
         shrink_block(block, mask)
         if runner:
             runner.advance(block.module)
