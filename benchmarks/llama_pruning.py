@@ -48,6 +48,8 @@ class BenchmarkConfig(StageConfig):
     """What is cut: channels, groups or both."""
     rounds: int = 1
     """Parts in which it is cut."""
+    calibration_windows: int = 16
+    """Windows of training text to score and re-fit on."""
     only_memory: bool = False
     """Measure the memory of scoring here and print one line of JSON (what the script starts for itself)."""
 
@@ -119,7 +121,7 @@ def main(config: BenchmarkConfig) -> None:
     model, tokenizer = load(config)
     windows = {
         split: token_windows(tokenizer, load_documents(stage.text_dir, split), stage.seq_len, count)
-        for split, count in (("train", stage.calibration_windows), ("test", stage.eval_windows))
+        for split, count in (("train", config.calibration_windows), ("test", stage.eval_windows))
     }
     if config.only_memory:
         print(json.dumps(scoring_memory(model, windows["train"])))
@@ -186,7 +188,12 @@ def main(config: BenchmarkConfig) -> None:
         f"({memory['taylor_mb'] / memory['model_mb']:.2f} times), plain inference {memory['inference_mb']:.0f} MB"
     )
     path = config.results_dir / "benchmark_pruning.json"
-    settings = {"scope": config.scope, "structures": config.structures, "rounds": config.rounds}
+    settings = {
+        "scope": config.scope,
+        "structures": config.structures,
+        "rounds": config.rounds,
+        "calibration_windows": config.calibration_windows,
+    }
     write_json_atomically(
         path, {**settings, "protocol": dense["protocol"], "dense": dense["perplexity"], "rows": rows, "memory": memory}
     )

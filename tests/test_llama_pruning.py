@@ -386,13 +386,15 @@ def test_an_error_that_came_in_is_made_good(windows):
     for state in runner.states:
         state[:] = state + 0.1 * state.norm(dim=-1, keepdim=True) / state.shape[-1] ** 0.5
     runner.dense_states = [state.clone() for state in BlockByBlock(model, windows).states]
-    block, before = llama_blocks(disturbed)[0], runner.states
+    block, before = llama_blocks(disturbed)[0], list(runner.states)
     runner.run_dense(block)
     error = lambda states: sum((a - b).square().sum() for a, b in zip(states, runner.dense_states, strict=True))  # noqa: E731
     untouched = error([block.module(state, **runner.arguments) for state in before])
-    block.down.weight.copy_(refit(block.down.weight, *runner.moments(block, "down"), torch.ones(48, dtype=torch.bool), 0.05))
-    runner.advance(block.module)
+    everything = torch.ones(48, dtype=torch.bool)
+    runner.refit_down_and_advance(block, everything, 0.05)
     assert error(runner.states) < 0.9 * untouched
+    again = [block.module(state, **runner.arguments) for state in before]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(runner.states, again, strict=True))
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "random"])
@@ -417,13 +419,8 @@ def test_block_by_block_is_the_model(windows):
     runner = BlockByBlock(model, windows)
     for block in llama_blocks(model):
         runner.run_dense(block)
-        for name, width in (("o", 32), ("down", 48)):
-            moment, cross = runner.moments(block, name)
-            assert moment.shape == (width, width) and cross.shape == (32, width)
-            torch.testing.assert_close(
-                cross, getattr(block, name).weight @ moment, atol=1e-5, rtol=1e-4
-            )  # no error: its own output
-        runner.advance(block.module)
+        runner.refit_output(block, torch.ones(32, dtype=torch.bool), 0.1)
+        runner.refit_down_and_advance(block, torch.ones(48, dtype=torch.bool), 0.1)
     for states in (runner.states, runner.dense_states):
         expected = model.lm_head(model.model.norm(torch.cat(states)))
         assert torch.allclose(model(windows).logits, expected, atol=1e-5)

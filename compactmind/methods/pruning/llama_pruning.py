@@ -10,8 +10,8 @@ along is GPTAQ's idea, Li et al. 2025, https://arxiv.org/abs/2504.02692). Blocks
 smaller blocks before it pass it on; at no time is more than one block's moments in memory.
 """
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -218,12 +218,12 @@ class BlockByBlock:
         def catch(_, args, kwargs):
             self.states.append((args[0] if args else kwargs["hidden_states"]).clone())
             self.arguments = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "past_key_values")}
-            raise _FirstBlockReached
+            raise _Reached
 
         handle = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
         try:
             for window in windows:
-                with suppress(_FirstBlockReached):
+                with suppress(_Reached):
                     model.model(input_ids=window[None].to(model.device), use_cache=False)
         finally:
             handle.remove()
@@ -232,48 +232,73 @@ class BlockByBlock:
     @torch.no_grad()
     def run_dense(self, block: LlamaBlock) -> None:
         """Let the dense model's states pass through a block that is still as it was; what they are behind o and down is the aim."""
-        self.targets, middle = {"o": [], "down": []}, []
-        handle = block.post_norm.register_forward_pre_hook(lambda _, inputs: middle.append(inputs[0]))
-        try:
-            for index, state in enumerate(self.dense_states):
+        self.targets = {"o": [], "down": []}
+        for index, state in enumerate(self.dense_states):
+            with _inputs_of(block.post_norm, end=False) as middle:
                 self.dense_states[index] = block.module(state, **self.arguments)
-                self.targets["o"].append(middle.pop())
-                self.targets["down"].append(self.dense_states[index])
-        finally:
-            handle.remove()
+            self.targets["o"].append(middle[0])
+            self.targets["down"].append(self.dense_states[index])
 
     @torch.no_grad()
-    def moments(self, block: LlamaBlock, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the means of x x^T and wanted x^T at `o` or `down` of a block, for `refit`; the states stay where they are.
-
-        x is the projection's input in the smaller model, wanted what it has to add there to come to the dense model's state.
-        """
-        linear, seen, total, cross, tokens = getattr(block, name), {}, 0.0, 0.0, 0
-        handles = [
-            linear.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0])),
-            block.post_norm.register_forward_pre_hook(lambda _, inputs: seen.update(middle=inputs[0])),
-        ]
-        try:
-            for state, target in zip(self.states, self.targets[name], strict=True):
+    def refit_output(self, block: LlamaBlock, keep: torch.Tensor, damping: float) -> None:
+        """Re-fit, in place, o_proj to what `run_dense` found behind it; keep: (in,) boolean."""
+        moments = _Moments(block.o)
+        for state, target in zip(self.states, self.targets["o"], strict=True):
+            with _inputs_of(block.o) as x, suppress(_Reached):  # the rest of the block is not needed
                 block.module(state, **self.arguments)
-                wanted = target - (state if name == "o" else seen["middle"])
-                if linear.bias is not None:
-                    wanted = wanted - linear.bias
-                x, wanted = seen["x"].flatten(0, -2).float(), wanted.flatten(0, -2).float()
-                total, cross, tokens = total + x.t() @ x, cross + wanted.t() @ x, tokens + len(x)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return total / tokens, cross / tokens
+            moments.add(x[0], target - state)
+        moments.refit(keep, damping)
 
     @torch.no_grad()
-    def advance(self, module: nn.Module) -> None:
-        """Let all states pass through a block."""
-        self.states = [module(state, **self.arguments) for state in self.states]
+    def refit_down_and_advance(self, block: LlamaBlock, keep: torch.Tensor, damping: float) -> None:
+        """Re-fit, in place, down_proj to what `run_dense` found behind it, and let the states pass through the whole block."""
+        moments, passed = _Moments(block.down), []
+        for state, target in zip(self.states, self.targets["down"], strict=True):
+            with _inputs_of(block.post_norm, end=False) as middle, _inputs_of(block.down) as x, suppress(_Reached):
+                block.module(state, **self.arguments)
+            moments.add(x[0], target - middle[0])
+            passed.append((middle[0], x[0]))
+        moments.refit(keep, damping)
+        self.states = [middle + block.down(x) for middle, x in passed]
 
 
-class _FirstBlockReached(Exception):
-    pass
+class _Moments:
+    """Means of x x^T and wanted x^T at a linear: x what goes in, wanted what should come out."""
+
+    def __init__(self, linear: nn.Linear):
+        self.linear, self.total, self.cross, self.tokens = linear, 0.0, 0.0, 0
+
+    def add(self, x: torch.Tensor, wanted: torch.Tensor) -> None:
+        if self.linear.bias is not None:
+            wanted = wanted - self.linear.bias
+        x, wanted = x.flatten(0, -2).float(), wanted.flatten(0, -2).float()
+        self.total, self.cross, self.tokens = self.total + x.t() @ x, self.cross + wanted.t() @ x, self.tokens + len(x)
+
+    def refit(self, keep: torch.Tensor, damping: float) -> None:
+        """Give the linear, in place, the weights that `refit` finds."""
+        weight = self.linear.weight
+        weight.copy_(refit(weight, self.total / self.tokens, self.cross / self.tokens, keep, damping))
+
+
+@contextmanager
+def _inputs_of(module: nn.Module, end: bool = True) -> Iterator[list[torch.Tensor]]:
+    """Inside the `with` block the input of `module` is appended to the list it gives; `end`: nothing behind it is computed."""
+    seen: list[torch.Tensor] = []
+
+    def catch(_, inputs):
+        seen.append(inputs[0])
+        if end:
+            raise _Reached
+
+    handle = module.register_forward_pre_hook(catch)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+class _Reached(Exception):
+    """Raised by a hook at the place behind which nothing is needed."""
 
 
 # ------------------------------------------------------------------------------------------------------------- the whole
@@ -345,9 +370,6 @@ def _remove(
     for block, mask in zip(llama_blocks(model), masks, strict=True):
         if runner:
             runner.run_dense(block)
-            for name, keep in (("o", columns_of_o(block, mask.groups)), ("down", mask.channels)):
-                linear = getattr(block, name)
-                linear.weight.copy_(refit(linear.weight, *runner.moments(block, name), keep, recipe.damping))
+            runner.refit_output(block, columns_of_o(block, mask.groups), recipe.damping)
+            runner.refit_down_and_advance(block, mask.channels, recipe.damping)
         shrink_block(block, mask)
-        if runner:
-            runner.advance(block.module)
