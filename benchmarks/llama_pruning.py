@@ -12,9 +12,11 @@ its GroupMagnitudeImportance(p=2) scores them, the same number in every block (i
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,8 +70,11 @@ def prune_with_torch_pruning(model, sparsity: float) -> None:
     """Remove, in place, the FFN channels that Torch-Pruning's L2 rates lowest, of every block the same number."""
     import torch_pruning
 
-    ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)
-    graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs={"input_ids": ids})
+    inputs = {"input_ids": torch.zeros(1, 8, dtype=torch.long, device=model.device), "use_cache": False}
+    graph = torch_pruning.DependencyGraph()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it lists every norm as a parameter it knows no layer for
+        graph.build_dependency(model, example_inputs=inputs, output_transform=lambda output: output.logits)
     importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
     total = prunable_parameters(model)
     for block in llama_blocks(model):
@@ -126,13 +131,21 @@ def main(config: BenchmarkConfig) -> None:
     if config.only_memory:
         print(json.dumps(scoring_memory(model, windows["train"])))
         return
-    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only_memory", "True"], capture_output=True, text=True)
+    command = [sys.executable, __file__, *sys.argv[1:], "--only_memory", "True"]
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "1000000"
+    }  # what is freed goes back at once: the peak is what is needed
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise CompactMindError(f"measuring the memory of scoring failed: {done.stderr.strip()[-400:]}")
     memory = json.loads(done.stdout.splitlines()[-1])
     text = f"{read_dataset_description(stage.text_dir)['source']['source']}, test"
     dense, rows = perplexity(model, windows["test"], text), []
     print(f"dense {dense['perplexity']:.3f}, {json.dumps(dense['protocol'])}", flush=True)
+
+    path = config.results_dir / "benchmark_pruning.json"
+    settings = {name: getattr(config, name) for name in ("scope", "structures", "rounds", "calibration_windows")}
+    record = {**settings, "protocol": dense["protocol"], "dense": dense["perplexity"], "memory": memory, "rows": rows}
 
     def add(name: str, sparsity: float, compensate: bool, make) -> None:
         started = time.perf_counter()
@@ -144,6 +157,7 @@ def main(config: BenchmarkConfig) -> None:
             "perplexity": losses.mean().exp().item(), **paired_ratio(losses.tolist(), dense["losses"]),
         }  # fmt: skip
         rows.append(row)
+        write_json_atomically(path, record)
         low, high = row["interval"]
         print(
             f"{name:<28}{row['sparsity_measured']:>7.1%}{'  re-fitted' if compensate else '           '}{row['perplexity']:>14.2f}"
@@ -161,6 +175,9 @@ def main(config: BenchmarkConfig) -> None:
         return pruned
 
     whole = prunable_parameters(model)
+    if has_torch_pruning():
+        for sparsity in config.sparsities:
+            add(TORCH_PRUNING, sparsity, False, lambda s=sparsity: theirs(s))
     for criterion in config.criteria:
         started = time.perf_counter()
         scores = score(model, criterion, windows["train"], seed=config.seed)
@@ -169,9 +186,6 @@ def main(config: BenchmarkConfig) -> None:
             for compensate in (False, True):
                 settings = {"criterion": criterion, "sparsity": sparsity, "compensate": compensate, "seed": config.seed}
                 add(criterion, sparsity, compensate, lambda s=scores, c=settings: ours(s, **c))
-    if has_torch_pruning():
-        for sparsity in config.sparsities:
-            add(TORCH_PRUNING, sparsity, False, lambda s=sparsity: theirs(s))
 
     # ---- table
     shown = "/".join(config.structures)
@@ -186,16 +200,6 @@ def main(config: BenchmarkConfig) -> None:
     print(
         f"memory: {memory['model_mb']:.0f} MB of weights; scoring by taylor needs {memory['taylor_mb']:.0f} MB beside them "
         f"({memory['taylor_mb'] / memory['model_mb']:.2f} times), plain inference {memory['inference_mb']:.0f} MB"
-    )
-    path = config.results_dir / "benchmark_pruning.json"
-    settings = {
-        "scope": config.scope,
-        "structures": config.structures,
-        "rounds": config.rounds,
-        "calibration_windows": config.calibration_windows,
-    }
-    write_json_atomically(
-        path, {**settings, "protocol": dense["protocol"], "dense": dense["perplexity"], "rows": rows, "memory": memory}
     )
     print(f"written to {path}")
 

@@ -14,14 +14,19 @@ random      uniform noise: the control every criterion has to beat
 A group of several columns, or a structure of several matrices (l2), is put together by `aggregate`.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
 from compactmind.methods.llama import LlamaBlock, llama_blocks, stream_norms
+from compactmind.methods.retraining.causal_lm import token_loss
 
 CRITERIA = ("taylor", "activation", "variance", "l2", "random")
 AGGREGATES = ("sum", "mean", "max")
@@ -89,7 +94,10 @@ def _l2(block: LlamaBlock, aggregate: str) -> BlockScores:
 
 
 def _taylor(model: PreTrainedModel, blocks: list[LlamaBlock], windows: torch.Tensor) -> list[BlockScores]:
-    """Return x dL/dx at the inputs of down_proj and o_proj, summed per structure, squared, summed over tokens."""
+    """Return x dL/dx at the inputs of down_proj and o_proj, summed per structure, squared, summed over tokens.
+
+    Blocks are computed again in the backward pass: a third more time, and the activations of one block instead of all.
+    """
     device = model.device
     scores = [
         BlockScores(
@@ -123,13 +131,21 @@ def _taylor(model: PreTrainedModel, blocks: list[LlamaBlock], windows: torch.Ten
                     (block.o, watch(found.groups, block.groups * block.head_dim)),
                 ):
                     hooks.callback(linear.register_forward_pre_hook(hook).remove)
+                hooks.callback(_recompute_in_backward(block.module))
             for window in windows:
                 ids = window[None].to(device)
-                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0]
+                token_loss(logits, None, ids[0, 1:], temperature=1.0, alpha=0.0).backward()
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
     return [BlockScores(found.channels.cpu(), found.groups.cpu()) for found in scores]
+
+
+def _recompute_in_backward(block: nn.Module) -> Callable[[], None]:
+    """Make a block, in place, keep nothing of a forward pass but its input; return what undoes that."""
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return partial(delattr, block, "forward")
 
 
 @torch.no_grad()
