@@ -52,7 +52,8 @@ MADE_BY = {
     "llama_w8a8": "python 4_smoothquant_llama.py",
     "llama_w8a8_naive": "python 4_smoothquant_llama.py",
     "llama_nf4": "python 4_smoothquant_llama.py",
-    "llama_pruned": "python 5_bayesian_search.py",
+    "llama_pruned": "python 5_bayesian_search.py --strategy fixed",
+    "llama_searched": "python 5_bayesian_search.py",
     "llama_smoothed": "python 4_smoothquant_llama.py --save_smoothed True",
 }
 """Checkpoint name -> the command that makes it: for error messages and for the rows of a report that have not run."""
@@ -194,6 +195,11 @@ def save_checkpoint(
             "files": files,
         }
         write_json_atomically(temporary / MANIFEST, manifest)
+
+
+def bytes_to_save(model: PreTrainedModel) -> int:
+    """Return the bytes of the tensors `save_checkpoint` would write."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _without_tied_copies(model.state_dict()).values())
 
 
 def _without_tied_copies(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

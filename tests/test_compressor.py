@@ -4,17 +4,26 @@ import helpers
 import pytest
 import torch
 
-from compactmind.checkpoint import load_checkpoint, save_checkpoint
+from compactmind.checkpoint import bytes_to_save, load_checkpoint, save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.perplexity import perplexity
+from compactmind.methods import registry
 from compactmind.methods.llama import llama_shapes
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 from compactmind.methods.registry import METHODS, Resources, method_named
-from compactmind.search.compressor import EXAMPLE, layer_errors, read_pipeline, run_pipeline
+from compactmind.search.compressor import (
+    EXAMPLE,
+    interaction,
+    layer_errors,
+    read_pipeline,
+    run_pipeline,
+    store_as_released,
+    stored_bytes,
+)
 
 PRUNE = {"method": "prune", "params": {"sparsity": 0.3, "round_to": 8}}
 RETRAIN = {"method": "retrain", "params": {"tokens": 96}}
-W8A8, NF4 = {"method": "w8a8"}, {"method": "nf4"}
+W8A8, NF4, SMOOTH = {"method": "w8a8"}, {"method": "nf4"}, {"method": "smooth", "params": {"alpha": 0.6}}
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +36,11 @@ def resources(windows):
     return Resources(windows, windows, windows[:2], helpers.make_llama, torch.bfloat16)
 
 
+@pytest.fixture
+def measure(windows):
+    return lambda model: {name: perplexity(model, windows, "made up")[name] for name in ("loss", "perplexity")}
+
+
 # ---------------------------------------------------------------------------------------------------------------- legality
 @pytest.mark.parametrize(
     ("pipeline", "expected"),
@@ -36,7 +50,7 @@ def resources(windows):
         ([], "no list of steps"),
         (["prune"], "step 1.*keys method and params"),
         ([{"method": "prune", "parameters": {}}], "step 1.*keys method and params"),
-        ([{"method": "shrink"}], "step 1.*unknown method 'shrink': choose from prune, retrain, w8a8, nf4"),
+        ([{"method": "shrink"}], "step 1.*unknown method 'shrink': choose from prune, retrain, smooth, w8a8, nf4"),
         ([{"method": "prune", "params": {"amount": 0.2}}], "step 1.*no parameter 'amount': choose from .*sparsity"),
         ([{"method": "prune", "params": {"sparsity": 2}}], r"step 1.*sparsity 2 is not in \[0, 1\)"),
         ([PRUNE, {"method": "w8a8", "params": {"alpha": 3}}], r"step 2.*alpha 3 is not in \[0, 1\]"),
@@ -44,6 +58,9 @@ def resources(windows):
         ([PRUNE, NF4, RETRAIN], "step 3, retrain, comes after a quantization"),
         ([W8A8, NF4], "step 2, nf4, comes after a quantization"),
         ([RETRAIN], "step 1, retrain, has nothing to recover from"),
+        ([RETRAIN, PRUNE], "step 1, retrain, has nothing to recover from"),
+        ([PRUNE, SMOOTH], "step 2, smooth, changes nothing but how well a quantization goes"),
+        ([W8A8, SMOOTH], "step 1, w8a8|step 2, smooth"),
     ],
     ids=str,
 )
@@ -61,31 +78,60 @@ def test_the_example_in_the_messages_is_legal_and_described_with_every_parameter
 
 def test_the_table_of_methods_names_itself():
     assert all(name == method.name and method_named(name) is method for name, method in METHODS.items())
-    assert {method.kind for method in METHODS.values()} == {"prune", "retrain", "quantize"}
+    assert {method.kind for method in METHODS.values()} == {"prune", "retrain", "smooth", "quantize"}
 
 
 # --------------------------------------------------------------------------------------------------------------- running
-def test_every_step_is_measured_and_errors_add_up_but_for_the_interaction(resources, windows):
-    found = run_pipeline(read_pipeline([PRUNE, W8A8]), resources, windows, "made up")
+def test_every_step_is_measured_and_errors_add_up_but_for_the_interaction(resources, measure, windows):
+    steps = read_pipeline([PRUNE, W8A8])
+    found = run_pipeline(steps, resources, measure)
     assert [row["method"] for row in found.steps] == ["dense", "prune", "w8a8"] and found.kind == "w8a8"
     assert found.steps[0]["loss"] == pytest.approx(perplexity(helpers.make_llama(), windows, "x")["loss"])
-    alone = run_pipeline(read_pipeline([W8A8]), resources, windows, "made up")
+    alone = run_pipeline(read_pipeline([W8A8]), resources, measure)
     dense, pruned, whole = (row["loss"] for row in found.steps)
-    assert found.interaction == pytest.approx((whole - dense) - (pruned - dense) - (alone.steps[1]["loss"] - dense), abs=1e-9)
-    assert alone.interaction is None
+    expected = (whole - dense) - (pruned - dense) - (alone.steps[1]["loss"] - dense)
+    assert interaction(steps, resources, measure, found.steps) == pytest.approx(expected, abs=1e-9)
+    assert interaction(steps[:1], resources, measure, found.steps[:2]) is None
     assert found.steps[1]["done"]["sparsity"] == pytest.approx(0.3, abs=0.01)
     assert found.quantization["method"] == "smoothquant"
 
 
+@pytest.mark.parametrize("order", [[SMOOTH, PRUNE, NF4], [PRUNE, SMOOTH, NF4], [PRUNE, RETRAIN, SMOOTH, W8A8]], ids=str)
+def test_smoothing_changes_nothing_by_itself_wherever_it_stands(resources, measure, order):
+    found = run_pipeline(read_pipeline(order), resources, measure)
+    at = [row["method"] for row in found.steps].index("smooth")
+    assert found.steps[at]["loss"] == pytest.approx(found.steps[at - 1]["loss"], abs=1e-4)
+    assert found.kind == order[-1]["method"]
+
+
+def test_what_is_known_of_the_dense_model_is_computed_once_and_of_others_forgotten(resources, measure, monkeypatch):
+    calls = []
+    for name in ("score", "calibrate_llama"):
+        original = getattr(registry, name)
+        monkeypatch.setattr(registry, name, lambda *args, f=original, n=name, **options: calls.append(n) or f(*args, **options))
+    mine = Resources(resources.calibration, resources.train, resources.held_out, helpers.make_llama, torch.bfloat16)
+    for sparsity in (0.3, 0.4):
+        prune = {"method": "prune", "params": {"sparsity": sparsity, "round_to": 8}}
+        first, second = (run_pipeline(read_pipeline([prune, W8A8]), mine, measure) for _ in range(2))
+        assert first.steps[-1]["loss"] == second.steps[-1]["loss"]
+    run_pipeline(read_pipeline([W8A8]), mine, measure)
+    run_pipeline(read_pipeline([{"method": "w8a8", "params": {"alpha": 0.7}}]), mine, measure)
+    assert calls.count("score") == 1  # one for the dense model, whatever its sparsity
+    assert calls.count("calibrate_llama") == 3  # two pruned models, once each, and the dense one
+    assert len([key for key in mine.remembered if key[0]]) <= 1
+
+
 @pytest.mark.parametrize("last", [[], [W8A8], [NF4]], ids=["pruned", "w8a8", "nf4"])
 @pytest.mark.parametrize("scope", ["uniform", "global"])
-def test_what_is_measured_is_what_is_saved(resources, windows, last, scope, tmp_path):
+def test_what_is_measured_is_what_is_saved(resources, windows, measure, last, scope, tmp_path):
     prune = {
         "method": "prune",
         "params": {"sparsity": 0.3, "round_to": 16, "scope": scope, "structures": ["channels", "groups"]},
     }
     prune["params"]["round_to"] = 8 if scope == "uniform" else 4
-    found = run_pipeline(read_pipeline([prune, *last]), resources, windows, "made up")
+    found = run_pipeline(read_pipeline([prune, *last]), resources, measure)
+    store_as_released(found, resources.released)
+    assert stored_bytes(found, resources.released) == bytes_to_save(found.model)
     save_checkpoint(
         tmp_path / "small", found.model, helpers.make_byte_tokenizer(), kind=found.kind, parent="x",
         stage={"script": "x", "config": {}, "inputs": {}}, quantization=found.quantization,
@@ -97,8 +143,8 @@ def test_what_is_measured_is_what_is_saved(resources, windows, last, scope, tmp_
     assert any(isinstance(module, W8A8Linear) for module in again.model.modules()) == (last == [W8A8])
 
 
-def test_retraining_is_given_the_dense_model_and_never_makes_it_worse(resources, windows):
-    found = run_pipeline(read_pipeline([PRUNE, RETRAIN]), resources, windows, "made up")
+def test_retraining_is_given_the_dense_model_and_never_makes_it_worse(resources, measure):
+    found = run_pipeline(read_pipeline([PRUNE, RETRAIN]), resources, measure)
     done = found.steps[2]["done"]
     assert found.kind == "pruned" and done["tokens_seen"] >= 96
     assert done["loss_after"] <= done["loss_before"]

@@ -4,16 +4,18 @@ A method takes a model and gives back a model (the same object or another) and a
 directories or searches.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from compactmind.methods.pruning.llama_importance import score
 from compactmind.methods.pruning.llama_pruning import PruneRecipe, prune_llama
+from compactmind.methods.quantization.calibration import SITES
 from compactmind.methods.quantization.packed_model import quantize_model
-from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama
+from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama
 from compactmind.methods.retraining.causal_lm import RetrainRecipe, retrain_causal_lm
 from compactmind.training import TrainingState
 
@@ -32,8 +34,31 @@ class Resources:
     """Makes a fresh copy of the dense model in float32: the teacher."""
     released: torch.dtype = torch.float32
     """What the dense model's file is in, and the result's will be."""
+    device: str = "cpu"
+    """Where `dense` puts its model."""
     resume: TrainingState | None = None
     """Where retraining keeps its state, so that a killed run goes on."""
+    before: tuple[str, ...] = ()
+    """What has been done to the model that comes next: one hash per step; who runs a pipeline keeps it."""
+    remembered: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def remember(self, what: Any, make: Callable[[], Any]) -> Any:
+        """Return make(), or what it returned when it was last asked for `what` of the model as it is now.
+
+        What belongs to the dense model is kept; of others only what belongs to the last one, so that memory does not grow.
+        """
+        key = (self.before, what)
+        if key not in self.remembered:
+            for old in [old for old in self.remembered if old[0] and old[0] != self.before]:
+                del self.remembered[old]
+            self.remembered[key] = make()
+        return self.remembered[key]
+
+    def teacher(self) -> PreTrainedModel:
+        """Return the dense model to learn from; always the same one, nobody changes it."""
+        if ((), "teacher") not in self.remembered:
+            self.remembered[(), "teacher"] = self.dense().eval().requires_grad_(False)
+        return self.remembered[(), "teacher"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +67,7 @@ class Method:
 
     name: str
     kind: str
-    """prune, retrain or quantize: what decides which order is legal."""
+    """prune, retrain, smooth or quantize: what decides which order is legal."""
     tracks: tuple[str, ...]
     needs: tuple[str, ...]
     """calibration, text."""
@@ -50,8 +75,29 @@ class Method:
     """A frozen dataclass: the parameters of the method with their defaults; it refuses values outside their range."""
     apply: Callable[[PreTrainedModel, Resources, Any], tuple[PreTrainedModel, dict[str, Any]]]
     """(model, resources, recipe) -> the new model, for which the old one gives its weights away, and what was done."""
+    space: dict[str, Sequence[Any]]
+    """What a search may choose from, by parameter; the others keep their defaults."""
     result: str | None = None
     """Kind of checkpoint the result is, None for the kind it was."""
+    bits: Callable[[Any], tuple[float, float | None]] | None = None
+    """recipe -> bits of a weight of the blocks and of the others, scales included (None: as before); to tell bytes before running."""
+
+    def suggest(self, trial, label: str | None = None, choices: dict[str, Sequence[Any]] | None = None) -> dict[str, Any]:
+        """Return parameters asked of an Optuna trial under the names <label>.<parameter>; from `choices` instead of `space` if given.
+
+        Numbers in even steps are asked for as numbers, so that a sampler knows their order; everything else by name.
+        """
+        found = {}
+        for name, values in (choices or self.space).items():
+            asked, numbers = f"{label or self.name}.{name}", all(type(value) in (int, float) for value in values)
+            steps = {round(b - a, 9) for a, b in zip(values, values[1:], strict=False)} if numbers else set()
+            if len(steps) == 1 and min(steps) > 0:
+                ask = trial.suggest_int if all(type(value) is int for value in values) else trial.suggest_float
+                wanted = ask(asked, values[0], values[-1], step=steps.pop())
+                found[name] = min(values, key=lambda value: abs(value - wanted))  # 0.30000000000000004 is 0.3
+            else:
+                found[name] = trial.suggest_categorical(asked, list(values))
+        return found
 
     def parameters(self, given: dict[str, Any]):
         """Return the recipe with the parameters `given`. Raises ValueError on an unknown name or a value outside its range."""
@@ -69,31 +115,78 @@ class NF4Recipe:
     """Quantize the block scales too."""
 
 
+@dataclass(frozen=True)
+class SmoothRecipe:
+    """SmoothQuant's smoothing alone: the model computes the same, its activations are easier to quantize."""
+
+    alpha: float | str = 0.7
+    """In [0, 1], or per_layer: the best of `grid`."""
+    sites: Sequence[str] = tuple(SITES)
+    """Inputs that are smoothed."""
+    grid: Sequence[float] = (0.3, 0.5, 0.7, 0.9)
+
+    def __post_init__(self):
+        self.for_w8a8()
+
+    def for_w8a8(self) -> W8A8Recipe:
+        """Return the same as part of a W8A8 recipe without rotations; it refuses values outside their range."""
+        return W8A8Recipe(alpha=self.alpha, sites=self.sites, grid=self.grid, rotations=())
+
+
 def _prune(model, resources: Resources, recipe: PruneRecipe):
-    return prune_llama(model, recipe, resources.calibration)
+    scores = None
+    if not recipe.blocks and not recipe.hidden_sparsity:  # else what is scored is not the model as it is now
+        scores = resources.remember(
+            ("scores", recipe.criterion, recipe.aggregate, recipe.seed),
+            lambda: score(model, recipe.criterion, resources.calibration, aggregate=recipe.aggregate, seed=recipe.seed),
+        )
+    return prune_llama(model, recipe, resources.calibration, scores)
 
 
 def _retrain(model, resources: Resources, recipe: RetrainRecipe):
-    teacher = resources.dense() if recipe.distillation or recipe.hidden_loss_weight else None
+    teacher = resources.teacher() if recipe.distillation or recipe.hidden_loss_weight else None
     return model, retrain_causal_lm(
         model, resources.train, resources.held_out, recipe, teacher=teacher, resume=resources.resume
     )
 
 
+def _statistics(model, resources: Resources):
+    return resources.remember("statistics", lambda: calibrate_llama(model, resources.calibration))
+
+
+def _smooth(model, resources: Resources, recipe: SmoothRecipe):
+    return model, {"alphas": smooth_llama(model, _statistics(model, resources), recipe.for_w8a8())}
+
+
 def _w8a8(model, resources: Resources, recipe: W8A8Recipe):
-    return model, quantize_llama(model, calibrate_llama(model, resources.calibration), recipe)
+    return model, quantize_llama(model, _statistics(model, resources), recipe)
 
 
 def _nf4(model, resources: Resources, recipe: NF4Recipe):
     return model, quantize_model(model, "nf4", double_quantization=recipe.double_quantization, half_precision_embeddings=False)
 
 
+SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
 METHODS: dict[str, Method] = {
-    "prune": Method("prune", "prune", ("llm",), ("calibration",), PruneRecipe, _prune, "pruned"),
-    "retrain": Method("retrain", "retrain", ("llm",), ("text",), RetrainRecipe, _retrain),
-    "w8a8": Method("w8a8", "quantize", ("llm",), ("calibration",), W8A8Recipe, _w8a8, "w8a8"),
-    "nf4": Method("nf4", "quantize", ("llm",), (), NF4Recipe, _nf4, "nf4"),
-}
+    "prune": Method(
+        "prune", "prune", ("llm",), ("calibration",), PruneRecipe, _prune,
+        {"sparsity": SPARSITIES, "criterion": ("taylor", "activation", "variance", "l2"), "scope": ("uniform", "global")}, "pruned",
+    ),
+    "retrain": Method(
+        "retrain", "retrain", ("llm",), ("text",), RetrainRecipe, _retrain,
+        {"tokens": (8192, 16384, 24576, 32768), "lr": (5e-5, 1e-4, 2e-4), "distillation": (True, False)},
+    ),
+    "smooth": Method("smooth", "smooth", ("llm",), ("calibration",), SmoothRecipe, _smooth, {"alpha": (0.5, 0.6, 0.7, 0.8, 0.9)}),
+    "w8a8": Method(
+        "w8a8", "quantize", ("llm",), ("calibration",), W8A8Recipe, _w8a8,
+        {"alpha": (0.4, 0.5, 0.6, 0.7, 0.8), "activations": ("per_token", "per_tensor"), "embeddings": ("as_released", "int8")}, "w8a8",
+        bits=lambda recipe: (8.05, 8.06 if recipe.embeddings == "int8" else None),
+    ),
+    "nf4": Method(
+        "nf4", "quantize", ("llm",), (), NF4Recipe, _nf4, {"double_quantization": (True, False)}, "nf4",
+        bits=lambda recipe: (4.13 if recipe.double_quantization else 4.5, None),
+    ),
+}  # fmt: skip
 """Name -> method."""
 
 

@@ -2,9 +2,10 @@
 
 A pipeline is a list [{"method": "prune", "params": {"sparsity": 0.2}}, {"method": "retrain"}, ...]. Before any time is spent it is
 checked: known methods, parameters in range, and an order that can be carried out. A quantized model can neither be pruned nor
-retrained, and is quantized once; retraining wants something to recover from.
+retrained, and is quantized once; retraining wants something to recover from; smoothing wants a quantization to help.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +15,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from compactmind.checkpoint import bytes_to_save
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.perplexity import perplexity
 from compactmind.methods.registry import Method, Resources, method_named
+from compactmind.search.cache import PrefixCache
+
+EXAMPLE = '[{"method": "prune", "params": {"sparsity": 0.2}}, {"method": "retrain"}, {"method": "w8a8"}]'
+Measure = Callable[[PreTrainedModel], dict[str, Any]]
+"""What is measured after a step: it becomes part of that step's row."""
 
 
+# ---------------------------------------------------------------------------------------------------------------- pipelines
 @dataclass
 class Step:
     """One checked step of a pipeline."""
@@ -30,6 +37,10 @@ class Step:
         """Return the step with all its parameters, as JSON has it."""
         return json.loads(json.dumps({"method": self.method.name, "params": asdict(self.recipe)}))
 
+    def identity(self) -> str:
+        """Return a hash of the step and its parameters."""
+        return hashlib.sha256(json.dumps(self.described(), sort_keys=True).encode()).hexdigest()[:16]
+
 
 @dataclass
 class Compressed:
@@ -40,9 +51,24 @@ class Compressed:
     """Kind of checkpoint: dense, pruned, w8a8 or nf4."""
     quantization: dict[str, Any] | None
     steps: list[dict[str, Any]]
-    """A row per step, the dense model first: method, params, what was done, loss and perplexity on held-out text, seconds."""
-    interaction: float | None
-    """Loss of the whole minus the sum of the losses of its parts, in nats; None unless something is combined with quantization."""
+    """A row per step, the dense model first: method, params, what was done, seconds, and what was measured."""
+
+
+def order_problem(methods: Sequence[Method]) -> str | None:
+    """Return why these methods cannot be carried out in this order, None if they can."""
+    kinds = [method.kind for method in methods]
+    for number, (kind, method) in enumerate(zip(kinds, methods, strict=True), start=1):
+        before, after = kinds[: number - 1], kinds[number:]
+        if "quantize" in before:
+            return (
+                f"step {number}, {method.name}, comes after a quantization: int8 and 4-bit weights can neither be pruned nor "
+                "trained nor smoothed nor quantized again; put it before"
+            )
+        if kind == "retrain" and "prune" not in before:
+            return f"step {number}, {method.name}, has nothing to recover from: put a prune step before it"
+        if kind == "smooth" and "quantize" not in after:
+            return f"step {number}, {method.name}, changes nothing but how well a quantization goes: put one behind it"
+    return None
 
 
 def read_pipeline(pipeline: str | Sequence[dict[str, Any]]) -> list[Step]:
@@ -65,52 +91,80 @@ def read_pipeline(pipeline: str | Sequence[dict[str, Any]]) -> list[Step]:
             steps.append(Step(method, method.parameters(row.get("params") or {})))
         except (ValueError, TypeError) as error:
             raise CompactMindError(f"step {number} of the pipeline: {error}") from None
-    kinds = [step.method.kind for step in steps]
-    for number, (kind, step) in enumerate(zip(kinds, steps, strict=True), start=1):
-        if "quantize" in kinds[: number - 1]:
-            raise CompactMindError(
-                f"step {number}, {step.method.name}, comes after a quantization: int8 and 4-bit weights can neither be pruned nor "
-                "trained nor quantized again; put it before"
-            )
-        if kind == "retrain" and "prune" not in kinds[: number - 1]:
-            raise CompactMindError(
-                f"step {number}, {step.method.name}, has nothing to recover from: put a prune step before it"
-            )
+    if problem := order_problem([step.method for step in steps]):
+        raise CompactMindError(problem)
     return steps
 
 
-EXAMPLE = '[{"method": "prune", "params": {"sparsity": 0.2}}, {"method": "retrain"}, {"method": "w8a8"}]'
+def pipeline_name(steps: Sequence[Step]) -> str:
+    """Return the methods of a pipeline in order, e.g. `prune > retrain > w8a8`."""
+    return " > ".join(step.method.name for step in steps)
 
 
-def run_pipeline(steps: Sequence[Step], resources: Resources, windows: torch.Tensor, text: str) -> Compressed:
-    """Run checked steps on a fresh copy of the dense model and measure perplexity on `windows` of `text` after each.
+# ------------------------------------------------------------------------------------------------------------------ running
+def run_pipeline(
+    steps: Sequence[Step],
+    resources: Resources,
+    measure: Measure,
+    *,
+    cache: PrefixCache | None = None,
+    check: Callable[[int, list[dict[str, Any]]], None] = lambda *_: None,
+    show: bool = True,
+) -> Compressed:
+    """Run checked steps on a fresh copy of the dense model and `measure` after each; the text it reads must be none that a method sees.
 
-    The windows must be none that a method sees. With a quantization among several steps it is also run alone on the dense model, so that
-    the interaction of the two is known.
+    With a cache the longest beginning of the pipeline that has been run before is not run again; its rows are those of then,
+    marked `cached`. `check` gets the number of steps that are done and their rows; what it raises ends the pipeline there, with those steps
+    in the cache.
     """
-    model, kind, quantization = resources.dense(), "dense", None
-    measured = _measure(model, windows, text)
-    rows = [{"method": "dense", "params": {}, "done": {}, "seconds": 0.0, **measured}]
-    for step in steps:
-        print(f"{step.method.name} {json.dumps(step.described()['params'])} ...", flush=True)
+    identities = [step.identity() for step in steps]
+    done, found = 0, None
+    for count in range(len(steps), 0, -1) if cache else ():
+        if steps[count - 1].method.kind != "quantize" and (found := cache.load(identities[:count])):
+            done = count
+            break
+    if found:
+        model, rows = found
+        model.to(resources.device)
+        rows = [{**row, "cached": True} for row in rows]
+        check(done, rows)
+    else:
+        model, resources.before = resources.dense(), ()
+        measured = resources.remember(measure, lambda: measure(model))
+        rows = [{"method": "dense", "params": {}, "done": {}, "seconds": 0.0, **measured}]
+    kind = next((step.method.result for step in reversed(steps[:done]) if step.method.result), "dense")
+    quantization = None
+    for number, step in enumerate(steps[done:], start=done + 1):
+        if show:
+            print(f"{step.method.name} {json.dumps(step.described()['params'])} ...", flush=True)
         started = time.perf_counter()
-        model, done = step.method.apply(model, resources, step.recipe)
+        resources.before = tuple(identities[: number - 1])
+        model, description = step.method.apply(model, resources, step.recipe)
         kind = step.method.result or kind
-        if step.method.kind != "quantize":
-            _round(model, resources.released)
         if step.method.kind == "quantize":
-            quantization = done
+            quantization = description
+        elif step.method.kind != "smooth":
+            _round(model, resources.released)
         seconds = time.perf_counter() - started
-        rows.append({**step.described(), "done": done, "seconds": seconds, **_measure(model, windows, text)})
-        print(f"{step.method.name:<10} perplexity {rows[-1]['perplexity']:9.3f} ({seconds:.0f} s)", flush=True)
-    interaction = None
-    if quantization and len(steps) > 1:
-        alone, _ = steps[-1].method.apply(resources.dense(), resources, steps[-1].recipe)
-        dense, before, whole = rows[0]["loss"], rows[-2]["loss"], rows[-1]["loss"]
-        of_quantization = _measure(alone, windows, text)["loss"] - dense
-        interaction = (whole - dense) - ((before - dense) + of_quantization)
-    _store(model, kind, resources.released)
-    return Compressed(model, kind, quantization, rows, interaction)
+        rows.append({**step.described(), "done": description, "seconds": seconds, **measure(model)})
+        if cache and step.method.kind != "quantize":
+            cache.save(identities[:number], model, rows, resources.released)
+        check(number, rows)
+        if show and "perplexity" in rows[-1]:
+            print(f"{step.method.name:<10} perplexity {rows[-1]['perplexity']:9.3f} ({seconds:.0f} s)", flush=True)
+    return Compressed(model, kind, quantization, rows)
+
+
+def interaction(steps: Sequence[Step], resources: Resources, measure: Measure, rows: Sequence[dict[str, Any]]) -> float | None:
+    """Return the loss of the whole minus the sum of the losses of its parts, in nats; None unless it ends in a quantization of something.
+
+    The last step is run alone on the dense model for it; `rows` are those of the whole and carry a `loss` from `measure`.
+    """
+    if len(steps) < 2 or steps[-1].method.kind != "quantize":
+        return None
+    alone = run_pipeline(steps[-1:], resources, measure, show=False).steps[-1]["loss"]
+    dense, before, whole = rows[0]["loss"], rows[-2]["loss"], rows[-1]["loss"]
+    return (whole - dense) - ((before - dense) + (alone - dense))
 
 
 def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -119,16 +173,25 @@ def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
-def _store(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
-    """Cast, in place, the weights to the dtype of the release; of a W8A8 model those outside the blocks (smoothed norms stay exact)."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not (kind == "w8a8" and name.startswith("model.layers.")):
+def _stored_in_half(kind: str, name: str, parameter: torch.Tensor) -> bool:
+    """Tell whether a weight is stored in the dtype of the release; of a W8A8 model those outside the blocks (smoothed norms stay exact)."""
+    return parameter.is_floating_point() and not (kind == "w8a8" and name.startswith("model.layers."))
+
+
+def store_as_released(compressed: Compressed, dtype: torch.dtype) -> None:
+    """Cast, in place, the weights to what the file will hold; the values stay, as every step rounded them."""
+    for name, parameter in compressed.model.named_parameters():
+        if _stored_in_half(compressed.kind, name, parameter):
             parameter.data = parameter.data.to(dtype)
 
 
-def _measure(model: PreTrainedModel, windows: torch.Tensor, text: str) -> dict[str, Any]:
-    result = perplexity(model, windows, text)
-    return {name: result[name] for name in ("perplexity", "loss", "losses", "protocol")}
+def stored_bytes(compressed: Compressed, dtype: torch.dtype) -> int:
+    """Return the bytes of the tensors the weight file will hold."""
+    saved = bytes_to_save(compressed.model)
+    for name, parameter in compressed.model.named_parameters():  # tied ones once
+        if _stored_in_half(compressed.kind, name, parameter):
+            saved -= parameter.numel() * (parameter.element_size() - dtype.itemsize)
+    return saved
 
 
 @torch.no_grad()

@@ -1,0 +1,76 @@
+"""Models half way through a pipeline, found again by what was done to them: pipelines that begin alike share that beginning.
+
+An entry is a directory named by the hash of its context (model, data, windows) and its steps: weights, configuration, and the rows
+of the steps. Weights whose values a half-precision file holds exactly are stored in that dtype. The entries used longest ago go when
+the directory grows beyond its limit.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from compactmind.checkpoint import PRUNED_CLASSES
+from compactmind.errors import CompactMindError
+from compactmind.files import replace_directory, write_json_atomically
+
+RECORD = "record.json"
+
+
+class PrefixCache:
+    """A directory of models by what was done to them; several processes may use it at once."""
+
+    def __init__(self, directory: Path, context: dict[str, Any], limit_bytes: int):
+        self.directory, self.context, self.limit_bytes = directory, json.dumps(context, sort_keys=True), limit_bytes
+
+    def place(self, steps: Sequence[str]) -> Path:
+        """Return where the model after the steps with these identities lies, or would lie."""
+        return self.directory / hashlib.sha256(f"{self.context} {' '.join(steps)}".encode()).hexdigest()[:24]
+
+    def load(self, steps: Sequence[str]) -> tuple[PreTrainedModel, list[dict[str, Any]]] | None:
+        """Return the float32 model after these steps, on the CPU in evaluation mode, and its rows; None if it is not there or damaged."""
+        place = self.place(steps)
+        try:
+            record = json.loads((place / RECORD).read_text(encoding="utf-8"))
+            model_class = PRUNED_CLASSES.get(record["architecture"]) or getattr(transformers, record["architecture"])
+            model = model_class.from_pretrained(place, dtype=torch.float32)
+            os.utime(place)  # used just now
+        except (OSError, ValueError, KeyError, AttributeError, SafetensorError):
+            return None
+        return model.eval(), record["rows"]
+
+    def save(self, steps: Sequence[str], model: PreTrainedModel, rows: list[dict[str, Any]], released: torch.dtype) -> None:
+        """Keep a model and its rows, then make room; one that alone is beyond the limit is not kept."""
+        exact = all(torch.equal(weight, weight.to(released).to(weight.dtype)) for weight in model.parameters())
+        stored: dict[int, torch.Tensor] = {}  # by place in memory: what is tied stays tied
+        state = {}
+        for name, tensor in model.state_dict().items():
+            state[name] = stored.setdefault(tensor.data_ptr(), tensor.to(released) if exact else tensor)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+        if size > self.limit_bytes:
+            return
+        try:
+            with replace_directory(self.place(steps), needed_bytes=size + 1_000_000) as temporary:
+                model.save_pretrained(temporary, state_dict=state)
+                write_json_atomically(temporary / RECORD, {"architecture": type(model).__name__, "rows": rows})
+            self.make_room()
+        except (OSError, CompactMindError, SafetensorError) as error:  # a full disk, or another process at the same entry
+            print(f"{self.place(steps)} was not kept: {error}", flush=True)
+
+    def make_room(self) -> None:
+        """Remove the entries used longest ago until the rest is within the limit."""
+        entries = sorted((path.stat().st_mtime, path) for path in self.directory.iterdir() if (path / RECORD).is_file())
+        sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for _, path in entries}
+        for _, path in entries[:-1]:
+            if sum(sizes.values()) <= self.limit_bytes:
+                return
+            shutil.rmtree(path, ignore_errors=True)
+            del sizes[path]
