@@ -1,0 +1,131 @@
+"""The pipelines a search chooses from: every legal order of the methods, and each method's own parameters.
+
+The order is one choice among names like `prune > retrain > w8a8`; parameters carry the name of their method (`prune.sparsity`), whatever
+order it stands in, so that what is learnt of one order serves the others. A method that occurs again has a number (`prune2.sparsity`).
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from compactmind.errors import CompactMindError
+from compactmind.methods.registry import METHODS, Method
+from compactmind.search.compressor import order_problem
+
+MODES = ("single", "hybrid", "both")
+"""single: one method that compresses, prune or quantize; hybrid: several; retraining and smoothing stand beside them in all."""
+COMPRESSING = ("prune", "quantize")
+SEPARATOR = " > "
+
+
+@dataclass(frozen=True)
+class Space:
+    """What can be asked for: `orders` of methods, and per method and parameter the values to choose from."""
+
+    orders: tuple[tuple[str, ...], ...]
+    choices: dict[str, dict[str, Sequence[Any]]]
+
+    def suggest(self, trial) -> list[dict[str, Any]]:
+        """Return the pipeline that an Optuna trial asks for."""
+        order = trial.suggest_categorical("order", [SEPARATOR.join(order) for order in self.orders])
+        names = order.split(SEPARATOR)
+        return [
+            {"method": name, "params": METHODS[name].suggest(trial, label, self.choices[name])}
+            for name, label in zip(names, labels(names), strict=True)
+        ]
+
+    def points(self) -> Iterator[dict[str, Any]]:
+        """Return every point of the space, as the parameters an Optuna trial has."""
+        for order in self.orders:
+            names = [
+                (f"{label}.{parameter}", values)
+                for name, label in zip(order, labels(order), strict=True)
+                for parameter, values in self.choices[name].items()
+            ]
+            for values in itertools.product(*(values for _, values in names)):
+                yield {"order": SEPARATOR.join(order), **{name: value for (name, _), value in zip(names, values, strict=True)}}
+
+    def size(self) -> int:
+        """Return the number of points."""
+        sizes = {name: math.prod(map(len, values.values())) for name, values in self.choices.items()}
+        return sum(math.prod(sizes[name] for name in order) for order in self.orders)
+
+    def described(self) -> dict[str, Any]:
+        """Return the space as JSON has it: two equal spaces are described equally."""
+        used = {name for order in self.orders for name in order}
+        return {
+            "orders": [SEPARATOR.join(order) for order in self.orders],
+            "choices": {name: {key: list(values) for key, values in self.choices[name].items()} for name in sorted(used)},
+        }
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """Return the name of each step's parameters: the method's, with a number from its second occurrence on."""
+    found = []
+    for index, name in enumerate(names):
+        number = list(names[: index + 1]).count(name)
+        found.append(name if number == 1 else f"{name}{number}")
+    return found
+
+
+def make_space(
+    methods: Sequence[str],
+    *,
+    mode: str = "both",
+    max_length: int = 4,
+    max_repeats: int = 1,
+    choices: dict[str, Sequence[Any]] | None = None,
+) -> Space:
+    """Return the space of all legal orders of these methods, up to `max_length` steps, each method at most `max_repeats` times.
+
+    `choices` replaces what may be chosen from, by name: {"prune.sparsity": [0.1, 0.2]}. Raises CompactMindError naming the
+    unknown name, the value a method refuses, or why no pipeline is left.
+    """
+    if mode not in MODES:
+        raise CompactMindError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
+    for name in methods:
+        if name not in METHODS:
+            raise CompactMindError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+    found = {name: dict(METHODS[name].space) for name in methods}
+    for label, values in (choices or {}).items():
+        name, _, parameter = label.partition(".")
+        if name not in found:
+            raise CompactMindError(f"choices for {label!r}: {name!r} is not among the methods {', '.join(methods)}")
+        if not isinstance(values, (list, tuple)) or not values:
+            raise CompactMindError(f"choices for {label!r}: {values!r} is no list of values, for example [0.1, 0.2]")
+        for value in values:
+            try:
+                METHODS[name].parameters({parameter: value})
+            except (ValueError, TypeError) as error:
+                raise CompactMindError(f"choices for {label!r}: {error}") from None
+        found[name][parameter] = tuple(values)
+    orders = tuple(
+        order
+        for length in range(1, max_length + 1)
+        for order in itertools.product(methods, repeat=length)
+        if _is_wanted([METHODS[name] for name in order], mode, max_repeats)
+    )
+    if not orders:
+        raise CompactMindError(
+            f"no legal pipeline of at most {max_length} step(s) from {', '.join(methods) or 'no method'} in mode {mode}: "
+            "allow more methods or steps"
+        )
+    return Space(orders, found)
+
+
+def is_hybrid(methods: Sequence[Method]) -> bool:
+    """Tell whether several methods that compress stand together."""
+    return len({method.name for method in methods if method.kind in COMPRESSING}) > 1
+
+
+def _is_wanted(methods: list[Method], mode: str, max_repeats: int) -> bool:
+    names = [method.name for method in methods]
+    if order_problem(methods) or max(map(names.count, names)) > max_repeats:
+        return False
+    if not any(method.kind in COMPRESSING for method in methods):
+        return False
+    if any(a == b for a, b in zip(names, names[1:], strict=False)):  # twice in a row is once
+        return False
+    return mode == "both" or is_hybrid(methods) == (mode == "hybrid")

@@ -1,0 +1,161 @@
+"""What a trial of the search measures: perplexity on text no method sees, bytes, and if asked for latency and memory.
+
+Time is not spent on what cannot win: a pipeline whose bytes can be told beforehand to miss the target is not run, and one that is far
+behind the best after a step, on the first few windows, is stopped there. Nothing of that is reported as measured.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compactmind.checkpoint import save_checkpoint
+from compactmind.errors import CompactMindError
+from compactmind.evaluation.cost import measure_generation, peak_memory
+from compactmind.evaluation.language import kernel_of
+from compactmind.evaluation.perplexity import LARGEST_LOSS, window_losses
+from compactmind.methods.pruning.llama_structure import prunable_parameters
+from compactmind.methods.registry import Resources
+from compactmind.search.cache import PrefixCache
+from compactmind.search.compressor import Compressed, Step, run_pipeline, store_as_released, stored_bytes
+from compactmind.search.engine import Skipped, Stopped
+
+OBJECTIVES = ("perplexity", "bytes", "latency", "memory")
+SIMULATED = "simulated"
+HOPELESS = 0.3
+"""Nats per token behind the best finished pipeline, on the first windows, with which a pipeline is stopped ..."""
+HOPELESS_BEFORE_RETRAINING = 2.5
+"""... or with which it is if retraining is still to come."""
+MARGIN = 0.03
+"""A pipeline is run unless its bytes are expected to miss the target by more than this share."""
+
+
+@dataclass
+class TrialRunner:
+    """Runs the pipelines of one search; `evaluate` is what the engine calls."""
+
+    resources: Resources
+    windows: torch.Tensor
+    """(windows, seq_len) of text to choose on: seen by no method, and not the text of the reported numbers."""
+    few: int
+    """How many of them are looked at after every step."""
+    released_bytes: int
+    """Bytes of the dense model's weight file: what a compression ratio is a ratio to."""
+    target: float
+    """Compression ratio that has to be reached."""
+    objectives: Sequence[str] = ("perplexity",)
+    cache: PrefixCache | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Needed for the objective memory alone, whose process loads a whole checkpoint."""
+    prompt_tokens: int = 512
+    best: float = math.inf
+    """Lowest loss of a finished pipeline that reached the target, on the first few windows."""
+    sizes: tuple[int, int] | None = field(default=None, repr=False)
+
+    def learn_best(self, study) -> None:
+        """Take over what is hopeless from the trials a study has already."""
+        for trial in study.get_trials(deepcopy=False):
+            measured = trial.user_attrs.get("measured")
+            if measured and measured["compression_ratio"] >= self.target:
+                self.best = min(self.best, trial.user_attrs["steps"][-1]["loss"])
+
+    def measure_few(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Return loss and perplexity on the first few windows."""
+        loss = window_losses(model, self.windows[: self.few]).mean().item()
+        if not loss < LARGEST_LOSS:
+            raise CompactMindError(f"the loss is {loss}: the model is damaged")
+        return {"loss": loss, "perplexity": math.exp(loss)}
+
+    def expected_ratio(self, steps: Sequence[Step]) -> float:
+        """Return the compression ratio a pipeline should come to, from the shapes of the dense model and the bits of its methods."""
+        if self.sizes is None:
+            teacher = self.resources.teacher()
+            self.sizes = (prunable_parameters(teacher), sum(weight.numel() for weight in teacher.parameters()))
+        blocks, others = self.sizes[0], self.sizes[1] - self.sizes[0]
+        bits_of_blocks = bits_of_others = 8 * self.resources.released.itemsize
+        for step in steps:
+            if step.method.kind == "prune" and not step.recipe.blocks and not step.recipe.hidden_sparsity:
+                blocks *= 1 - step.recipe.sparsity
+            elif step.method.kind == "prune":
+                return math.inf  # its bytes are known when it has run
+            if step.method.bits is not None:
+                bits_of_blocks, of_others = step.method.bits(step.recipe)
+                bits_of_others = of_others or bits_of_others
+        return self.released_bytes / (blocks * bits_of_blocks / 8 + others * bits_of_others / 8)
+
+    def evaluate(self, trial, steps: list[Step]) -> list[float]:
+        """Return the values of the objectives of a pipeline and describe it on the trial. Raises Stopped where it is not worth going on, Skipped
+        before anything is run."""
+        self.learn_best(trial.study)  # other workers find good ones too
+        expected = self.expected_ratio(steps)
+        trial.set_user_attr("expected_ratio", expected)
+        if expected < self.target * (1 - MARGIN):
+            trial.set_constraint("compression", self.target - expected)
+            raise Skipped(f"not run: {expected:.2f} times smaller to expect, {self.target:g} wanted")
+        try:
+            compressed = self.run(steps, trial)
+        except Stopped:
+            trial.set_constraint("compression", self.target - min(expected, self.target))
+            raise
+        measured = self.measure(compressed)
+        trial.set_constraint("compression", self.target - measured["compression_ratio"])
+        trial.set_user_attr("measured", measured)
+        trial.set_user_attr("steps", brief(compressed.steps))
+        return [measured[name] for name in self.objectives]
+
+    def run(self, steps: Sequence[Step], trial=None) -> Compressed:
+        """Run a pipeline, measuring the first few windows after every step; with a trial, stop where it is hopeless."""
+
+        def check(number: int, rows: list[dict[str, Any]]) -> None:
+            if trial is None or not self.best < math.inf:
+                return
+            behind = rows[-1]["loss"] - self.best
+            retraining = any(step.method.kind == "retrain" for step in steps[number:])
+            if behind > (HOPELESS_BEFORE_RETRAINING if retraining else HOPELESS):
+                trial.set_user_attr("steps", brief(rows))
+                raise Stopped(
+                    f"stopped after {rows[-1]['method']}: {behind:+.2f} nats against the best", rows[-1]["perplexity"]
+                )
+
+        return run_pipeline(steps, self.resources, self.measure_few, cache=self.cache, check=check, show=False)
+
+    def measure(self, compressed: Compressed) -> dict[str, Any]:
+        """Return perplexity and loss on all windows, bytes, compression ratio, kernel, and what else the objectives ask for.
+
+        latency: ms to read a prompt of `prompt_tokens` on this machine, of a real kernel only; memory: MB at the peak of a process that
+        loads the model and reads the prompt. Raises CompactMindError if there is nothing real to measure.
+        """
+        size = stored_bytes(compressed, self.resources.released)
+        loss = window_losses(compressed.model, self.windows).mean().item()
+        found = {
+            "perplexity": math.exp(loss), "loss": loss, "windows": len(self.windows), "bytes": size,
+            "compression_ratio": self.released_bytes / size, "kernel": kernel_of(compressed.model, compressed.kind),
+        }  # fmt: skip
+        if {"latency", "memory"} & set(self.objectives) and SIMULATED in found["kernel"]:
+            raise CompactMindError(
+                "this machine has no int8 kernel for it: a simulated one has neither latency nor memory to measure"
+            )
+        if "latency" in self.objectives:
+            times = measure_generation({"model": compressed.model}, self.prompt_tokens, 3, "model")
+            found["latency"] = times["model"]["prefill"]["median_ms"]
+        if "memory" in self.objectives:
+            with TemporaryDirectory() as folder:
+                store_as_released(compressed, self.resources.released)
+                place = Path(folder) / "model"
+                save_checkpoint(
+                    place, compressed.model, self.tokenizer, kind=compressed.kind, parent=None, stage={},
+                    quantization=compressed.quantization, dtype=str(self.resources.released).removeprefix("torch."),
+                )  # fmt: skip
+                found["memory"] = peak_memory(place, 1, self.prompt_tokens)
+        return found
+
+
+def brief(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what a study keeps of the rows of a pipeline: method, loss and perplexity on the first windows, seconds, cached or not."""
+    kept = ("method", "loss", "perplexity", "seconds", "cached")
+    return [{name: row[name] for name in kept if name in row} for row in rows]

@@ -1,0 +1,258 @@
+"""The engine: what counts as a trial, what is never run twice, and how an interrupted search goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import helpers
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from compactmind.errors import CompactMindError
+from compactmind.search.engine import Skipped, Stopped, counted_trials, open_study, search, this_worker
+from compactmind.search.space import make_space
+
+DESCRIBED = {"model": "abc", "space": {"orders": ["prune"]}}
+
+
+@pytest.fixture
+def space():
+    choices = {"prune.sparsity": [0.1, 0.2, 0.3, 0.4], "prune.criterion": ["taylor", "l2"], "prune.scope": ["global"]}
+    return make_space(("prune", "retrain", "nf4"), choices=choices)
+
+
+def fresh(tmp_path, name="made up"):
+    return open_study(name, f"sqlite:///{tmp_path / 'study.db'}", DESCRIBED)
+
+
+def cost(steps) -> float:
+    """Return a made-up perplexity: more sparsity is worse, retraining helps, 4 bits cost."""
+    methods = [step.method.name for step in steps]
+    sparsity = sum(getattr(step.recipe, "sparsity", 0) for step in steps)
+    return 10 + 20 * sparsity - 4 * ("retrain" in methods) + 3 * ("nf4" in methods)
+
+
+def run(study, space, n_trials, evaluate=lambda _, steps: [cost(steps)], strategy="bayesian", **options):
+    search(study, space, n_trials, evaluate, strategy=strategy, **options)
+    return counted_trials(study)
+
+
+# ---------------------------------------------------------------------------------------------------------------- counting
+@pytest.mark.parametrize(("strategy", "sampler"), [("bayesian", "tpe"), ("bayesian", "gp"), ("random", "tpe"), ("grid", "tpe")])
+def test_a_search_runs_as_many_different_pipelines_as_it_was_asked_for(tmp_path, space, strategy, sampler):
+    seen = []
+    trials = run(
+        fresh(tmp_path), space, 12, lambda _, steps: [seen.append(str(steps)) or cost(steps)], strategy, sampler=sampler
+    )
+    assert len(trials) == len(seen) == len(set(seen)) == 12
+    assert all(trial.state == TrialState.COMPLETE and trial.value == cost_of(trial) for trial in trials)
+
+
+def cost_of(trial) -> float:
+    from compactmind.search.compressor import read_pipeline
+
+    return cost(read_pipeline(trial.user_attrs["pipeline"]))
+
+
+def test_going_on_reaches_the_number_and_the_best_is_found(tmp_path, space):
+    run(fresh(tmp_path), space, 5)
+    trials = run(fresh(tmp_path), space, 20)
+    assert len(trials) == 20
+    assert min(trial.value for trial in trials) == 10 + 20 * 0.1 - 4
+
+
+def test_the_same_seed_asks_for_the_same_trials_even_if_it_was_interrupted(tmp_path, space):
+    pipelines = lambda trials: [trial.user_attrs["key"] for trial in trials]  # noqa: E731
+    whole = pipelines(run(fresh(tmp_path, "whole"), space, 14, seed=3))
+    run(fresh(tmp_path, "parts"), space, 9, seed=3)
+    assert pipelines(run(fresh(tmp_path, "parts"), space, 14, seed=3)) == whole
+    assert pipelines(run(fresh(tmp_path, "other"), space, 14, seed=4)) != whole
+
+
+def test_a_space_that_is_used_up_ends_the_search(tmp_path):
+    space = make_space(("nf4",))
+    assert len(run(fresh(tmp_path), space, 10)) == space.size() == 2
+    assert len(run(fresh(tmp_path, "grid"), space, 10, strategy="grid")) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------- failures
+def test_failed_and_stopped_trials_are_kept_with_their_reason_and_the_search_goes_on(tmp_path, space):
+    def evaluate(trial, steps):
+        if trial.number == 1:
+            raise MemoryError
+        if trial.number == 2:
+            raise Stopped("stopped after prune: +3.00 nats", 99.0)
+        if trial.number == 3:
+            return [float("nan")]
+        trial.set_constraint("compression", -1.0)
+        return [cost(steps)]
+
+    trials = {trial.number: trial for trial in run(fresh(tmp_path), space, 8, evaluate)}
+    assert len(trials) == 8
+    assert trials[1].state == TrialState.FAIL and trials[1].user_attrs["reason"].startswith("MemoryError")
+    assert trials[2].state == TrialState.PRUNED and "+3.00 nats" in trials[2].user_attrs["reason"]
+    assert trials[3].state == TrialState.FAIL and "nan" in trials[3].user_attrs["reason"]
+    assert trials[4].state == TrialState.COMPLETE and trials[4].user_attrs["seconds"] >= 0
+
+
+def test_pipelines_that_are_not_run_do_not_count_and_the_sampler_learns_of_them(tmp_path, space):
+    def evaluate(trial, steps):
+        small = steps[-1].method.name == "nf4"
+        trial.set_constraint("compression", 0.0 if small else 1.0)
+        if not small:
+            raise Skipped("not run: too large")
+        return [cost(steps)]
+
+    study = fresh(tmp_path)
+    trials = run(study, space, 12, evaluate)
+    assert len(trials) == 12 and all(trial.params["order"].endswith("nf4") for trial in trials)
+    skipped = [trial for trial in study.trials if trial.user_attrs.get("set_aside") == "not run: too large"]
+    assert skipped and all(trial.state == TrialState.PRUNED and "nf4" not in trial.params["order"] for trial in skipped)
+    assert run(fresh(tmp_path, "none"), make_space(("prune",)), 5, evaluate) == []  # it ends, with nothing
+
+
+def test_several_objectives_give_a_front_and_a_stopped_trial_a_reason(tmp_path, space):
+    study = open_study("two", f"sqlite:///{tmp_path / 'study.db'}", DESCRIBED, ("minimize", "minimize"))
+
+    def evaluate(trial, steps):
+        if trial.number == 0:
+            raise Stopped("hopeless", 5.0)
+        return [cost(steps), 1 / cost(steps)]
+
+    trials = run(study, space, 12, evaluate)
+    assert len(trials) == 12 and trials[0].state == TrialState.FAIL and trials[0].user_attrs["reason"] == "hopeless"
+    assert study.best_trials
+
+
+def test_an_infeasible_trial_is_not_the_best_one(tmp_path, space):
+    def evaluate(trial, steps):
+        small = any(step.method.name == "nf4" for step in steps)
+        trial.set_constraint("compression", 0.0 if small else 1.0)
+        return [cost(steps)]
+
+    study = fresh(tmp_path)
+    run(study, space, 15, evaluate)
+    assert "nf4" in study.best_trial.params["order"]
+
+
+# ------------------------------------------------------------------------------------------------------------- interruptions
+def abandoned(study, space, point, worker):
+    """Leave a trial running as a worker that is gone would."""
+    study.enqueue_trial(point)
+    trial = study.ask()
+    space.suggest(trial)
+    trial.set_user_attr("worker", worker)
+    return trial.number
+
+
+def test_a_trial_whose_process_is_gone_is_run_once_more_and_only_once(tmp_path, space):
+    study, point = fresh(tmp_path), next(space.points())
+    gone = this_worker() | {"started": this_worker()["started"] - 1000}  # the number was given to another process since
+    first = abandoned(study, space, point, gone)
+    trials = run(study, space, 4)
+    assert len(trials) == 4 and trials[0].user_attrs["retry_of"] == first
+    assert study.trials[first].state == TrialState.FAIL and study.trials[first].user_attrs["set_aside"]
+    assert trials[0].params == pytest.approx(study.trials[first].params)
+
+    study = fresh(tmp_path, "twice")
+    study.enqueue_trial(point, user_attrs={"retry_of": 0})
+    trial = study.ask()
+    space.suggest(trial)
+    trial.set_user_attr("worker", gone)
+    trials = run(study, space, 3)
+    assert (
+        trials[0].state == TrialState.FAIL and "interrupted" in trials[0].user_attrs["reason"]
+    )  # counted: it was given two chances
+    assert len(trials) == 3 and not any("retry_of" in trial.user_attrs for trial in trials[1:])
+
+
+def test_a_trial_that_another_process_is_running_is_left_alone(tmp_path, space):
+    study = fresh(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
+        import psutil
+
+        worker = this_worker() | {"pid": other.pid, "started": psutil.Process(other.pid).create_time()}
+        number = abandoned(study, space, next(space.points()), worker)
+        assert len(run(study, space, 3)) == 3
+        assert study.trials[number].state == TrialState.RUNNING
+        elsewhere = abandoned(study, space, list(space.points())[1], worker | {"host": "far away"})
+        optuna.trial.Trial(study, study.trials[elsewhere]._trial_id).set_user_attr("alive_at", time.time())
+        run(study, space, 6)
+        assert study.trials[elsewhere].state == TrialState.RUNNING
+        optuna.trial.Trial(study, study.trials[elsewhere]._trial_id).set_user_attr("alive_at", time.time() - 1000)
+        run(study, space, 7)
+        assert study.trials[elsewhere].state == TrialState.FAIL
+        other.kill()
+
+
+WORKER = """
+import os, sys, time
+sys.path.insert(0, {tests!r})
+import test_engine as t
+from compactmind.search.space import make_space
+space = make_space(("prune", "retrain", "nf4"), choices={{"prune.sparsity": [0.1, 0.2, 0.3, 0.4], "prune.criterion": ["taylor"]}})
+def evaluate(trial, steps):
+    print("running", flush=True)
+    time.sleep({seconds})
+    return [t.cost(steps)]
+t.run(t.open_study("shared", {storage!r}, t.DESCRIBED), space, {n_trials}, evaluate, seed=int(sys.argv[1]))
+"""
+
+
+def start(storage, n_trials, seed, seconds=0.05):
+    code = WORKER.format(tests=str(helpers.REPOSITORY / "tests"), storage=storage, n_trials=n_trials, seconds=seconds)
+    environment = os.environ | {"PYTHONPATH": str(helpers.REPOSITORY)}
+    return subprocess.Popen([sys.executable, "-c", code, str(seed)], env=environment, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("kind", ["sqlite:///{}/study.db", "{}/study.log"])
+def test_two_processes_on_one_study_run_no_pipeline_twice_and_lose_none(tmp_path, kind):
+    storage = kind.format(tmp_path)
+    open_study("shared", storage, DESCRIBED)
+    workers = [start(storage, 14, seed) for seed in (1, 1)]  # one seed: they would ask for the same
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    trials = counted_trials(open_study("shared", storage, DESCRIBED))
+    assert len(trials) == 14 and all(trial.state == TrialState.COMPLETE for trial in trials)
+    assert max(Counter(trial.user_attrs["key"] for trial in trials).values()) == 1
+    assert len({trial.user_attrs["worker"]["pid"] for trial in trials}) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_after_a_kill_in_a_trial_the_next_run_goes_on_to_the_number(tmp_path):
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    worker = start(storage, 6, 1, seconds=0.4)
+    for _ in range(3):
+        worker.stdout.readline()
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    before = counted_trials(open_study("shared", storage, DESCRIBED))
+    assert [trial.state.name for trial in before] == ["COMPLETE", "COMPLETE", "RUNNING"]
+    assert start(storage, 6, 1).wait(timeout=120) == 0
+    trials = counted_trials(open_study("shared", storage, DESCRIBED))
+    assert len(trials) == 6 and all(trial.state == TrialState.COMPLETE for trial in trials)
+    assert [trial.number for trial in trials[:2]] == [trial.number for trial in before[:2]]  # kept
+    assert trials[2].user_attrs["retry_of"] == before[2].number and trials[2].params == pytest.approx(before[2].params)
+
+
+# ------------------------------------------------------------------------------------------------------------------ bad input
+def test_a_study_made_for_something_else_is_refused_and_both_are_named(tmp_path):
+    fresh(tmp_path)
+    with pytest.raises(CompactMindError, match="made for something else.*model: abc there, xyz here"):
+        open_study("made up", f"sqlite:///{tmp_path / 'study.db'}", DESCRIBED | {"model": "xyz"})
+
+
+@pytest.mark.parametrize(
+    "storage", ["sqlite:////nowhere/at/all/study.db", "postgresql://nobody@127.0.0.1:1/none", "no such thing"]
+)
+def test_a_storage_that_cannot_be_reached_is_named(storage):
+    with pytest.raises(CompactMindError, match="cannot be opened.*for example sqlite"):
+        open_study("x", storage, DESCRIBED)
+
+
+def test_no_trials_is_no_search(tmp_path, space):
+    with pytest.raises(CompactMindError, match="n_trials 0 is not at least 1"):
+        run(fresh(tmp_path), space, 0)

@@ -1,0 +1,102 @@
+"""The search space: which orders are legal, what a trial can ask for, and words about an empty one."""
+
+import optuna
+import pytest
+
+from compactmind.errors import CompactMindError
+from compactmind.methods.registry import METHODS
+from compactmind.search.compressor import read_pipeline
+from compactmind.search.space import SEPARATOR, labels, make_space
+
+ALL = tuple(METHODS)
+
+
+def names(space):
+    return {SEPARATOR.join(order) for order in space.orders}
+
+
+def test_the_orders_are_the_legal_ones():
+    found = names(make_space(("prune", "retrain", "w8a8"), max_length=3))
+    assert found == {"prune", "w8a8", "prune > retrain", "prune > w8a8", "prune > retrain > w8a8"}
+    everything = names(make_space(ALL, max_length=4))
+    assert {"smooth > prune > nf4", "prune > smooth > nf4", "prune > retrain > smooth > w8a8"} <= everything
+    assert not any(order.startswith("retrain") or order.endswith("smooth") or "w8a8 >" in order for order in everything)
+    # By hand: 2 quantizations, smoothed 2; prune, retrained; both with a quantization 2 + 2; with a smoothing before that, 2 and 3 places.
+    assert len(everything) == 2 + 2 + 1 + 1 + 2 + 2 + 2 * 2 + 2 * 3
+
+
+def test_every_order_is_one_the_compressor_takes():
+    for order in make_space(ALL, max_length=5, max_repeats=2).orders:
+        read_pipeline([{"method": name} for name in order])
+
+
+def test_a_method_can_be_allowed_again_but_not_twice_in_a_row():
+    found = names(make_space(("prune", "retrain"), max_length=4, max_repeats=2))
+    assert "prune > retrain > prune > retrain" in found and "prune > retrain > prune" in found
+    assert not any("prune > prune" in order or "retrain > retrain" in order for order in found)
+    assert labels(("prune", "retrain", "prune", "retrain")) == ["prune", "retrain", "prune2", "retrain2"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("single", {"prune", "prune > retrain", "nf4"}), ("hybrid", {"prune > nf4", "prune > retrain > nf4"})],
+)
+def test_the_mode_decides_how_many_methods_compress(mode, expected):
+    assert names(make_space(("prune", "retrain", "nf4"), mode=mode)) == expected
+
+
+def test_its_points_are_its_size_and_every_one_can_be_asked_for():
+    choices = {"prune.sparsity": [0.1, 0.2, 0.3], "prune.criterion": ["taylor"], "prune.scope": ["uniform", "global"]}
+    space = make_space(("prune", "w8a8"), choices={**choices, "w8a8.alpha": ["per_layer", 0.5]})
+    points = list(space.points())
+    w8a8 = 2 * 2 * 2
+    assert len(points) == space.size() == 6 + w8a8 + 6 * w8a8
+    assert len({tuple(sorted(point.items(), key=str)) for point in points}) == len(points)
+    study = optuna.create_study()
+    for point in points:
+        study.enqueue_trial(point)
+        trial = study.ask()
+        pipeline = space.suggest(trial)
+        assert trial.params == pytest.approx(point) or trial.params == point
+        assert SEPARATOR.join(step["method"] for step in pipeline) == point["order"]
+        for step in pipeline:
+            for name, value in step["params"].items():
+                assert point[f"{step['method']}.{name}"] == value and value in space.choices[step["method"]][name]
+
+
+def test_numbers_in_even_steps_are_numbers_to_the_sampler_and_come_back_exactly():
+    trial = optuna.create_study().ask()
+    params = METHODS["prune"].suggest(
+        trial, "prune2", {"sparsity": (0.1, 0.2, 0.3), "round_to": (32, 64), "scope": ("global",)}
+    )
+    kinds = {name: type(distribution).__name__ for name, distribution in trial.distributions.items()}
+    assert kinds == {
+        "prune2.sparsity": "FloatDistribution", "prune2.round_to": "IntDistribution", "prune2.scope": "CategoricalDistribution",
+    }  # fmt: skip
+    assert params["sparsity"] in (0.1, 0.2, 0.3)
+
+
+def test_a_method_joins_by_being_registered(monkeypatch):
+    monkeypatch.setitem(METHODS, "nf3", METHODS["nf4"])
+    assert "prune > nf3" in names(make_space(("prune", "nf3")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"methods": ()}, "no legal pipeline.*no method"),
+        ({"methods": ("retrain", "smooth")}, "no legal pipeline of at most 4 step.*retrain, smooth"),
+        ({"methods": ("prune",), "mode": "hybrid"}, "no legal pipeline.*mode hybrid"),
+        ({"methods": ("shrink",)}, "unknown method 'shrink': choose from prune"),
+        ({"methods": ("prune",), "mode": "all"}, "unknown mode 'all'"),
+        ({"methods": ("prune",), "choices": {"nf4.double_quantization": [True]}}, "'nf4' is not among"),
+        ({"methods": ("prune",), "choices": {"prune.sparsity": 0.2}}, "0.2 is no list"),
+        ({"methods": ("prune",), "choices": {"prune.sparsity": []}}, "no list of values"),
+        ({"methods": ("prune",), "choices": {"prune.sparsity": [0.2, 2]}}, "sparsity 2 is not in"),
+        ({"methods": ("prune",), "choices": {"prune.amount": [1]}}, "no parameter 'amount'"),
+    ],
+    ids=str,
+)
+def test_a_space_that_makes_no_sense_is_refused(arguments, expected):
+    with pytest.raises(CompactMindError, match=expected):
+        make_space(**arguments)

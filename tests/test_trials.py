@@ -1,0 +1,162 @@
+"""A trial of the search: what is skipped and stopped before it costs time, what is measured, and what the cache gives back."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import helpers
+import optuna
+import pytest
+import torch
+
+from compactmind.errors import CompactMindError
+from compactmind.evaluation.perplexity import perplexity
+from compactmind.methods.registry import METHODS, Resources
+from compactmind.search import trials
+from compactmind.search.cache import PrefixCache
+from compactmind.search.compressor import read_pipeline, run_pipeline, store_as_released
+from compactmind.search.engine import Skipped, Stopped
+from compactmind.search.trials import HOPELESS, HOPELESS_BEFORE_RETRAINING, TrialRunner
+
+PRUNE = {"method": "prune", "params": {"sparsity": 0.3, "round_to": 8}}
+RETRAIN = {"method": "retrain", "params": {"tokens": 96}}
+NF4, W8A8 = {"method": "nf4"}, {"method": "w8a8", "params": {"embeddings": "int8"}}
+
+
+@pytest.fixture
+def windows():
+    return helpers.example_windows(count=6, length=24)
+
+
+def make_runner(windows, tmp_path=None, dense=helpers.make_llama, **changes):
+    resources = Resources(windows, windows, windows[:2], dense, torch.bfloat16)
+    cache = PrefixCache(tmp_path / "cache", {"model": "x"}, 10**9) if tmp_path else None
+    weights = sum(parameter.numel() for parameter in dense().parameters())
+    settings = {"few": 2, "released_bytes": 2 * weights, "target": 1.0, "cache": cache} | changes
+    return TrialRunner(resources, windows, **settings)
+
+
+def make_trial():
+    return optuna.create_study().ask()
+
+
+@pytest.mark.parametrize("pipeline", [[PRUNE], [PRUNE, NF4], [PRUNE, W8A8], [W8A8]], ids=lambda steps: steps[-1]["method"])
+def test_the_bytes_that_are_expected_are_about_those_that_come(windows, pipeline):
+    wide = partial(helpers.make_llama, hidden_size=256, intermediate_size=512, head_dim=64)  # scales and padding weigh little
+    runner, trial, steps = make_runner(windows, dense=wide), make_trial(), read_pipeline(pipeline)
+    (value,) = runner.evaluate(trial, steps)
+    measured = trial.user_attrs["measured"]
+    assert measured["compression_ratio"] == pytest.approx(runner.released_bytes / measured["bytes"])
+    assert runner.expected_ratio(steps) == pytest.approx(measured["compression_ratio"], rel=0.05)
+    found = run_pipeline(steps, runner.resources, runner.measure_few, show=False)
+    assert value == measured["perplexity"] == pytest.approx(perplexity(found.model, windows, "x")["perplexity"], rel=1e-6)
+    assert [row["method"] for row in trial.user_attrs["steps"]] == ["dense", *(step.method.name for step in steps)]
+    store_as_released(found, torch.bfloat16)
+    assert trial.constraints == {"compression": pytest.approx(1.0 - measured["compression_ratio"])}
+
+
+def test_what_cannot_be_small_enough_is_not_run(windows, monkeypatch):
+    runner, trial = make_runner(windows, target=5.0), make_trial()
+    monkeypatch.setattr(runner, "run", lambda *_: pytest.fail("it was run"))
+    with pytest.raises(Skipped, match=r"not run: 1\.\d+ times smaller to expect, 5 wanted"):
+        runner.evaluate(trial, read_pipeline([PRUNE]))
+    assert trial.constraints["compression"] > 3
+    assert "measured" not in trial.user_attrs  # what is expected is never given as measured
+
+
+def test_a_hopeless_pipeline_is_stopped_after_the_step_that_shows_it_but_retraining_has_its_chance(windows):
+    runner, steps = make_runner(windows), read_pipeline([PRUNE, RETRAIN, NF4])
+    rows = run_pipeline(steps, runner.resources, runner.measure_few, show=False).steps
+    for behind, stopped_after in ((HOPELESS_BEFORE_RETRAINING + 0.1, "prune"), (HOPELESS + 0.1, "retrain")):
+        trial = make_trial()
+        runner.best = rows[1 if stopped_after == "prune" else 2]["loss"] - behind
+        with pytest.raises(Stopped, match=f"stopped after {stopped_after}: \\+{behind:.2f} nats") as stop:
+            runner.evaluate(trial, steps)
+        assert stop.value.value == pytest.approx(math.exp(runner.best + behind))
+        assert [row["method"] for row in trial.user_attrs["steps"]][-1] == stopped_after
+    runner.best = rows[-1]["loss"] - HOPELESS / 2
+    runner.evaluate(make_trial(), steps)
+
+
+def test_what_is_hopeless_is_learnt_from_the_trials_of_the_study(windows):
+    study, runner = optuna.create_study(), make_runner(windows, target=1.3)
+    for ratio, loss in ((1.5, 3.0), (1.2, 1.0), (1.4, 4.0)):
+        trial = study.ask()
+        trial.set_user_attr("measured", {"compression_ratio": ratio})
+        trial.set_user_attr("steps", [{"loss": 0.0}, {"loss": loss}])
+        study.tell(trial, loss)
+    runner.learn_best(study)
+    assert runner.best == 3.0  # the lower one misses the target
+
+
+def test_a_simulated_kernel_has_no_latency(windows, monkeypatch):
+    monkeypatch.setattr(trials, "kernel_of", lambda *_: "simulated")
+    runner = make_runner(windows, objectives=("perplexity", "latency"))
+    with pytest.raises(CompactMindError, match="simulated"):
+        runner.evaluate(make_trial(), read_pipeline([W8A8]))
+
+
+# ------------------------------------------------------------------------------------------------------------------- cache
+@pytest.fixture
+def calls(monkeypatch):
+    """A list that grows by the name of every method that really runs."""
+    found = []
+    for method in (METHODS["prune"], METHODS["retrain"]):
+
+        def apply(*arguments, method=method):
+            found.append(method.name)
+            return method.apply(*arguments)
+
+        monkeypatch.setitem(METHODS, method.name, replace(method, apply=apply))
+    return found
+
+
+@pytest.mark.parametrize("scope", ["uniform", "global"])
+def test_pipelines_that_begin_alike_share_that_beginning(windows, tmp_path, calls, scope):
+    prune = {"method": "prune", "params": {"sparsity": 0.3, "round_to": 8, "scope": scope}}
+    runner = make_runner(windows, tmp_path)
+    first = runner.run(read_pipeline([prune, RETRAIN, NF4]))
+    assert calls == ["prune", "retrain"]
+    second = runner.run(read_pipeline([prune, RETRAIN, W8A8]))
+    assert calls == ["prune", "retrain"]
+    assert [row.get("cached", False) for row in second.steps] == [True, True, True, False]
+    assert [row["loss"] for row in second.steps[:3]] == [row["loss"] for row in first.steps[:3]]
+    fresh = make_runner(windows).run(read_pipeline([prune, RETRAIN, W8A8]))
+    assert second.steps[-1]["loss"] == fresh.steps[-1]["loss"] and second.kind == fresh.kind
+    runner.run(read_pipeline([prune, {"method": "retrain", "params": {"tokens": 48}}]))
+    assert calls[2:] == ["prune", "retrain", "retrain"]  # of the run without a cache, then the other retraining alone
+
+
+def test_smoothed_weights_come_back_exactly(windows, tmp_path):
+    runner, steps = make_runner(windows, tmp_path), read_pipeline([{"method": "smooth"}, PRUNE, NF4])
+    first = runner.run(steps)
+    again = runner.run(steps)
+    assert again.steps[1]["cached"] and again.steps[-1]["loss"] == first.steps[-1]["loss"]
+
+
+def test_another_context_or_a_damaged_entry_is_not_used(windows, tmp_path, calls):
+    runner, steps = make_runner(windows, tmp_path), read_pipeline([PRUNE, NF4])
+    runner.run(steps)
+    other = make_runner(windows, tmp_path)
+    other.cache = PrefixCache(tmp_path / "cache", {"model": "y"}, 10**9)
+    other.run(steps)
+    assert calls == ["prune"] * 2
+    for place in (tmp_path / "cache").iterdir():
+        (place / "model.safetensors").write_bytes(b"cut off")
+    runner.run(steps)
+    assert calls == ["prune"] * 3
+
+
+def test_the_cache_stays_within_its_limit_and_forgets_what_was_used_longest_ago(windows, tmp_path):
+    runner = make_runner(windows, tmp_path)
+    pipelines = [read_pipeline([{"method": "prune", "params": {"sparsity": s, "round_to": 4}}]) for s in (0.2, 0.3, 0.4)]
+    runner.run(pipelines[0])
+    size = sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if file.is_file())
+    runner.cache.limit_bytes = int(2.5 * size)
+    runner.run(pipelines[1])
+    assert runner.run(pipelines[0]).steps[-1]["cached"]  # used just now
+    runner.run(pipelines[2])
+    kept = [runner.cache.load([step.identity() for step in steps]) is not None for steps in pipelines]
+    assert kept == [True, False, True]
+    runner.cache.limit_bytes = 10
+    runner.run(read_pipeline([{"method": "prune", "params": {"sparsity": 0.25, "round_to": 4}}]))  # too large to keep: no error
