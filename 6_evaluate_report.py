@@ -1,7 +1,7 @@
 """Measure every model of the pipeline on held-out data and put quality, operations, bytes, time and memory side by side.
 
 Run:   python 6_evaluate_report.py              (after any of the other stages; every setting: --help)
-Reads: models/*, sst2_data/test.jsonl, wikitext_data/test.jsonl     (test sentences are used here and nowhere else)
+Reads: models/*, results/search/summary.json, sst2_data/test.jsonl, wikitext_data/test.jsonl     (test sentences are used here and nowhere else)
 Writes: results/final_report.json               everything measured, with protocols, environment and goals
         results/final_report.png                accuracy against GFLOPs, point size by bytes
         results/model_comparison.{csv,png,pdf}  accuracy, inference time, load time, size
@@ -62,7 +62,7 @@ SCHEMA_VERSION = 2
 ENCODER_ROWS = (
     "teacher", "student_finetuned", "student_distilled", "student_pruned", "student_distilled_nf4", "student_pruned_nf4",
 )  # fmt: skip
-LANGUAGE_ROWS = ("llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_pruned")
+LANGUAGE_ROWS = ("llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_pruned", "llama_searched")
 """The rows a complete run has, in this order; further checkpoints of the same track under models/ follow them."""
 DENSE_LANGUAGE_MODEL = "llama"
 """The language model the others are compared with."""
@@ -256,11 +256,43 @@ def language_goals(rows: list[dict], config: ReportConfig) -> list[dict]:
         ("llama_pruned prefill", "at least", 1.15, pruned["generation"]["prefill"]["speedup"] if pruned else None, "factor"),
         ("llama_pruned retraining", "at most", 10.0, sum(seconds) / 60 if seconds else None, "minutes"),
     ]
+    found = search_summary(config.results_dir) or {}
+    hybrid, single = (found.get(f"best_{name}") for name in ("hybrid", "single"))
+    if hybrid and single:
+        against = hybrid["measured"]["perplexity"] / single["measured"]["perplexity"]
+        wanted.append(("best hybrid's perplexity against best single's", "at most", 1.0, against, "factor"))
     return [
         {"goal": name, "bound": bound, "value": value, "measured": measured, "unit": unit,
          "met": None if measured is None else bool(measured >= value if bound == "at least" else measured <= value)}
         for name, bound, value, measured, unit in wanted
     ]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- search
+def search_summary(results_dir: Path) -> dict | None:
+    """Return what the search over pipelines found, None if there was none."""
+    path = results_dir / "search" / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def print_search(found: dict | None) -> None:
+    """Print what the search found: the best pipeline, hybrids against single methods, how errors added up, what retraining won."""
+    if not found or not found["best"]:
+        return
+    print(
+        f"\nsearch for {found['target_compression']:g} times smaller, {found['trials']} trials; perplexities of validation text:"
+    )
+    best, single, hybrid = found["best"], found["best_single"], found["best_hybrid"]
+    print(f"  best: trial {best['trial']}, {' > '.join(best['methods'])}, {best['confirmed']['perplexity']:.2f} on all windows")
+    for name, row in (("hybrid", hybrid), ("single method", single)):
+        shown = f"{row['measured']['perplexity']:.2f}, {' > '.join(row['methods'])}" if row else "none reached the target"
+        print(f"  best {name}: {shown}")
+    for number, row in found["confirmed"].items():
+        if row["interaction"] is not None:
+            print(f"  trial {number}: quantization costs {row['interaction']:+.4f} nats more here than on the dense model")
+    if found["retraining"]:
+        gains = [gain["nats"] / gain["seconds"] * 60 for gain in found["retraining"]]
+        print(f"  retraining won {sum(gains) / len(gains):.3f} nats per minute, mean of {len(gains)}")
 
 
 # ------------------------------------------------------------------------------------------------------------ protocols
@@ -479,6 +511,7 @@ def main(config: ReportConfig) -> None:
         "data": {**description, "fingerprint": data_fingerprint(config.data_dir)},
         "protocols": protocols(config, description),
         "goals": [*goals(rows, config, real_sst2), *language_goals(language_rows, config)],
+        "search": search_summary(config.results_dir),
         "models": [*rows, *language_rows],
     }
     results = config.results_dir
@@ -491,6 +524,7 @@ def main(config: ReportConfig) -> None:
         plot_language_models(language_rows, results / "perplexity_against_size.png")
     print_table(rows, config)
     print(f"\n{language_table(language_rows)}{gsm8k_table(language_rows)}")
+    print_search(report["search"])
     if config.profile != "smoke":
         print_goals(report["goals"])
     print(

@@ -228,11 +228,41 @@ class SearchConfig(StageConfig):
     model_path: str = ""
     """The dense Llama, any local Hugging Face folder of a Llama-like causal LM; empty: <models_dir>/llama."""
     output: str = ""
-    """Directory for the result; empty: <models_dir>/llama_pruned."""
-    strategy: Literal["fixed"] = "fixed"
-    """fixed: run the one pipeline given."""
+    """Directory for the result; empty: <models_dir>/llama_searched, llama_pruned (fixed) or llama_trial_<N> (replay)."""
+    strategy: Literal["bayesian", "random", "grid", "fixed"] = "bayesian"
+    """bayesian, random, grid: search over the space below; fixed: run the one pipeline given."""
     pipeline: str = PRUNE_AND_RETRAIN
-    """JSON: a list of steps, each with method (prune, retrain, w8a8, nf4) and params."""
+    """fixed: JSON, a list of steps, each with method (prune, retrain, smooth, w8a8, nf4) and params."""
+    replay: int = -1
+    """Number of the trial of the study whose model to make again; -1 = search."""
+    n_trials: int = 8
+    """Trials the study shall have in all; 30 take about 40 minutes on 2 cores."""
+    target_compression: float = 2.5
+    """Bytes of the dense weight file as released / bytes of the result: at least this."""
+    mode: Literal["single", "hybrid", "both"] = "both"
+    """single: one method that compresses, with retraining or smoothing beside it; hybrid: several; or both."""
+    methods: tuple[str, ...] = ("prune", "retrain", "smooth", "w8a8", "nf4")
+    """Methods a pipeline may be made of, in any legal order."""
+    retrain: bool = True
+    """Whether retraining may be part of a pipeline: most of the time goes there, and most of the gain comes from it."""
+    max_length: int = 4
+    """Steps of a pipeline at most (1 to 6)."""
+    max_repeats: int = 1
+    """How often a method may occur in a pipeline."""
+    choices: str = "{}"
+    """JSON: what to choose from instead of a method's own space, for example {"prune.sparsity": [0.1, 0.2]}."""
+    sampler: Literal["tpe", "gp"] = "tpe"
+    """What bayesian means: tree-structured Parzen estimator, or Gaussian process."""
+    objectives: tuple[Literal["perplexity", "bytes", "latency", "memory"], ...] = ("perplexity",)
+    """What to minimise; several give a Pareto front. latency and memory are measured on this machine."""
+    storage: str = ""
+    """Where the study is kept: any Optuna URL, or the path of a journal file (*.log); empty: <results_dir>/search/study.db."""
+    study_name: str = ""
+    """Name of the study; empty: <model>-<strategy>."""
+    cache_gb: float = 6.0
+    """Disk for models half way through a pipeline, in 1e9 bytes (one of SmolLM2 takes 0.2)."""
+    top: int = 3
+    """The best so many trials are measured again on all validation windows before one is called best."""
     text_dir: Path = Path("wikitext_data")
     """Running text: calibration and retraining from train, choices on validation, reported perplexity on test."""
     seq_len: int = 512
@@ -243,8 +273,14 @@ class SearchConfig(StageConfig):
     """Windows of training text to retrain on; 0 = all there are."""
     held_out_windows: int = 8
     """Windows of validation text that decide which weights of retraining are kept."""
+    few_windows: int = 2
+    """Windows of validation text looked at after every step of a trial."""
+    search_windows: int = 8
+    """Windows of validation text on which finished trials are compared."""
+    confirm_windows: int = 24
+    """Windows of validation text for the best trials."""
     eval_windows: int = 16
-    """Windows of test text for the reported perplexity; 0 = all."""
+    """Windows of test text for the perplexity of what is saved; 0 = all."""
 
 
 @dataclass(frozen=True)
@@ -310,6 +346,8 @@ PROFILES: dict[str, dict[str, dict]] = {
         "SmoothQuantConfig": {"calibration_windows": 4, "seq_len": 32, "eval_windows": 4, "alpha_grid": (0.5, 0.8)},
         "SearchConfig": {
             "seq_len": 32, "calibration_windows": 4, "train_windows": 16, "held_out_windows": 2, "eval_windows": 4,
+            "few_windows": 1, "search_windows": 2, "confirm_windows": 4, "n_trials": 4, "target_compression": 1.2,
+            "choices": '{"prune.round_to": [8], "prune.sparsity": [0.2, 0.3], "retrain.tokens": [256, 512]}',
             "pipeline": '[{"method": "prune", "params": {"sparsity": 0.3, "round_to": 8}}, {"method": "retrain", "params": {"tokens": 512}}]',
         },
         "ReportConfig": {"cost_length": 16, "latency_repeats": 3, "seq_len": 32, "eval_windows": 4, "prompt_tokens": 16},

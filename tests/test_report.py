@@ -15,7 +15,7 @@ from compactmind.evaluation.perplexity import perplexity
 from compactmind.text import load_documents, token_windows
 
 ROWS = ["teacher", "student_finetuned", "student_distilled", "student_pruned", "student_distilled_nf4", "student_pruned_nf4"]
-LANGUAGE_ROWS = ["llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_pruned"]
+LANGUAGE_ROWS = ["llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_pruned", "llama_searched"]
 STAGES = ("download_model.py", "1_distill.py", "2_prune_finetune.py", "3_quantize.py", "4_smoothquant_llama.py",
           "5_bayesian_search.py", "6_evaluate_report.py")  # fmt: skip
 
@@ -189,9 +189,7 @@ def test_language_models_are_measured_on_the_same_windows_and_against_the_dense_
         for phase in ("prefill", "decode"):
             assert row["generation"][phase]["median_ms"] > 0 and row["generation"][phase]["speedup"] > 0
         assert row["peak_memory_mb"] > 0
-        assert (row["parameters"] < dense["parameters"]) == (name == "llama_pruned") and row["parameters"] <= dense[
-            "parameters"
-        ]
+        assert row["parameters"] <= dense["parameters"] and (row["parameters"] < dense["parameters"] or name != "llama_pruned")
         assert name in output
     steps = rows["llama_pruned"]["pipeline"]
     assert [step["method"] for step in steps] == ["dense", "prune", "retrain"]
@@ -199,6 +197,11 @@ def test_language_models_are_measured_on_the_same_windows_and_against_the_dense_
     goals = {goal["goal"]: goal for goal in report["goals"]}
     assert goals["llama_pruned perplexity, times dense"]["measured"] == rows["llama_pruned"]["against_dense"]["ratio"]
     assert goals["llama_pruned retraining"]["measured"] == pytest.approx(steps[-1]["seconds"] / 60)
+    search = report["search"]
+    assert rows["llama_searched"]["compression_ratio"] > 1 and search["best"]["methods"] == [
+        step["method"] for step in rows["llama_searched"]["pipeline"][1:]
+    ]
+    assert f"best: trial {search['best']['trial']}" in output
     assert dense["kernel"] == "float32" and rows["llama_nf4"]["kernel"] == "bitsandbytes"
     assert rows["llama_w8a8"]["kernel"] in ("int_mm", "simulated")
 
