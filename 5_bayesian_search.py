@@ -33,6 +33,7 @@ from compactmind.files import write_json_atomically
 from compactmind.methods.registry import METHODS, Resources
 from compactmind.search.cache import PrefixCache
 from compactmind.search.compressor import (
+    Measure,
     Step,
     interaction,
     layer_errors,
@@ -69,10 +70,15 @@ class Material:
     text: str
     fingerprint: str
 
-    def measure(self, model) -> dict:
-        """Return perplexity on test text: of what is saved, and of nothing that is chosen between."""
-        found = perplexity(model, self.test, f"{self.text}, test")
-        return {name: found[name] for name in ("perplexity", "loss", "losses", "protocol")}
+    @property
+    def on_test(self) -> Measure:
+        """Perplexity on test text: of what is saved, and of nothing that is chosen between."""
+
+        def measure(model) -> dict:
+            found = perplexity(model, self.test, f"{self.text}, test")
+            return {name: found[name] for name in ("perplexity", "loss", "losses", "protocol")}
+
+        return Measure(f"test, {len(self.test)} windows", measure)
 
 
 def source_of(config: SearchConfig) -> Path:
@@ -118,9 +124,9 @@ def context_of(config: SearchConfig) -> dict:
     }
 
 
-def cache_of(config: SearchConfig, measured: dict) -> PrefixCache:
-    """Return the models half way through pipelines; their rows hold what was measured, so that belongs to the context."""
-    return PrefixCache(config.results_dir / "search" / "cache", context_of(config) | measured, int(config.cache_gb * 1e9))
+def cache_of(config: SearchConfig) -> PrefixCache:
+    """Return the models half way through pipelines that this and earlier runs have made."""
+    return PrefixCache(config.results_dir / "search" / "cache", context_of(config), int(config.cache_gb * 1e9))
 
 
 # ----------------------------------------------------------------------------------------------------------- one pipeline
@@ -142,9 +148,8 @@ def make_and_save(config: SearchConfig, steps: list[Step], output: Path, strateg
     resources = material.resources
     if sum(step.method.kind == "retrain" for step in steps) == 1:  # two could not tell their states apart
         resources.resume = TrainingState(output, stage)
-    cache = cache_of(config, {"measured on": "test", "eval_windows": config.eval_windows})
-    found = run_pipeline(steps, resources, material.measure, cache=None if config.force else cache)
-    together = interaction(steps, resources, material.measure, found.steps)
+    found = run_pipeline(steps, resources, material.on_test, cache=None if config.force else cache_of(config))
+    together = interaction(steps, resources, material.on_test, found.steps)
     errors = layer_errors(resources.teacher(), found.model, resources.held_out[:ERROR_WINDOWS])
     dense_losses = found.steps[0]["losses"]
     for row in found.steps:
@@ -216,7 +221,7 @@ def run_search(config: SearchConfig, output: Path) -> None:
             make_and_save(config, read_pipeline(known["best"]["pipeline"]), output, config.strategy, {"search": known["best"]})
             return
     material = read_material(config)
-    cache = cache_of(config, {"measured on": "validation", "few_windows": config.few_windows})
+    cache = cache_of(config)
     runner = TrialRunner(
         material.resources, material.choose[: config.search_windows], config.few_windows,
         released_bytes=int(1e6 * weight_megabytes(source_of(config))), target=config.target_compression,
@@ -250,7 +255,7 @@ def run_search(config: SearchConfig, output: Path) -> None:
         compressed = runner.run(steps)
         confirmed[trial.number] = {
             **runner.measure(compressed), "steps": brief(compressed.steps),
-            "interaction": interaction(steps, material.resources, runner.measure_few, compressed.steps),
+            "interaction": interaction(steps, material.resources, runner.first_look, compressed.steps),
         }  # fmt: skip
         del compressed
         study.set_user_attr("confirmed", confirmed)

@@ -219,7 +219,7 @@ class SmoothQuantConfig(StageConfig):
 
 PRUNE_AND_RETRAIN = (
     '[{"method": "prune", "params": {"sparsity": 0.2, "criterion": "taylor", "scope": "uniform"}}, '
-    '{"method": "retrain", "params": {"tokens": 75000}}]'
+    '{"method": "retrain", "params": {"tokens": 40000}}]'
 )
 
 
@@ -235,8 +235,8 @@ class SearchConfig(StageConfig):
     """fixed: JSON, a list of steps, each with method (prune, retrain, smooth, w8a8, nf4) and params."""
     replay: int = -1
     """Number of the trial of the study whose model to make again; -1 = search."""
-    n_trials: int = 8
-    """Trials the study shall have in all; 30 take about 40 minutes on 2 cores."""
+    n_trials: int = 30
+    """Trials the study shall have in all."""
     target_compression: float = 2.5
     """Bytes of the dense weight file as released / bytes of the result: at least this."""
     mode: Literal["single", "hybrid", "both"] = "both"

@@ -24,8 +24,8 @@ STAGES = (
 )
 """In the order in which they read each other's output."""
 
-VARIANTS = {"5_bayesian_search.py": (("--strategy=fixed",), ())}
-"""Stages that run several times, with these arguments: one pipeline that stands for itself, then the search."""
+ARGUMENTS = {"5_bayesian_search.py": ("--strategy=fixed",)}
+"""What a stage is told beside the settings all share: the search itself takes longer than all stages together."""
 
 LLAMA_STAGES = ("4_smoothquant_llama.py", "5_bayesian_search.py")
 """Left out where download_model.py was told to fetch no language model (--llama_name "")."""
@@ -56,15 +56,15 @@ def main(config: PipelineConfig) -> None:
             print(f"skipped: there is no {config.models_dir / 'llama'} (`python download_model.py` makes it)")
             continue
         started = time.perf_counter()
-        for variant in VARIANTS.get(stage, ((),)):
-            try:
-                code = subprocess.run([sys.executable, root / stage, "--profile", config.profile, *shared, *variant]).returncode
-            except KeyboardInterrupt:
-                raise SystemExit(f"\nstopped in {stage}. `python run_pipeline.py` goes on there.") from None
-            if code:
-                raise SystemExit(
-                    f"error: {stage} failed (exit code {code}); mend what it says, then `python run_pipeline.py` goes on there"
-                )
+        command = [sys.executable, root / stage, "--profile", config.profile, *shared, *ARGUMENTS.get(stage, ())]
+        try:
+            code = subprocess.run(command).returncode
+        except KeyboardInterrupt:
+            raise SystemExit(f"\nstopped in {stage}. `python run_pipeline.py` goes on there.") from None
+        if code:
+            raise SystemExit(
+                f"error: {stage} failed (exit code {code}); mend what it says, then `python run_pipeline.py` goes on there"
+            )
         durations[stage] = time.perf_counter() - started
     print("\n=== done: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in durations.items()), end="")
     print(f"; {sum(durations.values()) / 60:.1f} min in all")

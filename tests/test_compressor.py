@@ -13,6 +13,7 @@ from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 from compactmind.methods.registry import METHODS, Resources, method_named
 from compactmind.search.compressor import (
     EXAMPLE,
+    Measure,
     interaction,
     layer_errors,
     read_pipeline,
@@ -38,7 +39,9 @@ def resources(windows):
 
 @pytest.fixture
 def measure(windows):
-    return lambda model: {name: perplexity(model, windows, "made up")[name] for name in ("loss", "perplexity")}
+    return Measure(
+        "made up", lambda model: {name: perplexity(model, windows, "made up")[name] for name in ("loss", "perplexity")}
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- legality

@@ -25,6 +25,8 @@ def reported(tmp_path_factory):
     """A directory in which run_pipeline.py has run every stage, and what it printed."""
     folder = helpers.make_workspace(tmp_path_factory.mktemp("reported"), train_rows=300, dev_rows=50)
     helpers.add_llama(folder)
+    searched = helpers.run_script("5_bayesian_search.py", cwd=folder)  # no part of the pipeline, but of the report
+    assert searched.returncode == 0, searched.stdout + searched.stderr
     result = helpers.run_script("run_pipeline.py", cwd=folder)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return folder, result.stdout

@@ -14,7 +14,7 @@ from compactmind.evaluation.perplexity import perplexity
 from compactmind.methods.registry import METHODS, Resources
 from compactmind.search import trials
 from compactmind.search.cache import PrefixCache
-from compactmind.search.compressor import read_pipeline, run_pipeline, store_as_released
+from compactmind.search.compressor import Measure, read_pipeline, run_pipeline, store_as_released
 from compactmind.search.engine import Skipped, Stopped
 from compactmind.search.trials import HOPELESS, HOPELESS_BEFORE_RETRAINING, TrialRunner
 
@@ -48,7 +48,7 @@ def test_the_bytes_that_are_expected_are_about_those_that_come(windows, pipeline
     measured = trial.user_attrs["measured"]
     assert measured["compression_ratio"] == pytest.approx(runner.released_bytes / measured["bytes"])
     assert runner.expected_ratio(steps) == pytest.approx(measured["compression_ratio"], rel=0.05)
-    found = run_pipeline(steps, runner.resources, runner.measure_few, show=False)
+    found = run_pipeline(steps, runner.resources, runner.first_look, show=False)
     assert value == measured["perplexity"] == pytest.approx(perplexity(found.model, windows, "x")["perplexity"], rel=1e-6)
     assert [row["method"] for row in trial.user_attrs["steps"]] == ["dense", *(step.method.name for step in steps)]
     store_as_released(found, torch.bfloat16)
@@ -66,7 +66,7 @@ def test_what_cannot_be_small_enough_is_not_run(windows, monkeypatch):
 
 def test_a_hopeless_pipeline_is_stopped_after_the_step_that_shows_it_but_retraining_has_its_chance(windows):
     runner, steps = make_runner(windows), read_pipeline([PRUNE, RETRAIN, NF4])
-    rows = run_pipeline(steps, runner.resources, runner.measure_few, show=False).steps
+    rows = run_pipeline(steps, runner.resources, runner.first_look, show=False).steps
     for behind, stopped_after in ((HOPELESS_BEFORE_RETRAINING + 0.1, "prune"), (HOPELESS + 0.1, "retrain")):
         trial = make_trial()
         runner.best = rows[1 if stopped_after == "prune" else 2]["loss"] - behind
@@ -119,12 +119,32 @@ def test_pipelines_that_begin_alike_share_that_beginning(windows, tmp_path, call
     assert calls == ["prune", "retrain"]
     second = runner.run(read_pipeline([prune, RETRAIN, W8A8]))
     assert calls == ["prune", "retrain"]
-    assert [row.get("cached", False) for row in second.steps] == [True, True, True, False]
+    assert [row.get("cached", False) for row in second.steps] == [False, True, True, False]
     assert [row["loss"] for row in second.steps[:3]] == [row["loss"] for row in first.steps[:3]]
     fresh = make_runner(windows).run(read_pipeline([prune, RETRAIN, W8A8]))
     assert second.steps[-1]["loss"] == fresh.steps[-1]["loss"] and second.kind == fresh.kind
     runner.run(read_pipeline([prune, {"method": "retrain", "params": {"tokens": 48}}]))
     assert calls[2:] == ["prune", "retrain", "retrain"]  # of the run without a cache, then the other retraining alone
+
+
+def test_a_model_from_the_cache_is_measured_anew_on_another_text(windows, tmp_path, calls):
+    runner, steps = make_runner(windows, tmp_path), read_pipeline([PRUNE, RETRAIN])
+    runner.run(steps)
+    names = []
+
+    def other(model):
+        names.append(type(model).__name__)
+        return {"loss": perplexity(model, windows[3:], "x")["loss"]}
+
+    measure = Measure("another text", other)
+    found = run_pipeline(steps, runner.resources, measure, cache=runner.cache, show=False)
+    fresh = run_pipeline(steps, runner.resources, measure, show=False)
+    assert calls == ["prune", "retrain"] * 2
+    assert [row["loss"] for row in found.steps] == [row["loss"] for row in fresh.steps]
+    assert "perplexity" not in found.steps[1]  # that was of the first text
+    before = len(names)
+    run_pipeline(steps, runner.resources, measure, cache=runner.cache, show=False)
+    assert len(names) == before  # known by now
 
 
 def test_smoothed_weights_come_back_exactly(windows, tmp_path):
@@ -156,7 +176,7 @@ def test_the_cache_stays_within_its_limit_and_forgets_what_was_used_longest_ago(
     runner.run(pipelines[1])
     assert runner.run(pipelines[0]).steps[-1]["cached"]  # used just now
     runner.run(pipelines[2])
-    kept = [runner.cache.load([step.identity() for step in steps]) is not None for steps in pipelines]
+    kept = [runner.cache.model([step.identity() for step in steps]) is not None for steps in pipelines]
     assert kept == [True, False, True]
     runner.cache.limit_bytes = 10
     runner.run(read_pipeline([{"method": "prune", "params": {"sparsity": 0.25, "round_to": 4}}]))  # too large to keep: no error

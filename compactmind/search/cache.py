@@ -1,7 +1,7 @@
 """Models half way through a pipeline, found again by what was done to them: pipelines that begin alike share that beginning.
 
-An entry is a directory named by the hash of its context (model, data, windows) and its steps: weights, configuration, and the rows
-of the steps. Weights whose values a half-precision file holds exactly are stored in that dtype. The entries used longest ago go when
+An entry is a directory named by the hash of its context (model, data, windows) and its steps: weights, configuration, and the row
+of the last step. Weights whose values a half-precision file holds exactly are stored in that dtype. The entries used longest ago go when
 the directory grows beyond its limit.
 """
 
@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ RECORD = "record.json"
 
 
 class PrefixCache:
-    """A directory of models by what was done to them; several processes may use it at once."""
+    """A directory of models by what was done to them; several processes may use it at once.
+
+    What is measured of a model is kept beside it, by the name of the measure: the same model may be looked at on several texts.
+    """
 
     def __init__(self, directory: Path, context: dict[str, Any], limit_bytes: int):
         self.directory, self.context, self.limit_bytes = directory, json.dumps(context, sort_keys=True), limit_bytes
@@ -35,20 +39,30 @@ class PrefixCache:
         """Return where the model after the steps with these identities lies, or would lie."""
         return self.directory / hashlib.sha256(f"{self.context} {' '.join(steps)}".encode()).hexdigest()[:24]
 
-    def load(self, steps: Sequence[str]) -> tuple[PreTrainedModel, list[dict[str, Any]]] | None:
-        """Return the float32 model after these steps, on the CPU in evaluation mode, and its rows; None if it is not there or damaged."""
-        place = self.place(steps)
+    def record(self, steps: Sequence[str]) -> dict[str, Any] | None:
+        """Return what is known of the last of these steps: `row`, and `measured` by measure; None if it is not there or damaged."""
         try:
-            record = json.loads((place / RECORD).read_text(encoding="utf-8"))
+            record = json.loads((self.place(steps) / RECORD).read_text(encoding="utf-8"))
+            record["architecture"], record["row"], record["measured"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return record
+
+    def model(self, steps: Sequence[str], device: str = "cpu") -> PreTrainedModel | None:
+        """Return the float32 model after these steps in evaluation mode; None if it is not there or damaged."""
+        record, place = self.record(steps), self.place(steps)
+        if record is None:
+            return None
+        try:
             model_class = PRUNED_CLASSES.get(record["architecture"]) or getattr(transformers, record["architecture"])
             model = model_class.from_pretrained(place, dtype=torch.float32)
             os.utime(place)  # used just now
-        except (OSError, ValueError, KeyError, AttributeError, SafetensorError):
+        except (OSError, ValueError, AttributeError, SafetensorError):
             return None
-        return model.eval(), record["rows"]
+        return model.to(device).eval()
 
-    def save(self, steps: Sequence[str], model: PreTrainedModel, rows: list[dict[str, Any]], released: torch.dtype) -> None:
-        """Keep a model and its rows, then make room; one that alone is beyond the limit is not kept."""
+    def save(self, steps: Sequence[str], model: PreTrainedModel, row: dict[str, Any], released: torch.dtype) -> None:
+        """Keep a model and the row of its last step, then make room; one that alone is beyond the limit is not kept."""
         exact = all(torch.equal(weight, weight.to(released).to(weight.dtype)) for weight in model.parameters())
         stored: dict[int, torch.Tensor] = {}  # by place in memory: what is tied stays tied
         state = {}
@@ -57,13 +71,21 @@ class PrefixCache:
         size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
         if size > self.limit_bytes:
             return
+        record = {"architecture": type(model).__name__, "row": row, "measured": {}}
         try:
             with replace_directory(self.place(steps), needed_bytes=size + 1_000_000) as temporary:
                 model.save_pretrained(temporary, state_dict=state)
-                write_json_atomically(temporary / RECORD, {"architecture": type(model).__name__, "rows": rows})
+                write_json_atomically(temporary / RECORD, record)
             self.make_room()
         except (OSError, CompactMindError, SafetensorError) as error:  # a full disk, or another process at the same entry
             print(f"{self.place(steps)} was not kept: {error}", flush=True)
+
+    def add_measured(self, steps: Sequence[str], measure: str, found: dict[str, Any]) -> None:
+        """Keep what was measured of the model after these steps, if it is there."""
+        if record := self.record(steps):
+            record["measured"][measure] = found
+            with suppress(OSError, CompactMindError):
+                write_json_atomically(self.place(steps) / RECORD, record)
 
     def make_room(self) -> None:
         """Remove the entries used longest ago until the rest is within the limit."""

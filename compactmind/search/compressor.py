@@ -21,8 +21,15 @@ from compactmind.methods.registry import Method, Resources, method_named
 from compactmind.search.cache import PrefixCache
 
 EXAMPLE = '[{"method": "prune", "params": {"sparsity": 0.2}}, {"method": "retrain"}, {"method": "w8a8"}]'
-Measure = Callable[[PreTrainedModel], dict[str, Any]]
-"""What is measured after a step: it becomes part of that step's row."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured after a step: it becomes part of that step's row."""
+
+    name: str
+    """Says all that it depends on beside the model: two measures of one name give the same."""
+    of: Callable[[PreTrainedModel], dict[str, Any]]
 
 
 # ---------------------------------------------------------------------------------------------------------------- pipelines
@@ -118,20 +125,15 @@ def run_pipeline(
     in the cache.
     """
     identities = [step.identity() for step in steps]
-    done, found = 0, None
-    for count in range(len(steps), 0, -1) if cache else ():
-        if steps[count - 1].method.kind != "quantize" and (found := cache.load(identities[:count])):
-            done = count
-            break
-    if found:
-        model, rows = found
-        model.to(resources.device)
-        rows = [{**row, "cached": True} for row in rows]
+    model, rows = _recall(steps, identities, measure, cache, resources.device) if cache else (None, [])
+    done = len(rows)
+    resources.before = ()
+    measured = resources.remember(measure.name, lambda: measure.of(resources.dense()))
+    if model is None:
+        model = resources.dense()
+    rows = [{"method": "dense", "params": {}, "done": {}, "seconds": 0.0, **measured}, *rows]
+    if done:
         check(done, rows)
-    else:
-        model, resources.before = resources.dense(), ()
-        measured = resources.remember(measure, lambda: measure(model))
-        rows = [{"method": "dense", "params": {}, "done": {}, "seconds": 0.0, **measured}]
     kind = next((step.method.result for step in reversed(steps[:done]) if step.method.result), "dense")
     quantization = None
     for number, step in enumerate(steps[done:], start=done + 1):
@@ -146,13 +148,39 @@ def run_pipeline(
         elif step.method.kind != "smooth":
             _round(model, resources.released)
         seconds = time.perf_counter() - started
-        rows.append({**step.described(), "done": description, "seconds": seconds, **measure(model)})
+        row, measured = {**step.described(), "done": description, "seconds": seconds}, measure.of(model)
+        rows.append(row | measured)
         if cache and step.method.kind != "quantize":
-            cache.save(identities[:number], model, rows, resources.released)
+            cache.save(identities[:number], model, row, resources.released)
+            cache.add_measured(identities[:number], measure.name, measured)
         check(number, rows)
         if show and "perplexity" in rows[-1]:
             print(f"{step.method.name:<10} perplexity {rows[-1]['perplexity']:9.3f} ({seconds:.0f} s)", flush=True)
     return Compressed(model, kind, quantization, rows)
+
+
+def _recall(
+    steps: Sequence[Step], identities: list[str], measure: Measure, cache: PrefixCache, device: str
+) -> tuple[PreTrainedModel | None, list[dict[str, Any]]]:
+    """Return the model after the longest beginning in the cache and the rows of its steps, measured now where they have not been."""
+    for count in range(len(steps), 0, -1):
+        beginnings = [identities[:number] for number in range(1, count + 1)]
+        records = [cache.record(beginning) for beginning in beginnings]
+        if steps[count - 1].method.kind == "quantize" or None in records:
+            continue
+        model, rows = cache.model(identities[:count], device), []
+        for beginning, record in zip(beginnings, records, strict=True):
+            if measure.name not in record["measured"]:
+                earlier = model if len(beginning) == count else cache.model(beginning, device)
+                if earlier is None:
+                    model = None
+                    break
+                record["measured"][measure.name] = measure.of(earlier)
+                cache.add_measured(beginning, measure.name, record["measured"][measure.name])
+            rows.append({**record["row"], **record["measured"][measure.name], "cached": True})
+        if model is not None:
+            return model, rows
+    return None, []
 
 
 def interaction(steps: Sequence[Step], resources: Resources, measure: Measure, rows: Sequence[dict[str, Any]]) -> float | None:

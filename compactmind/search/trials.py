@@ -22,7 +22,7 @@ from compactmind.evaluation.perplexity import LARGEST_LOSS, window_losses
 from compactmind.methods.pruning.llama_structure import prunable_parameters
 from compactmind.methods.registry import Resources
 from compactmind.search.cache import PrefixCache
-from compactmind.search.compressor import Compressed, Step, run_pipeline, store_as_released, stored_bytes
+from compactmind.search.compressor import Compressed, Measure, Step, run_pipeline, store_as_released, stored_bytes
 from compactmind.search.engine import Skipped, Stopped
 
 OBJECTIVES = ("perplexity", "bytes", "latency", "memory")
@@ -63,6 +63,11 @@ class TrialRunner:
             measured = trial.user_attrs.get("measured")
             if measured and measured["compression_ratio"] >= self.target:
                 self.best = min(self.best, trial.user_attrs["steps"][-1]["loss"])
+
+    @property
+    def first_look(self) -> Measure:
+        """What is measured after every step."""
+        return Measure(f"validation, first {self.few}", self.measure_few)
 
     def measure_few(self, model: PreTrainedModel) -> dict[str, Any]:
         """Return loss and perplexity on the first few windows."""
@@ -122,7 +127,7 @@ class TrialRunner:
                     f"stopped after {rows[-1]['method']}: {behind:+.2f} nats against the best", rows[-1]["perplexity"]
                 )
 
-        return run_pipeline(steps, self.resources, self.measure_few, cache=self.cache, check=check, show=False)
+        return run_pipeline(steps, self.resources, self.first_look, cache=self.cache, check=check, show=False)
 
     def measure(self, compressed: Compressed) -> dict[str, Any]:
         """Return perplexity and loss on all windows, bytes, compression ratio, kernel, and what else the objectives ask for.
