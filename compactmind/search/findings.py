@@ -201,6 +201,7 @@ def draw(study: optuna.Study, folder: Path, target: float, confirmed: dict, summ
 
 def _empty(axes, why: str) -> None:
     axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes, color=GREY)
+    axes.set(xticks=[], yticks=[])
 
 
 def _convergence(axes, study: optuna.Study, target: float) -> None:
@@ -282,7 +283,7 @@ def _error_accumulation(axes, confirmed: dict[int, dict[str, Any]]) -> None:
         range(len(rows)),
         [f"trial {number}\n{SEPARATOR.join(row['method'] for row in found['steps'][1:])}" for number, found in rows.items()],
     )
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=3)
 
 
 def _retraining(axes, gains: list[dict[str, float]]) -> None:
