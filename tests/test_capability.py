@@ -9,6 +9,7 @@ import torch
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.capability import gsm8k
 from compactmind.evaluation.language import gsm8k_table
+from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama
 
 PROBLEMS = {
     "How many legs have two spiders and a bee?": ("2 * 8 + 6 = <<16+6=22>>22\n#### 22", " 16 and 6 are 22. The answer is 22.\nQ: more?"),
@@ -51,6 +52,16 @@ def test_solved_is_the_right_number_in_the_right_place_or_the_last_one_anywhere(
     table = gsm8k_table([{"name": "mine", "gsm8k": found}, {"name": "other"}])
     assert "3 problems" in table and "33.3% [6.1%, 79.2%]" in table and "other" not in table
     assert gsm8k_table([{"name": "other"}]) == ""
+
+
+def test_an_int8_model_is_asked_too_and_stays_as_it_was(file):
+    model, tokenizer = helpers.make_llama(max_position_embeddings=8192), helpers.make_byte_tokenizer()
+    tokenizer.eos_token = tokenizer.bos_token
+    quantize_llama(model, calibrate_llama(model, helpers.example_windows()), W8A8Recipe())
+    config = model.config.quantization_config
+    found = gsm8k(model, tokenizer, 1, file=file, max_new_tokens=2)
+    assert found["problems"] == 1 and found["strict"]["accuracy"] in (0, 1)
+    assert model.config.quantization_config is config
 
 
 def test_without_the_problems_it_says_where_they_belong(tmp_path):

@@ -50,6 +50,7 @@ def gsm8k(
         definition = Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k-cot.yaml"  # the harness's own, but for the data
         task = yaml.safe_load(definition.read_text(encoding="utf-8"))
         task |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": str(file.resolve())}}}
+    quantized = model.config.__dict__.pop("quantization_config", None)  # the harness would load the library that is named there
     try:
         found = lm_eval.simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=[task], limit=problems or None,
@@ -58,6 +59,9 @@ def gsm8k(
     except (OSError, ValueError, KeyError) as error:
         where = file or "the hub's openai/gsm8k (or put test.jsonl into gsm8k_data/)"
         raise CompactMindError(f"GSM8K cannot be read from {where}: {str(error).splitlines()[0]}") from error
+    finally:
+        if quantized is not None:
+            model.config.quantization_config = quantized
     result, count = found["results"][TASK], found["n-samples"][TASK]["effective"]
     shares = {}
     for name, match in MATCHES.items():
