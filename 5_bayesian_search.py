@@ -10,7 +10,8 @@ Reads: models/llama, wikitext_data/{train,validation,test}.jsonl     (test: only
 Writes: models/llama_searched      the best pipeline that reaches the target (--output), with perplexity after every step
         results/search/            study.db, trials.csv, best_pipeline.json, summary.json and the plots
         models/llama_pruned, results/pipeline_llama_pruned.json      with --strategy fixed
-Time:  on 2 CPU cores, embedded profile: fixed about 10 minutes, most of it retraining; a search about a minute per trial.
+Time:  on 2 CPU cores, embedded profile: fixed about 10 minutes, more than half of it retraining; a trial of a
+       search from seconds to a few minutes, depending on what it shares with earlier ones and whether it retrains.
 
 Killed at any time, the same command goes on: finished trials are kept, the one that was interrupted is run once more. Several processes
 or machines share one study (--storage). Perplexities of trials are of validation text and cannot be compared with the report's.
