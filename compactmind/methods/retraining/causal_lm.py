@@ -147,6 +147,8 @@ def token_loss(
 
 
 class _TokenLoss(torch.autograd.Function):
+    """What `token_loss` computes: forward keeps the gradient (tokens, vocab) of the mean, backward scales it, in place, once."""
+
     @staticmethod
     def forward(ctx, student_logits, teacher_logits, labels, temperature: float, alpha: float) -> torch.Tensor:
         tokens = len(labels)
