@@ -267,11 +267,11 @@ class SearchConfig(StageConfig):
     """Running text: calibration and retraining from train, choices on validation, reported perplexity on test."""
     seq_len: int = 512
     """Tokens per window of text."""
-    calibration_windows: int = 32
-    """Windows of training text on which activations and gradients are observed."""
+    calibration_windows: int = 16
+    """Windows of training text on which activations and gradients are observed; what a prune step costs grows with them."""
     train_windows: int = 0
     """Windows of training text to retrain on; 0 = all there are."""
-    held_out_windows: int = 8
+    held_out_windows: int = 4
     """Windows of validation text that decide which weights of retraining are kept."""
     few_windows: int = 2
     """Windows of validation text looked at after every step of a trial."""

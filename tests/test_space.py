@@ -61,19 +61,21 @@ def test_its_points_are_its_size_and_every_one_can_be_asked_for():
         assert SEPARATOR.join(step["method"] for step in pipeline) == point["order"]
         for step in pipeline:
             for name, value in step["params"].items():
-                assert point[f"{step['method']}.{name}"] == value and value in space.choices[step["method"]][name]
+                values = space.choices[step["method"]][name]
+                assert value in values and (len(values) == 1 or point[f"{step['method']}.{name}"] == value)
+                assert (f"{step['method']}.{name}" in point) == (len(values) > 1)  # what has one value is not asked for
 
 
 def test_numbers_in_even_steps_are_numbers_to_the_sampler_and_come_back_exactly():
     trial = optuna.create_study().ask()
     params = METHODS["prune"].suggest(
-        trial, "prune2", {"sparsity": (0.1, 0.2, 0.3), "round_to": (32, 64), "scope": ("global",)}
+        trial, "prune2", {"sparsity": (0.1, 0.2, 0.3), "round_to": (32, 64), "scope": ("global", "uniform"), "rounds": (2,)}
     )
     kinds = {name: type(distribution).__name__ for name, distribution in trial.distributions.items()}
     assert kinds == {
         "prune2.sparsity": "FloatDistribution", "prune2.round_to": "IntDistribution", "prune2.scope": "CategoricalDistribution",
     }  # fmt: skip
-    assert params["sparsity"] in (0.1, 0.2, 0.3)
+    assert params["sparsity"] in (0.1, 0.2, 0.3) and params["rounds"] == 2
 
 
 def test_a_method_joins_by_being_registered(monkeypatch):

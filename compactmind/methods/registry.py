@@ -85,7 +85,8 @@ class Method:
     def suggest(self, trial, label: str | None = None, choices: dict[str, Sequence[Any]] | None = None) -> dict[str, Any]:
         """Return parameters asked of an Optuna trial under the names <label>.<parameter>; from `choices` instead of `space` if given.
 
-        Numbers in even steps are asked for as numbers, so that a sampler knows their order; everything else by name.
+        Numbers in even steps are asked for as numbers, so that a sampler knows their order; everything else by name; what has one value
+        is not asked for.
         """
         found = {}
         for name, values in (choices or self.space).items():
@@ -96,7 +97,7 @@ class Method:
                 wanted = ask(asked, values[0], values[-1], step=steps.pop())
                 found[name] = min(values, key=lambda value: abs(value - wanted))  # 0.30000000000000004 is 0.3
             else:
-                found[name] = trial.suggest_categorical(asked, list(values))
+                found[name] = values[0] if len(values) == 1 else trial.suggest_categorical(asked, list(values))
         return found
 
     def parameters(self, given: dict[str, Any]):
@@ -174,7 +175,7 @@ METHODS: dict[str, Method] = {
     ),
     "retrain": Method(
         "retrain", "retrain", ("llm",), ("text",), RetrainRecipe, _retrain,
-        {"tokens": (8192, 16384, 24576, 32768), "lr": (5e-5, 1e-4, 2e-4), "distillation": (True, False)},
+        {"tokens": (4096, 8192, 16384), "lr": (5e-5, 1e-4, 2e-4), "distillation": (True, False), "evaluations": (1,)},
     ),
     "smooth": Method("smooth", "smooth", ("llm",), ("calibration",), SmoothRecipe, _smooth, {"alpha": (0.5, 0.6, 0.7, 0.8, 0.9)}),
     "w8a8": Method(

@@ -43,6 +43,7 @@ class Space:
                 (f"{label}.{parameter}", values)
                 for name, label in zip(order, labels(order), strict=True)
                 for parameter, values in self.choices[name].items()
+                if len(values) > 1
             ]
             for values in itertools.product(*(values for _, values in names)):
                 yield {"order": SEPARATOR.join(order), **{name: value for (name, _), value in zip(names, values, strict=True)}}

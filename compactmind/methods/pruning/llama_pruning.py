@@ -228,6 +228,7 @@ class BlockByBlock:
         finally:
             handle.remove()
         self.dense_states = list(self.states)
+        self.share = getattr(model.config, "residual_multiplier", 1.0)  # Granite adds only a share of what a block computes
 
     @torch.no_grad()
     def run_dense(self, block: LlamaBlock) -> None:
@@ -241,25 +242,27 @@ class BlockByBlock:
 
     @torch.no_grad()
     def refit_output(self, block: LlamaBlock, keep: torch.Tensor, damping: float) -> None:
-        """Re-fit, in place, o_proj to what `run_dense` found behind it; keep: (in,) boolean."""
-        moments = _Moments(block.o)
+        """Re-fit, in place, o_proj to what `run_dense` found behind it, and let the states pass through it; keep: (in,) boolean."""
+        moments, inputs = _Moments(block.o), []
         for state, target in zip(self.states, self.targets["o"], strict=True):
             with _inputs_of(block.o) as x, suppress(_Reached):  # the rest of the block is not needed
                 block.module(state, **self.arguments)
-            moments.add(x[0], target - state)
+            moments.add(x[0], (target - state) / self.share)
+            inputs.append(x[0])
         moments.refit(keep, damping)
+        self.states = [state + self.share * block.o(x) for state, x in zip(self.states, inputs, strict=True)]
 
     @torch.no_grad()
-    def refit_down_and_advance(self, block: LlamaBlock, keep: torch.Tensor, damping: float) -> None:
-        """Re-fit, in place, down_proj to what `run_dense` found behind it, and let the states pass through the whole block."""
-        moments, passed = _Moments(block.down), []
+    def refit_down(self, block: LlamaBlock, damping: float) -> None:
+        """Re-fit, in place, down_proj to what `run_dense` found behind it, and let the states pass through it."""
+        moments, inputs = _Moments(block.down), []
         for state, target in zip(self.states, self.targets["down"], strict=True):
-            with _inputs_of(block.post_norm, end=False) as middle, _inputs_of(block.down) as x, suppress(_Reached):
-                block.module(state, **self.arguments)
-            moments.add(x[0], target - middle[0])
-            passed.append((middle[0], x[0]))
-        moments.refit(keep, damping)
-        self.states = [middle + block.down(x) for middle, x in passed]
+            with _inputs_of(block.down) as x, suppress(_Reached):
+                block.module.mlp(block.post_norm(state))
+            moments.add(x[0], (target - state) / self.share)
+            inputs.append(x[0])
+        moments.refit(torch.ones(block.down.in_features, dtype=torch.bool), damping)
+        self.states = [state + self.share * block.down(x) for state, x in zip(self.states, inputs, strict=True)]
 
 
 class _Moments:
@@ -367,9 +370,11 @@ def _remove(
     scores = scores or score(model, recipe.criterion, windows, aggregate=recipe.aggregate, seed=recipe.seed)
     masks = choose_masks(model, scores, recipe)
     runner = BlockByBlock(model, windows) if recipe.compensate else None
-    for block, mask in zip(llama_blocks(model), masks, strict=True):
+    for index, mask in enumerate(masks):
+        block = llama_blocks(model)[index]
         if runner:
             runner.run_dense(block)
             runner.refit_output(block, columns_of_o(block, mask.groups), recipe.damping)
-            runner.refit_down_and_advance(block, mask.channels, recipe.damping)
         shrink_block(block, mask)
+        if runner:  # what is pruned of the FFN has no part in it
+            runner.refit_down(llama_blocks(model)[index], recipe.damping)
