@@ -13,19 +13,20 @@ from pathlib import Path
 
 from common import PROFILE, PROFILES, StageConfig, parse_command_line
 
-STAGES = (
-    "download_model.py",
-    "1_distill.py",
-    "2_prune_finetune.py",
-    "3_quantize.py",
-    "4_smoothquant_llama.py",
-    "5_bayesian_search.py",
-    "6_evaluate_report.py",
+RUNS = (
+    ("download_model.py",),
+    ("1_distill.py",),
+    ("2_prune_finetune.py",),
+    ("3_quantize.py",),
+    ("4_smoothquant_llama.py",),
+    ("5_bayesian_search.py", "--strategy=fixed"),
+    ("5_bayesian_search.py",),
+    ("6_evaluate_report.py",),
 )
-"""In the order in which they read each other's output."""
+"""Scripts and what they are told beside the settings all share, in the order in which they read each other's output."""
 
-ARGUMENTS = {"5_bayesian_search.py": ("--strategy=fixed",)}
-"""What a stage is told beside the settings all share: the search itself takes longer than all stages together."""
+STAGES = tuple(dict.fromkeys(script for script, *_ in RUNS))
+"""The scripts, each once."""
 
 LLAMA_STAGES = ("4_smoothquant_llama.py", "5_bayesian_search.py")
 """Left out where download_model.py was told to fetch no language model (--llama_name "")."""
@@ -48,27 +49,28 @@ def main(config: PipelineConfig) -> None:
         raise SystemExit(f"error: unknown profile {config.profile!r}: choose one of {', '.join(PROFILES)}")
     root, begun = Path(__file__).resolve().parent, time.perf_counter()
     shared = [f"--{name}={getattr(config, name)}" for name in ("models_dir", "data_dir", "results_dir", "seed", "force")]
-    stages = [stage for stage in STAGES if stage in config.only]
+    runs = [run for run in RUNS if run[0] in config.only]
     durations = {}
-    for number, stage in enumerate(stages, start=1):
-        print(f"\n=== [{number}/{len(stages)}] {stage}, {(time.perf_counter() - begun) / 60:.1f} min so far", flush=True)
+    for number, (stage, *arguments) in enumerate(runs, start=1):
+        name = " ".join((stage, *arguments))
+        print(f"\n=== [{number}/{len(runs)}] {name}, {(time.perf_counter() - begun) / 60:.1f} min so far", flush=True)
         if stage in LLAMA_STAGES and not (config.models_dir / "llama").is_dir():
             print(f"skipped: there is no {config.models_dir / 'llama'} (`python download_model.py` makes it)")
             continue
         started = time.perf_counter()
-        command = [sys.executable, root / stage, "--profile", config.profile, *shared, *ARGUMENTS.get(stage, ())]
+        command = [sys.executable, root / stage, "--profile", config.profile, *shared, *arguments]
         try:
             code = subprocess.run(command).returncode
         except KeyboardInterrupt:
-            raise SystemExit(f"\nstopped in {stage}. `python run_pipeline.py` goes on there.") from None
+            raise SystemExit(f"\nstopped in {name}. `python run_pipeline.py` goes on there.") from None
         if code:
             raise SystemExit(
-                f"error: {stage} failed (exit code {code}); mend what it says, then `python run_pipeline.py` goes on there"
+                f"error: {name} failed (exit code {code}); mend what it says, then `python run_pipeline.py` goes on there"
             )
-        durations[stage] = time.perf_counter() - started
+        durations[name] = time.perf_counter() - started
     print("\n=== done: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in durations.items()), end="")
     print(f"; {sum(durations.values()) / 60:.1f} min in all")
-    if STAGES[-1] in stages:
+    if STAGES[-1] in config.only:
         print(f"report: {config.results_dir / 'final_report.json'} and {config.results_dir / 'final_report.png'}")
 
 

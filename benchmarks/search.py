@@ -1,14 +1,17 @@
 """How good and how fast the search is: TPE and random against a whole grid, and trials per minute against running every pipeline from scratch.
 
-Run:   python benchmarks/search.py                     (after python download_model.py; about two hours on 2 CPU cores, resumes if killed)
-       python benchmarks/search.py --parts speed       (20 minutes)
+Run:   python benchmarks/search.py                     (after python download_model.py; about an hour on 2 CPU cores, the grid resumes if killed)
+       python benchmarks/search.py --parts speed       (quality, speed or flat alone)
 Reads: models/llama, wikitext_data/{train,validation}.jsonl
 Writes: results/benchmark_search.json, results/benchmark_search_grid.json (a point per line of the grid), and prints both tables
 
 quality   every point of a coarse space is run once. TPE and random then search the same space for `budget` trials, with several seeds; what
           a pipeline gives is looked up, so that all see the same numbers. Gap: best found / best of the grid - 1, target reached
-speed     one sequence of random pipelines, as the search runs them (scores remembered, shared beginnings, hopeless ones stopped, few
-          windows) and from scratch (each alone, all windows), in this process, one after the other
+speed     a search by TPE as the script runs it (scores remembered, shared beginnings, hopeless ones stopped, few windows), then every
+          pipeline it ran from scratch (nothing remembered, all windows; text is read once), in this process. Pipelines it did not run,
+          because they cannot reach the target, are not counted at all
+flat      100 trials of one search by TPE on so little text that each takes seconds: memory of the process after them, and the time
+          that a trial takes beside its methods, for early and late ones
 """
 
 import json
@@ -19,6 +22,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import optuna
 import torch
@@ -32,33 +36,41 @@ from compactmind.files import write_json_atomically  # noqa: E402
 from compactmind.methods.registry import Resources  # noqa: E402
 from compactmind.search.cache import PrefixCache  # noqa: E402
 from compactmind.search.compressor import pipeline_name, read_pipeline  # noqa: E402
-from compactmind.search.engine import Stopped, counted_trials, open_study, search, shuffled_points  # noqa: E402
+from compactmind.search.engine import Skipped, counted_trials, open_study, search  # noqa: E402
+from compactmind.search.findings import SearchProgress  # noqa: E402
 from compactmind.search.space import Space, make_space  # noqa: E402
-from compactmind.search.trials import TrialRunner  # noqa: E402
+from compactmind.search.trials import MARGIN, TrialRunner  # noqa: E402
 from compactmind.text import load_documents, token_windows  # noqa: E402
 
+METHODS = ("prune", "retrain", "w8a8", "nf4")
 GRID = {
-    "prune.sparsity": [0.1, 0.2, 0.3, 0.4], "prune.criterion": ["taylor", "activation"], "prune.scope": ["uniform", "global"],
-    "w8a8.alpha": [0.5, 0.7], "w8a8.activations": ["per_token"], "w8a8.embeddings": ["as_released", "int8"],
-    "nf4.double_quantization": [True],
+    "prune.sparsity": [0.1, 0.2, 0.3, 0.4], "prune.criterion": ["taylor", "activation"], "prune.scope": ["uniform"],
+    "retrain.tokens": [4096], "retrain.lr": [1e-4], "retrain.distillation": [False],
+    "w8a8.alpha": [0.5, 0.8], "w8a8.activations": ["per_token"], "w8a8.embeddings": ["int8"], "nf4.double_quantization": [True],
 }  # fmt: skip
-"""The coarse space of `quality`, without retraining: 16 ways to prune, 5 to quantize, alone and together: 101 points."""
+"""The coarse space: 8 ways to prune, with and without retraining, 3 to quantize, alone and together: 67 points."""
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig(StageConfig):
-    parts: tuple[str, ...] = ("quality", "speed")
-    """quality, speed, or both."""
-    target_compression: float = 2.0
-    """Target of both."""
+    parts: tuple[Literal["quality", "speed", "flat"], ...] = ("quality", "speed", "flat")
+    """What to measure."""
+    target_compression: float = 2.5
+    """Target of quality and speed."""
     budget: int = 15
     """Trials of TPE and random in `quality`."""
     seeds: int = 5
     """Searches of each kind."""
-    pipelines: int = 10
-    """Pipelines of `speed`."""
+    pipelines: int = 8
+    """Trials of the search in `speed`."""
+    trials: int = 100
+    """Trials of the search in `flat`."""
     calibration_windows: int = 8
     """Windows to score, re-fit and calibrate on."""
+    few_windows: int = 1
+    """Windows looked at after every step."""
+    search_windows: int = 4
+    """Windows on which pipelines are compared; from scratch all of SearchConfig's are read."""
 
 
 def make_runner(config: BenchmarkConfig, stage: SearchConfig, cache: PrefixCache | None) -> TrialRunner:
@@ -76,7 +88,7 @@ def make_runner(config: BenchmarkConfig, stage: SearchConfig, cache: PrefixCache
         dense=lambda: load_as_released(source)[0].to(device).float(), released=model.dtype, device=device,
     )  # fmt: skip
     return TrialRunner(
-        resources, validation[stage.held_out_windows :][: stage.search_windows], stage.few_windows,
+        resources, validation[stage.held_out_windows :][: config.search_windows], config.few_windows,
         released_bytes=int(1e6 * weight_megabytes(source)), target=config.target_compression, cache=cache,
     )  # fmt: skip
 
@@ -114,6 +126,9 @@ def search_in_table(space: Space, found: dict[str, dict], config: BenchmarkConfi
 
     def look_up(trial, steps):
         row = found[point_key(steps)]
+        if row["expected_ratio"] < config.target_compression * (1 - MARGIN):  # as the script does it: not run, not counted
+            trial.set_constraint("compression", config.target_compression - row["expected_ratio"])
+            raise Skipped("cannot reach the target")
         trial.set_constraint("compression", config.target_compression - row["compression_ratio"])
         return [row["perplexity"]]
 
@@ -125,7 +140,7 @@ def search_in_table(space: Space, found: dict[str, dict], config: BenchmarkConfi
 
 
 def quality(config: BenchmarkConfig, stage: SearchConfig) -> dict:
-    space = make_space(("prune", "w8a8", "nf4"), choices=GRID)
+    space = make_space(METHODS, choices=GRID)
     context = {"calibration_windows": config.calibration_windows, "space": space.described(), "seq_len": stage.seq_len}
     cache = PrefixCache(config.results_dir / "search" / "cache", context | {"benchmark": True}, int(4e9))
     runner = make_runner(config, stage, cache)
@@ -145,38 +160,69 @@ def quality(config: BenchmarkConfig, stage: SearchConfig) -> dict:
 
 # ----------------------------------------------------------------------------------------------------------------- speed
 def speed(config: BenchmarkConfig, stage: SearchConfig) -> dict:
-    choices = {"retrain.tokens": [8192], "prune.criterion": ["taylor", "activation"]}
-    space = make_space(("prune", "retrain", "smooth", "w8a8", "nf4"), choices={**choices, "prune.sparsity": [0.1, 0.2, 0.3]})
-    study, pipelines = optuna.create_study(), []
-    for point in shuffled_points(space, config.seed):
-        study.enqueue_trial(point)
-        steps = read_pipeline(space.suggest(study.ask()))
-        pipelines.append(steps)
-        if len(pipelines) == config.pipelines:
-            break
-    seconds = {}
     with TemporaryDirectory() as folder:
-        runner = make_runner(config, stage, PrefixCache(Path(folder), {}, int(4e9)))
-        started, trials = time.perf_counter(), optuna.create_study()
-        for steps in pipelines:
-            trial = trials.ask()
-            try:
-                trials.tell(trial, runner.evaluate(trial, steps))
-            except Stopped as stop:
-                trials.tell(trial, state=optuna.trial.TrialState.PRUNED)
-                print(f"{pipeline_name(steps)}: {stop}", flush=True)
-        seconds["as the search runs them"] = time.perf_counter() - started
-    started = time.perf_counter()
-    for steps in pipelines:
-        alone = make_runner(config, stage, None)
-        alone = replace(alone, windows=make_windows(config, stage))
+        runner = make_runner(config, stage, PrefixCache(Path(folder) / "cache", {}, int(4e9)))
+        study = open_study("speed", f"sqlite:///{folder}/study.db", {})
+        progress, started = SearchProgress(study, config.pipelines, config.target_compression), time.perf_counter()
+        search(
+            study, make_space(METHODS, choices=GRID), config.pipelines, runner.evaluate, strategy="bayesian", seed=config.seed,
+            finished=progress.update,
+        )  # fmt: skip
+        searched = time.perf_counter() - started
+        run = [read_pipeline(trial.user_attrs["pipeline"]) for trial in counted_trials(study)]
+        known = {point_key(steps) for steps in run}
+        asked = [trial.user_attrs["pipeline"] for trial in study.get_trials(deepcopy=False)]
+        skipped = {point_key(read_pipeline(pipeline)) for pipeline in asked} - known
+    scratch, windows = [], make_windows(config, stage)
+    for steps in run:
+        fresh = replace(runner.resources, remembered={}, before=())
+        alone = replace(runner, resources=fresh, windows=windows, cache=None, sizes=None)
+        started = time.perf_counter()
         alone.measure(alone.run(steps))
-        print(f"{pipeline_name(steps)} from scratch, {time.perf_counter() - started:.0f} s so far", flush=True)
-    seconds["from scratch"] = time.perf_counter() - started
-    rates = {name: 60 * len(pipelines) / value for name, value in seconds.items()}
-    print(f"\n{len(pipelines)} pipelines" + "".join(f"\n{name:<26}{rate:>6.2f} per minute" for name, rate in rates.items()))
+        scratch.append(time.perf_counter() - started)
+        print(f"from scratch, {scratch[-1]:>4.0f} s: {pipeline_name(steps)}", flush=True)
+    rates = {"as the search runs them": 60 * len(run) / searched, "from scratch": 60 * len(run) / sum(scratch)}
+    print(f"\n{len(run)} pipelines run by the search in {searched:.0f} s, {len(skipped)} more told to be too large and not run")
+    print("\n".join(f"{name:<26}{rate:>6.2f} per minute" for name, rate in rates.items()))
     print(f"{rates['as the search runs them'] / rates['from scratch']:.2f} times as many")
-    return {"pipelines": [pipeline_name(steps) for steps in pipelines], "seconds": seconds, "per_minute": rates}
+    return {
+        "pipelines": [pipeline_name(steps) for steps in run], "skipped": len(skipped), "search_seconds": searched,
+        "scratch_seconds": scratch, "per_minute": rates,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------------ flat
+def flat(config: BenchmarkConfig, stage: SearchConfig) -> dict:
+    stage, config = replace(stage, seq_len=64), replace(config, calibration_windows=1, search_windows=1)
+    space = make_space(("prune", "w8a8", "nf4"), choices={"prune.compensate": [False], "w8a8.embeddings": ["int8"]})
+    with TemporaryDirectory() as folder:
+        runner = make_runner(config, stage, PrefixCache(Path(folder) / "cache", {}, int(2e9)))
+        study = open_study("flat", f"sqlite:///{folder}/study.db", {})
+        runner.target = 0.1  # nothing is skipped
+        moments = [time.perf_counter()]
+
+        def note(_) -> None:
+            moments.append(time.perf_counter())
+            if len(moments) % 10 == 0:
+                print(f"{len(moments)} trials, {(moments[-1] - moments[0]) / 60:.1f} min", flush=True)
+
+        search(study, space, config.trials, runner.evaluate, strategy="bayesian", seed=config.seed, finished=note)
+        trials = counted_trials(study)
+    rows = []
+    for trial, before, after in zip(trials, moments, moments[1:], strict=False):
+        methods = sum(row.get("seconds", 0.0) for row in trial.user_attrs.get("steps", []) if not row.get("cached"))
+        rows.append({"seconds": trial.user_attrs["seconds"], "asking": after - before - trial.user_attrs["seconds"],
+                     "methods": methods, "memory_mb": trial.user_attrs["memory_mb"]})  # fmt: skip
+    print(f"\n{'trials':<10}{'memory, MB':>12}{'highest':>10}{'s a trial':>11}{'not its methods':>17}{'asking':>9}")
+    for first in range(0, len(rows), 10):
+        part = rows[first : first + 10]
+        middle = {name: statistics.median(row[name] for row in part) for name in ("memory_mb", "seconds", "asking")}
+        rest = statistics.median(row["seconds"] - row["methods"] for row in part)
+        print(
+            f"{first + 1:>3} - {first + len(part):<4}{middle['memory_mb']:>12.0f}{max(row['memory_mb'] for row in part):>10.0f}"
+            f"{middle['seconds']:>11.2f}{rest:>17.2f}{middle['asking']:>9.2f}"
+        )
+    return {"trials": rows}
 
 
 def make_windows(config: BenchmarkConfig, stage: SearchConfig) -> torch.Tensor:
@@ -193,7 +239,7 @@ def main(config: BenchmarkConfig) -> None:
     stage = SearchConfig.for_profile(config.profile)
     path = config.results_dir / "benchmark_search.json"
     report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for part, measure in {"quality": quality, "speed": speed}.items():
+    for part, measure in {"quality": quality, "speed": speed, "flat": flat}.items():
         if part in config.parts:
             report[part] = measure(config, stage)
             write_json_atomically(path, report)

@@ -175,7 +175,7 @@ METHODS: dict[str, Method] = {
     ),
     "retrain": Method(
         "retrain", "retrain", ("llm",), ("text",), RetrainRecipe, _retrain,
-        {"tokens": (4096, 8192, 16384), "lr": (5e-5, 1e-4, 2e-4), "distillation": (True, False), "evaluations": (1,)},
+        {"tokens": (4096, 8192), "lr": (5e-5, 1e-4, 2e-4), "distillation": (True, False), "evaluations": (1,)},
     ),
     "smooth": Method("smooth", "smooth", ("llm",), ("calibration",), SmoothRecipe, _smooth, {"alpha": (0.5, 0.6, 0.7, 0.8, 0.9)}),
     "w8a8": Method(

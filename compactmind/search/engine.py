@@ -264,6 +264,9 @@ def _run(study: optuna.Study, trial: Trial, steps: list[Step], evaluate) -> None
     except Exception as error:  # noqa: BLE001  out of memory, NaN, a recipe that does not fit: one trial, not the search
         reason, state = f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:500], TrialState.FAIL
     trial.set_user_attr("seconds", time.perf_counter() - started)
+    trial.set_user_attr(
+        "memory_mb", psutil.Process().memory_info().rss / 1e6
+    )  # of the worker: it must not grow with the trials
     if reason is not None:
         trial.set_user_attr("reason", reason)
     study.tell(trial, values if state == TrialState.COMPLETE else None, state=state)

@@ -16,19 +16,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import optuna
+from optuna.trial import FrozenTrial, TrialState
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import optuna  # noqa: E402
-from optuna.trial import FrozenTrial, TrialState  # noqa: E402
-
-from compactmind.files import write_json_atomically, write_text_atomically  # noqa: E402
-from compactmind.methods.registry import METHODS  # noqa: E402
-from compactmind.search.engine import counted_trials  # noqa: E402
-from compactmind.search.space import SEPARATOR, is_hybrid  # noqa: E402
-
-BLUE, RED, GREY = "#1f5fa8", "#b03a2e", "#8a8a8a"
+from compactmind.files import write_json_atomically, write_text_atomically
+from compactmind.methods.registry import METHODS
+from compactmind.report.figures import save_figure
+from compactmind.report.search_figures import SEARCH_FIGURES
+from compactmind.search.engine import counted_trials
+from compactmind.search.space import SEPARATOR, is_hybrid
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -126,8 +122,8 @@ def trials_csv(study: optuna.Study) -> str:
     for trial in counted_trials(study):
         row = {
             "trial": trial.number, "state": trial.state.name, "pipeline": SEPARATOR.join(methods_of(trial)),
-            "reason": trial.user_attrs.get("reason", ""), "seconds": trial.user_attrs.get("seconds"),
-            "expected_ratio": trial.user_attrs.get("expected_ratio"), **trial.user_attrs.get("measured", {}), **trial.params,
+            **{name: trial.user_attrs.get(name) for name in ("reason", "seconds", "memory_mb", "expected_ratio")},
+            **trial.user_attrs.get("measured", {}), **trial.params,
         }  # fmt: skip
         names |= dict.fromkeys(row)
         rows.append(row)
@@ -162,14 +158,17 @@ def write_findings(study: optuna.Study, folder: Path, target: float, confirmed: 
         "states": {state.name: sum(trial.state == state for trial in trials.values()) for state in TrialState},
         "best": None, "confirmed": confirmed, "importances": importances(study), "retraining": retraining_gains(study),
         "best_hybrid": _row(hybrids[0]) if hybrids else None, "best_single": _row(singles[0]) if singles else None,
+        "points": [_point(trial, target) for trial in trials.values()],
     }  # fmt: skip
     if confirmed:
         number = min(confirmed, key=lambda each: confirmed[each]["perplexity"])
         summary["best"] = {**_row(trials[number]), "confirmed": {k: v for k, v in confirmed[number].items() if k != "steps"}}
         write_json_atomically(folder / "best_pipeline.json", summary["best"]["pipeline"])
     write_text_atomically(folder / "trials.csv", trials_csv(study))
-    write_json_atomically(folder / "summary.json", json.loads(json.dumps(summary)))
-    draw(study, folder, target, confirmed, summary)
+    summary = json.loads(json.dumps(summary))
+    write_json_atomically(folder / "summary.json", summary)
+    for name, draw in SEARCH_FIGURES.items():
+        save_figure(draw(summary), folder / f"{name}.png")
     return summary
 
 
@@ -180,115 +179,12 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------------------- plots
-def draw(study: optuna.Study, folder: Path, target: float, confirmed: dict, summary: dict[str, Any]) -> None:
-    """Draw the five plots."""
-    for name, plot in {
-        "convergence": lambda axes: _convergence(axes, study, target),
-        "importance": lambda axes: _importance(axes, summary["importances"]),
-        "pareto": lambda axes: _pareto(axes, study, target),
-        "error_accumulation": lambda axes: _error_accumulation(axes, confirmed),
-        "retraining_gain": lambda axes: _retraining(axes, summary["retraining"]),
-    }.items():
-        figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
-        plot(axes)
-        axes.spines[["top", "right"]].set_visible(False)
-        temporary = folder / f".{name}.tmp.png"
-        figure.savefig(temporary, dpi=130)
-        temporary.replace(folder / f"{name}.png")
-        plt.close(figure)
-
-
-def _empty(axes, why: str) -> None:
-    axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes, color=GREY)
-    axes.set(xticks=[], yticks=[])
-
-
-def _convergence(axes, study: optuna.Study, target: float) -> None:
-    axes.set(
-        title=f"Best perplexity so far, of pipelines at least {target:g} times smaller",
-        xlabel="trials that count",
-        ylabel="perplexity, validation text",
-    )
-    trials = counted_trials(study)
-    best, best_so_far, points = None, [], {True: [], False: []}
-    for index, trial in enumerate(trials, start=1):
-        measured = trial.user_attrs.get("measured")
-        if measured and trial.state == TrialState.COMPLETE:
-            reached = measured["compression_ratio"] >= target
-            points[reached].append((index, measured["perplexity"]))
-            if reached:
-                best = min(best or measured["perplexity"], measured["perplexity"])
-        best_so_far.append(best)
-    if best is None:
-        return _empty(axes, "no pipeline reached the target")
-    for reached, colour, label in ((True, BLUE, "reaches the target"), (False, GREY, "too large")):
-        if points[reached]:
-            axes.scatter(*zip(*points[reached], strict=True), color=colour, s=22, label=label, zorder=3)
-    axes.step(
-        range(1, len(trials) + 1),
-        [value if value is not None else float("nan") for value in best_so_far],
-        where="post",
-        color=RED,
-        label="best so far",
-    )
-    axes.set_yscale("log")
-    axes.legend(frameon=False)
-
-
-def _importance(axes, shares: dict[str, float]) -> None:
-    axes.set(title="What explains the differences between pipelines (fANOVA of log perplexity)", xlabel="share of the variance")
-    if not shares:
-        return _empty(axes, "too few finished trials")
-    names = sorted(shares, key=shares.get)
-    axes.barh(names, [shares[name] for name in names], color=BLUE)
-
-
-def _pareto(axes, study: optuna.Study, target: float) -> None:
-    axes.set(title="Everything that was run", xlabel="compression ratio", ylabel="perplexity, validation text")
-    rows = [
-        trial.user_attrs["measured"] | {"hybrid": is_hybrid([METHODS[n] for n in methods_of(trial)])}
-        for trial in measured_trials(study)
-    ]
-    if not rows:
-        return _empty(axes, "no trial ran to its end")
-    for hybrid, colour, label in ((True, BLUE, "hybrid"), (False, GREY, "one method")):
-        each = [(row["compression_ratio"], row["perplexity"]) for row in rows if row["hybrid"] == hybrid]
-        if each:
-            axes.scatter(*zip(*each, strict=True), color=colour, s=26, label=label, zorder=3)
-    front, lowest = [], float("inf")
-    for row in sorted(rows, key=lambda row: -row["compression_ratio"]):
-        if row["perplexity"] < lowest:
-            lowest = row["perplexity"]
-            front.append((row["compression_ratio"], lowest))
-    axes.step(*zip(*front, strict=True), where="pre", color=RED, label="nothing is better in both")
-    axes.axvline(target, color=GREY, ls=":", label=f"target {target:g}")
-    axes.set_yscale("log")
-    axes.legend(frameon=False)
-
-
-def _error_accumulation(axes, confirmed: dict[int, dict[str, Any]]) -> None:
-    axes.set(title="Do the errors of the parts add up? Best hybrids, first windows", xlabel="nats above dense")
-    rows = {number: found for number, found in confirmed.items() if found.get("interaction") is not None}
-    if not rows:
-        return _empty(axes, "no hybrid with a quantization among the best")
-    for position, found in enumerate(rows.values()):
-        losses = [row["loss"] for row in found["steps"]]
-        whole, before = losses[-1] - losses[0], losses[-2] - losses[0]
-        axes.barh(position + 0.2, before, height=0.36, color=GREY, label="before quantization" if not position else None)
-        axes.barh(position + 0.2, whole - found["interaction"] - before, left=before, height=0.36, color=BLUE,
-                  label="quantization alone" if not position else None)  # fmt: skip
-        axes.barh(position - 0.2, whole, height=0.36, color=RED, label="measured together" if not position else None)
-    axes.set_yticks(
-        range(len(rows)),
-        [f"trial {number}\n{SEPARATOR.join(row['method'] for row in found['steps'][1:])}" for number, found in rows.items()],
-    )
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=3)
-
-
-def _retraining(axes, gains: list[dict[str, float]]) -> None:
-    axes.set(title="What retraining won and what it cost", xlabel="seconds of retraining", ylabel="nats per token won")
-    if not gains:
-        return _empty(axes, "nothing was retrained")
-    axes.scatter([gain["seconds"] for gain in gains], [gain["nats"] for gain in gains], color=BLUE)
-    axes.axhline(0, color=GREY, lw=0.8)
+def _point(trial: FrozenTrial, target: float) -> dict[str, Any]:
+    """Return what a plot needs of a trial that counts; perplexity and ratio None if it did not run to its end."""
+    measured = trial.user_attrs.get("measured") if trial.state == TrialState.COMPLETE else None
+    return {
+        "trial": trial.number, "hybrid": is_hybrid([METHODS[name] for name in methods_of(trial)]),
+        "perplexity": measured["perplexity"] if measured else None,
+        "compression_ratio": measured["compression_ratio"] if measured else None,
+        "reached": bool(measured and measured["compression_ratio"] >= target),
+    }  # fmt: skip

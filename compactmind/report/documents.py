@@ -1,0 +1,113 @@
+"""The report as documents: HTML that stands alone, Markdown beside its pictures, and the tables as TeX. Words and numbers are the same in all.
+
+Templates: compactmind/report/templates. What is in them is decided by `sections`.
+"""
+
+import base64
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from compactmind.files import write_text_atomically
+from compactmind.report import tables
+from compactmind.report.figures import FIGURES, draw_all, model_comparison, save_figure
+from compactmind.report.literature import check_llama_2
+from compactmind.report.sentences import measured, sentences, warnings
+from compactmind.report.tables import Table
+
+TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+       "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$"}  # fmt: skip
+
+
+MARKS = ("block_start_string", "block_end_string", "variable_start_string", "variable_end_string", "comment_start_string",
+         "comment_end_string")  # fmt: skip
+
+
+@dataclass
+class Section:
+    """A part of the report: sentences, then tables, then figures (names in FIGURES)."""
+
+    title: str
+    sentences: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    figures: list[str] = field(default_factory=list)
+
+
+def sections(report: dict[str, Any], drawn: dict[str, str]) -> list[Section]:
+    """Return the parts of the report in order; `drawn`: the figures there are, name -> caption."""
+    checked = check_llama_2(report)
+    search_figures = [name for name in FIGURES if name.startswith("search_")]
+    found = [
+        Section("Summary", sentences(report) or ["Nothing has been measured yet: the tables say what to run."]),
+        Section("Warnings", warnings(report)),
+        Section(
+            "Encoder track", tables=[tables.encoder_table(report)],
+            figures=["final_report", "model_comparison", "latency", "training_curves"],
+        ),
+        Section(
+            "LLM track", [checked] if checked else [],
+            [tables.language_table(report), tables.gsm8k_table(report), tables.steps_table(report)],
+            ["perplexity_against_size", "alpha_curve"],
+        ),
+        Section("Search", tables=[tables.search_table(report)], figures=search_figures),
+        Section("Goals", tables=[tables.goals_table(report)] if report["profile"] != "smoke" else []),
+        Section(
+            "Beside the literature",
+            ["Published numbers were measured by others, on other machines; a row is comparable if data, protocol and model are the same."],
+            [tables.literature_table(report)],
+        ),
+        Section("Protocols", tables=[tables.protocols_table(report)]),
+        Section("How it was made", tables=[tables.environment_table(report), tables.stages_table(report)]),
+    ]  # fmt: skip
+    for section in found:
+        section.tables = [table for table in section.tables if table is not None and table.rows]
+        section.figures = [name for name in section.figures if name in drawn]
+    return [section for section in found if section.sentences or section.tables or section.figures]
+
+
+def escape_tex(text: str) -> str:
+    """Return text that TeX prints as it is."""
+    return re.sub(r"[\\&%$#_{}~^<>]", lambda found: TEX[found[0]], text)
+
+
+def escape_markdown(text: str) -> str:
+    """Return text that does not end a cell of a Markdown table and is no markup."""
+    return re.sub(r"([|*_<>])", r"\\\1", text).replace("\n", " ")
+
+
+def render(name: str, report: dict[str, Any], drawn: dict[str, str], folder: Path) -> str:
+    """Return one document: `name` is html, md or tex. The pictures are read from `folder`."""
+
+    def picture(figure: str) -> str:
+        return base64.b64encode((folder / f"{figure}.png").read_bytes()).decode()
+
+    # the braces of TeX are not those of a template
+    marks = dict(zip(MARKS, ("<%", "%>", "<<", ">>", "<#", "#>"), strict=True)) if name == "tex" else {}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=name == "html", undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, **marks,
+    )  # fmt: skip
+    environment.filters |= {"tex": escape_tex, "md": escape_markdown, "picture": picture, "anchor": anchor}
+    rows = {track: len(measured(report, track)) for track in ("encoder", "llm")}
+    return environment.get_template(f"report.{name}.j2").render(
+        report=report, sections=sections(report, drawn), captions=drawn, rows=rows, left=tables.LEFT
+    )
+
+
+def anchor(title: str) -> str:
+    """Return a title as the name of a place in a page."""
+    return title.lower().replace(" ", "-")
+
+
+def write_documents(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw every figure and write final_report.html, .md and .tex; return the paths of the documents."""
+    drawn = draw_all(report, folder)
+    if "model_comparison" in drawn:
+        save_figure(model_comparison(report), folder / "model_comparison.pdf")
+    paths = [folder / f"final_report.{name}" for name in ("html", "md", "tex")]
+    for path in paths:
+        write_text_atomically(path, render(path.suffix[1:], report, drawn, folder))
+    return paths

@@ -1,0 +1,250 @@
+"""Every figure of the report, drawn from the report's dict alone: FIGURES, name -> caption and drawing."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from compactmind.report import search_figures  # noqa: E402
+from compactmind.report.sentences import largest_batch, measured  # noqa: E402
+
+COLOURS = ("#4d4d4d", "#9a6fb0", "#1f5fa8", "#b03a2e", "#5aa1d8", "#e08e79", "#2e7d32", "#c79a00", "#00838f", "#6d4c41")
+"""One colour per row of a track, the same in every figure."""
+BAR = {"lw": 1, "capsize": 3, "ecolor": "#333333"}
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure whole or not at all, and close it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    figure.savefig(temporary, dpi=150)
+    temporary.replace(path)
+    plt.close(figure)
+
+
+def colours_of(rows: dict[str, Any]) -> dict[str, str]:
+    """Return the colour of each row of a track."""
+    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(rows)}
+
+
+# ------------------------------------------------------------------------------------------------------------ encoders
+def accuracy_against_gflops(report: dict[str, Any]) -> Figure | None:
+    """One point per classifier: GFLOPs, accuracy with its interval, area proportional to bytes."""
+    rows = measured(report, "encoder")
+    if not rows:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 5.5), constrained_layout=True)
+    for name, colour in colours_of(rows).items():
+        row = rows[name]
+        accuracy, (low, high) = 100 * row["accuracy"], (100 * bound for bound in row["accuracy_interval"])
+        errors = [[accuracy - low], [high - accuracy]]
+        axes.errorbar(row["gflops"], accuracy, yerr=errors, color=colour, capsize=3, lw=1, alpha=0.6)
+        axes.scatter(
+            row["gflops"], accuracy, s=8 * row["size_mb"], color=colour, alpha=0.55, edgecolor="white", zorder=3,
+            label=f"{name}: {accuracy:.1f}%, {row['gflops']:.2f} GFLOPs, {row['size_mb']:.1f} MB",
+        )  # fmt: skip
+    axes.set(
+        xlabel=f"GFLOPs per sentence of {report['settings']['cost_length']} tokens",
+        ylabel="test accuracy (%), 95% interval",
+        xlim=(0, None),
+    )
+    axes.set_title("Accuracy against operations; area of a point = size of its weight file")
+    axes.grid(alpha=0.3)
+    legend = axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncol=2, frameon=False, fontsize=9)
+    for handle in legend.legend_handles:
+        handle.set_sizes([60])
+    return figure
+
+
+def model_comparison(report: dict[str, Any]) -> Figure | None:
+    """Four panels of bars: accuracy, inference time, load time, size."""
+    rows = measured(report, "encoder")
+    if not rows:
+        return None
+    colours = colours_of(rows).values()
+    batch = largest_batch(next(iter(rows.values())))
+    latency = [row["latency"][batch] for row in rows.values()]
+    accuracy = [100 * row["accuracy"] for row in rows.values()]
+    bounds = [[100 * bound for bound in row["accuracy_interval"]] for row in rows.values()]
+    sides = [[value - low for value, (low, _) in zip(accuracy, bounds, strict=True)],
+             [high - value for value, (_, high) in zip(accuracy, bounds, strict=True)]]  # fmt: skip
+    panels = [
+        ("test accuracy (%), 95% interval", accuracy, sides),
+        (f"inference time at {batch.replace('_', ' ')} (ms), 10th to 90th percentile", [t["median_ms"] for t in latency],
+         [[t["median_ms"] - t["low_ms"] for t in latency], [t["high_ms"] - t["median_ms"] for t in latency]]),
+        ("load time (ms)", [1e3 * row["load_seconds"] for row in rows.values()], None),
+        ("size of the weight file (MB)", [row["size_mb"] for row in rows.values()], None),
+    ]  # fmt: skip
+    figure, grid = plt.subplots(2, 2, figsize=(13, 0.55 * len(rows) * 2 + 2.2), constrained_layout=True)
+    for axes, (title, values, errors) in zip(grid.flat, panels, strict=True):
+        if title.startswith("test accuracy"):  # points: bars that do not start at zero would mislead
+            axes.errorbar(values, list(rows), xerr=errors, fmt="none", **BAR)
+            axes.scatter(values, list(rows), color=list(colours), s=70, zorder=3)
+            axes.margins(y=0.1)
+            axes.grid(axis="x", alpha=0.3)
+        else:
+            axes.barh(list(rows), values, xerr=errors, color=list(colours), alpha=0.85, error_kw=BAR)
+        axes.invert_yaxis()
+        axes.set_title(title, fontsize=11)
+        ends = [value + error for value, error in zip(values, errors[1] if errors else [0] * len(values), strict=True)]
+        for position, (value, end) in enumerate(zip(values, ends, strict=True)):
+            axes.annotate(f"{value:.1f}", (end, position), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+        low, high = axes.get_xlim()
+        axes.set_xlim(low, high + 0.08 * (high - low))
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def latency(report: dict[str, Any]) -> Figure | None:
+    """Speed-ups: classifiers against their reference at every batch size, language models against the dense one."""
+    encoders, languages = measured(report, "encoder"), measured(report, "llm")
+    panels = []
+    if encoders:
+        batches = next(iter(encoders.values()))["latency"]
+        bars = {
+            batch.replace("_", " "): {n: row["latency"][batch]["speedup"] for n, row in encoders.items()} for batch in batches
+        }
+        panels.append((f"against {report['references']['encoder']}", bars))
+    if languages:
+        bars = {
+            phase: {n: row["generation"][phase]["speedup"] for n, row in languages.items()} for phase in ("prefill", "decode")
+        }
+        panels.append((f"against {report['references']['llm']}", bars))
+    panels = [(title, bars) for title, bars in panels if any(None not in bar.values() for bar in bars.values())]
+    if not panels:
+        return None
+    figure, grid = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.8), constrained_layout=True, squeeze=False)
+    for axes, (title, bars) in zip(grid[0], panels, strict=True):
+        height = 0.8 / len(bars)
+        for index, (label, values) in enumerate(bars.items()):
+            places = [position + (index - (len(bars) - 1) / 2) * height for position in range(len(values))]
+            axes.barh(places, values.values(), height=0.9 * height, color=COLOURS[2 + 3 * index], alpha=0.85, label=label)
+            for place, value in zip(places, values.values(), strict=True):
+                axes.annotate(
+                    f"{value:.2f}", (value, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
+                )
+        axes.set_yticks(range(len(values)), list(values))
+        axes.invert_yaxis()
+        axes.axvline(1, color="#333333", lw=0.8, ls=":")
+        axes.margins(x=0.1)
+        axes.set(xlabel=f"times as fast, {title}")
+        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=len(bars))
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def training_curves(report: dict[str, Any]) -> Figure | None:
+    """Validation accuracy over epochs of every classifier that was trained; what is pruned at a time as dashes."""
+    histories = {n: row["history"] for n, row in measured(report, "encoder").items() if row.get("history")}
+    if not histories:
+        return None
+    figure, left = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    colours, right = colours_of(measured(report, "encoder")), None
+    for name, history in histories.items():
+        epochs = [row["epoch"] for row in history]
+        left.plot(epochs, [100 * row["accuracy"] for row in history], "o-", color=colours[name], label=name)
+        if any(row.get("sparsity") for row in history):
+            right = right or left.twinx()
+            right.plot(epochs, [100 * row["sparsity"] for row in history], "s--", color=colours[name], alpha=0.5, ms=4)
+    left.set(xlabel="epoch", ylabel="validation accuracy (%)")
+    left.xaxis.get_major_locator().set_params(integer=True)
+    if right:
+        right.set(ylabel="dashes: removed share of heads + FFN (%)", ylim=(0, 100))
+    left.set_title("Training, pruning and recovery")
+    left.grid(alpha=0.3)
+    figure.legend(handles=left.lines, loc="outside lower center", ncol=min(4, len(histories)), frameon=False)
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------- language models
+def perplexity_against_size(report: dict[str, Any]) -> Figure | None:
+    """One point per language model: MB of the weight file, perplexity with the interval of its ratio to dense."""
+    rows = measured(report, "llm")
+    if not rows:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
+    for name, colour in colours_of(rows).items():
+        row = rows[name]
+        low, high = row["perplexity_interval"]
+        if row["against_dense"]:  # the paired interval: what the windows have in common cancels
+            dense = row["perplexity"] / row["against_dense"]["ratio"]
+            low, high = (dense * bound for bound in row["against_dense"]["interval"])
+        axes.errorbar(
+            row["size_mb"], row["perplexity"], yerr=[[max(0, row["perplexity"] - low)], [max(0, high - row["perplexity"])]],
+            fmt="o", ms=8, capsize=3, color=colour, label=f"{name}: {row['perplexity']:.2f}, {row['size_mb']:.0f} MB",
+        )  # fmt: skip
+    axes.set(
+        xlabel="size of the weight file (MB)", ylabel="perplexity; bars: 95% interval of the ratio to dense", xlim=(0, None)
+    )
+    axes.set_title(f"Language models on the same {next(iter(rows.values()))['protocol']['windows']} windows of held-out text")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+def alpha_curve(report: dict[str, Any]) -> Figure | None:
+    """Perplexity of W8A8 on validation text by SmoothQuant's alpha, with what was chosen and the naive one as lines."""
+    table = (report.get("smoothquant") or {}).get("alpha_table") or []
+    numbers = [row for row in table if not isinstance(row["alpha"], str)]
+    if len(numbers) < 2:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    axes.plot(
+        [row["alpha"] for row in numbers],
+        [row["perplexity"] for row in numbers],
+        "o-",
+        color=COLOURS[2],
+        label="one alpha for all",
+    )
+    lines = [row for row in table if isinstance(row["alpha"], str)]
+    for row, colour in zip(lines, (COLOURS[3], COLOURS[6], COLOURS[7], COLOURS[1]), strict=False):
+        axes.axhline(
+            row["perplexity"], color=colour, ls="--", label=f"{row['alpha'].replace('_', ' ')}: {row['perplexity']:.2f}"
+        )
+    axes.set(xlabel="alpha: share of the difficulty moved into the weights", ylabel="perplexity of W8A8, validation text")
+    axes.set_title("SmoothQuant: how much to smooth")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+def of_search(draw: Callable) -> Callable[[dict[str, Any]], Figure | None]:
+    """Return a figure of a report from one of a search's summary."""
+    return lambda report: draw(report["search"]) if report.get("search") else None
+
+
+FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure | None]]] = {
+    "final_report": ("Accuracy against operations.", accuracy_against_gflops),
+    "model_comparison": ("Classifiers: accuracy, time, load time, size.", model_comparison),
+    "perplexity_against_size": ("Language models: perplexity against size.", perplexity_against_size),
+    "latency": ("Measured speed-ups.", latency),
+    "training_curves": ("Training curves of the encoder track.", training_curves),
+    "alpha_curve": ("Perplexity of W8A8 against alpha.", alpha_curve),
+    "search_convergence": ("Search: best perplexity so far.", of_search(search_figures.convergence)),
+    "search_pareto": ("Search: perplexity against compression ratio.", of_search(search_figures.pareto)),
+    "search_importance": ("Search: what explains the differences between pipelines.", of_search(search_figures.importance)),
+    "search_error_accumulation": (
+        "Search: do the errors of combined methods add up?",
+        of_search(search_figures.error_accumulation),
+    ),
+    "search_retraining_gain": ("Search: what retraining won, and what it cost.", of_search(search_figures.retraining_gain)),
+}
+"""File name -> caption, and what draws it from a report; a drawing of what was not measured is None."""
+
+
+def draw_all(report: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Write every figure there is something for as <name>.png; return name -> caption of those."""
+    drawn = {}
+    for name, (caption, draw) in FIGURES.items():
+        figure = draw(report)
+        if figure is None:
+            (folder / f"{name}.png").unlink(missing_ok=True)  # one of an earlier report
+            continue
+        save_figure(figure, folder / f"{name}.png")
+        drawn[name] = caption
+    return drawn

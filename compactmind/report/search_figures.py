@@ -1,0 +1,131 @@
+"""What a search found, as figures, drawn from its summary alone (compactmind/search/findings.py writes it)."""
+
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+BLUE, RED, GREY = "#1f5fa8", "#b03a2e", "#8a8a8a"
+
+
+def _axes(**labels: str) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    axes.set(**labels)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _empty(axes: Axes, why: str) -> None:
+    axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes, color=GREY)
+    axes.set(xticks=[], yticks=[])
+
+
+def convergence(summary: dict[str, Any]) -> Figure:
+    """Best perplexity so far, of pipelines that reach the target."""
+    target, points = summary["target_compression"], summary["points"]
+    figure, axes = _axes(
+        title=f"Best perplexity so far, of pipelines at least {target:g} times smaller",
+        xlabel="trials that count", ylabel="perplexity, validation text",
+    )  # fmt: skip
+    best, best_so_far = None, []
+    for point in points:
+        if point["perplexity"] is not None and point["reached"]:
+            best = min(best or point["perplexity"], point["perplexity"])
+        best_so_far.append(float("nan") if best is None else best)
+    if best is None:
+        _empty(axes, "no pipeline reached the target")
+        return figure
+    for reached, colour, label in ((True, BLUE, "reaches the target"), (False, GREY, "too large")):
+        mine = [
+            (n, point["perplexity"]) for n, point in enumerate(points, 1) if point["reached"] == reached and point["perplexity"]
+        ]
+        if mine:
+            axes.scatter(*zip(*mine, strict=True), color=colour, s=22, label=label, zorder=3)
+    axes.step(range(1, len(points) + 1), best_so_far, where="post", color=RED, label="best so far")
+    axes.set_yscale("log")
+    axes.legend(frameon=False)
+    return figure
+
+
+def importance(summary: dict[str, Any]) -> Figure:
+    """What explains the differences between pipelines."""
+    figure, axes = _axes(
+        title="What explains the differences between pipelines (fANOVA of log perplexity)", xlabel="share of the variance"
+    )
+    shares = summary["importances"]
+    if not shares:
+        _empty(axes, "too few finished trials")
+        return figure
+    names = sorted(shares, key=shares.get)
+    axes.barh(names, [shares[name] for name in names], color=BLUE)
+    return figure
+
+
+def pareto(summary: dict[str, Any]) -> Figure:
+    """Perplexity against compression ratio of everything that was run, and the front of what nothing beats in both."""
+    figure, axes = _axes(title="Everything that was run", xlabel="compression ratio", ylabel="perplexity, validation text")
+    rows = [point for point in summary["points"] if point["perplexity"] is not None]
+    if not rows:
+        _empty(axes, "no trial ran to its end")
+        return figure
+    for hybrid, colour, label in ((True, BLUE, "hybrid"), (False, GREY, "one method")):
+        each = [(row["compression_ratio"], row["perplexity"]) for row in rows if row["hybrid"] == hybrid]
+        if each:
+            axes.scatter(*zip(*each, strict=True), color=colour, s=26, label=label, zorder=3)
+    front, lowest = [], float("inf")
+    for row in sorted(rows, key=lambda row: -row["compression_ratio"]):
+        if row["perplexity"] < lowest:
+            lowest = row["perplexity"]
+            front.append((row["compression_ratio"], lowest))
+    axes.step(*zip(*front, strict=True), where="pre", color=RED, label="nothing is better in both")
+    axes.axvline(summary["target_compression"], color=GREY, ls=":", label=f"target {summary['target_compression']:g}")
+    axes.set_yscale("log")
+    axes.legend(frameon=False)
+    return figure
+
+
+def error_accumulation(summary: dict[str, Any]) -> Figure:
+    """Loss of the best hybrids: the sum of their parts' losses against the one measured together."""
+    figure, axes = _axes(title="Do the errors of the parts add up? Best hybrids, first windows", xlabel="nats above dense")
+    rows = {number: found for number, found in summary["confirmed"].items() if found.get("interaction") is not None}
+    if not rows:
+        _empty(axes, "no hybrid with a quantization among the best")
+        return figure
+    for position, found in enumerate(rows.values()):
+        losses = [row["loss"] for row in found["steps"]]
+        whole, before = losses[-1] - losses[0], losses[-2] - losses[0]
+        axes.barh(position + 0.2, before, height=0.36, color=GREY, label="before quantization" if not position else None)
+        axes.barh(position + 0.2, whole - found["interaction"] - before, left=before, height=0.36, color=BLUE,
+                  label="quantization alone" if not position else None)  # fmt: skip
+        axes.barh(position - 0.2, whole, height=0.36, color=RED, label="measured together" if not position else None)
+    axes.set_yticks(
+        range(len(rows)),
+        [f"trial {number}\n{' > '.join(row['method'] for row in found['steps'][1:])}" for number, found in rows.items()],
+    )
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=3)
+    return figure
+
+
+def retraining_gain(summary: dict[str, Any]) -> Figure:
+    """Nats per token won by retraining against its seconds."""
+    figure, axes = _axes(
+        title="What retraining won and what it cost", xlabel="seconds of retraining", ylabel="nats per token won"
+    )
+    gains = summary["retraining"]
+    if not gains:
+        _empty(axes, "nothing was retrained")
+        return figure
+    axes.scatter([gain["seconds"] for gain in gains], [gain["nats"] for gain in gains], color=BLUE)
+    axes.axhline(0, color=GREY, lw=0.8)
+    return figure
+
+
+SEARCH_FIGURES = {
+    "convergence": convergence, "importance": importance, "pareto": pareto, "error_accumulation": error_accumulation,
+    "retraining_gain": retraining_gain,
+}  # fmt: skip
+"""File name in results/search/ -> drawing."""

@@ -1,0 +1,202 @@
+"""What the numbers of a report say, in sentences, and what a reader should be warned of. Everything is read off the report's dict."""
+
+from typing import Any
+
+DISTINGUISHABLE = 0.05
+"""Below this p-value two classifiers count as different."""
+FASTER = 1.03
+"""A smaller ratio of times is called "as fast as": it is within what repeated measurements differ by."""
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+def measured(report: dict[str, Any], track: str) -> dict[str, dict[str, Any]]:
+    """Return the measured rows of a track by name."""
+    return {row["name"]: row for row in report["models"] if row["track"] == track and row["status"] == "measured"}
+
+
+def reference_of(report: dict[str, Any], track: str) -> str:
+    """Return the name of the row that the others of a track are compared with."""
+    return report["references"][track]
+
+
+def largest_batch(row: dict[str, Any]) -> str:
+    """Return the key of the latency at the largest batch size."""
+    return max(row["latency"], key=lambda name: int(name.removeprefix("batch_")))
+
+
+def speed(ratio: float) -> str:
+    """Return a ratio of times in words: 1.6x faster, as fast, 1.3x slower."""
+    if ratio >= FASTER:
+        return f"{ratio:.2f}x faster"
+    return "as fast" if ratio > 1 / FASTER else f"{1 / ratio:.2f}x slower"
+
+
+def share(change: float, less: str = "fewer", more: str = "more") -> str:
+    """Return a relative change in words: 40% fewer."""
+    return f"{abs(change):.0%} {less if change < 0 else more}"
+
+
+# ----------------------------------------------------------------------------------------------------------- sentences
+def sentences(report: dict[str, Any]) -> list[str]:
+    """Return the findings, one sentence per compressed model and the ones about the search."""
+    found = []
+    for track, sentence in (("encoder", encoder_sentence), ("llm", language_sentence)):
+        rows, reference = measured(report, track), reference_of(report, track)
+        if reference in rows:
+            found += [sentence(row, rows[reference]) for name, row in rows.items() if name != reference]
+    return found + search_sentences(report.get("search"))
+
+
+def encoder_sentence(row: dict[str, Any], reference: dict[str, Any]) -> str:
+    """Return what a classifier costs and saves against the reference."""
+    batch = largest_batch(row)
+    operations = row["gflops"] / reference["gflops"] - 1
+    saved = [f"{share(operations)} GFLOPs"] if abs(operations) >= 0.005 else []
+    saved.append(f"{row['size_mb']:.1f} MB instead of {reference['size_mb']:.1f}")
+    ratio = row["latency"][batch]["speedup"]
+    if ratio is not None:
+        saved.append(f"{speed(ratio)} at batch {batch.removeprefix('batch_')}")
+    points = 100 * (row["accuracy"] - reference["accuracy"])
+    p_value = (row["mcnemar_against_reference"] or {}).get("p_value")
+    verdict = ""
+    if p_value is not None:
+        which = "different" if p_value < DISTINGUISHABLE else "not distinguishable"
+        verdict = f" (McNemar p = {p_value:.2g}: {which} on {row['rows']} sentences)"
+    return (
+        f"{row['name']}: {', '.join(saved)}, for {points:+.1f} points of accuracy against {reference['name']} "
+        f"({row['accuracy']:.1%} and {reference['accuracy']:.1%}){verdict}."
+    )
+
+
+def language_sentence(row: dict[str, Any], dense: dict[str, Any]) -> str:
+    """Return what a language model costs and saves against the dense one."""
+    against = row["against_dense"]
+    low, high = against["interval"]
+    sure = "" if low > 1 or high < 1 else ", not distinguishable from 0"
+    prefill, decode = (row["generation"][phase]["speedup"] for phase in ("prefill", "decode"))
+    return (
+        f"{row['name']}: {row['compression_ratio']:.2f}x smaller than {dense['name']} as released, perplexity "
+        f"{against['ratio'] - 1:+.1%} [{low - 1:+.1%}, {high - 1:+.1%}]{sure} ({row['perplexity']:.2f} and "
+        f"{dense['perplexity']:.2f} on {row['protocol']['windows']} windows), reading a prompt {speed(prefill)}, generating "
+        f"{speed(decode)} than the dense model in {dense['kernel']}."
+    )
+
+
+def search_sentences(found: dict[str, Any] | None) -> list[str]:
+    """Return what the search found, and whether a combination of methods was worth it."""
+    if not found or not found["best"]:
+        return []
+    best, target = found["best"], found["target_compression"]
+    lines = [
+        f"Of {found['trials']} pipelines tried, the best that is at least {target:g}x smaller is "
+        f"{' > '.join(best['methods'])} (trial {best['trial']}): perplexity {best['confirmed']['perplexity']:.2f} on validation text "
+        f"at {best['measured']['compression_ratio']:.2f}x."
+    ]
+    hybrid, single = found["best_hybrid"], found["best_single"]
+    if hybrid and single:
+        ratio = hybrid["measured"]["perplexity"] / single["measured"]["perplexity"]
+        better = "better" if ratio < 1 else "worse"
+        lines.append(
+            f"The best combination of methods at that size is {abs(ratio - 1):.0%} {better} than the best single one "
+            f"({' > '.join(single['methods'])}, {single['measured']['perplexity']:.2f})."
+        )
+    elif hybrid:
+        lines.append(f"No single method that was tried is {target:g}x smaller; only combinations are.")
+    elif single:
+        lines.append(f"No combination of methods that was tried is {target:g}x smaller; {' > '.join(single['methods'])} is.")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------------ warnings
+def warnings(report: dict[str, Any]) -> list[str]:
+    """Return what could mislead a reader of the tables, each in one sentence."""
+    encoders, languages = measured(report, "encoder"), measured(report, "llm")
+    return [
+        *_slower_than_parent(encoders),
+        *_operations_without_time(encoders),
+        *_too_wide_to_rank(report, encoders),
+        *_languages(languages),
+        *_of_another_kind(report, [*encoders.values(), *languages.values()]),
+    ]
+
+
+def _slower_than_parent(rows: dict[str, dict[str, Any]]) -> list[str]:
+    found = []
+    for name, row in rows.items():
+        parent = rows.get(row["parent"])
+        if parent is None or row["kind"] not in ("nf4", "int8", "w8a8"):
+            continue
+        for batch, times in row["latency"].items():
+            ratio = times["median_ms"] / parent["latency"][batch]["median_ms"]
+            if ratio > FASTER:
+                found.append(
+                    f"{name} is {ratio:.2f}x slower than its parent {parent['name']} at batch {batch.removeprefix('batch_')}: "
+                    f"{row['kind']} weights save memory here, not time."
+                )
+    return found
+
+
+def _operations_without_time(rows: dict[str, dict[str, Any]]) -> list[str]:
+    found = []
+    for name, row in rows.items():
+        parent = rows.get(row["parent"])
+        if parent is None or row["gflops"] > 0.9 * parent["gflops"]:
+            continue
+        for batch, times in row["latency"].items():
+            ratio = parent["latency"][batch]["median_ms"] / times["median_ms"]
+            if ratio < FASTER:
+                found.append(
+                    f"{name} has {share(row['gflops'] / parent['gflops'] - 1)} GFLOPs than {parent['name']}, but is not faster at batch "
+                    f"{batch.removeprefix('batch_')} ({times['median_ms']:.1f} against {parent['latency'][batch]['median_ms']:.1f} ms)."
+                )
+    return found
+
+
+def _too_wide_to_rank(report: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:
+    reference = rows.get(reference_of(report, "encoder"))
+    alike = [
+        name
+        for name, row in rows.items()
+        if row["mcnemar_against_reference"] and row["mcnemar_against_reference"]["p_value"] >= DISTINGUISHABLE
+    ]
+    if not reference or not alike:
+        return []
+    half = 50 * (reference["accuracy_interval"][1] - reference["accuracy_interval"][0])
+    return [
+        f"{reference['rows']} sentences give an accuracy to within {half:.1f} points: {', '.join(alike)} cannot be ranked against "
+        f"{reference['name']} by it."
+    ]
+
+
+def _languages(rows: dict[str, dict[str, Any]]) -> list[str]:
+    found = []
+    for name, row in rows.items():
+        if "simulated" in row["kernel"]:
+            found.append(
+                f"{name} was multiplied in floating point, because this machine has no int8 kernel: its times say nothing."
+            )
+        prefill = row["generation"]["prefill"]["speedup"]
+        if prefill is not None and prefill < 1 / FASTER and row["compression_ratio"] and row["compression_ratio"] > 1:
+            found.append(f"{name} is smaller than the dense model and reads a prompt {1 / prefill:.2f}x slower.")
+    return found
+
+
+def _of_another_kind(report: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """Rows whose numbers do not belong beside the others: another text or length, another machine."""
+    found, protocols = [], {}
+    for row in rows:
+        if "protocol" in row:
+            told = ", ".join(f"{name} {value!r}" for name, value in row["protocol"].items())
+            protocols.setdefault(told, []).append(row["name"])
+    if len(protocols) > 1:
+        common = max(protocols, key=lambda told: len(protocols[told]))
+        found += [
+            f"{', '.join(names)} was measured under another protocol ({told}): its perplexity cannot be compared with the others'."
+            for told, names in protocols.items()
+            if told != common
+        ]
+    here = report["environment"]["machine"]
+    for row in rows:
+        if row.get("machine", here) != here:
+            found.append(f"{row['name']} was measured on another machine ({row['machine']}): its times cannot be compared.")
+    return found

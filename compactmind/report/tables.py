@@ -1,0 +1,204 @@
+"""The tables of the report as rows of text, read off the report's dict; one source for the terminal, HTML, Markdown and TeX."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from compactmind.report.literature import beside_the_literature
+from compactmind.report.sentences import largest_batch
+
+NOTHING = "-"
+VERDICTS = {True: "met", False: "MISSED", None: "not run"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a header; cells are text without markup."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+    def as_text(self) -> str:
+        """Return it with aligned columns: the first to the left, the others to the right, long last ones to the left."""
+        lines = [list(self.header), *map(list, self.rows)]
+        lines = [line + [""] * (len(self.header) - len(line)) for line in lines]
+        # a line that says what to run instead of numbers makes no column wide
+        widths = [
+            max(len(line[index]) for line in lines if len(line) - line.count("") > 2 or index == 0)
+            for index in range(len(self.header))
+        ]
+        text = [f"{self.caption}"]
+        for line in lines:
+            cells = [line[0].ljust(widths[0])]
+            short = len(line) - line.count("") <= 2
+            for cell, width, name in zip(line[1:], widths[1:], self.header[1:], strict=True):
+                cells.append(cell if short else cell.ljust(width) if name in LEFT else cell.rjust(width))
+            text.append("  ".join(cells).rstrip())
+        return "\n".join(text)
+
+
+LEFT = ("kernel", "verdict", "source", "protocol", "comparable", "pipeline", "parameters", "value", "model", "task")
+"""Columns of words."""
+
+
+def number(value: float | None, form: str = ".2f", unit: str = "") -> str:
+    """Return a number as a cell, `-` for none."""
+    return NOTHING if value is None else f"{value:{form}}{unit}"
+
+
+# ----------------------------------------------------------------------------------------------------------- the tracks
+def encoder_table(report: dict[str, Any]) -> Table:
+    """Return the classifiers side by side."""
+    rows = [row for row in report["models"] if row["track"] == "encoder"]
+    batches = [int(name.removeprefix("batch_")) for row in rows if row["status"] == "measured" for name in row["latency"]]
+    batches = sorted(set(batches))
+    onnx = any("onnx_latency" in row for row in rows)
+    header = ["model", "accuracy [95%]", "F1", "AUC", "p", "M param", "GFLOPs", "thop GMACs", "MB",
+              *(f"ms, batch {batch}" for batch in batches), "speed-up", "load s", "peak MB", *(f"ONNX ms, batch {batch}" for batch in batches if onnx)]  # fmt: skip
+    lines = []
+    for row in rows:
+        if row["status"] != "measured":
+            lines.append(_not_run(row))
+            continue
+        low, high = row["accuracy_interval"]
+        against = row["mcnemar_against_reference"]
+        times, exported = ([row.get(key, {}).get(f"batch_{batch}") for batch in batches] for key in ("latency", "onnx_latency"))
+        lines.append(
+            [
+                row["name"], f"{row['accuracy']:.1%} [{low:.1%}, {high:.1%}]", f"{row['f1']:.3f}", number(row["auc"], ".3f"),
+                number(against and against["p_value"], ".2g"), f"{row['parameters'] / 1e6:.2f}", f"{row['gflops']:.2f}",
+                number(row["gmacs_thop"]), f"{row['size_mb']:.1f}", *(number(time and time["median_ms"], ".1f") for time in times),
+                number(row["latency"][largest_batch(row)]["speedup"], ".2f", "x"), number(row["load_seconds"]),
+                number(row["peak_memory_mb"], ".0f"), *(number(time and time["median_ms"], ".1f") for time in exported if onnx),
+            ]
+        )  # fmt: skip
+    reference, tokens = report["references"]["encoder"], report["settings"]["cost_length"]
+    note = f"p: McNemar against {reference}; speed-up: against it, at the largest batch; ms for sentences of {tokens} tokens."
+    return Table("Encoder track", header, lines, note)
+
+
+def language_table(report: dict[str, Any]) -> Table:
+    """Return the language models side by side."""
+    header = ["model", "perplexity [95%]", "against dense [95%, paired]", "M param", "MB", "ratio", "prefill ms", "prefill",
+              "decode ms", "decode", "load s", "peak MB", "kernel"]  # fmt: skip
+    lines = []
+    rows = [row for row in report["models"] if row["track"] == "llm"]
+    for row in rows:
+        if row["status"] != "measured":
+            lines.append(_not_run(row))
+            continue
+        against, (low, high) = row["against_dense"], row["perplexity_interval"]
+        told = NOTHING
+        if against:
+            told = "{:+.2%} [{:+.2%}, {:+.2%}]".format(against["ratio"] - 1, *(bound - 1 for bound in against["interval"]))
+        prefill, decode = (row["generation"][phase] for phase in ("prefill", "decode"))
+        lines.append(
+            [
+                row["name"], f"{row['perplexity']:.2f} [{low:.2f}, {high:.2f}]", told, f"{row['parameters'] / 1e6:.1f}",
+                f"{row['size_mb']:.1f}", number(row["compression_ratio"], ".2f", "x"), f"{prefill['median_ms']:.0f}",
+                number(prefill["speedup"], ".2f", "x"), f"{decode['median_ms']:.1f}", number(decode["speedup"], ".2f", "x"),
+                number(row["load_seconds"]), number(row["peak_memory_mb"], ".0f"), row["kernel"],
+            ]
+        )  # fmt: skip
+    protocol = next((row["protocol"] for row in rows if row["status"] == "measured"), None)
+    note = ""
+    if protocol:
+        note = f"{protocol['text']}; {protocol['windows']} windows of {protocol['seq_len']} tokens; prefill of {report['settings']['prompt_tokens']} tokens."
+    return Table("LLM track", header, lines, note)
+
+
+def _not_run(row: dict[str, Any]) -> list[str]:
+    return [row["name"], f"{row['status']}: run `{row['command']}`"]
+
+
+def gsm8k_table(report: dict[str, Any]) -> Table | None:
+    """Return the shares of GSM8K's problems answered, None if nobody was asked."""
+    asked = [row for row in report["models"] if "gsm8k" in row]
+    if not asked:
+        return None
+    matches = [name for name, found in asked[0]["gsm8k"].items() if isinstance(found, dict) and "accuracy" in found]
+    rows = []
+    for row in asked:
+        cells = (row["gsm8k"][match] for match in matches)
+        rows.append([row["name"], *("{:.1%} [{:.1%}, {:.1%}]".format(cell["accuracy"], *cell["interval"]) for cell in cells)])
+    found = asked[0]["gsm8k"]
+    return Table(f"{found['task']}, {found['problems']} problems", ["model", *matches], rows)
+
+
+def steps_table(report: dict[str, Any]) -> Table | None:
+    """Return the perplexity after every step of the pipelines that made rows of the report."""
+    rows = []
+    for row in report["models"]:
+        for step in row.get("pipeline", []) if row["status"] == "measured" else []:
+            low, high = (bound - 1 for bound in step["against_dense"]["interval"])
+            against = f"{step['against_dense']['ratio'] - 1:+.2%} [{low:+.2%}, {high:+.2%}]"
+            rows.append([row["name"], step["method"], f"{step['perplexity']:.2f}", against, f"{step['seconds']:.0f}"])
+    return (
+        Table("After every step", ["model", "step", "perplexity", "against dense [95%, paired]", "seconds"], rows)
+        if rows
+        else None
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- the rest
+def search_table(report: dict[str, Any]) -> Table | None:
+    """Return the best pipelines of the search that were measured on all windows."""
+    found = report.get("search")
+    if not found or not found["confirmed"]:
+        return None
+    rows = []
+    for trial, row in sorted(found["confirmed"].items(), key=lambda item: item[1]["perplexity"]):
+        steps = " > ".join(step["method"] for step in row["steps"][1:])
+        rows.append(
+            [trial, steps, f"{row['perplexity']:.2f}", f"{row['compression_ratio']:.2f}x", number(row["interaction"], "+.4f")]
+        )
+    header = ["trial", "pipeline", "perplexity, validation", "ratio", "interaction, nats"]
+    return Table(f"Search for {found['target_compression']:g}x, {found['trials']} trials: the best, on all windows", header, rows,
+                 "interaction: loss of the whole minus the sum of the losses of its parts")  # fmt: skip
+
+
+def goals_table(report: dict[str, Any]) -> Table:
+    """Return what the project set out to reach beside what was measured."""
+    forms = {"share": (".1%", 1, ""), "points": ("+.1f", 100, ""), "factor": (".2f", 1, "x"), "minutes": (".1f", 1, " min")}
+    rows = []
+    for goal in report["goals"]:
+        form, scale, unit = forms[goal["unit"]]
+        shown = [number(None if value is None else scale * value, form, unit) for value in (goal["value"], goal["measured"])]
+        rows.append([goal["goal"], f"{goal['bound']} {shown[0]}", shown[1], VERDICTS[goal["met"]]])
+    return Table("Goals", ["goal", "wanted", "measured", "verdict"], rows)
+
+
+def literature_table(report: dict[str, Any]) -> Table:
+    """Return published results beside which this run stands, and which of them it can be compared with."""
+    rows = [
+        [row["task"], row["model"], number(row["dense"], "g"), f"{row['result']:g}", row["protocol"], row["source"],
+         f"{'yes' if row['comparable'] else 'no'}: {row['why']}"]
+        for row in beside_the_literature(report)
+    ]  # fmt: skip
+    note = "SST-2: accuracy in %; WikiText-2: perplexity."
+    return Table("Published results", ["task", "model", "dense", "result", "protocol", "source", "comparable"], rows, note)
+
+
+def environment_table(report: dict[str, Any]) -> Table:
+    """Return what the numbers were measured on and with."""
+    found = dict(report["environment"])
+    found |= {f"version of {name}": version for name, version in found.pop("versions").items()}
+    found |= {"profile": report["profile"], "created": report["created"], "data fingerprint": report["data"]["fingerprint"]}
+    return Table("Environment", ["what", "value"], [[name, str(value)] for name, value in found.items() if value is not None])
+
+
+def stages_table(report: dict[str, Any]) -> Table:
+    """Return the settings every model was made with."""
+    rows = []
+    for row in report["models"]:
+        if row["status"] == "measured" and row.get("stage"):
+            settings = ", ".join(f"{name}={value}" for name, value in row["stage"]["config"].items())
+            rows.append([row["name"], row["stage"]["script"], row["created"], settings])
+    return Table("How every model was made", ["model", "script", "created", "parameters"], rows)
+
+
+def protocols_table(report: dict[str, Any]) -> Table:
+    """Return how each number was measured."""
+    return Table("Protocols", ["number", "value"], [[name, told] for name, told in report["protocols"].items()])
