@@ -48,7 +48,7 @@ def quantize_model(
         raise ValueError(f"unknown quantization method {method!r}, expected one of {', '.join(QUANTIZED_KINDS)}")
     device = model.device
     plain = dict(linears_to_quantize(model))
-    tables = {name: module.weight.data for name, module in _embeddings(model)}
+    tables = {name: module.weight.data for name, module in embedding_tables(model)}
     compensated = method == "nf4" and calibration is not None
     moments = input_second_moments(model, plain, calibration) if compensated else {}
     description = {
@@ -122,7 +122,8 @@ def _is_skipped(name: str) -> bool:
     return not set(name.split(".")).isdisjoint(SKIPPED_MODULES)
 
 
-def _embeddings(model: PreTrainedModel) -> list[tuple[str, nn.Embedding]]:
+def embedding_tables(model: PreTrainedModel) -> list[tuple[str, nn.Embedding]]:
+    """Return (name, module) of every embedding table."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
 
 
@@ -134,5 +135,5 @@ def _replace_by_packed_modules(model: PreTrainedModel, description: dict[str, An
         packed = packed_linear_like(linear, description["method"], device, description["double_quantization"])
         model.set_submodule(name, packed)
     if description["half_precision_embeddings"]:
-        for name, table in _embeddings(model):
+        for name, table in embedding_tables(model):
             model.set_submodule(name, HalfEmbedding(table.num_embeddings, table.embedding_dim, table.padding_idx))

@@ -85,8 +85,8 @@ class W8A8Block:
     def join(self) -> "W8A8Block":
         """Put the weights of linears with one input next to each other in memory; after loading and after moving."""
         attention, mlp = self.self_attn, self.mlp
-        self.__dict__["qkv"] = _joined([attention.q_proj, attention.k_proj, attention.v_proj])  # not registered: no new tensors
-        self.__dict__["gate_up"] = _joined([mlp.gate_proj, mlp.up_proj])
+        self.__dict__["qkv"] = joined([attention.q_proj, attention.k_proj, attention.v_proj])  # not registered: no new tensors
+        self.__dict__["gate_up"] = joined([mlp.gate_proj, mlp.up_proj])
         return self
 
     def _apply(self, function, recurse: bool = True):
@@ -123,7 +123,7 @@ class W8A8Block:
         )  # fmt: skip
 
 
-def _joined(linears: Sequence[W8A8Linear]) -> W8A8Linear:
+def joined(linears: Sequence[W8A8Linear]) -> W8A8Linear:
     """Return one linear with the output channels of all; the weights of `linears` become views of its own."""
     first, rows = linears[0], [linear.out_features for linear in linears]
     joined = W8A8Linear(first.in_features, sum(rows), bias=False, activations=first.activations, device="meta")

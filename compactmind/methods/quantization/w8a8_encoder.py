@@ -1,0 +1,146 @@
+"""Turn the blocks of a BERT or DistilBERT into W8A8: int8 weights and activations on a real int8 kernel, and rebuild such a model.
+
+Nothing is smoothed: these blocks normalize behind the addition, so what a linear reads is the residual stream itself, and dividing
+its channels would need a multiplication on the way around. A scale per token is enough for them. The forward pass quantizes
+every input once, takes q, k and v as one product, and handles so few tokens at a time that what lies between two products stays in
+the processor's cache: in a batch of 32 sentences passes over memory would otherwise take longer than the products.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert.modeling_bert import BertLayer, eager_attention_forward
+from transformers.models.distilbert.modeling_distilbert import TransformerBlock
+
+from compactmind.methods.pruning.encoder import EncoderLayer, encoder_layers
+from compactmind.methods.quantization.packed_model import HalfEmbedding, embedding_tables, linears_to_quantize
+from compactmind.methods.quantization.w8a8_block import joined
+from compactmind.methods.quantization.w8a8_linear import Int8Parts, W8A8Linear
+
+TOKENS = 512
+"""Tokens handled at a time: with 700 channels in float32 1.4 MB, what a core's cache holds. All 4,096 of a batch at once take 1.5 times as long."""
+
+
+# ---------------------------------------------------------------------------------------------------- around attention
+def _linear(x: torch.Tensor, parts: Int8Parts, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x W^T + b in float32; x: (tokens, in) in float32."""
+    q, scale = parts.quantize(x)
+    product = parts.product(q) * parts.channel_scale
+    return product.mul_(scale) if bias is None else torch.addcmul(bias, product, scale)
+
+
+def project_heads(hidden: torch.Tensor, qkv: Int8Parts, bias: torch.Tensor) -> torch.Tensor:
+    """Return q, k and v of hidden (tokens, channels) next to each other: (tokens, 3 * heads * head_dim)."""
+    return torch.cat([_linear(part, qkv, bias) for part in hidden.split(TOKENS)])
+
+
+def after_attention(hidden: torch.Tensor, attended: torch.Tensor, block: "W8A8EncoderBlock") -> torch.Tensor:
+    """Output projection, FFN, and the two additions with their norms: (tokens, channels)."""
+    layer, result = block.layer, torch.empty_like(hidden)
+    output, up, down = layer.attention_output, layer.up, layer.down
+    for place, residual, x in zip(result.split(TOKENS), hidden.split(TOKENS), attended.split(TOKENS), strict=True):
+        middle = layer.attention_norm(_linear(x, output.parts, output.bias).add_(residual))
+        inner = block.activation(_linear(middle, up.parts, up.bias))
+        place.copy_(layer.output_norm(_linear(inner, down.parts, down.bias).add_(middle)))
+    return result
+
+
+class W8A8EncoderBlock:
+    """Mixed into an encoder layer whose linears are W8A8Linear: the forward pass described at the top of this file."""
+
+    def fuse(self, layer: EncoderLayer, attention: nn.Module, activation: nn.Module) -> None:
+        """Remember the parts by name and join q, k and v; not registered, so that no name in the file changes."""
+        self.__dict__.update(layer=layer, attention_module=attention, activation=activation)
+        self.join()
+
+    def join(self) -> None:
+        """Put the weights of q, k and v next to each other in memory; after loading and after moving."""
+        parts = [self.layer.query, self.layer.key, self.layer.value]
+        self.__dict__["qkv"] = joined(parts)
+        self.__dict__["qkv_bias"] = torch.cat([linear.bias for linear in parts])
+
+    def _apply(self, function, recurse: bool = True):
+        super()._apply(function, recurse)
+        self.join()
+        return self
+
+    def forward(self, hidden_states, attention_mask=None, *_, **kwargs) -> torch.Tensor:
+        """hidden_states: (batch, tokens, channels) -> the same shape and dtype."""
+        attention, hidden = self.attention_module, hidden_states.float().flatten(0, 1)
+        heads = project_heads(hidden, self.qkv.parts, self.qkv_bias)
+        query, key, value = heads.view(*hidden_states.shape[:2], 3, -1, self.layer.head_dim).permute(2, 0, 3, 1, 4)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+        attended, _ = attend(attention, query, key, value, attention_mask, dropout=0.0, scaling=attention.scaling)
+        return (
+            after_attention(hidden, attended.flatten(2).flatten(0, 1), self).view(hidden_states.shape).to(hidden_states.dtype)
+        )
+
+
+@functools.cache
+def _with_int8_forward(layer_class: type[nn.Module]) -> type[nn.Module]:
+    return type(f"W8A8{layer_class.__name__}", (W8A8EncoderBlock, layer_class), {})
+
+
+def fuse_encoder(model: PreTrainedModel) -> None:
+    """Give, in place, every block of a W8A8 encoder the forward pass above."""
+    base = model.base_model
+    blocks = base.encoder.layer if hasattr(base, "encoder") else base.transformer.layer
+    for block, layer in zip(blocks, encoder_layers(model), strict=True):
+        if type(block) is BertLayer:
+            attention, activation = block.attention.self, block.intermediate.intermediate_act_fn
+        elif type(block) is TransformerBlock:
+            attention, activation = block.attention, block.ffn.activation
+        else:
+            continue  # fused already
+        block.__class__ = _with_int8_forward(type(block))
+        block.fuse(layer, attention, activation)
+
+
+# -------------------------------------------------------------------------------------------------- quantizing, rebuilding
+@torch.no_grad()
+def quantize_encoder(model: PreTrainedModel, half_precision_embeddings: bool = True) -> dict[str, Any]:
+    """Make, in place, every linear of the blocks W8A8, a scale per token and per output channel; heads stay in full precision.
+
+    Returns the description a loader and a manifest need.
+    """
+    for name, linear in linears_to_quantize(model):
+        model.set_submodule(name, W8A8Linear.from_linear(linear))
+    if half_precision_embeddings:
+        for name, table in embedding_tables(model):
+            half = HalfEmbedding(table.num_embeddings, table.embedding_dim, table.padding_idx).to(table.weight.device)
+            half.weight = nn.Parameter(table.weight.half(), requires_grad=False)
+            model.set_submodule(name, half)
+    fuse_encoder(model)
+    return {
+        "method": "w8a8",
+        "bits": 8,
+        "granularity": {"weights": "per output channel", "activations": "per_token"},
+        "half_precision_embeddings": half_precision_embeddings,
+    }
+
+
+def load_w8a8_encoder(weights_file: Path, model_class: type[PreTrainedModel], description: dict[str, Any]) -> PreTrainedModel:
+    """Rebuild a model from its weight file and the description `quantize_encoder` returned.
+
+    Raises ValueError if a tensor is missing or left over.
+    """
+    model = model_class(model_class.config_class.from_pretrained(weights_file.parent))
+    for name, linear in linears_to_quantize(model):
+        model.set_submodule(name, W8A8Linear(linear.in_features, linear.out_features, linear.bias is not None))
+    if description["half_precision_embeddings"]:
+        for name, table in embedding_tables(model):
+            model.set_submodule(name, HalfEmbedding(table.num_embeddings, table.embedding_dim, table.padding_idx))
+    missing, unexpected = model.load_state_dict(load_file(weights_file), strict=False)
+    if missing or unexpected:
+        raise ValueError(f"tensors do not fit {model_class.__name__}: missing {missing}, unexpected {unexpected}")
+    for module in model.modules():
+        if isinstance(module, W8A8Linear):
+            module.prepare()
+    fuse_encoder(model)
+    return model

@@ -1,0 +1,92 @@
+"""W8A8 of BERT and DistilBERT: the numbers of its linears, in a forward pass of its own, with heads left alone, and it reloads."""
+
+import copy
+
+import helpers
+import pytest
+import torch
+
+from compactmind.checkpoint import load_checkpoint, parameters_before_packing, save_checkpoint
+from compactmind.methods.pruning.encoder import encoder_layers
+from compactmind.methods.quantization import w8a8_encoder
+from compactmind.methods.quantization.packed_model import linears_to_quantize
+from compactmind.methods.quantization.w8a8_encoder import load_w8a8_encoder, quantize_encoder
+from compactmind.methods.quantization.w8a8_linear import W8A8Linear
+
+
+@pytest.fixture(params=["bert", "distilbert"])
+def model(request):
+    return (helpers.make_bert() if request.param == "bert" else helpers.make_distilbert()).eval()
+
+
+def quantized(model, **settings):
+    result = copy.deepcopy(model)
+    return result, quantize_encoder(result, **settings)
+
+
+def test_every_linear_of_the_blocks_is_int8_and_no_head_is(model):
+    small, description = quantized(model)
+    names = {name for name, module in small.named_modules() if isinstance(module, W8A8Linear)}
+    assert len(names) == 6 * len(encoder_layers(small)) and not any("classifier" in name or "pooler" in name for name in names)
+    assert description["bits"] == 8 and description["granularity"]["activations"] == "per_token"
+    assert parameters_before_packing(small) == parameters_before_packing(model)
+
+
+@pytest.mark.parametrize("tokens", [3, 512])
+def test_the_forward_pass_is_that_of_its_linears(model, monkeypatch, tokens):
+    monkeypatch.setattr(w8a8_encoder, "TOKENS", tokens)  # 3: the last piece is a shorter one
+    small, _ = quantized(model)
+    plain = copy.deepcopy(model)
+    for name, linear in linears_to_quantize(plain):
+        plain.set_submodule(name, W8A8Linear.from_linear(linear))
+    for module in plain.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.weight.data = module.weight.data.half().float()
+    batch = helpers.example_batch()
+    assert torch.allclose(helpers.logits_of(small, batch), helpers.logits_of(plain, batch), atol=2e-3)
+    difference = helpers.logits_of(small, batch) - helpers.logits_of(model, batch)
+    assert 0 < difference.norm() < 0.1 * helpers.logits_of(model, batch).norm()
+
+
+def test_a_sentence_alone_gives_what_it_gives_in_a_batch(model):
+    small, _ = quantized(model)
+    batch = helpers.example_batch()
+    together = helpers.logits_of(small, batch)
+    for row in range(len(together)):
+        length = int(batch["attention_mask"][row].sum())
+        alone = {
+            name: values[row : row + 1, :length] for name, values in batch.items() if name in ("input_ids", "attention_mask")
+        }
+        assert torch.allclose(helpers.logits_of(small, alone)[0], together[row], atol=1e-4)
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_it_reloads_with_equal_logits_and_the_names_of_its_parent(model, tokenizer, tmp_path, half):
+    small, description = quantized(model, half_precision_embeddings=half)
+    save_checkpoint(
+        tmp_path / "small", small, tokenizer, kind="w8a8", parent=None, stage={}, quantization=description, data_fingerprint=""
+    )
+    loaded = load_checkpoint(tmp_path / "small")
+    assert torch.equal(helpers.logits_of(loaded.model), helpers.logits_of(small))
+    added = set(loaded.model.state_dict()) - set(model.state_dict())
+    assert added and all(name.endswith(".weight_scale") for name in added)
+    with pytest.raises(ValueError, match="missing"):
+        weights = tmp_path / "small" / "model.safetensors"
+        from safetensors.torch import load_file, save_file
+
+        state = load_file(weights)
+        state.pop(sorted(added)[0])
+        save_file(state, weights)
+        load_w8a8_encoder(weights, type(model), description)
+
+
+def test_a_copy_and_a_move_take_the_joined_weights_along(model):
+    small, _ = quantized(model)
+    moved = copy.deepcopy(small).to("cpu").float()
+    assert torch.equal(helpers.logits_of(moved), helpers.logits_of(small))
+    with torch.no_grad():
+        for module in moved.modules():
+            if isinstance(module, W8A8Linear):
+                module.weight_scale.mul_(0)
+    moved = moved.to(torch.device("cpu"))
+    assert not torch.equal(helpers.logits_of(moved), helpers.logits_of(small))
