@@ -19,11 +19,18 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from compactmind import __version__
 from compactmind.errors import CompactMindError
-from compactmind.files import recover_directory, replace_directory, sha256_of, write_json_atomically
+from compactmind.files import recover_directory, replace_directory, sha256_of, write_json_atomically, write_text_atomically
 from compactmind.methods.llama import is_llama, llama_blocks, llama_shapes
 from compactmind.methods.pruning.encoder import layer_shapes
 from compactmind.methods.pruning.modeling_pruned_encoder import (
@@ -32,12 +39,15 @@ from compactmind.methods.pruning.modeling_pruned_encoder import (
 )
 from compactmind.methods.pruning.modeling_pruned_llama import PrunedLlamaForCausalLM
 from compactmind.methods.quantization.packed_model import QUANTIZED_KINDS, load_quantized
+from compactmind.methods.quantization.w8a8_encoder import load_w8a8_encoder
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 from compactmind.methods.quantization.w8a8_model import load_w8a8
+from compactmind.model_card import model_card
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 WEIGHTS = "model.safetensors"
+CARD = "README.md"
 
 MADE_BY = {
     "teacher_base": "python download_model.py",
@@ -48,6 +58,7 @@ MADE_BY = {
     "student_pruned": "python 2_prune_finetune.py",
     "student_distilled_nf4": "python 3_quantize.py",
     "student_pruned_nf4": "python 3_quantize.py",
+    "student_pruned_w8a8": "python 3_quantize.py",
     "llama": "python download_model.py",
     "llama_w8a8": "python 4_smoothquant_llama.py",
     "llama_w8a8_naive": "python 4_smoothquant_llama.py",
@@ -66,6 +77,10 @@ PRUNED_CLASSES = {
 
 KINDS = ("dense", "pruned", *QUANTIZED_KINDS, "w8a8")
 """What a loader has to know about the weights: of one width, of per-layer widths, packed, or int8 in and out."""
+
+
+FOREIGN = {"ForSequenceClassification": AutoModelForSequenceClassification, "ForCausalLM": AutoModelForCausalLM}
+"""How the architectures end that are read from folders which are not of this project -> what reads them."""
 
 
 @dataclass
@@ -122,7 +137,8 @@ def identity_of(directory: Path) -> str:
     """Return what identifies the weights in a folder: `weights_fingerprint`, or a hash of the files of a foreign model."""
     if (directory / MANIFEST).is_file():
         return weights_fingerprint(directory)
-    return " ".join(sha256_of(file) for file in sorted(directory.glob("*.safetensors")))
+    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
+    return " ".join(sha256_of(file) for file in files)
 
 
 def is_up_to_date(directory: Path | str, stage: dict[str, Any]) -> bool:
@@ -195,6 +211,7 @@ def save_checkpoint(
             "files": files,
         }
         write_json_atomically(temporary / MANIFEST, manifest)
+        write_text_atomically(temporary / CARD, model_card(directory.name, manifest))  # no part of `files`: a report adds to it
 
 
 def bytes_to_save(model: PreTrainedModel) -> int:
@@ -233,8 +250,10 @@ def load_checkpoint(
     try:
         if manifest["kind"] in QUANTIZED_KINDS:
             model = load_quantized(directory / WEIGHTS, model_class, manifest["quantization"], device)
-        elif manifest["kind"] == "w8a8":
+        elif manifest["kind"] == "w8a8" and "CausalLM" in architecture:
             model = load_w8a8(directory / WEIGHTS, model_class, manifest["quantization"], dtype)
+        elif manifest["kind"] == "w8a8":
+            model = load_w8a8_encoder(directory / WEIGHTS, model_class, manifest["quantization"])
         else:
             model, report = model_class.from_pretrained(directory, dtype=dtype, output_loading_info=True)
             problems = {key: sorted(map(str, names)) for key, names in report.items() if names}
@@ -246,6 +265,32 @@ def load_checkpoint(
         raise CompactMindError(
             f"{directory} could not be loaded ({error}): run `{how_to_make(directory)}` again with --force True"
         ) from error
+    return Checkpoint(model.to(device).eval(), tokenizer, manifest)
+
+
+def load_any(directory: Path, device: str | torch.device = "cpu") -> Checkpoint:
+    """Load a checkpoint of this project, or any Hugging Face folder with a sequence classifier or a causal language model, in float32.
+
+    A foreign folder gets a manifest with what can be read off it: kind, architecture, parameters. Raises CompactMindError.
+    """
+    if (directory / MANIFEST).is_file() or not (directory / "config.json").is_file():
+        return load_checkpoint(directory, device)
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        architecture = (config.architectures or ["unknown"])[0]
+        auto = next((each for task, each in FOREIGN.items() if architecture.endswith(task)), None)
+        if auto is None:
+            raise CompactMindError(f"{directory} holds a {architecture}: only {' and '.join(FOREIGN)} can be measured")
+        # a quantized one keeps the types its file has
+        dtype = "auto" if getattr(config, "quantization_config", None) else torch.float32
+        model = auto.from_pretrained(directory, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        raise CompactMindError(f"{directory} could not be loaded ({str(error).strip()[:300]})") from error
+    manifest = {
+        "kind": "foreign", "architecture": architecture, "parent": None, "created": None, "layers": None, "quantization": None,
+        "parameters": parameters_before_packing(model), "stage": {}, "metrics": {},
+    }  # fmt: skip
     return Checkpoint(model.to(device).eval(), tokenizer, manifest)
 
 

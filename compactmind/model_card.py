@@ -1,0 +1,98 @@
+"""The README.md in every checkpoint's directory: what the model is, where it came from, what it scored, how to load it."""
+
+from typing import Any
+
+WORDS = {
+    "dense": "full precision, nothing removed",
+    "pruned": "structurally pruned: physically smaller",
+    "nf4": "NF4 4-bit weights (bitsandbytes)",
+    "int8": "LLM.int8() weights (bitsandbytes)",
+    "w8a8": "int8 weights and activations (compressed-tensors layout)",
+}
+"""Kind of checkpoint -> what that means."""
+
+
+def model_card(name: str, manifest: dict[str, Any], report_row: dict[str, Any] | None = None) -> str:
+    """Return the card of a checkpoint as Markdown; with the row of a report also what was measured of it."""
+    language = "CausalLM" in manifest["architecture"]
+    own_class = manifest["architecture"].startswith("Pruned")
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {'text-generation' if language else 'text-classification'}",
+        "tags: [compactmind]",
+        "---",
+        f"# {name}",
+        "",
+        f"A {manifest['architecture']} made by CompactMind: {WORDS.get(manifest['kind'], manifest['kind'])}. "
+        f"{manifest['parameters'] / 1e6:.1f} M parameters"
+        + (f", made from `{manifest['parent']}`" if manifest["parent"] else "")
+        + f", {manifest['created']}.",
+        "",
+        *_made_with(manifest),
+        *_numbers(manifest, report_row),
+        "## How to load it",
+        "",
+        "```python",
+        "from compactmind.checkpoint import load_checkpoint",
+        "",
+        f'checkpoint = load_checkpoint("models/{name}")  # .model, .tokenizer, .manifest',
+        "```",
+        "",
+    ]
+    auto = "AutoModelForCausalLM" if language else "AutoModelForSequenceClassification"
+    if manifest["kind"] in ("dense", "pruned"):
+        trust = ", trust_remote_code=True" if own_class else ""
+        lines += ["With transformers alone" + (" (its code lies beside the weights):" if own_class else ":"), ""]
+        lines += [
+            "```python",
+            f"from transformers import {auto}",
+            "",
+            f'{auto}.from_pretrained("models/{name}"{trust})',
+            "```",
+            "",
+        ]
+    elif manifest["kind"] == "w8a8" and language:
+        lines += ["vLLM, and transformers with compressed-tensors, read the directory too.", ""]
+    command = "generate.py" if language else "classify.py"
+    lines += ["To try it:", "", "```bash", f'python {command} --model models/{name} "a text"', "```", ""]
+    return "\n".join(lines)
+
+
+def _made_with(manifest: dict[str, Any]) -> list[str]:
+    stage = manifest["stage"]
+    lines = []
+    if stage.get("script"):
+        lines += [f"Made by `{stage['script']}`; every setting is in `manifest.json`.", ""]
+    steps = [step for step in manifest.get("pipeline", []) if step["method"] != "dense"]
+    if steps:
+        lines += ["| step | settings | perplexity after it |", "| --- | --- | ---: |"]
+        for step in steps:
+            settings = ", ".join(f"{key}={value}" for key, value in step["params"].items())
+            lines.append(f"| {step['method']} | {settings} | {step['perplexity']:.2f} |")
+        lines.append("")
+    return lines
+
+
+def _numbers(manifest: dict[str, Any], row: dict[str, Any] | None) -> list[str]:
+    """Return the measured numbers, or what the stage that made the model saw of it."""
+    if row is None:
+        shown = {name: value for name, value in manifest["metrics"].items() if isinstance(value, (int, float))}
+        where = "What the stage that made it measured (validation text; the report measures on held-out text):"
+    else:
+        where = f"Measured by `6_evaluate_report.py` on {row['machine']}, held-out text:"
+        shown = {"MB": row["size_mb"], "load, s": row["load_seconds"], "peak memory, MB": row["peak_memory_mb"]}
+        if "accuracy" in row:
+            low, high = row["accuracy_interval"]
+            shown = {"accuracy": f"{row['accuracy']:.1%} [{low:.1%}, {high:.1%}]", "GFLOPs": row["gflops"], **shown}
+            shown |= {f"ms at {batch.replace('_', ' ')}": times["median_ms"] for batch, times in row["latency"].items()}
+        else:
+            low, high = row["perplexity_interval"]
+            protocol = row["protocol"]
+            on = f"{protocol['text']}, {protocol['windows']} windows of {protocol['seq_len']}"
+            shown = {"perplexity": f"{row['perplexity']:.2f} [{low:.2f}, {high:.2f}] ({on})", **shown}
+            shown |= {f"{phase}, ms": times["median_ms"] for phase, times in row["generation"].items()}
+    if not shown:
+        return []
+    cells = {name: value if isinstance(value, str) else f"{value:.4g}" for name, value in shown.items()}
+    return ["## Numbers", "", where, "", "| | |", "| --- | ---: |", *(f"| {n} | {v} |" for n, v in cells.items()), ""]
