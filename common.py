@@ -167,8 +167,11 @@ class PruneConfig(EncoderConfig):
 class QuantizeConfig(StageConfig):
     parents: tuple[str, ...] = ("student_distilled", "student_pruned")
     """Checkpoints under models_dir to quantize; each <name> becomes <name>_<method>."""
-    method: Literal["nf4", "int8"] = "nf4"
-    """nf4: bitsandbytes 4-bit NormalFloat. int8: bitsandbytes LLM.int8(), the fallback when 4 bits cost too much."""
+    method: Literal["nf4", "int8", "w8a8"] = "nf4"
+    """nf4: bitsandbytes 4-bit NormalFloat. int8: bitsandbytes LLM.int8(), the fallback when 4 bits cost too much. w8a8: int8 weights and
+    activations on a real int8 kernel."""
+    w8a8_parents: tuple[str, ...] = ("student_pruned",)
+    """Checkpoints to make W8A8 too, whatever the method of the others."""
     double_quantization: bool = True
     """nf4: quantize the block scales too (0.37 bit per weight less)."""
     calibration_sentences: int = 256
@@ -235,8 +238,8 @@ class SearchConfig(StageConfig):
     """fixed: JSON, a list of steps, each with method (prune, retrain, smooth, w8a8, nf4) and params."""
     replay: int = -1
     """Number of the trial of the study whose model to make again; -1 = search."""
-    n_trials: int = 30
-    """Trials the study shall have in all."""
+    n_trials: int = 6
+    """Trials the study shall have in all; more only go on from there. 30 take about 40 minutes on 2 CPU cores (embedded profile)."""
     target_compression: float = 2.5
     """Bytes of the dense weight file as released / bytes of the result: at least this."""
     mode: Literal["single", "hybrid", "both"] = "both"
@@ -284,6 +287,18 @@ class SearchConfig(StageConfig):
 
 
 @dataclass(frozen=True)
+class ExportConfig(StageConfig):
+    models: tuple[str, ...] = ("student_distilled", "student_pruned", "student_pruned_w8a8")
+    """Classifiers under models_dir to write as ONNX."""
+    sentences: int = 64
+    """Validation sentences on which the logits are compared."""
+    tolerance: float = 1e-4
+    """Largest difference of a logit that is accepted."""
+    int8_tolerance: float = 0.1
+    """The same of an int8 model: where a float differs in its last bit, an int8 may be the next one."""
+
+
+@dataclass(frozen=True)
 class ReportConfig(StageConfig):
     max_length: int = 64
     """Tokens after which a test sentence is cut."""
@@ -309,6 +324,12 @@ class ReportConfig(StageConfig):
     """Test problems of GSM8K to ask every language model; 0 = leave it out, 1319 = all. About 5 s per problem and model on 2 cores."""
     gsm8k_dir: Path = Path("gsm8k_data")
     """Where test.jsonl of GSM8K lies; without it the hub's is used."""
+    models: tuple[str, ...] = ()
+    """Your own models as rows, name=folder each, beside those in MODELS_TO_EVALUATE at the top of the script."""
+    fresh: bool = False
+    """Measure every row again, also those that are as they were when the report at hand was made."""
+    from_json: bool = False
+    """Measure nothing: draw and write everything from results/final_report.json."""
 
 
 PROFILES: dict[str, dict[str, dict]] = {
@@ -333,7 +354,7 @@ PROFILES: dict[str, dict[str, dict]] = {
         },
         "QuantizeConfig": {"max_length": 128},
         "SmoothQuantConfig": {"calibration_windows": 512},
-        "SearchConfig": {"seq_len": 2048, "eval_windows": 0},
+        "SearchConfig": {"seq_len": 2048, "eval_windows": 0, "n_trials": 30},
         "ReportConfig": {"max_length": 128, "seq_len": 2048, "eval_windows": 0},
     },
     "smoke": {

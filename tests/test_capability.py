@@ -8,8 +8,8 @@ import torch
 
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.capability import gsm8k
-from compactmind.evaluation.language import gsm8k_table
 from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama
+from compactmind.report.tables import gsm8k_table
 
 PROBLEMS = {
     "How many legs have two spiders and a bee?": ("2 * 8 + 6 = <<16+6=22>>22\n#### 22", " 16 and 6 are 22. The answer is 22.\nQ: more?"),
@@ -49,9 +49,10 @@ def test_solved_is_the_right_number_in_the_right_place_or_the_last_one_anywhere(
     assert found["strict"]["accuracy"] == pytest.approx(1 / 3) and found["flexible"]["accuracy"] == pytest.approx(2 / 3)
     low, high = found["strict"]["interval"]
     assert low == pytest.approx(0.0615, abs=1e-3) and high == pytest.approx(0.7923, abs=1e-3)  # Wilson, 1 of 3
-    table = gsm8k_table([{"name": "mine", "gsm8k": found}, {"name": "other"}])
-    assert "3 problems" in table and "33.3% [6.1%, 79.2%]" in table and "other" not in table
-    assert gsm8k_table([{"name": "other"}]) == ""
+    table = gsm8k_table({"models": [{"name": "mine", "gsm8k": found}, {"name": "other"}]})
+    assert "3 problems" in table.caption and [row[0] for row in table.rows] == ["mine"]
+    assert "33.3% [6.1%, 79.2%]" in table.as_text()
+    assert gsm8k_table({"models": [{"name": "other"}]}) is None
 
 
 def test_an_int8_model_is_asked_too_and_stays_as_it_was(file):

@@ -1,6 +1,7 @@
 """Quantizing, reporting and the pipeline as a user runs them: files, rows, equal numbers, and what is said when a stage is missing."""
 
 import csv
+import json
 import math
 import shutil
 
@@ -12,12 +13,15 @@ from compactmind.checkpoint import load_checkpoint, read_manifest
 from compactmind.data import EncodedSentences, load_split
 from compactmind.evaluation.accuracy import predict_logits
 from compactmind.evaluation.perplexity import perplexity
+from compactmind.report.figures import FIGURES
+from compactmind.report.search_figures import SEARCH_FIGURES
 from compactmind.text import load_documents, token_windows
 
-ROWS = ["teacher", "student_finetuned", "student_distilled", "student_pruned", "student_distilled_nf4", "student_pruned_nf4"]
+ROWS = ["teacher", "student_finetuned", "student_distilled", "student_pruned", "student_distilled_nf4", "student_pruned_nf4",
+        "student_pruned_w8a8"]  # fmt: skip
 LANGUAGE_ROWS = ["llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_pruned", "llama_searched"]
 STAGES = ("download_model.py", "1_distill.py", "2_prune_finetune.py", "3_quantize.py", "4_smoothquant_llama.py",
-          "5_bayesian_search.py", "6_evaluate_report.py")  # fmt: skip
+          "5_bayesian_search.py --strategy=fixed", "5_bayesian_search.py,", "6_evaluate_report.py")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +29,6 @@ def reported(tmp_path_factory):
     """A directory in which run_pipeline.py has run every stage, and what it printed."""
     folder = helpers.make_workspace(tmp_path_factory.mktemp("reported"), train_rows=300, dev_rows=50)
     helpers.add_llama(folder)
-    searched = helpers.run_script("5_bayesian_search.py", cwd=folder)  # no part of the pipeline, but of the report
-    assert searched.returncode == 0, searched.stdout + searched.stderr
     result = helpers.run_script("run_pipeline.py", cwd=folder)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return folder, result.stdout
@@ -42,7 +44,7 @@ def copy(reported, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- pipeline
 def test_the_pipeline_runs_every_stage_in_order_and_says_where_the_report_is(reported):
     _, output = reported
-    places = [output.index(f"[{number}/7] {name}") for number, name in enumerate(STAGES, start=1)]
+    places = [output.index(f"[{number}/8] {name}") for number, name in enumerate(STAGES, start=1)]
     assert places == sorted(places)
     assert output.rstrip().endswith("report: results/final_report.json and results/final_report.png")
 
@@ -75,7 +77,8 @@ def test_quantized_checkpoints_say_what_was_done(reported):
         assert "classifier" in manifest["quantization"]["skipped_modules"]
         assert manifest["metrics"]["embedding_bytes"] * 2 == manifest["metrics"]["parent_embedding_bytes"]
         assert manifest["files"]["model.safetensors"]["bytes"] < source["files"]["model.safetensors"]["bytes"]
-    assert output.count("reloads with equal logits") == 2
+    assert output.count("reloads with equal logits") == 3
+    assert read_manifest(folder / "models" / "student_pruned_w8a8")["quantization"]["granularity"]["activations"] == "per_token"
 
 
 def test_int8_is_a_choice_and_becomes_a_row(copy, run_here):
@@ -105,7 +108,7 @@ def test_a_missing_parent_names_its_command(copy, run_here):
 def test_the_report_holds_every_row_with_every_measurement(reported):
     folder, output = reported
     report = helpers.read_json(folder / "results" / "final_report.json")
-    assert report["schema_version"] == 2 and report["profile"] == "smoke"
+    assert report["schema_version"] == 3 and report["profile"] == "smoke"
     assert [row["name"] for row in report["models"]] == [*ROWS, *LANGUAGE_ROWS]
     for row in report["models"][: len(ROWS)]:
         assert row["status"] == "measured" and row["track"] == "encoder"
@@ -168,8 +171,9 @@ def test_the_table_for_spreadsheets_agrees_with_the_report(reported):
 
 def test_the_plots_are_pictures(reported):
     folder, _ = reported
-    for name in ("final_report.png", "model_comparison.png", "perplexity_against_size.png"):
-        picture = matplotlib.image.imread(folder / "results" / name)
+    names = ("final_report", "model_comparison", "perplexity_against_size", "latency", "training_curves", "alpha_curve")
+    for name in (*names, *(f"search_{name}" for name in SEARCH_FIGURES)):
+        picture = matplotlib.image.imread(folder / "results" / f"{name}.png")
         assert picture.shape[0] > 300 and picture.shape[1] > 300 and math.isfinite(picture.std()) and picture.std() > 0.01
     assert (folder / "results" / "model_comparison.pdf").read_bytes().startswith(b"%PDF")
     assert not list((folder / "results").glob(".*tmp*"))
@@ -213,8 +217,8 @@ def test_without_text_the_language_models_are_not_run_and_the_encoders_are(copy,
     status, output = run_here("6_evaluate_report.py", cwd=copy)
     assert status == 0, output
     rows = {row["name"]: row for row in helpers.read_json(copy / "results" / "final_report.json")["models"]}
-    assert rows["llama"] == {"name": "llama", "track": "llm", "status": "not run", "command": "python download_model.py"}
-    assert rows["teacher"]["status"] == "measured"
+    assert (rows["llama"]["status"], rows["llama"]["command"]) == ("not run", "python download_model.py")
+    assert rows["teacher"]["status"] == "measured" and "perplexity" not in rows["llama"]
 
 
 def test_missing_and_broken_stages_are_rows_that_say_what_to_do(copy, run_here):
@@ -226,7 +230,8 @@ def test_missing_and_broken_stages_are_rows_that_say_what_to_do(copy, run_here):
     rows = {row["name"]: row for row in report["models"]}
     assert list(rows) == [*ROWS, *LANGUAGE_ROWS]
     assert rows["student_pruned"] == {
-        "name": "student_pruned", "track": "encoder", "status": "not run", "command": "python 2_prune_finetune.py",
+        "name": "student_pruned", "track": "encoder", "directory": "models/student_pruned", "status": "not run",
+        "command": "python 2_prune_finetune.py",
     }  # fmt: skip
     assert rows["student_finetuned"]["status"] == "broken" and "manifest.json" in rows["student_finetuned"]["error"]
     assert rows["teacher"]["status"] == "measured"
@@ -240,6 +245,119 @@ def test_a_report_of_nothing_is_a_table_of_commands(copy, run_here):
     assert status == 0, output
     assert {row["status"] for row in helpers.read_json(copy / "results" / "final_report.json")["models"]} == {"not run"}
     assert "run `python 1_distill.py`" in output
+
+
+def models_of(folder) -> dict[str, dict]:
+    return {row["name"]: row for row in helpers.read_json(folder / "results" / "final_report.json")["models"]}
+
+
+def test_what_is_as_it_was_is_not_measured_again(copy, run_here):
+    before = models_of(copy)
+    status, output = run_here("6_evaluate_report.py", cwd=copy)
+    assert status == 0 and "accuracy, operations" not in output, output
+    assert f"{len(ROWS)} of {len(ROWS)} rows are as they were" in output
+    after = models_of(copy)
+    assert all(after[name] == before[name] for name in ROWS)
+
+
+def test_what_has_changed_is_measured_again_beside_the_reference_and_the_rest_is_kept(copy, run_here):
+    before = models_of(copy)
+    path = copy / "models" / "student_pruned_nf4"
+    shutil.rmtree(path)
+    shutil.copytree(copy / "models" / "student_distilled_nf4", path)
+    status, output = run_here("6_evaluate_report.py", cwd=copy)
+    assert status == 0, output
+    after = models_of(copy)
+    again = [name for name in ROWS if f"{name:<24} accuracy" in output]
+    assert again == ["student_pruned_nf4"] and "2 models in turn" in output  # it and the reference
+    assert all(after[name] == before[name] for name in ROWS if name not in again)
+    for key in ("accuracy", "correct", "gflops", "size_mb", "parameters"):
+        assert after["student_pruned_nf4"][key] == before["student_distilled_nf4"][key]
+    assert (
+        after["student_pruned_nf4"]["mcnemar_against_reference"] == before["student_distilled_nf4"]["mcnemar_against_reference"]
+    )
+    assert after["student_pruned_nf4"]["latency"]["batch_32"]["speedup"] > 0
+
+
+@pytest.mark.parametrize("arguments", [("--fresh", "True"), ("--cost_length", "12")])
+def test_everything_is_measured_again_if_asked_or_if_the_protocol_is_another(copy, run_here, arguments):
+    for name in ROWS[1:]:
+        if name != "student_distilled":
+            shutil.rmtree(copy / "models" / name)
+    status, output = run_here("6_evaluate_report.py", *arguments, cwd=copy)
+    assert status == 0 and "teacher                  accuracy" in output and "student_distilled        accuracy" in output, (
+        output
+    )
+
+
+def test_a_new_reference_changes_every_row(copy, run_here):
+    status, output = run_here("6_evaluate_report.py", "--reference", "teacher", cwd=copy)
+    assert status == 0, output
+    rows = models_of(copy)
+    assert rows["teacher"]["mcnemar_against_reference"] is None and rows["teacher"]["latency"]["batch_32"]["speedup"] == 1
+    assert rows["student_distilled"]["mcnemar_against_reference"]["p_value"] <= 1
+
+
+def test_everything_but_the_measurements_is_made_again_from_the_json(copy, run_here):
+    results = copy / "results"
+    report = helpers.read_json(results / "final_report.json")
+    row = next(row for row in report["models"] if row["name"] == "student_pruned")
+    row["accuracy"], row["accuracy_interval"], row["size_mb"] = 0.123456, [0.1, 0.2], 777.7
+    (results / "final_report.json").write_text(json.dumps(report))
+    old = {path.name: path.stat().st_mtime_ns for path in results.glob("*.png") if path.stem in FIGURES}
+    shutil.rmtree(copy / "models")
+    status, output = run_here("6_evaluate_report.py", "--from_json", "True", cwd=copy)
+    assert status == 0 and "12.3%" in output and "777.7" in output, output
+    for name in ("final_report.html", "final_report.md", "final_report.tex", "model_comparison.csv"):
+        assert "777.7" in (results / name).read_text(encoding="utf-8"), name
+    assert len(old) >= 6 and all((results / name).stat().st_mtime_ns > time for name, time in old.items())
+    (results / "final_report.json").write_text(json.dumps({"schema_version": 2}))
+    status, output = run_here("6_evaluate_report.py", "--from_json", "True", cwd=copy)
+    assert status == 1 and "without --from_json" in output
+
+
+# ------------------------------------------------------------------------------------------------------- your own models
+def test_any_hugging_face_folder_becomes_a_row(copy, run_here):
+    encoder = load_checkpoint(copy / "models" / "student_distilled")
+    encoder.model.config.id2label = {0: "POSITIVE", 1: "NEGATIVE"}  # the other way round
+    llama = load_checkpoint(copy / "models" / "llama")
+    for name, checkpoint in (("mine", encoder), ("my-llama", llama)):
+        checkpoint.model.save_pretrained(copy / "elsewhere" / name)
+        checkpoint.tokenizer.save_pretrained(copy / "elsewhere" / name)
+    own = ["--models", "mine=elsewhere/mine", "my-llama=elsewhere/my-llama"]
+    status, output = run_here("6_evaluate_report.py", *own, cwd=copy)
+    assert status == 0, output
+    rows = models_of(copy)
+    assert list(rows)[len(ROWS)] == "mine" and list(rows)[-1] == "my-llama"
+    assert rows["mine"]["status"] == rows["my-llama"]["status"] == "measured"
+    assert rows["mine"]["accuracy"] == pytest.approx(1 - rows["student_distilled"]["accuracy"])
+    assert rows["mine"]["gflops"] == rows["student_distilled"]["gflops"] and rows["mine"]["peak_memory_mb"] > 0
+    assert rows["my-llama"]["perplexity"] == pytest.approx(rows["llama"]["perplexity"], rel=1e-4)
+    assert not (copy / "elsewhere" / "mine" / "README.md").exists()  # a foreign folder is left as it is
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("mine", "is not name=folder"),
+        ("mine=nowhere", "nowhere holds no model"),
+        ("teacher=models/teacher", "is the name of a model of"),
+    ],
+)
+def test_own_models_that_are_not_there_are_told_at_once(copy, run_here, entry, expected):
+    status, output = run_here("6_evaluate_report.py", "--models", entry, cwd=copy)
+    assert status == 1 and expected in output and "Traceback" not in output
+
+
+def test_every_model_has_a_card_with_its_numbers(reported):
+    folder, _ = reported
+    rows = models_of(folder)
+    for name in (*ROWS, *LANGUAGE_ROWS):
+        card = (folder / "models" / name / "README.md").read_text(encoding="utf-8")
+        assert f"# {name}" in card and "load_checkpoint" in card and f"models/{name}" in card
+        wanted = f"{rows[name]['accuracy']:.1%}" if name in ROWS else f"{rows[name]['perplexity']:.2f}"
+        assert wanted in card
+        read_manifest(folder / "models" / name)  # still whole
 
 
 def test_no_report_without_sentences(copy, run_here):

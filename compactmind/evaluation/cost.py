@@ -52,8 +52,9 @@ def gmacs_thop(model: PreTrainedModel, sequence_length: int) -> float:
 
 
 def weight_megabytes(directory: Path) -> float:
-    """Return the size of a checkpoint's weight files in MB (1e6 bytes)."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors")) / 1e6
+    """Return the size of a checkpoint's weight files in MB (1e6 bytes); pickled ones count where there are no others."""
+    files = list(directory.glob("*.safetensors")) or list(directory.glob("pytorch_model*.bin"))
+    return sum(path.stat().st_size for path in files) / 1e6
 
 
 def synchronize(device: torch.device) -> None:
@@ -177,12 +178,12 @@ def resident_bytes() -> tuple[int, int]:
 
 
 def _measure_peak_of_this_process(directory: str, batch_size: int, sequence_length: int) -> float:
-    from compactmind.checkpoint import load_checkpoint
+    from compactmind.checkpoint import load_any
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.nn.Linear(64, 64).to(device)(torch.ones(64, 64, device=device))  # the runtime's own buffers come before the mark
     before, _ = resident_bytes()
-    model = load_checkpoint(directory, device).model
+    model = load_any(Path(directory), device).model
     with torch.inference_mode():
         ids = torch.full((batch_size, sequence_length), min(7, model.config.vocab_size - 1), device=device)
         last_only = {"logits_to_keep": 1} if hasattr(model, "lm_head") else {}

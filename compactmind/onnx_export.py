@@ -1,0 +1,101 @@
+"""Classifiers as ONNX files that onnxruntime runs, for any batch size and length.
+
+The int8 linears of a W8A8 model become MatMulInteger, the integer product ONNX has: the same integers as in PyTorch. Needs the
+packages of requirements-export.txt.
+"""
+
+import copy
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from compactmind.errors import CompactMindError
+from compactmind.methods.quantization.w8a8_encoder import W8A8EncoderBlock
+
+FILE = "model.onnx"
+"""Its name in the directory of a checkpoint."""
+INPUTS = ("input_ids", "attention_mask")
+OPSET = 18
+
+
+def require_onnx() -> None:
+    """Raise CompactMindError with the command that installs them if the packages for ONNX are not there."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise CompactMindError(f"ONNX needs the package {error.name}: pip install -r requirements-export.txt") from None
+
+
+class Logits(nn.Module):
+    """A classifier as a function of two tensors that returns one."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Both (batch, tokens) int64 -> logits (batch, classes)."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+def plain_blocks(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy whose blocks have the forward pass of transformers: that of W8A8 blocks is written for PyTorch's caches."""
+    model = copy.deepcopy(model).cpu().eval()
+    for module in model.modules():
+        if isinstance(module, W8A8EncoderBlock):
+            module.__class__ = type(module).__mro__[2]
+    return model
+
+
+def export_classifier(model: PreTrainedModel, path: Path) -> None:
+    """Write a classifier as ONNX; the file appears when it is whole. Raises CompactMindError without the packages for it."""
+    require_onnx()
+    import onnxscript
+    from onnxscript import opset18 as op
+
+    def int_mm(a: onnxscript.INT8, b: onnxscript.INT8):
+        return op.MatMulInteger(a, b)
+
+    plain = plain_blocks(model)
+    plain.set_attn_implementation("eager")
+    example = torch.ones(2, 8, dtype=torch.long)
+    batch, tokens = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=2)
+    temporary = path.with_name(f".{path.stem}.tmp.onnx")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of the exporter, about its own insides
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            Logits(plain), (example, example.clone()), dynamo=True, opset_version=OPSET, verbose=False,
+            input_names=list(INPUTS), output_names=["logits"], dynamic_shapes=({0: batch, 1: tokens}, {0: batch, 1: tokens}),
+            custom_translation_table={torch.ops.aten._int_mm.default: int_mm},
+        )  # fmt: skip
+        program.save(temporary, external_data=False)
+    temporary.replace(path)
+
+
+class OnnxClassifier:
+    """An ONNX file as something that is called like a model: for measuring it beside the others."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, path: Path, config: PretrainedConfig | None = None):
+        self.config = config
+        require_onnx()
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> torch.Tensor:
+        """Both (batch, tokens) int64 -> logits (batch, classes) float32."""
+        given = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
+        return torch.from_numpy(self.session.run(["logits"], given)[0])

@@ -1,0 +1,58 @@
+"""Write classifiers as ONNX files for onnxruntime and check that they give the same logits.
+
+Run:   pip install -r requirements-export.txt
+       python export_onnx.py                               (after 3_quantize.py)
+       python export_onnx.py --models my-model --tolerance 1e-3
+Reads: models/<name>, sst2_data/validation.jsonl
+Writes: models/<name>/model.onnx, any batch size and length; 6_evaluate_report.py then shows its latency beside PyTorch's
+"""
+
+import torch
+
+from common import PROFILE, ExportConfig, parse_command_line, run_stage
+from compactmind.checkpoint import load_checkpoint
+from compactmind.data import EncodedSentences, load_split
+from compactmind.errors import CompactMindError
+from compactmind.onnx_export import FILE, OnnxClassifier, export_classifier, require_onnx
+
+# ------------------------------------------------------------------------------------------------------------ constants
+# Every field, its reason and its range: common.ExportConfig.
+CONFIG = ExportConfig.for_profile(PROFILE)
+
+
+def export(name: str, config: ExportConfig) -> None:
+    """Export models/<name> and compare its logits with PyTorch's on validation sentences, in batches of several shapes."""
+    directory = config.models_dir / name
+    checkpoint = load_checkpoint(directory)
+    kind, architecture = checkpoint.manifest["kind"], checkpoint.manifest["architecture"]
+    if "SequenceClassification" not in architecture or kind in ("nf4", "int8"):
+        raise CompactMindError(
+            f"{directory} is a {architecture} ({kind}): classifiers in full precision or W8A8 can be exported"
+        )
+    path = directory / FILE
+    export_classifier(checkpoint.model, path)
+    exported, largest = OnnxClassifier(path), 0.0
+    sentences = EncodedSentences(checkpoint.tokenizer, load_split(config.data_dir, "validation")[: config.sentences], 128)
+    for size in (1, 7, 32):
+        for batch in sentences.evaluation_batches(size):
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            with torch.inference_mode():
+                wanted = checkpoint.model(input_ids=ids, attention_mask=mask).logits
+            largest = max(largest, (exported(ids, mask) - wanted).abs().max().item())
+    tolerance = config.int8_tolerance if kind == "w8a8" else config.tolerance
+    if not largest <= tolerance:
+        path.unlink()
+        raise CompactMindError(
+            f"{name}: logits of ONNX differ by {largest:.2e}, more than {tolerance:g}: the file was not kept"
+        )
+    print(f"{path} {path.stat().st_size / 1e6:.1f} MB, logits within {largest:.1e} of PyTorch's on {len(sentences)} sentences")
+
+
+def main(config: ExportConfig) -> None:
+    require_onnx()
+    for name in config.models:
+        export(name, config)
+
+
+if __name__ == "__main__":
+    run_stage(main, parse_command_line(CONFIG))

