@@ -230,9 +230,12 @@ def run_search(config: SearchConfig, output: Path) -> None:
     )  # fmt: skip
     runner.learn_best(study)
     progress = SearchProgress(study, config.n_trials, config.target_compression)
+    first = ()
+    if config.strategy == "bayesian":
+        first = space.first_guesses(lambda pipeline: runner.expected_ratio(read_pipeline(pipeline)), config.target_compression)
     search(
         study, space, config.n_trials, runner.evaluate, strategy=config.strategy, sampler=config.sampler, seed=config.seed,
-        finished=progress.update,
+        first=first, finished=progress.update,
     )  # fmt: skip
 
     # ---- the best few, on all windows

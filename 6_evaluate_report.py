@@ -62,6 +62,9 @@ DENSE_LANGUAGE_MODEL = "llama"
 """The language model the others are compared with."""
 TASKS = {"encoder": "SequenceClassification", "llm": "CausalLM"}
 """Track -> how the architectures end that belong to it."""
+ENCODER_SETTINGS = ("max_length", "eval_batch_size", "cost_length", "latency_batches", "latency_repeats")
+LANGUAGE_SETTINGS = ("seq_len", "eval_windows", "prompt_tokens", "latency_repeats", "gsm8k_problems")
+"""Settings a track's measurements depend on."""
 
 
 # ------------------------------------------------------------------------------------------------------------------ rows
@@ -205,24 +208,19 @@ def measure_track(
     if not needed:
         return
     if track == "encoder":
-        measure_classifiers(
-            needed, checkpoints, held_out, reference=compared, **config.relevant(*ENCODER_SETTINGS)
-        )  # fmt: skip
+        measure_classifiers(needed, checkpoints, held_out, reference=compared, **config.relevant(*ENCODER_SETTINGS))
         return
-    tokenizer = checkpoints[compared["name"] if compared else needed[0]["name"]].tokenizer
-    windows = token_windows(tokenizer, held_out, config.seq_len, config.eval_windows)
+
+    def windows_for(tokenizer):
+        return token_windows(tokenizer, held_out, config.seq_len, config.eval_windows)
+
     measure_language_models(
-        needed, checkpoints, windows, f"{text}, test", reference=compared, prompt_tokens=config.prompt_tokens,
+        needed, checkpoints, windows_for, f"{text}, test", reference=compared, prompt_tokens=config.prompt_tokens,
         repeats=config.latency_repeats,
     )  # fmt: skip
     if config.gsm8k_problems:
         file = config.gsm8k_dir / "test.jsonl"
         measure_gsm8k(needed, checkpoints, config.gsm8k_problems, file if file.is_file() else None)
-
-
-ENCODER_SETTINGS = ("max_length", "eval_batch_size", "cost_length", "latency_batches", "latency_repeats")
-LANGUAGE_SETTINGS = ("seq_len", "eval_windows", "prompt_tokens", "latency_repeats", "gsm8k_problems")
-"""Settings a track's measurements depend on."""
 
 
 # ----------------------------------------------------------------------------------------------------------------- goals
@@ -266,6 +264,14 @@ def goals(rows: list[dict], config: ReportConfig, real_sst2: bool) -> list[dict]
         wanted.append(
             (f"{name} times smaller", 2.0, value(name, lambda row, p=parent: by_name[p]["size_mb"] / row["size_mb"]), "factor")
         )
+    faster = value(
+        "student_pruned_w8a8",
+        lambda row: by_name["student_pruned"]["latency"][batch]["median_ms"] / row["latency"][batch]["median_ms"],
+    )
+    wanted.append(
+        ("student_pruned_w8a8 minus parent accuracy", -0.003, difference("student_pruned_w8a8", "student_pruned"), "points")
+    )
+    wanted.append((f"student_pruned_w8a8 against its parent, {batch.replace('_', ' ')}", 1.8, faster, "factor"))
     benchmark, throughput = config.results_dir / "benchmark_training.json", None
     if benchmark.is_file():
         throughput = json.loads(benchmark.read_text(encoding="utf-8"))["rows"][-1]["speedup"]

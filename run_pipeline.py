@@ -19,7 +19,7 @@ RUNS = (
     ("2_prune_finetune.py",),
     ("3_quantize.py",),
     ("4_smoothquant_llama.py",),
-    ("5_bayesian_search.py", "--strategy=fixed"),
+    ("5_bayesian_search.py", "--strategy=fixed", "--calibration_windows=32"),
     ("5_bayesian_search.py",),
     ("6_evaluate_report.py",),
 )

@@ -61,7 +61,7 @@ class BenchmarkConfig(StageConfig):
     """Trials of TPE and random in `quality`."""
     seeds: int = 5
     """Searches of each kind."""
-    pipelines: int = 8
+    pipelines: int = 6
     """Trials of the search in `speed`."""
     trials: int = 100
     """Trials of the search in `flat`."""
@@ -69,7 +69,7 @@ class BenchmarkConfig(StageConfig):
     """Windows to score, re-fit and calibrate on."""
     few_windows: int = 1
     """Windows looked at after every step."""
-    search_windows: int = 4
+    search_windows: int = 2
     """Windows on which pipelines are compared; from scratch all of SearchConfig's are read."""
 
 
@@ -134,7 +134,9 @@ def search_in_table(space: Space, found: dict[str, dict], config: BenchmarkConfi
 
     with TemporaryDirectory() as folder:
         study = open_study("table", f"sqlite:///{folder}/study.db", {})
-        search(study, space, config.budget, look_up, strategy=strategy, seed=1000 * seed)
+        expected = lambda pipeline: found[point_key(read_pipeline(pipeline))]["expected_ratio"]  # noqa: E731
+        first = space.first_guesses(expected, config.target_compression) if strategy == "bayesian" else ()
+        search(study, space, config.budget, look_up, strategy=strategy, seed=1000 * seed, first=first)
         reached = [trial.value for trial in counted_trials(study) if trial.constraints["compression"] <= 0]
     return min(reached, default=math.inf)
 
@@ -164,8 +166,10 @@ def speed(config: BenchmarkConfig, stage: SearchConfig) -> dict:
         runner = make_runner(config, stage, PrefixCache(Path(folder) / "cache", {}, int(4e9)))
         study = open_study("speed", f"sqlite:///{folder}/study.db", {})
         progress, started = SearchProgress(study, config.pipelines, config.target_compression), time.perf_counter()
+        space = make_space(METHODS, choices=GRID)
+        first = space.first_guesses(lambda pipeline: runner.expected_ratio(read_pipeline(pipeline)), config.target_compression)
         search(
-            study, make_space(METHODS, choices=GRID), config.pipelines, runner.evaluate, strategy="bayesian", seed=config.seed,
+            study, space, config.pipelines, runner.evaluate, strategy="bayesian", seed=config.seed, first=first,
             finished=progress.update,
         )  # fmt: skip
         searched = time.perf_counter() - started

@@ -8,6 +8,7 @@ import shutil
 import helpers
 import matplotlib.image
 import pytest
+from tokenizers import normalizers, pre_tokenizers
 
 from compactmind.checkpoint import load_checkpoint, read_manifest
 from compactmind.data import EncodedSentences, load_split
@@ -21,7 +22,7 @@ ROWS = ["teacher", "student_finetuned", "student_distilled", "student_pruned", "
         "student_pruned_w8a8"]  # fmt: skip
 LANGUAGE_ROWS = ["llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_pruned", "llama_searched"]
 STAGES = ("download_model.py", "1_distill.py", "2_prune_finetune.py", "3_quantize.py", "4_smoothquant_llama.py",
-          "5_bayesian_search.py --strategy=fixed", "5_bayesian_search.py,", "6_evaluate_report.py")  # fmt: skip
+          "5_bayesian_search.py --strategy=fixed --calibration_windows=32", "5_bayesian_search.py,", "6_evaluate_report.py")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -334,6 +335,21 @@ def test_any_hugging_face_folder_becomes_a_row(copy, run_here):
     assert rows["mine"]["gflops"] == rows["student_distilled"]["gflops"] and rows["mine"]["peak_memory_mb"] > 0
     assert rows["my-llama"]["perplexity"] == pytest.approx(rows["llama"]["perplexity"], rel=1e-4)
     assert not (copy / "elsewhere" / "mine" / "README.md").exists()  # a foreign folder is left as it is
+
+
+def test_a_model_with_another_tokenizer_is_not_compared_per_token(copy, run_here):
+    place = copy / "elsewhere" / "my-llama"
+    checkpoint = load_checkpoint(copy / "models" / "llama")
+    checkpoint.model.save_pretrained(place)
+    tokenizer = helpers.make_byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    tokenizer.save_pretrained(place)
+    status, output = run_here("6_evaluate_report.py", "--models", "my-llama=elsewhere/my-llama", cwd=copy)
+    assert status == 0, output
+    row = models_of(copy)["my-llama"]
+    assert row["perplexity"] > 1 and row["against_dense"] is None and row["compression_ratio"] > 0
+    assert "my-llama was measured under another protocol" in output and "tokenizer 'its own'" in output
 
 
 @pytest.mark.parametrize(

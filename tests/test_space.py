@@ -78,6 +78,37 @@ def test_numbers_in_even_steps_are_numbers_to_the_sampler_and_come_back_exactly(
     assert params["sparsity"] in (0.1, 0.2, 0.3) and params["rounds"] == 2
 
 
+def test_the_first_guesses_are_the_least_sparse_pipelines_that_reach_the_target():
+    choices = {"prune.sparsity": [0.1, 0.3, 0.5], "retrain.tokens": [4096, 8192], "w8a8.embeddings": ["as_released", "int8"]}
+    space = make_space(("prune", "retrain", "smooth", "w8a8", "nf4"), choices=choices)
+
+    def ratio(pipeline):
+        params = {step["method"]: step["params"] for step in pipeline}
+        found = 1 / (1 - params.get("prune", {}).get("sparsity", 0.0))
+        if "w8a8" in params:
+            found *= 2 if params["w8a8"]["embeddings"] == "int8" else 1.6
+        return found * (2.4 if "nf4" in params else 1)
+
+    guesses = {guess["order"]: guess for guess in space.first_guesses(ratio, 2.5)}
+    assert set(guesses) == {
+        "prune > nf4",
+        "prune > retrain > nf4",
+        "prune > w8a8",
+        "prune > retrain > w8a8",
+    }  # no single one is enough
+    assert guesses["prune > nf4"]["prune.sparsity"] == 0.1 and guesses["prune > w8a8"]["prune.sparsity"] == 0.3
+    assert guesses["prune > w8a8"]["w8a8.embeddings"] == "int8"
+    usual = {"prune.criterion": "taylor", "retrain.tokens": 8192, "retrain.lr": 1e-4, "retrain.distillation": True}
+    assert usual.items() <= guesses["prune > retrain > nf4"].items()
+    study = optuna.create_study()
+    for guess in guesses.values():  # each is a point of the space
+        study.enqueue_trial(guess)
+        trial = study.ask()
+        assert ratio(space.suggest(trial)) >= 2.5 and trial.params == guess
+    assert {guess["order"] for guess in space.first_guesses(ratio, 2.0)} >= {"nf4", "w8a8"}
+    assert space.first_guesses(ratio, 100.0) == []
+
+
 def test_a_method_joins_by_being_registered(monkeypatch):
     monkeypatch.setitem(METHODS, "nf3", METHODS["nf4"])
     assert "prune > nf3" in names(make_space(("prune", "nf3")))

@@ -1,5 +1,6 @@
 """A trial of the search: what is skipped and stopped before it costs time, what is measured, and what the cache gives back."""
 
+import gc
 import math
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,8 @@ from compactmind.methods.registry import METHODS, Resources
 from compactmind.search import trials
 from compactmind.search.cache import PrefixCache
 from compactmind.search.compressor import Measure, read_pipeline, run_pipeline, store_as_released
-from compactmind.search.engine import Skipped, Stopped
+from compactmind.search.engine import Skipped, Stopped, counted_trials, open_study, search
+from compactmind.search.space import make_space
 from compactmind.search.trials import HOPELESS, HOPELESS_BEFORE_RETRAINING, TrialRunner
 
 PRUNE = {"method": "prune", "params": {"sparsity": 0.3, "round_to": 8}}
@@ -180,3 +182,27 @@ def test_the_cache_stays_within_its_limit_and_forgets_what_was_used_longest_ago(
     assert kept == [True, False, True]
     runner.cache.limit_bytes = 10
     runner.run(read_pipeline([{"method": "prune", "params": {"sparsity": 0.25, "round_to": 4}}]))  # too large to keep: no error
+
+
+def tensor_bytes() -> int:
+    """Return the bytes of all tensors that are alive, each memory once."""
+    gc.collect()
+    storages = {}
+    for found in gc.get_objects():
+        if isinstance(found, torch.Tensor) and found.device.type == "cpu" and found.layout == torch.strided:
+            storages[found.untyped_storage().data_ptr()] = found.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def test_memory_does_not_grow_with_the_trials(windows, tmp_path):
+    choices = {"prune.round_to": [8], "prune.sparsity": [0.2, 0.3, 0.4], "retrain.tokens": [48]}
+    space = make_space(("prune", "retrain", "smooth", "w8a8", "nf4"), choices=choices)
+    runner, kept = make_runner(windows, tmp_path, target=0.1), []
+    study = open_study("memory", f"sqlite:///{tmp_path / 'study.db'}", {})
+    search(study, space, 30, runner.evaluate, strategy="random", seed=3, finished=lambda _: kept.append(tensor_bytes()))
+    assert len(kept) == 30 and len({trial.user_attrs["key"] for trial in counted_trials(study)}) == 30
+    model = sum(weight.numel() * 4 for weight in helpers.make_llama().parameters())
+    assert (
+        max(kept[20:]) < max(kept[:20]) + model
+    )  # what is remembered of the dense model comes early; no trial leaves its own behind
+    assert all(trial.user_attrs["memory_mb"] > 0 for trial in counted_trials(study))

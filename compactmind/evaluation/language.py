@@ -7,13 +7,14 @@ GSM8K              compactmind/evaluation/capability.py
 kernel             what multiplies the matrices of the blocks; `simulated` is the right numbers without an int8 kernel
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compactmind.checkpoint import Checkpoint, load_any
 from compactmind.evaluation.capability import gsm8k
@@ -34,7 +35,7 @@ def kernel_of(model: PreTrainedModel, kind: str) -> str:
 def measure_language_models(
     rows: list[dict[str, Any]],
     checkpoints: dict[str, Checkpoint],
-    windows: torch.Tensor,
+    windows_for: Callable[[PreTrainedTokenizerBase], torch.Tensor],
     text: str,
     *,
     reference: dict[str, Any] | None,
@@ -43,21 +44,26 @@ def measure_language_models(
 ) -> None:
     """Add, in place, every measurement to the rows, whose models are all among the `checkpoints`, by name.
 
-    `windows` (windows, seq_len) are held-out tokens, `text` says of what. `reference` is the dense model's row: one of these, or one
-    measured earlier, whose model then runs along where time is compared; perplexity ratio, compression and speed-up are None
-    without it.
+    `windows_for` gives the held-out text in windows (windows, seq_len) of a tokenizer, `text` says what it is. `reference` is the dense
+    model's row: one of these, or one measured earlier, whose model then runs along where time is compared; perplexity ratio,
+    compression and speed-up are None without it, the ratio also where the text becomes other tokens: a loss per token is another thing then.
     """
+    wanted = windows_for(checkpoints[reference["name"]].tokenizer) if reference else None
     for row in rows:
         name, directory = row["name"], Path(row["directory"])
+        windows = windows_for(checkpoints[name].tokenizer)
         print(f"{name:<24} perplexity on {len(windows)} windows of {windows.shape[1]} tokens, load time ...", flush=True)
         result = perplexity(checkpoints[name].model, windows, text)
         row["losses"], row["protocol"] = result["losses"], result["protocol"]
+        if wanted is not None and not torch.equal(windows, wanted):
+            row["protocol"] = {**row["protocol"], "tokenizer": "its own"}
         row["perplexity"], row["perplexity_interval"] = result["perplexity"], result["interval"]
         row["size_mb"] = weight_megabytes(directory)
         row["kernel"] = kernel_of(checkpoints[name].model, row["kind"])
         row["load_seconds"] = measure_load_time(partial(load_any, directory, checkpoints[name].model.device))
     for row in rows:
-        row["against_dense"] = paired_ratio(row["losses"], reference["losses"]) if reference else None
+        comparable = reference and "tokenizer" not in row["protocol"]
+        row["against_dense"] = paired_ratio(row["losses"], reference["losses"]) if comparable else None
         row["compression_ratio"] = reference["size_mb"] / row["size_mb"] if reference else None
     print(
         f"prefill of {prompt_tokens} tokens and decoding, {repeats} rounds of {len(checkpoints)} models in turn ...", flush=True

@@ -43,7 +43,8 @@ def sentences(report: dict[str, Any]) -> list[str]:
     for track, sentence in (("encoder", encoder_sentence), ("llm", language_sentence)):
         rows, reference = measured(report, track), reference_of(report, track)
         if reference in rows:
-            found += [sentence(row, rows[reference]) for name, row in rows.items() if name != reference]
+            others = [row for name, row in rows.items() if name != reference and row.get("against_dense", True)]
+            found += [sentence(row, rows[reference]) for row in others]
     return found + search_sentences(report.get("search"))
 
 

@@ -172,18 +172,19 @@ def search(
     strategy: str,
     sampler: str = "tpe",
     seed: int = 0,
+    first: Sequence[dict[str, Any]] = (),
     finished: Callable[[FrozenTrial], None] = lambda _: None,
 ) -> None:
     """Run trials until the study has `n_trials` of them that count, those of other workers and earlier runs included.
 
     `evaluate` gets the running trial, on which it may set attributes and constraints, and the checked pipeline, and returns the values of
     the objectives. It may raise Stopped; any other error but an interrupt is the trial's reason to have failed, and the search goes on.
-    `finished` is called with every trial that counts.
+    `first` are the parameters of trials a new study begins with. `finished` is called with every trial that counts.
     """
     if n_trials < 1:
         raise CompactMindError(f"n_trials {n_trials} is not at least 1: for example --n_trials 30")
-    if strategy == "grid" and not study.get_trials(deepcopy=False):
-        for point in shuffled_points(space, seed)[:n_trials]:
+    if not study.get_trials(deepcopy=False):
+        for point in shuffled_points(space, seed)[:n_trials] if strategy == "grid" else first:
             study.enqueue_trial(point)
     repeats, how = 0, strategy
     while True:

@@ -6,7 +6,7 @@ order it stands in, so that what is learnt of one order serves the others. A met
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,51 @@ class Space:
             for values in itertools.product(*(values for _, values in names)):
                 yield {"order": SEPARATOR.join(order), **{name: value for (name, _), value in zip(names, values, strict=True)}}
 
+    def first_guesses(self, ratio_of: Callable[[list[dict[str, Any]]], float], target: float) -> list[dict[str, Any]]:
+        """Return what anyone would try first, as the parameters an Optuna trial has: every order prune > retrain > quantize, or a part
+        of it, with the least sparsity that reaches the compression ratio `target` and the usual values of everything else.
+
+        `ratio_of` tells the ratio to expect of a pipeline. An order that cannot reach the target is left out.
+        """
+        usual = {
+            (name, parameter): _usual(name, parameter, values)
+            for name in self.choices
+            for parameter, values in self.choices[name].items()
+        }
+        found = []
+        for order in self.orders:
+            kinds = [METHODS[name].kind for name in order]
+            if kinds != [kind for kind in ("prune", "retrain", "quantize") if kind in kinds]:
+                continue
+            # what makes a model smaller is tried in all ways, least sparsity first
+            free = [(name, parameter) for name, parameter in usual if name in order and METHODS[name].kind != "retrain"]
+            free = [key for key in free if key[1] == "sparsity" or METHODS[key[0]].bits is not None]
+            by_sparsity = sorted(
+                (
+                    dict(zip(free, values, strict=True))
+                    for values in itertools.product(*(self.choices[name][parameter] for name, parameter in free))
+                ),
+                key=lambda chosen: (
+                    sum(value for (_, parameter), value in chosen.items() if parameter == "sparsity"),
+                    sum(value != usual[key] for key, value in chosen.items()),
+                ),
+            )
+            for chosen in by_sparsity:
+                values = {key: value for key, value in {**usual, **chosen}.items() if key[0] in order}
+                pipeline = [
+                    {"method": name, "params": {key[1]: value for key, value in values.items() if key[0] == name}}
+                    for name in order
+                ]
+                if ratio_of(pipeline) >= target:
+                    asked = {
+                        f"{name}.{parameter}": value
+                        for (name, parameter), value in values.items()
+                        if len(self.choices[name][parameter]) > 1
+                    }
+                    found.append({"order": SEPARATOR.join(order), **asked})
+                    break
+        return found
+
     def size(self) -> int:
         """Return the number of points."""
         sizes = {name: math.prod(map(len, values.values())) for name, values in self.choices.items()}
@@ -60,6 +105,15 @@ class Space:
             "orders": [SEPARATOR.join(order) for order in self.orders],
             "choices": {name: {key: list(values) for key, values in self.choices[name].items()} for name in sorted(used)},
         }
+
+
+def _usual(name: str, parameter: str, values: Sequence[Any]) -> Any:
+    """Return the default of a method's recipe if it may be chosen, else the nearest number, else the first value."""
+    default = getattr(METHODS[name].recipe(), parameter)
+    if default in values:
+        return default
+    numbers = [value for value in (*values, default) if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    return min(values, key=lambda value: abs(value - default)) if len(numbers) == len(values) + 1 else values[len(values) // 2]
 
 
 def labels(names: Sequence[str]) -> list[str]:

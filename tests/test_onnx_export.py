@@ -1,0 +1,110 @@
+"""Classifiers as ONNX: equal logits for any shape, the int8 product as such in the file, and a clear word where the packages are missing."""
+
+import sys
+
+import helpers
+import pytest
+import torch
+
+from compactmind.checkpoint import load_checkpoint, save_checkpoint
+from compactmind.errors import CompactMindError
+from compactmind.methods.pruning.masks import compact
+from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
+from compactmind.onnx_export import FILE, OnnxClassifier, export_classifier, require_onnx
+
+needs_onnx = pytest.mark.skipif(
+    any(__import__("importlib.util").util.find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")),
+    reason="pip install -r requirements-export.txt",
+)
+
+
+def difference(model, path, shapes=((1, 3), (5, 12), (2, 40))) -> float:
+    """Return the largest difference of a logit over batches of several shapes, some sentences shorter than others."""
+    exported, largest = OnnxClassifier(path), 0.0
+    for rows, length in shapes:
+        batch = helpers.example_batch(rows, length)
+        logits = exported(**batch)
+        assert logits.shape == (rows, 2) and logits.dtype == torch.float32
+        largest = max(largest, (logits - helpers.logits_of(model, batch)).abs().max().item())
+    return largest
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_equal_logits_for_any_shape(tmp_path, name, pruned):
+    model = helpers.MAKERS[name]()
+    if pruned:
+        model = compact(model, helpers.uneven_masks(model))
+    export_classifier(model, tmp_path / FILE)
+    assert difference(model, tmp_path / FILE) < 1e-4
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
+def test_int8_products_are_int8_in_the_file(tmp_path, name):
+    import onnx
+
+    model = helpers.MAKERS[name](scale=0.1)
+    quantize_encoder(model)
+    before = helpers.logits_of(model)
+    export_classifier(model, tmp_path / FILE)
+    graph = onnx.load(tmp_path / FILE).graph
+    assert sum(node.op_type == "MatMulInteger" for node in graph.node) == 6 * (4 if name == "bert" else 3)
+    assert difference(model, tmp_path / FILE) < 0.02
+    assert torch.equal(helpers.logits_of(model), before)  # what was exported is a copy
+
+
+@pytest.fixture
+def folder(tmp_path):
+    helpers.write_sst2(tmp_path / "sst2_data" / "glue" / "sst2", 60, 20)
+    assert helpers.run_script("download_model.py", cwd=helpers.make_workspace(tmp_path, 60, 20)).returncode == 0
+    tokenizer = helpers.make_tokenizer(tmp_path / "vocabulary")
+    for name in ("student_distilled", "student_pruned"):
+        save_checkpoint(
+            tmp_path / "models" / name,
+            helpers.make_distilbert(max_position_embeddings=128),
+            tokenizer,
+            kind="dense",
+            parent=None,
+            stage={},
+        )
+    small = helpers.make_distilbert(max_position_embeddings=128)
+    description = quantize_encoder(small)
+    save_checkpoint(
+        tmp_path / "models" / "student_pruned_w8a8",
+        small,
+        tokenizer,
+        kind="w8a8",
+        parent="student_pruned",
+        stage={},
+        quantization=description,
+    )
+    return tmp_path
+
+
+@needs_onnx
+def test_the_script_exports_and_the_report_measures(folder, run_here):
+    status, output = run_here("export_onnx.py", cwd=folder)
+    assert status == 0 and output.count("logits within") == 3, output
+    status, output = run_here("6_evaluate_report.py", cwd=folder)
+    assert status == 0 and "ONNX ms, batch 32" in output, output
+    rows = {row["name"]: row for row in helpers.read_json(folder / "results" / "final_report.json")["models"]}
+    for name in ("student_distilled", "student_pruned", "student_pruned_w8a8"):
+        assert rows[name]["onnx_latency"]["batch_32"]["median_ms"] > 0
+        load_checkpoint(folder / "models" / name)  # a further file does no harm
+    status, output = run_here("export_onnx.py", "--tolerance", "0", "--models", "student_distilled", cwd=folder)
+    assert status == 1 and "more than 0: the file was not kept" in output
+    assert not (folder / "models" / "student_distilled" / FILE).exists()
+
+
+def test_without_the_packages_it_says_how_to_get_them(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for call in (
+        require_onnx,
+        lambda: OnnxClassifier(tmp_path / FILE),
+        lambda: export_classifier(helpers.make_bert(), tmp_path / FILE),
+    ):
+        with pytest.raises(CompactMindError, match="pip install -r requirements-export.txt"):
+            call()
