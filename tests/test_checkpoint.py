@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from compactmind.checkpoint import (
     KINDS,
+    CARD,
     MANIFEST,
     WEIGHTS,
     is_up_to_date,
@@ -95,9 +96,9 @@ def test_a_checkpoint_holds_no_pickle_and_knows_its_files(tmp_path, tokenizer, d
     )
     names = {path.name for path in directory.iterdir()}
     assert {WEIGHTS, MANIFEST, "config.json", "training_history.json", "modeling_pruned_encoder.py"} <= names
-    assert {path.suffix for path in directory.iterdir()} <= {".json", ".safetensors", ".txt", ".py", ".jinja"}
+    assert {path.suffix for path in directory.iterdir()} <= {".json", ".safetensors", ".txt", ".py", ".jinja", ".md"}
     manifest = read_manifest(directory)
-    assert set(manifest["files"]) == names - {MANIFEST}
+    assert set(manifest["files"]) == names - {MANIFEST, CARD}  # the card grows when the model is measured
     for name, recorded in manifest["files"].items():
         assert recorded == {"bytes": (directory / name).stat().st_size, "sha256": sha256_of(directory / name)}
     assert weights_fingerprint(directory) == sha256_of(directory / WEIGHTS)
