@@ -262,8 +262,8 @@ class SearchConfig(StageConfig):
     """Where the study is kept: any Optuna URL, or the path of a journal file (*.log); empty: <results_dir>/search/study.db."""
     study_name: str = ""
     """Name of the study; empty: <model>-<strategy>."""
-    cache_gb: float = 6.0
-    """Disk for models half way through a pipeline, in 1e9 bytes (one of SmolLM2 takes 0.2)."""
+    cache_gb: float = 12.0
+    """Disk for models half way through a pipeline, in 1e9 bytes (one of SmolLM2 takes 0.2, smoothed 0.4; 30 trials leave about 25)."""
     top: int = 3
     """The best so many trials are measured again on all validation windows before one is called best."""
     text_dir: Path = Path("wikitext_data")

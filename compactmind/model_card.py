@@ -53,7 +53,10 @@ def model_card(name: str, manifest: dict[str, Any], report_row: dict[str, Any] |
             "",
         ]
     elif manifest["kind"] == "w8a8" and language:
-        lines += ["The layout is that of compressed-tensors; the project's README says what vLLM and transformers make of it.", ""]
+        lines += [
+            "The layout is that of compressed-tensors; the project's README says what vLLM and transformers make of it.",
+            "",
+        ]
     command = "generate.py" if language else "classify.py"
     lines += ["To try it:", "", "```bash", f'python {command} --model models/{name} "a text"', "```", ""]
     return "\n".join(lines)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from compactmind.checkpoint import (
-    KINDS,
     CARD,
+    KINDS,
     MANIFEST,
     WEIGHTS,
     is_up_to_date,

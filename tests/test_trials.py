@@ -189,7 +189,7 @@ def tensor_bytes() -> int:
     gc.collect()
     storages = {}
     for found in gc.get_objects():
-        if isinstance(found, torch.Tensor) and found.device.type == "cpu" and found.layout == torch.strided:
+        if type(found) in (torch.Tensor, torch.nn.Parameter) and found.device.type == "cpu":
             storages[found.untyped_storage().data_ptr()] = found.untyped_storage().nbytes()
     return sum(storages.values())
 

@@ -19,6 +19,13 @@ def _axes(**labels: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _log_scale(axes: Axes) -> None:
+    """Make the perplexity axis logarithmic, with plain numbers beside it."""
+    axes.set_yscale("log")
+    for format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        format(lambda value, _: f"{value:g}")
+
+
 def _empty(axes: Axes, why: str) -> None:
     axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes, color=GREY)
     axes.set(xticks=[], yticks=[])
@@ -46,16 +53,14 @@ def convergence(summary: dict[str, Any]) -> Figure:
         if mine:
             axes.scatter(*zip(*mine, strict=True), color=colour, s=22, label=label, zorder=3)
     axes.step(range(1, len(points) + 1), best_so_far, where="post", color=RED, label="best so far")
-    axes.set_yscale("log")
+    _log_scale(axes)
     axes.legend(frameon=False)
     return figure
 
 
 def importance(summary: dict[str, Any]) -> Figure:
     """What explains the differences between pipelines."""
-    figure, axes = _axes(
-        title="What explains the differences between pipelines (fANOVA of log perplexity)", xlabel="share of the variance"
-    )
+    figure, axes = _axes(title="What explains the differences (fANOVA of log perplexity)", xlabel="share of the variance")
     shares = summary["importances"]
     if not shares:
         _empty(axes, "too few finished trials")
@@ -83,7 +88,7 @@ def pareto(summary: dict[str, Any]) -> Figure:
             front.append((row["compression_ratio"], lowest))
     axes.step(*zip(*front, strict=True), where="pre", color=RED, label="nothing is better in both")
     axes.axvline(summary["target_compression"], color=GREY, ls=":", label=f"target {summary['target_compression']:g}")
-    axes.set_yscale("log")
+    _log_scale(axes)
     axes.legend(frameon=False)
     return figure
 

@@ -12,6 +12,7 @@ retraining_gain.png      nats won by retraining against its seconds
 import csv
 import io
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -91,22 +92,20 @@ def retraining_gains(study: optuna.Study) -> list[dict[str, float]]:
 
 
 def importances(study: optuna.Study) -> dict[str, float]:
-    """Return the share of the variance of log perplexity that each parameter all pipelines have, and each method's presence, explains.
+    """Return the share of the variance of log perplexity that the order and each parameter explain, the largest first.
 
-    fANOVA (Hutter et al. 2014) over the trials that ran to their end; empty if these are too few or all alike.
+    fANOVA (Hutter et al. 2014) over the trials that ran to their end; a parameter that a pipeline does not have counts as one more
+    choice, what is the same in all is left out. Empty if there are too few trials or all are alike.
     """
-    import math
-
     rows = measured_trials(study)
     if len(rows) < 8:
         return {}
+    values = {name: [str(trial.params.get(name, "absent")) for trial in rows] for trial in rows for name in trial.params}
+    values = {name: chosen for name, chosen in values.items() if len(set(chosen)) > 1}
     inner = optuna.create_study()
-    names = sorted({name for trial in rows for name in methods_of(trial)})
-    sparsities = lambda trial: sum(step["params"].get("sparsity", 0.0) for step in trial.user_attrs["pipeline"])  # noqa: E731
-    for trial in rows:
-        params = {f"with {name}": name in methods_of(trial) for name in names} | {"sparsity": sparsities(trial)}
-        distributions = {f"with {name}": optuna.distributions.CategoricalDistribution([False, True]) for name in names}
-        distributions["sparsity"] = optuna.distributions.FloatDistribution(0, 1)
+    distributions = {name: optuna.distributions.CategoricalDistribution(sorted(set(chosen))) for name, chosen in values.items()}
+    for index, trial in enumerate(rows):
+        params = {name: chosen[index] for name, chosen in values.items()}
         value = math.log(trial.user_attrs["measured"]["perplexity"])
         inner.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=value))
     try:
