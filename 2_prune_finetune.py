@@ -18,7 +18,7 @@ import re
 import time
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from accelerate.utils import set_seed
 
@@ -34,6 +34,7 @@ from compactmind.methods.pruning.encoder import layer_shapes
 from compactmind.methods.pruning.importance import CRITERIA, ImportanceScorer, LayerScores, prunable_parameters
 from compactmind.methods.pruning.masks import LayerMask, apply_masks, choose_masks, compact, full_masks, sparsity_of
 from compactmind.methods.pruning.schedule import cubic_sparsity
+from compactmind.report.figures import save_figure
 from compactmind.training import (
     Progress,
     TrainingState,
@@ -45,9 +46,6 @@ from compactmind.training import (
     make_optimizer,
     set_dropout,
 )
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------ constants
 # Every field, its reason and its range: common.PruneConfig. For example: for_profile(PROFILE, target_sparsity=0.5)
@@ -128,11 +126,7 @@ def plot_history(history: list[dict], title: str, path: Path) -> None:
     right.set(ylabel="sparsity: removed share of heads + FFN (%)", ylim=(0, 100))
     figure.legend(handles=[*left.lines, *right.lines], loc="outside lower center", ncol=2, frameon=False)
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------- main

@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 
 from common import PROFILE, SmoothQuantConfig, parse_command_line, run_stage
@@ -29,10 +29,8 @@ from compactmind.evaluation.perplexity import paired_ratio, perplexity
 from compactmind.files import write_json_atomically
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_model import PER_LAYER, W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama
+from compactmind.report.figures import save_figure
 from compactmind.text import load_documents, token_windows
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------ constants
 # Every field, its reason and its range: common.SmoothQuantConfig. For example: for_profile(PROFILE, alpha=0.85)
@@ -77,11 +75,7 @@ def plot_alphas(description: dict, table: list[dict], path: Path) -> None:
     right.legend(title="input of", frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------- main

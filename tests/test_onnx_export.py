@@ -1,6 +1,7 @@
 """Classifiers as ONNX: equal logits for any shape, the int8 product as such in the file, and a clear word where the packages are missing."""
 
 import sys
+from importlib.util import find_spec
 
 import helpers
 import pytest
@@ -13,7 +14,7 @@ from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
 from compactmind.onnx_export import FILE, OnnxClassifier, export_classifier, require_onnx
 
 needs_onnx = pytest.mark.skipif(
-    any(__import__("importlib.util").util.find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")),
+    any(find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")),
     reason="pip install -r requirements-export.txt",
 )
 
