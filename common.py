@@ -263,7 +263,7 @@ class SearchConfig(StageConfig):
     study_name: str = ""
     """Name of the study; empty: <model>-<strategy>."""
     cache_gb: float = 12.0
-    """Disk for models half way through a pipeline, in 1e9 bytes (one of SmolLM2 takes 0.2, smoothed 0.4; 30 trials leave about 25)."""
+    """Disk for models half way through a pipeline, in 1e9 bytes (one of SmolLM2 takes 0.2, smoothed 0.4)."""
     top: int = 3
     """The best so many trials are measured again on all validation windows before one is called best."""
     text_dir: Path = Path("wikitext_data")
