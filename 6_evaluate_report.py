@@ -15,9 +15,7 @@ A stage that has not run is a row that names the command to run; it never breaks
 compactmind/evaluation/accuracy.py and cost.py.
 """
 
-import csv
 import datetime
-import io
 import json
 import os
 import platform
@@ -31,7 +29,6 @@ from common import PROFILE, ReportConfig, parse_command_line, run_stage
 from compactmind.checkpoint import CARD, MANIFEST, how_to_make, identity_of, load_any, read_manifest, versions
 from compactmind.data import data_fingerprint, load_split, read_dataset_description
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.capability import MATCHES
 from compactmind.evaluation.classifiers import measure_classifiers
 from compactmind.evaluation.language import measure_gsm8k, measure_language_models
 from compactmind.files import sha256_of, write_json_atomically, write_text_atomically
@@ -39,6 +36,7 @@ from compactmind.model_card import model_card
 from compactmind.onnx_export import FILE
 from compactmind.report import tables
 from compactmind.report.documents import write_documents
+from compactmind.report.goals import goals
 from compactmind.report.sentences import sentences, warnings
 from compactmind.text import load_documents, token_windows
 
@@ -223,100 +221,6 @@ def measure_track(
         measure_gsm8k(needed, checkpoints, config.gsm8k_problems, file if file.is_file() else None)
 
 
-# ----------------------------------------------------------------------------------------------------------------- goals
-def goals(rows: list[dict], config: ReportConfig, real_sst2: bool) -> list[dict]:
-    """Return what this project set out to reach beside what was measured: goal, measured value, met (None: not measured)."""
-    by_name = {row["name"]: row for row in rows if row["status"] == "measured"}
-    batch = f"batch_{max(config.latency_batches)}"
-
-    def value(name: str, read):
-        """Return read(row) of a measured row (None where something it needs is missing)."""
-        try:
-            return read(by_name[name])
-        except (KeyError, TypeError, ZeroDivisionError):
-            return None
-
-    def difference(name: str, other: str):
-        return value(name, lambda row: row["accuracy"] - by_name[other]["accuracy"])
-
-    teacher_goal, student_goal = (0.90, 0.88) if real_sst2 else (0.835, 0.825)
-    nf4_pairs = [("student_distilled_nf4", "student_distilled"), ("student_pruned_nf4", "student_pruned")]
-    wanted = [
-        ("teacher accuracy", teacher_goal, value("teacher", lambda row: row["accuracy"]), "share"),
-        ("distilled student accuracy", student_goal, value("student_distilled", lambda row: row["accuracy"]), "share"),
-        ("distilled minus control accuracy", 0.0, difference("student_distilled", "student_finetuned"), "points"),
-        (
-            "GFLOPs removed by pruning",
-            0.40,
-            value("student_pruned", lambda row: 1 - row["gflops"] / by_name["student_distilled"]["gflops"]),
-            "share",
-        ),
-        ("pruned minus distilled accuracy", -0.011, difference("student_pruned", "student_distilled"), "points"),
-        (
-            f"pruned speed-up at {batch.replace('_', ' ')}",
-            1.4,
-            value("student_pruned", lambda row: row["latency"][batch]["speedup"]) if config.reference == "student_distilled" else None,
-            "factor",
-        ),
-    ]  # fmt: skip
-    for name, parent in nf4_pairs:
-        wanted.append((f"{name} minus parent accuracy", -0.005, difference(name, parent), "points"))
-        wanted.append(
-            (f"{name} times smaller", 2.0, value(name, lambda row, p=parent: by_name[p]["size_mb"] / row["size_mb"]), "factor")
-        )
-    faster = value(
-        "student_pruned_w8a8",
-        lambda row: by_name["student_pruned"]["latency"][batch]["median_ms"] / row["latency"][batch]["median_ms"],
-    )
-    wanted.append(
-        ("student_pruned_w8a8 minus parent accuracy", -0.003, difference("student_pruned_w8a8", "student_pruned"), "points")
-    )
-    wanted.append((f"student_pruned_w8a8 against its parent, {batch.replace('_', ' ')}", 1.8, faster, "factor"))
-    benchmark, throughput = config.results_dir / "benchmark_training.json", None
-    if benchmark.is_file():
-        throughput = json.loads(benchmark.read_text(encoding="utf-8"))["rows"][-1]["speedup"]
-    wanted.append(("training throughput (see benchmarks/)", 3.0, throughput, "factor"))
-    return [
-        {"goal": name, "bound": "at least", "value": least, "measured": found, "unit": unit,
-         "met": None if found is None else bool(found >= least - 1e-9)}
-        for name, least, found, unit in wanted
-    ]  # fmt: skip
-
-
-def language_goals(rows: list[dict], config: ReportConfig, found: dict | None) -> list[dict]:
-    """Return the goals of the language models as `goals` does; `bound` says from which side."""
-    row = next((row for row in rows if row["name"] == "llama_w8a8" and row["status"] == "measured"), None)
-    against = row["against_dense"] if row else None
-    times = {phase: row["generation"][phase]["speedup"] if row else None for phase in ("prefill", "decode")}
-    wanted = [
-        ("llama_w8a8 perplexity above dense", "at most", 0.005, against["ratio"] - 1 if against else None, "share"),
-        (f"llama_w8a8 prefill of {config.prompt_tokens} tokens", "at least", 1.6, times["prefill"], "factor"),
-        ("llama_w8a8 decode", "at least", 1.5, times["decode"], "factor"),
-        ("llama_w8a8 bytes of the released", "at most", 0.62, 1 / row["compression_ratio"] if against else None, "share"),
-    ]
-    benchmark = config.results_dir / "benchmark_int8.json"
-    kernels = json.loads(benchmark.read_text(encoding="utf-8"))["rows"] if benchmark.is_file() else []
-    compiled = next((row["prefill"]["against_float32"] for row in kernels if row["name"] == "CompactMind W8A8, compiled"), None)
-    wanted.append(("... compiled (see benchmarks/)", "at least", 2.3, compiled, "factor"))
-    pruned = next((row for row in rows if row["name"] == "llama_pruned" and row["status"] == "measured"), None)
-    against = pruned["against_dense"] if pruned else None
-    seconds = [step["seconds"] for step in (pruned or {}).get("pipeline", []) if step["method"] == "retrain"]
-    wanted += [
-        ("llama_pruned perplexity, times dense", "at most", 1.2, against["ratio"] if against else None, "factor"),
-        ("llama_pruned prefill", "at least", 1.15, pruned["generation"]["prefill"]["speedup"] if pruned else None, "factor"),
-        ("llama_pruned retraining", "at most", 10.0, sum(seconds) / 60 if seconds else None, "minutes"),
-    ]
-    hybrid, single = ((found or {}).get(f"best_{name}") for name in ("hybrid", "single"))
-    if hybrid and single:
-        against = hybrid["measured"]["perplexity"] / single["measured"]["perplexity"]
-        wanted.append(("best hybrid's perplexity against best single's", "at most", 1.0, against, "factor"))
-    return [
-        {"goal": name, "bound": bound, "value": value, "measured": measured, "unit": unit,
-         "met": None if measured is None else bool(measured >= value if bound == "at least" else measured <= value)}
-        for name, bound, value, measured, unit in wanted
-    ]  # fmt: skip
-
-
 # ------------------------------------------------------------------------------------------------- what other stages found
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return what a stage wrote, None if it has not run or was interrupted while it wrote."""
@@ -377,36 +281,6 @@ def environment() -> dict[str, object]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------- tables
-def comparison_csv(report: dict[str, Any]) -> str:
-    """Return the comparison as CSV text, one line per row, empty cells where a stage has not run."""
-    fields = ["name", "status", "accuracy", "accuracy_low", "accuracy_high", "f1", "auc", "mcnemar_p", "parameters", "gflops",
-              "gmacs_thop", "size_mb", "load_seconds", "peak_memory_mb",
-              "perplexity", "perplexity_low", "perplexity_high", "compression_ratio", "prefill_ms", "decode_ms",
-              "gsm8k_strict", "gsm8k_flexible"]  # fmt: skip
-    fields += [
-        f"latency_{batch}_{what}"
-        for batch in report["settings"]["latency_batches"]
-        for what in ("median_ms", "low_ms", "high_ms", "speedup")
-    ]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in report["models"]:
-        flat = dict(row)
-        if row["status"] == "measured" and row["track"] == "llm":
-            flat["perplexity_low"], flat["perplexity_high"] = row["perplexity_interval"]
-            flat |= {f"{phase}_ms": row["generation"][phase]["median_ms"] for phase in ("prefill", "decode")}
-            flat |= {f"gsm8k_{match}": row["gsm8k"][match]["accuracy"] for match in MATCHES if "gsm8k" in row}
-        elif row["status"] == "measured":
-            flat["accuracy_low"], flat["accuracy_high"] = row["accuracy_interval"]
-            flat["mcnemar_p"] = (row["mcnemar_against_reference"] or {}).get("p_value")
-            for batch, times in row["latency"].items():
-                flat |= {f"latency_{batch.removeprefix('batch_')}_{what}": value for what, value in times.items()}
-        writer.writerow(flat)
-    return text.getvalue()
-
-
 # ----------------------------------------------------------------------------------------------------------------- main
 def measured_report(config: ReportConfig, path: Path) -> dict[str, Any]:
     """Return the report's dict, with new measurements where the one at `path` has none that hold."""
@@ -417,10 +291,8 @@ def measured_report(config: ReportConfig, path: Path) -> dict[str, Any]:
     for track in TASKS:
         measure_track(config, track, rows, known, where["machine"])
     rows.sort(key=lambda row: list(TASKS).index(row["track"]))
-    encoders, languages = ([row for row in rows if row["track"] == track] for track in TASKS)
-    searched = read_json(config.results_dir / "search" / "summary.json")
-    real_sst2 = not description["source"]["source"].startswith("PyPI")
-    return {
+    benchmarks = {name: read_json(config.results_dir / f"benchmark_{name}.json") for name in ("training", "int8")}
+    report = {
         "schema_version": SCHEMA_VERSION,
         "profile": config.profile,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -429,11 +301,12 @@ def measured_report(config: ReportConfig, path: Path) -> dict[str, Any]:
         "references": {"encoder": config.reference, "llm": DENSE_LANGUAGE_MODEL},
         "data": {**description, "fingerprint": data_fingerprint(config.data_dir)},
         "protocols": protocols(config, description),
-        "goals": [*goals(encoders, config, real_sst2), *language_goals(languages, config, searched)],
-        "search": searched,
+        "search": read_json(config.results_dir / "search" / "summary.json"),
         "smoothquant": read_json(config.results_dir / "smoothquant.json"),
+        "benchmarks": benchmarks,
         "models": rows,
     }
+    return {**report, "goals": goals(report)}
 
 
 def print_report(report: dict[str, Any], config: ReportConfig) -> None:
@@ -469,7 +342,6 @@ def main(config: ReportConfig) -> None:
             if row["status"] == "measured" and (Path(row["directory"]) / MANIFEST).is_file():  # never into a foreign folder
                 directory = Path(row["directory"])
                 write_text_atomically(directory / CARD, model_card(row["name"], read_manifest(directory), row))
-    write_text_atomically(config.results_dir / "model_comparison.csv", comparison_csv(report))
     documents = write_documents(report, config.results_dir)
     print_report(report, config)
     print(f"\nreport: {', '.join(map(str, [*documents, path]))}")

@@ -1,4 +1,4 @@
-"""The report as documents: HTML that stands alone, Markdown beside its pictures, and the tables as TeX. Words and numbers are the same in all.
+"""The report as documents: HTML that stands alone, Markdown beside its pictures, the tables as TeX and CSV. All say the same.
 
 Templates: compactmind/report/templates. What is in them is decided by `sections`.
 """
@@ -103,11 +103,12 @@ def anchor(title: str) -> str:
 
 
 def write_documents(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw every figure and write final_report.html, .md and .tex; return the paths of the documents."""
+    """Draw every figure, write final_report.html, .md and .tex and model_comparison.csv; return the paths of the first three."""
     drawn = draw_all(report, folder)
     if "model_comparison" in drawn:
         save_figure(model_comparison(report), folder / "model_comparison.pdf")
     paths = [folder / f"final_report.{name}" for name in ("html", "md", "tex")]
     for path in paths:
         write_text_atomically(path, render(path.suffix[1:], report, drawn, folder))
+    write_text_atomically(folder / "model_comparison.csv", tables.comparison_csv(report))
     return paths

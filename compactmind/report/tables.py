@@ -1,5 +1,7 @@
 """The tables of the report as rows of text, read off the report's dict; one source for the terminal, HTML, Markdown and TeX."""
 
+import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,22 +23,28 @@ class Table:
     note: str = ""
 
     def as_text(self) -> str:
-        """Return it with aligned columns: the first to the left, the others to the right, long last ones to the left."""
-        lines = [list(self.header), *map(list, self.rows)]
-        lines = [line + [""] * (len(self.header) - len(line)) for line in lines]
-        # a line that says what to run instead of numbers makes no column wide
+        """Return it with aligned columns, words to the left and numbers to the right.
+
+        A row with words in place of numbers (what to run) makes no column wide.
+        """
+        lines = [[*line, *[""] * (len(self.header) - len(line))] for line in (self.header, *self.rows)]
+        whole = [line for line in lines if not _says_what_to_run(line)]
         widths = [
-            max(len(line[index]) for line in lines if len(line) - line.count("") > 2 or index == 0)
-            for index in range(len(self.header))
+            max(len(line[0]) for line in lines),
+            *(max(map(len, column)) for column in list(zip(*whole, strict=True))[1:]),
         ]
-        text = [f"{self.caption}"]
+        text = [self.caption]
         for line in lines:
             cells = [line[0].ljust(widths[0])]
-            short = len(line) - line.count("") <= 2
             for cell, width, name in zip(line[1:], widths[1:], self.header[1:], strict=True):
-                cells.append(cell if short else cell.ljust(width) if name in LEFT else cell.rjust(width))
+                words = name in LEFT or _says_what_to_run(line)
+                cells.append(cell.ljust(width) if words else cell.rjust(width))
             text.append("  ".join(cells).rstrip())
         return "\n".join(text)
+
+
+def _says_what_to_run(line: Sequence[str]) -> bool:
+    return len(line) > 2 and not any(line[2:])
 
 
 LEFT = ("kernel", "verdict", "source", "protocol", "comparable", "pipeline", "parameters", "value", "model", "task")
@@ -202,3 +210,33 @@ def stages_table(report: dict[str, Any]) -> Table:
 def protocols_table(report: dict[str, Any]) -> Table:
     """Return how each number was measured."""
     return Table("Protocols", ["number", "value"], [[name, told] for name, told in report["protocols"].items()])
+
+
+# ------------------------------------------------------------------------------------------------------ for spreadsheets
+def comparison_csv(report: dict[str, Any]) -> str:
+    """Return the models of both tracks as CSV text, one line each, empty cells where nothing was measured."""
+    fields = ["name", "status", "accuracy", "accuracy_low", "accuracy_high", "f1", "auc", "mcnemar_p", "parameters", "gflops",
+              "gmacs_thop", "size_mb", "load_seconds", "peak_memory_mb",
+              "perplexity", "perplexity_low", "perplexity_high", "compression_ratio", "prefill_ms", "decode_ms",
+              "gsm8k_strict", "gsm8k_flexible"]  # fmt: skip
+    fields += [
+        f"latency_{batch}_{what}"
+        for batch in report["settings"]["latency_batches"]
+        for what in ("median_ms", "low_ms", "high_ms", "speedup")
+    ]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in report["models"]:
+        flat = dict(row)
+        if row["status"] == "measured" and row["track"] == "llm":
+            flat["perplexity_low"], flat["perplexity_high"] = row["perplexity_interval"]
+            flat |= {f"{phase}_ms": times["median_ms"] for phase, times in row["generation"].items()}
+            flat |= {f"gsm8k_{match}": row["gsm8k"][match]["accuracy"] for match in ("strict", "flexible") if "gsm8k" in row}
+        elif row["status"] == "measured":
+            flat["accuracy_low"], flat["accuracy_high"] = row["accuracy_interval"]
+            flat["mcnemar_p"] = (row["mcnemar_against_reference"] or {}).get("p_value")
+            for batch, times in row["latency"].items():
+                flat |= {f"latency_{batch.removeprefix('batch_')}_{what}": value for what, value in times.items()}
+        writer.writerow(flat)
+    return text.getvalue()

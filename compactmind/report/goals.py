@@ -1,0 +1,113 @@
+"""What this project set out to reach, beside what a report measured of it. Everything is read off the report's dict."""
+
+from collections.abc import Callable
+from typing import Any
+
+from compactmind.report.sentences import largest_batch, measured
+
+
+def goals(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a dict per goal: goal, bound (at least, at most), value, measured (None: not measured), unit, met (None: not measured)."""
+    wanted = [*_encoder_goals(report), *_language_goals(report)]
+    return [
+        {"goal": name, "bound": bound, "value": value, "measured": found, "unit": unit, "met": _is_met(bound, value, found)}
+        for name, bound, value, unit, found in wanted
+    ]
+
+
+def _is_met(bound: str, value: float, found: float | None) -> bool | None:
+    if found is None:
+        return None
+    return bool(found >= value - 1e-9 if bound == "at least" else found <= value + 1e-9)
+
+
+def _or_none(read: Callable[[], float]) -> float | None:
+    """Return read(), None where a row or a number that it needs was not measured."""
+    try:
+        return read()
+    except (KeyError, TypeError, ZeroDivisionError):
+        return None
+
+
+def _encoder_goals(report: dict[str, Any]) -> list[tuple]:
+    rows = measured(report, "encoder")
+    batch = largest_batch(next(iter(rows.values()))) if rows else "batch_32"
+    real_sst2 = not report["data"]["source"]["source"].startswith("PyPI")
+    teacher, student = (0.90, 0.88) if real_sst2 else (0.835, 0.825)
+
+    def accuracy(name: str) -> float | None:
+        return _or_none(lambda: rows[name]["accuracy"])
+
+    def points(name: str, other: str) -> float | None:
+        return _or_none(lambda: rows[name]["accuracy"] - rows[other]["accuracy"])
+
+    def ratio(name: str, other: str, read: Callable[[dict[str, Any]], float]) -> float | None:
+        return _or_none(lambda: read(rows[name]) / read(rows[other]))
+
+    def time(row: dict[str, Any]) -> float:
+        return row["latency"][batch]["median_ms"]
+
+    operations = ratio("student_pruned", "student_distilled", lambda row: row["gflops"])
+    faster = _or_none(lambda: rows["student_pruned"]["latency"][batch]["speedup"])
+    at_batch = batch.replace("_", " ")
+    wanted = [
+        ("teacher accuracy", "at least", teacher, "share", accuracy("teacher")),
+        ("distilled student accuracy", "at least", student, "share", accuracy("student_distilled")),
+        ("distilled minus control accuracy", "at least", 0.0, "points", points("student_distilled", "student_finetuned")),
+        ("GFLOPs removed by pruning", "at least", 0.40, "share", None if operations is None else 1 - operations),
+        ("pruned minus distilled accuracy", "at least", -0.011, "points", points("student_pruned", "student_distilled")),
+        (
+            f"pruned speed-up at {at_batch}", "at least", 1.4, "factor",
+            faster if report["references"]["encoder"] == "student_distilled" else None,
+        ),
+    ]  # fmt: skip
+    for name in ("student_distilled", "student_pruned"):
+        smaller = ratio(name, f"{name}_nf4", lambda row: row["size_mb"])
+        wanted += [
+            (f"{name}_nf4 minus parent accuracy", "at least", -0.005, "points", points(f"{name}_nf4", name)),
+            (f"{name}_nf4 times smaller", "at least", 2.0, "factor", smaller),
+        ]
+    throughput = _or_none(lambda: report["benchmarks"]["training"]["rows"][-1]["speedup"])
+    int8 = ("student_pruned_w8a8", "student_pruned")
+    return [
+        *wanted,
+        (f"{int8[0]} minus parent accuracy", "at least", -0.003, "points", points(*int8)),
+        (f"{int8[0]} against its parent, {at_batch}", "at least", 1.8, "factor", ratio(*reversed(int8), time)),
+        ("training throughput (see benchmarks/)", "at least", 3.0, "factor", throughput),
+    ]
+
+
+def _language_goals(report: dict[str, Any]) -> list[tuple]:
+    rows = measured(report, "llm")
+
+    def value(name: str, read: Callable[[dict[str, Any]], float]) -> float | None:
+        return _or_none(lambda: read(rows[name]))
+
+    def speedup(phase: str) -> Callable[[dict[str, Any]], float]:
+        return lambda row: row["generation"][phase]["speedup"]
+
+    def retraining_minutes(row: dict[str, Any]) -> float:
+        return (sum(step["seconds"] for step in row["pipeline"] if step["method"] == "retrain") or None) / 60
+
+    above = value("llama_w8a8", lambda row: row["against_dense"]["ratio"] - 1)
+    kernels = _or_none(lambda: {row["name"]: row for row in report["benchmarks"]["int8"]["rows"]}) or {}
+    compiled = _or_none(lambda: kernels["CompactMind W8A8, compiled"]["prefill"]["against_float32"])
+    wanted = [
+        ("llama_w8a8 perplexity above dense", "at most", 0.005, "share", above),
+        (
+            f"llama_w8a8 prefill of {report['settings']['prompt_tokens']} tokens", "at least", 1.6, "factor",
+            value("llama_w8a8", speedup("prefill")),
+        ),
+        ("llama_w8a8 decode", "at least", 1.5, "factor", value("llama_w8a8", speedup("decode"))),
+        ("llama_w8a8 bytes of the released", "at most", 0.62, "share", value("llama_w8a8", lambda row: 1 / row["compression_ratio"])),
+        ("... compiled (see benchmarks/)", "at least", 2.3, "factor", compiled),
+        ("llama_pruned perplexity, times dense", "at most", 1.2, "factor", value("llama_pruned", lambda row: row["against_dense"]["ratio"])),
+        ("llama_pruned prefill", "at least", 1.15, "factor", value("llama_pruned", speedup("prefill"))),
+        ("llama_pruned retraining", "at most", 10.0, "minutes", value("llama_pruned", retraining_minutes)),
+    ]  # fmt: skip
+    search = report["search"] or {}
+    hybrid, single = (search.get(f"best_{kind}") for kind in ("hybrid", "single"))
+    if hybrid and single:
+        against = hybrid["measured"]["perplexity"] / single["measured"]["perplexity"]
+        wanted.append(("best hybrid's perplexity against best single's", "at most", 1.0, "factor", against))
+    return wanted
