@@ -228,7 +228,7 @@ def run_search(config: SearchConfig, output: Path) -> None:
         released_bytes=int(1e6 * weight_megabytes(source_of(config))), target=config.target_compression,
         objectives=config.objectives, cache=cache, tokenizer=material.tokenizer,
     )  # fmt: skip
-    runner.learn_best(study)
+    runner.learn(study)
     progress = SearchProgress(study, config.n_trials, config.target_compression)
     first = ()
     if config.strategy == "bayesian":

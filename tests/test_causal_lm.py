@@ -18,6 +18,7 @@ from compactmind.methods.retraining import causal_lm
 from compactmind.methods.retraining.causal_lm import (
     RetrainingLoss,
     RetrainRecipe,
+    TeacherStates,
     batch_rows,
     cosine_decay_with_warmup,
     plan_steps,
@@ -632,3 +633,37 @@ def test_a_damaged_model_is_refused():
         model.model.norm.weight[0] = math.nan
     with pytest.raises(CompactMindError, match="the held-out loss before retraining is nan: the model that came in is damaged"):
         retrain_causal_lm(model, pattern_windows(4), pattern_windows(2), make_recipe(2))
+
+
+# ------------------------------------------------------------------------------------------------------ the teacher's states
+def test_a_teacher_that_has_read_a_window_is_not_run_again_and_its_logits_stay_the_same(monkeypatch):
+    teacher, windows = helpers.make_llama().eval(), helpers.example_windows(count=4, length=12)
+    states, wanted = TeacherStates(), teacher(input_ids=windows).logits
+    assert torch.equal(states.logits(teacher, windows[:2]), wanted[:2])
+    monkeypatch.setattr(teacher.model, "forward", lambda **_: pytest.fail("it was run again"))
+    torch.testing.assert_close(states.logits(teacher, windows[[1, 0]]), wanted[[1, 0]])
+    kept = sum(tensor.numel() for tensor in states.kept.values())
+    assert kept == 2 * 12 * teacher.config.hidden_size and not states.logits(teacher, windows[:1]).requires_grad
+
+
+def test_states_are_kept_within_their_limit_and_only_where_the_head_makes_the_logits():
+    teacher, windows = helpers.make_llama().eval(), helpers.example_windows(count=4, length=12)
+    states = TeacherStates(limit_bytes=3 * 12 * 4 * teacher.config.hidden_size)
+    for _ in range(2):
+        torch.testing.assert_close(states.logits(teacher, windows), teacher(input_ids=windows).logits)
+    assert len(states.kept) == 3
+    scaled = TeacherStates()
+    teacher.register_forward_hook(lambda _, arguments, output: output.__setitem__("logits", output.logits / 8))
+    for _ in range(2):
+        torch.testing.assert_close(scaled.logits(teacher, windows), teacher(input_ids=windows).logits)
+    assert not scaled.kept
+
+
+def test_retraining_with_remembered_states_is_the_same_retraining():
+    windows, teacher = helpers.example_windows(count=6, length=12), helpers.make_llama().eval()
+    recipe, states, losses = RetrainRecipe(tokens=72, evaluations=1), TeacherStates(), []
+    for remembered in (None, states, states):
+        model = helpers.make_llama(seed=3)
+        found = retrain_causal_lm(model, windows, windows[:2], recipe, teacher=teacher, teacher_states=remembered)
+        losses.append(found["history"][-1]["loss"])
+    assert states.kept and losses == pytest.approx([losses[0]] * 3, rel=1e-6)

@@ -1,7 +1,7 @@
 """A trial of the search: what is skipped and stopped before it costs time, what is measured, and what the cache gives back."""
 
 import gc
-import math
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -18,7 +18,7 @@ from compactmind.search.cache import PrefixCache
 from compactmind.search.compressor import Measure, read_pipeline, run_pipeline, store_as_released
 from compactmind.search.engine import Skipped, Stopped, counted_trials, open_study, search
 from compactmind.search.space import make_space
-from compactmind.search.trials import HOPELESS, HOPELESS_BEFORE_RETRAINING, TrialRunner
+from compactmind.search.trials import BEFORE_ANY, HOPELESS, OPTIMISM, OUT_OF_REACH, TrialRunner
 
 PRUNE = {"method": "prune", "params": {"sparsity": 0.3, "round_to": 8}}
 RETRAIN = {"method": "retrain", "params": {"tokens": 96}}
@@ -67,17 +67,29 @@ def test_what_cannot_be_small_enough_is_not_run(windows, monkeypatch):
 
 
 def test_a_hopeless_pipeline_is_stopped_after_the_step_that_shows_it_but_retraining_has_its_chance(windows):
-    runner, steps = make_runner(windows), read_pipeline([PRUNE, RETRAIN, NF4])
-    rows = run_pipeline(steps, runner.resources, runner.first_look, show=False).steps
-    for behind, stopped_after in ((HOPELESS_BEFORE_RETRAINING + 0.1, "prune"), (HOPELESS + 0.1, "retrain")):
-        trial = make_trial()
-        runner.best = rows[1 if stopped_after == "prune" else 2]["loss"] - behind
-        with pytest.raises(Stopped, match=f"stopped after {stopped_after}: \\+{behind:.2f} nats") as stop:
+    runner, credit = make_runner(windows), -BEFORE_ANY["retrain"] * (1 + OPTIMISM)  # no retraining has been seen yet
+    cases = (([PRUNE, RETRAIN, NF4], 1, credit + OUT_OF_REACH), ([PRUNE, RETRAIN, NF4], 2, OUT_OF_REACH), ([NF4], 1, HOPELESS))
+    for pipeline, number, allowed in cases:
+        steps, trial = read_pipeline(pipeline), make_trial()
+        row = run_pipeline(steps, runner.resources, runner.first_look, show=False).steps[number]
+        runner.best = row["loss"] - allowed - 0.01
+        with pytest.raises(Stopped, match=f"stopped after {row['method']}: ") as stop:
             runner.evaluate(trial, steps)
-        assert stop.value.value == pytest.approx(math.exp(runner.best + behind))
-        assert [row["method"] for row in trial.user_attrs["steps"]][-1] == stopped_after
-    runner.best = rows[-1]["loss"] - HOPELESS / 2
-    runner.evaluate(make_trial(), steps)
+        assert stop.value.value == pytest.approx(row["perplexity"]) and len(trial.user_attrs["steps"]) == number + 1
+        runner.best, again = runner.best + 0.02, make_trial()  # a little nearer, and it goes on
+        with suppress(Stopped):
+            runner.evaluate(again, steps)
+        assert "measured" in again.user_attrs or len(again.user_attrs["steps"]) > number + 1
+
+
+def test_what_may_still_be_won_is_what_such_steps_have_won_in_this_study_and_a_quarter_more(windows):
+    runner, (_, *steps) = make_runner(windows), read_pipeline([PRUNE, RETRAIN, {"method": "smooth"}, NF4])
+    assert runner.within_reach(4.0, steps) == pytest.approx(4.0 + (1 + OPTIMISM) * BEFORE_ANY["retrain"])
+    runner.changes = {"retrain": [-0.2, -0.1], "smooth": [0.0, 0.1], "nf4": [0.3, 0.2]}
+    assert runner.within_reach(4.0, steps) == pytest.approx(4.0 - 0.25 + 0.15)
+    assert runner.within_reach(4.0, steps[1:]) == pytest.approx(4.15) and runner.within_reach(4.0, []) == 4.0
+    runner.changes["nf4"] = [0.3]  # one is not enough to go by
+    assert runner.within_reach(4.0, steps) == pytest.approx(3.75)
 
 
 def test_what_is_hopeless_is_learnt_from_the_trials_of_the_study(windows):
@@ -85,10 +97,17 @@ def test_what_is_hopeless_is_learnt_from_the_trials_of_the_study(windows):
     for ratio, loss in ((1.5, 3.0), (1.2, 1.0), (1.4, 4.0)):
         trial = study.ask()
         trial.set_user_attr("measured", {"compression_ratio": ratio})
-        trial.set_user_attr("steps", [{"loss": 0.0}, {"loss": loss}])
+        trial.set_user_attr("steps", [{"method": "dense", "loss": 2.0}, {"method": "prune", "loss": loss}])
         study.tell(trial, loss)
-    runner.learn_best(study)
+    stopped = study.ask()
+    stopped.set_user_attr(
+        "steps", [{"method": "dense", "loss": 2.0}, {"method": "prune", "loss": 9.0}, {"method": "nf4", "loss": 9.5}]
+    )
+    study.tell(stopped, state=optuna.trial.TrialState.PRUNED)
+    for _ in range(2):  # learning again is not learning twice
+        runner.learn(study)
     assert runner.best == 3.0  # the lower one misses the target
+    assert runner.changes == {"prune": [1.0, -1.0, 2.0, 7.0], "nf4": [0.5]}
 
 
 def test_a_simulated_kernel_has_no_latency(windows, monkeypatch):

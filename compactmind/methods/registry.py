@@ -16,7 +16,7 @@ from compactmind.methods.pruning.llama_pruning import PruneRecipe, prune_llama
 from compactmind.methods.quantization.calibration import SITES
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama
-from compactmind.methods.retraining.causal_lm import RetrainRecipe, retrain_causal_lm
+from compactmind.methods.retraining.causal_lm import RetrainRecipe, TeacherStates, retrain_causal_lm
 from compactmind.training import TrainingState
 
 
@@ -59,6 +59,10 @@ class Resources:
         if ((), "teacher") not in self.remembered:
             self.remembered[(), "teacher"] = self.dense().eval().requires_grad_(False)
         return self.remembered[(), "teacher"]
+
+    def teacher_states(self) -> TeacherStates:
+        """Return what the teacher's head has read so far, for all retrainings on this text."""
+        return self.remembered.setdefault(((), "teacher states"), TeacherStates())
 
 
 @dataclass(frozen=True)
@@ -147,8 +151,9 @@ def _prune(model, resources: Resources, recipe: PruneRecipe):
 def _retrain(model, resources: Resources, recipe: RetrainRecipe):
     teacher = resources.teacher() if recipe.distillation or recipe.hidden_loss_weight else None
     return model, retrain_causal_lm(
-        model, resources.train, resources.held_out, recipe, teacher=teacher, resume=resources.resume
-    )
+        model, resources.train, resources.held_out, recipe, teacher=teacher, teacher_states=resources.teacher_states(),
+        resume=resources.resume,
+    )  # fmt: skip
 
 
 def _statistics(model, resources: Resources):

@@ -1,12 +1,14 @@
 """What a trial of the search measures: perplexity on text no method sees, bytes, and if asked for latency and memory.
 
-Time is not spent on what cannot win: a pipeline whose bytes can be told beforehand to miss the target is not run, and one that is far
-behind the best after a step, on the first few windows, is stopped there. Nothing of that is reported as measured.
+Time is not spent on what cannot win: a pipeline whose bytes can be told beforehand to miss the target is not run, and one that is so far
+behind the best after a step, on the first few windows, that none of the coming steps has ever won as much in this study, is stopped there.
+Nothing of that is reported as measured.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,9 +30,14 @@ from compactmind.search.engine import Skipped, Stopped
 OBJECTIVES = ("perplexity", "bytes", "latency", "memory")
 SIMULATED = "simulated"
 HOPELESS = 0.3
-"""Nats per token behind the best finished pipeline, on the first windows, with which a pipeline is stopped ..."""
-HOPELESS_BEFORE_RETRAINING = 1.0
-"""... or with which it is if retraining is still to come: the few thousand tokens of a trial never won more than 0.4 on SmolLM2."""
+"""Nats per token behind the best finished pipeline, on the first windows, with which a pipeline is not measured on more of them."""
+OUT_OF_REACH = 0.1
+"""Nats behind the best with which a pipeline is stopped even if all its coming steps do what no such step has done yet in this search ..."""
+OPTIMISM = 0.25
+"""... which is this share better than the best one did: a loss that falls by so much more, or rises by so much less."""
+BEFORE_ANY = {"retrain": -1.0}
+"""Change of the loss that a method is given credit for while fewer than FEW_STEPS of its steps have been seen, 0 for the others."""
+FEW_STEPS = 2
 MARGIN = 0.01
 """A pipeline is run unless its bytes are expected to miss the target by more than this share: widths are rounded, so that is not exact."""
 
@@ -55,14 +62,27 @@ class TrialRunner:
     prompt_tokens: int = 512
     best: float = math.inf
     """Lowest loss of a finished pipeline that reached the target, on the first few windows."""
+    changes: dict[str, list[float]] = field(default_factory=dict, repr=False)
+    """By method: by how much each of its steps in this study changed the loss."""
     sizes: tuple[int, int] | None = field(default=None, repr=False)
 
-    def learn_best(self, study) -> None:
-        """Take over what is hopeless from the trials a study has already."""
+    def learn(self, study) -> None:
+        """Take over from the trials of a study what a good loss is and what the methods do to it."""
+        self.changes = {}
         for trial in study.get_trials(deepcopy=False):
-            measured = trial.user_attrs.get("measured")
+            rows, measured = trial.user_attrs.get("steps", []), trial.user_attrs.get("measured")
+            for before, row in pairwise(rows):
+                self.changes.setdefault(row["method"], []).append(row["loss"] - before["loss"])
             if measured and measured["compression_ratio"] >= self.target:
-                self.best = min(self.best, trial.user_attrs["steps"][-1]["loss"])
+                self.best = min(self.best, rows[-1]["loss"])
+
+    def within_reach(self, loss: float, coming: Sequence[Step]) -> float:
+        """Return the loss a pipeline can hope for that is at `loss` with the steps `coming` ahead."""
+        for name in (step.method.name for step in coming):
+            seen = self.changes.get(name, [])
+            change = min(seen) if len(seen) >= FEW_STEPS else BEFORE_ANY.get(name, 0.0)
+            loss += change - OPTIMISM * abs(change)
+        return loss
 
     @property
     def first_look(self) -> Measure:
@@ -96,7 +116,7 @@ class TrialRunner:
     def evaluate(self, trial, steps: list[Step]) -> list[float]:
         """Return the values of the objectives of a pipeline and describe it on the trial. Raises Stopped where it is not worth going on, Skipped
         before anything is run."""
-        self.learn_best(trial.study)  # other workers find good ones too
+        self.learn(trial.study)  # other workers find good ones too
         expected = self.expected_ratio(steps)
         trial.set_user_attr("expected_ratio", expected)
         if expected < self.target * (1 - MARGIN):
@@ -119,12 +139,13 @@ class TrialRunner:
         def check(number: int, rows: list[dict[str, Any]]) -> None:
             if trial is None or not self.best < math.inf:
                 return
-            behind = rows[-1]["loss"] - self.best
-            retraining = any(step.method.kind == "retrain" for step in steps[number:])
-            if behind > (HOPELESS_BEFORE_RETRAINING if retraining else HOPELESS):
+            coming = steps[number:]
+            behind = self.within_reach(rows[-1]["loss"], coming) - self.best
+            if behind > (OUT_OF_REACH if coming else HOPELESS):
                 trial.set_user_attr("steps", brief(rows))
+                hope = ", at the best to be hoped for" if coming else ""
                 raise Stopped(
-                    f"stopped after {rows[-1]['method']}: {behind:+.2f} nats against the best", rows[-1]["perplexity"]
+                    f"stopped after {rows[-1]['method']}: {behind:+.2f} nats against the best{hope}", rows[-1]["perplexity"]
                 )
 
         return run_pipeline(steps, self.resources, self.first_look, cache=self.cache, check=check, show=False)

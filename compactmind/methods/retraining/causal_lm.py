@@ -176,6 +176,40 @@ class _TokenLoss(torch.autograd.Function):
         return gradient.mul_(upstream.to(gradient.dtype)), None, None, None, None
 
 
+class TeacherStates:
+    """What one teacher's head reads of every window, kept from one retraining to the next.
+
+    A search retrains many models on the same text: the teacher then runs once, and its logits are made of states that are a
+    hundredth of their size. `limit_bytes` bounds what is kept; windows beyond it are read again each time.
+    """
+
+    def __init__(self, limit_bytes: int = 1_000_000_000):
+        self.room, self.kept = limit_bytes, {}
+        self.head_is_all: bool | None = None
+        """Whether the logits are what the head makes of the states (some models scale them afterwards); None before the first window."""
+
+    @torch.no_grad()
+    def logits(self, teacher: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the teacher's logits (batch, seq_len, vocab) of token ids (batch, seq_len)."""
+        head, keys = teacher.get_output_embeddings(), [row.cpu().numpy().tobytes() for row in input_ids]
+        if self.kept.keys() >= set(keys):
+            return head(torch.stack([self.kept[key] for key in keys]).to(input_ids.device))
+        read = []
+        hook = head.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0]))
+        try:
+            logits = teacher(input_ids=input_ids, use_cache=False).logits
+        finally:
+            hook.remove()
+        if self.head_is_all is None:
+            self.head_is_all = torch.equal(head(read[0]), logits)
+        for key, states in zip(keys, read[0], strict=True):
+            size = states.numel() * states.element_size()
+            if self.head_is_all and key not in self.kept and size <= self.room:
+                self.kept[key] = states.to("cpu", copy=True)
+                self.room -= size
+        return logits
+
+
 class RetrainingLoss(nn.Module):
     """The training loss as a function of a batch of windows, with the student as its only submodule.
 
@@ -183,9 +217,15 @@ class RetrainingLoss(nn.Module):
     never copies the logits. The teacher stands in a tuple: it is neither trained, nor copied between devices.
     """
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, recipe: RetrainRecipe):
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        recipe: RetrainRecipe,
+        states: TeacherStates | None = None,
+    ):
         super().__init__()
-        self.student, self.teacher, self.recipe = student, (teacher,), recipe
+        self.student, self.teacher, self.recipe, self.states = student, (teacher,), recipe, states or TeacherStates(0)
         self.use_hidden_loss = teacher is not None and recipe.hidden_loss_weight > 0
         if self.use_hidden_loss:
             depths = teacher.config.num_hidden_layers, student.config.num_hidden_layers
@@ -196,13 +236,16 @@ class RetrainingLoss(nn.Module):
         (teacher,), recipe = self.teacher, self.recipe
         input_ids, labels = windows[:, :-1], windows[:, 1:].flatten()  # (batch, seq_len - 1), (batch * (seq_len - 1),)
         arguments = {"input_ids": input_ids, "use_cache": False, "output_hidden_states": self.use_hidden_loss}
-        output, target = self.student(**arguments), None
-        if teacher is not None:
+        output, logits = self.student(**arguments), None
+        if self.use_hidden_loss:
             with torch.no_grad():
                 target = teacher(**arguments)
+            logits = target.logits
+        elif teacher is not None:
+            logits = self.states.logits(teacher, input_ids)
         loss = token_loss(
             output.logits.flatten(0, 1),  # (batch * (seq_len - 1), vocab)
-            None if target is None else target.logits.flatten(0, 1),
+            None if logits is None else logits.flatten(0, 1),
             labels, recipe.temperature, recipe.alpha,
         )  # fmt: skip
         if self.use_hidden_loss:
@@ -320,6 +363,7 @@ def retrain_causal_lm(
     recipe: RetrainRecipe,
     *,
     teacher: PreTrainedModel | None = None,
+    teacher_states: TeacherStates | None = None,
     accelerator: Accelerator | None = None,
     resume: TrainingState | None = None,
     log_every: int = 20,
@@ -328,7 +372,7 @@ def retrain_causal_lm(
     """Retrain a Llama-like causal LM in place and leave it in evaluation mode with the weights of its lowest held-out loss.
 
     `model` has float32 weights; it and the `teacher` (used if `recipe.distillation`, its weights stay as they are) go to the
-    device of `accelerator`. `windows` (windows, seq_len) and `held_out` (windows, seq_len) are int64 token ids. With `resume`
+    device of `accelerator`; `teacher_states` spares it the windows it has read in earlier retrainings. `windows` (windows, seq_len) and `held_out` (windows, seq_len) are int64 token ids. With `resume`
     the state is saved after every evaluation, and a run that was killed goes on from there and ends with the weights of an
     unbroken one; who called clears it, once the model it led to is safe.
 
@@ -370,7 +414,7 @@ def retrain_causal_lm(
         scheduler.load_state_dict(saved["scheduler"])
         step, seconds, history, kept = saved["step"], saved["seconds"], saved["history"], saved["kept"]
         accelerator.print(f"{label}: going on after step {step} of {total_steps}")
-    objective, optimizer = accelerator.prepare(RetrainingLoss(model, teacher, recipe), optimizer)
+    objective, optimizer = accelerator.prepare(RetrainingLoss(model, teacher, recipe, teacher_states), optimizer)
 
     # ---- steps
     progress = Progress(label, total_steps, log_every, step, accelerator.is_main_process, unit="tokens")
