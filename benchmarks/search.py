@@ -1,21 +1,24 @@
 """How good and how fast the search is: TPE and random against a whole grid, and trials per minute against running every pipeline from scratch.
 
-Run:   python benchmarks/search.py                     (after python download_model.py; about an hour on 2 CPU cores, the grid resumes if killed)
+Run:   python download_model.py
+       python 5_bayesian_search.py --n_trials 30       (the search that `speed` looks at)
+       python benchmarks/search.py                     (about an hour on 2 CPU cores, the grid resumes if killed)
        python benchmarks/search.py --parts speed       (quality, speed or flat alone)
-Reads: models/llama, wikitext_data/{train,validation}.jsonl
+Reads: models/llama, wikitext_data/{train,validation}.jsonl, results/search/study.db
 Writes: results/benchmark_search.json, results/benchmark_search_grid.json (a point per line of the grid), and prints both tables
 
 quality   every point of a coarse space is run once. TPE and random then search the same space for `budget` trials, with several seeds; what
           a pipeline gives is looked up, so that all see the same numbers. Gap: best found / best of the grid - 1, target reached
-speed     a search by TPE as the script runs it (scores remembered, shared beginnings, hopeless ones stopped, few windows), then every
-          pipeline it ran from scratch (nothing remembered, all windows; text is read once), in this process. Pipelines it did not run,
-          because they cannot reach the target, are not counted at all
+speed     pipelines drawn at random from those the search of the script has run are run from scratch, as `--strategy fixed` does: nothing
+          remembered, every step measured on all validation windows. Their seconds stand beside the seconds of the search's trials.
+          Pipelines that the search told to be too large and did not run are drawn and shown apart
 flat      100 trials of one search by TPE on so little text that each takes seconds: memory of the process after them, and the time
           that a trial takes beside its methods, for early and late ones
 """
 
 import json
 import math
+import random
 import statistics
 import sys
 import time
@@ -31,13 +34,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import SearchConfig, StageConfig, parse_command_line, run_stage  # noqa: E402
 from compactmind.checkpoint import load_as_released  # noqa: E402
+from compactmind.errors import CompactMindError  # noqa: E402
 from compactmind.evaluation.cost import weight_megabytes  # noqa: E402
+from compactmind.evaluation.perplexity import perplexity  # noqa: E402
 from compactmind.files import write_json_atomically  # noqa: E402
 from compactmind.methods.registry import Resources  # noqa: E402
 from compactmind.search.cache import PrefixCache  # noqa: E402
-from compactmind.search.compressor import pipeline_name, read_pipeline  # noqa: E402
+from compactmind.search.compressor import Measure, pipeline_name, read_pipeline, run_pipeline  # noqa: E402
 from compactmind.search.engine import Skipped, counted_trials, open_study, search  # noqa: E402
-from compactmind.search.findings import SearchProgress  # noqa: E402
 from compactmind.search.space import Space, make_space  # noqa: E402
 from compactmind.search.trials import MARGIN, TrialRunner  # noqa: E402
 from compactmind.text import load_documents, token_windows  # noqa: E402
@@ -61,8 +65,12 @@ class BenchmarkConfig(StageConfig):
     """Trials of TPE and random in `quality`."""
     seeds: int = 5
     """Searches of each kind."""
-    pipelines: int = 6
-    """Trials of the search in `speed`."""
+    study: str = "llama-bayesian"
+    """Name of the study in results/search/study.db that `speed` looks at."""
+    sample: int = 8
+    """Pipelines of it that are run from scratch."""
+    sample_not_run: int = 3
+    """Pipelines that it did not run and that are run from scratch."""
     trials: int = 100
     """Trials of the search in `flat`."""
     calibration_windows: int = 8
@@ -162,37 +170,58 @@ def quality(config: BenchmarkConfig, stage: SearchConfig) -> dict:
 
 # ----------------------------------------------------------------------------------------------------------------- speed
 def speed(config: BenchmarkConfig, stage: SearchConfig) -> dict:
-    with TemporaryDirectory() as folder:
-        runner = make_runner(config, stage, PrefixCache(Path(folder) / "cache", {}, int(4e9)))
-        study = open_study("speed", f"sqlite:///{folder}/study.db", {})
-        progress, started = SearchProgress(study, config.pipelines, config.target_compression), time.perf_counter()
-        space = make_space(METHODS, choices=GRID)
-        first = space.first_guesses(lambda pipeline: runner.expected_ratio(read_pipeline(pipeline)), config.target_compression)
-        search(
-            study, space, config.pipelines, runner.evaluate, strategy="bayesian", seed=config.seed, first=first,
-            finished=progress.update,
-        )  # fmt: skip
-        searched = time.perf_counter() - started
-        run = [read_pipeline(trial.user_attrs["pipeline"]) for trial in counted_trials(study)]
-        known = {point_key(steps) for steps in run}
-        asked = [trial.user_attrs["pipeline"] for trial in study.get_trials(deepcopy=False)]
-        skipped = {point_key(read_pipeline(pipeline)) for pipeline in asked} - known
-    scratch, windows = [], make_windows(config, stage)
-    for steps in run:
-        fresh = replace(runner.resources, remembered={}, before=())
-        alone = replace(runner, resources=fresh, windows=windows, cache=None, sizes=None)
-        started = time.perf_counter()
-        alone.measure(alone.run(steps))
-        scratch.append(time.perf_counter() - started)
-        print(f"from scratch, {scratch[-1]:>4.0f} s: {pipeline_name(steps)}", flush=True)
-    rates = {"as the search runs them": 60 * len(run) / searched, "from scratch": 60 * len(run) / sum(scratch)}
-    print(f"\n{len(run)} pipelines run by the search in {searched:.0f} s, {len(skipped)} more told to be too large and not run")
-    print("\n".join(f"{name:<26}{rate:>6.2f} per minute" for name, rate in rates.items()))
-    print(f"{rates['as the search runs them'] / rates['from scratch']:.2f} times as many")
-    return {
-        "pipelines": [pipeline_name(steps) for steps in run], "skipped": len(skipped), "search_seconds": searched,
-        "scratch_seconds": scratch, "per_minute": rates,
+    database = config.results_dir / "search" / "study.db"
+    if not database.is_file():
+        raise CompactMindError(f"{database} is not there: run `python 5_bayesian_search.py --n_trials 30` first")
+    study = optuna.load_study(study_name=config.study, storage=f"sqlite:///{database}")
+    run = [trial for trial in counted_trials(study) if trial.state.is_finished()]
+    known = {trial.user_attrs["key"] for trial in run}
+    not_run = {}
+    for trial in study.get_trials(deepcopy=False):
+        if trial.user_attrs.get("key") not in known and "pipeline" in trial.user_attrs:
+            not_run[trial.user_attrs["key"]] = trial
+    searched = sum(trial.duration.total_seconds() for trial in study.get_trials(deepcopy=False) if trial.duration)
+    runner, windows = (
+        make_runner(replace(config, calibration_windows=stage.calibration_windows), stage, None),
+        make_windows(config, stage),
+    )
+    measure, choose = Measure("validation, all", lambda model: perplexity(model, windows, "")), random.Random(config.seed)
+    samples = {"run": choose.sample(run, min(config.sample, len(run))),
+               "not run": choose.sample(list(not_run.values()), min(config.sample_not_run, len(not_run)))}  # fmt: skip
+    rows = []
+    for what, trials in samples.items():
+        for trial in trials:
+            fresh, started = replace(runner.resources, remembered={}, before=()), time.perf_counter()
+            steps = read_pipeline(trial.user_attrs["pipeline"])
+            found = run_pipeline(steps, fresh, measure, show=False)
+            row = {"trial": trial.number, "what": what, "pipeline": pipeline_name(steps), "scratch": time.perf_counter() - started,
+                   "methods": sum(step["seconds"] for step in found.steps), "search": trial.duration.total_seconds()}  # fmt: skip
+            rows.append(row)
+            print(
+                f"{what:<8} trial {trial.number:>3}: from scratch {row['scratch']:>4.0f} s ({row['methods']:.0f} s methods, the rest measuring), "
+                f"in the search {row['search']:>4.0f} s: {row['pipeline']}",
+                flush=True,
+            )
+    each = {what: [row["scratch"] for row in rows if row["what"] == what] for what in samples}
+    of_all = [statistics.mean(each["run"])] * len(run) + [statistics.mean(each["not run"] or [0.0])] * len(not_run)
+    found = {
+        "run": len(run), "not_run": len(not_run), "search_seconds": searched, "rows": rows,
+        "per_minute": {"the search": 60 * len(run) / searched, "from scratch": 60 / statistics.mean(each["run"])},
+        "times": statistics.mean(each["run"]) * len(run) / searched, "interval": ratio_interval(each["run"], len(run) / searched, config.seed),
+        "times_of_all": sum(of_all) / searched,
     }  # fmt: skip
+    print(f"\n{len(run)} pipelines run by the search in {searched:.0f} s, {len(not_run)} more told to be too large and not run")
+    print("\n".join(f"{name:<14}{rate:>6.2f} per minute" for name, rate in found["per_minute"].items()))
+    low, high = found["interval"]
+    print(f"{found['times']:.2f} times as many [{low:.2f}, {high:.2f}]; {found['times_of_all']:.2f} with those it did not run")
+    return found
+
+
+def ratio_interval(seconds: list[float], per_second: float, seed: int, draws: int = 10_000) -> tuple[float, float]:
+    """Return the 95% bootstrap interval, over the sample, of mean seconds x trials per second."""
+    choose = random.Random(seed)
+    means = sorted(statistics.mean(choose.choices(seconds, k=len(seconds))) for _ in range(draws))
+    return means[int(0.025 * draws)] * per_second, means[int(0.975 * draws)] * per_second
 
 
 # ------------------------------------------------------------------------------------------------------------------ flat

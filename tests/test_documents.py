@@ -10,6 +10,7 @@ from compactmind.report import tables
 from compactmind.report.documents import escape_markdown, escape_tex, render, sections, write_documents
 from compactmind.report.figures import FIGURES
 from compactmind.report.literature import beside_the_literature, check_llama_2
+from compactmind.report.search_figures import front_line
 from compactmind.report.sentences import sentences, warnings
 
 
@@ -254,6 +255,14 @@ def test_all_documents_say_the_same(report, tmp_path):
             assert len(re.findall(r"(?<!\\)&", line)) + spans == len(columns) - 1, line
     for line in texts["md"].splitlines():
         assert not line.startswith("| ---") or set(line) <= set("|-: ")
+
+
+def test_the_front_is_what_can_be_had_at_least_that_small():
+    rows = [
+        {"compression_ratio": ratio, "perplexity": value}
+        for ratio, value in ((2.0, 50.0), (2.2, 70.0), (2.5, 60.0), (3.0, 90.0), (3.0, 95.0))
+    ]
+    assert front_line(rows) == [(3.0, 90.0), (2.5, 90.0), (2.5, 60.0), (2.0, 60.0), (2.0, 50.0)]
 
 
 def test_what_is_drawn_depends_on_the_report_alone(report, tmp_path):

@@ -1,5 +1,6 @@
 """Every figure of the report, drawn from the report's dict alone: FIGURES, name -> caption and drawing."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,18 +35,26 @@ def colours_of(rows: dict[str, Any]) -> dict[str, str]:
 
 # ------------------------------------------------------------------------------------------------------------ encoders
 def accuracy_against_gflops(report: dict[str, Any]) -> Figure | None:
-    """One point per classifier: GFLOPs, accuracy with its interval, area proportional to bytes."""
+    """One point per classifier: GFLOPs (equal ones side by side), accuracy with its interval, area proportional to bytes."""
     rows = measured(report, "encoder")
     if not rows:
         return None
     figure, axes = plt.subplots(figsize=(9, 5.5), constrained_layout=True)
+    width, alike = (
+        0.012 * max(row["gflops"] for row in rows.values()),
+        Counter(round(row["gflops"], 2) for row in rows.values()),
+    )
+    beside = Counter()
     for name, colour in colours_of(rows).items():
         row = rows[name]
+        same = round(row["gflops"], 2)
+        place = row["gflops"] + width * (beside[same] - (alike[same] - 1) / 2)  # equal GFLOPs: side by side
+        beside[same] += 1
         accuracy, (low, high) = 100 * row["accuracy"], (100 * bound for bound in row["accuracy_interval"])
         errors = [[accuracy - low], [high - accuracy]]
-        axes.errorbar(row["gflops"], accuracy, yerr=errors, color=colour, capsize=3, lw=1, alpha=0.6)
+        axes.errorbar(place, accuracy, yerr=errors, color=colour, capsize=3, lw=1, alpha=0.6)
         axes.scatter(
-            row["gflops"], accuracy, s=8 * row["size_mb"], color=colour, alpha=0.55, edgecolor="white", zorder=3,
+            place, accuracy, s=8 * row["size_mb"], color=colour, alpha=0.55, edgecolor="white", zorder=3,
             label=f"{name}: {accuracy:.1f}%, {row['gflops']:.2f} GFLOPs, {row['size_mb']:.1f} MB",
         )  # fmt: skip
     axes.set(

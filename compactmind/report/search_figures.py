@@ -81,16 +81,26 @@ def pareto(summary: dict[str, Any]) -> Figure:
         each = [(row["compression_ratio"], row["perplexity"]) for row in rows if row["hybrid"] == hybrid]
         if each:
             axes.scatter(*zip(*each, strict=True), color=colour, s=26, label=label, zorder=3)
-    front, lowest = [], float("inf")
-    for row in sorted(rows, key=lambda row: -row["compression_ratio"]):
-        if row["perplexity"] < lowest:
-            lowest = row["perplexity"]
-            front.append((row["compression_ratio"], lowest))
-    axes.step(*zip(*front, strict=True), where="pre", color=RED, label="nothing is better in both")
+    axes.plot(*zip(*front_line(rows), strict=True), color=RED, label="nothing is better in both")
     axes.axvline(summary["target_compression"], color=GREY, ls=":", label=f"target {summary['target_compression']:g}")
     _log_scale(axes)
     axes.legend(frameon=False)
     return figure
+
+
+def front_line(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Return the corners (compression ratio, perplexity) of the front, from the smallest model on.
+
+    Its height at a ratio is the lowest perplexity of anything at least that small.
+    """
+    corners = []
+    for row in sorted(rows, key=lambda row: (-row["compression_ratio"], row["perplexity"])):
+        ratio, value = row["compression_ratio"], row["perplexity"]
+        if not corners:
+            corners.append((ratio, value))
+        elif value < corners[-1][1]:
+            corners += [(ratio, corners[-1][1]), (ratio, value)]
+    return corners
 
 
 def error_accumulation(summary: dict[str, Any]) -> Figure:
