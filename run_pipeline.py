@@ -71,7 +71,7 @@ def main(config: PipelineConfig) -> None:
     print("\n=== done: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in durations.items()), end="")
     print(f"; {sum(durations.values()) / 60:.1f} min in all")
     if STAGES[-1] in config.only:
-        print(f"report: {config.results_dir / 'final_report.json'} and {config.results_dir / 'final_report.png'}")
+        print(f"report: {config.results_dir / 'final_report.html'}")
 
 
 if __name__ == "__main__":

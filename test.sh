@@ -8,4 +8,6 @@ source ./setup.sh
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-export.txt ||
   echo "requirements-export.txt could not be installed: the tests of ONNX are skipped"
 .venv/bin/ruff check .
+# the whole run also tells which lines of compactmind/ no test reaches
+[ $# -gt 0 ] || set -- --cov=compactmind --cov-report=term:skip-covered --cov-fail-under=85
 exec .venv/bin/python -m pytest "$@"

@@ -47,7 +47,7 @@ def test_the_pipeline_runs_every_stage_in_order_and_says_where_the_report_is(rep
     _, output = reported
     places = [output.index(f"[{number}/8] {name}") for number, name in enumerate(STAGES, start=1)]
     assert places == sorted(places)
-    assert output.rstrip().endswith("report: results/final_report.json and results/final_report.png")
+    assert output.rstrip().endswith("report: results/final_report.html")
 
 
 def test_a_second_pipeline_skips_what_is_finished(copy):

@@ -82,6 +82,12 @@ def test_a_hopeless_pipeline_is_stopped_after_the_step_that_shows_it_but_retrain
         assert "measured" in again.user_attrs or len(again.user_attrs["steps"]) > number + 1
 
 
+def test_among_several_objectives_no_pipeline_is_stopped_for_its_perplexity(windows):
+    runner, trial = make_runner(windows, objectives=("perplexity", "bytes"), best=0.0), optuna.create_study(directions=["minimize"] * 2).ask()
+    values = runner.evaluate(trial, read_pipeline([PRUNE, NF4]))
+    assert values == [trial.user_attrs["measured"]["perplexity"], trial.user_attrs["measured"]["bytes"]]
+
+
 def test_what_may_still_be_won_is_what_such_steps_have_won_in_this_study_and_a_quarter_more(windows):
     runner, (_, *steps) = make_runner(windows), read_pipeline([PRUNE, RETRAIN, {"method": "smooth"}, NF4])
     assert runner.within_reach(4.0, steps) == pytest.approx(4.0 + (1 + OPTIMISM) * BEFORE_ANY["retrain"])

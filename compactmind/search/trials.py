@@ -134,10 +134,14 @@ class TrialRunner:
         return [measured[name] for name in self.objectives]
 
     def run(self, steps: Sequence[Step], trial=None) -> Compressed:
-        """Run a pipeline, measuring the first few windows after every step; with a trial, stop where it is hopeless."""
+        """Run a pipeline, measuring the first few windows after every step; with a trial, stop where it is hopeless.
+
+        Among several objectives nothing is: what is far behind in perplexity may be ahead in another one.
+        """
+        may_stop = trial is not None and tuple(self.objectives) == ("perplexity",)
 
         def check(number: int, rows: list[dict[str, Any]]) -> None:
-            if trial is None or not self.best < math.inf:
+            if not may_stop or not self.best < math.inf:
                 return
             coming = steps[number:]
             behind = self.within_reach(rows[-1]["loss"], coming) - self.best
