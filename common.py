@@ -239,7 +239,7 @@ class SearchConfig(StageConfig):
     replay: int = -1
     """Number of the trial of the study whose model to make again; -1 = search."""
     n_trials: int = 6
-    """Trials the study shall have in all; more only go on from there. 30 take about 40 minutes on 2 CPU cores (embedded profile)."""
+    """Trials the study shall have in all; more only go on from there. 30 take about 35 minutes on 2 CPU cores (embedded profile)."""
     target_compression: float = 2.5
     """Bytes of the dense weight file as released / bytes of the result: at least this."""
     mode: Literal["single", "hybrid", "both"] = "both"

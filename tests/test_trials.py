@@ -83,7 +83,10 @@ def test_a_hopeless_pipeline_is_stopped_after_the_step_that_shows_it_but_retrain
 
 
 def test_among_several_objectives_no_pipeline_is_stopped_for_its_perplexity(windows):
-    runner, trial = make_runner(windows, objectives=("perplexity", "bytes"), best=0.0), optuna.create_study(directions=["minimize"] * 2).ask()
+    runner, trial = (
+        make_runner(windows, objectives=("perplexity", "bytes"), best=0.0),
+        optuna.create_study(directions=["minimize"] * 2).ask(),
+    )
     values = runner.evaluate(trial, read_pipeline([PRUNE, NF4]))
     assert values == [trial.user_attrs["measured"]["perplexity"], trial.user_attrs["measured"]["bytes"]]
 
