@@ -5,6 +5,7 @@ import gc
 import subprocess
 import sys
 import weakref
+from types import SimpleNamespace
 
 import helpers
 import pytest
@@ -16,7 +17,14 @@ from compactmind.errors import CompactMindError
 from compactmind.methods.llama import llama_blocks
 from compactmind.methods.pruning import llama_pruning
 from compactmind.methods.pruning.llama_importance import CRITERIA, block_influence, hidden_importance, score
-from compactmind.methods.pruning.llama_pruning import BlockByBlock, PruneRecipe, choose_masks, prune_llama, refit
+from compactmind.methods.pruning.llama_pruning import (
+    BlockByBlock,
+    DenseStates,
+    PruneRecipe,
+    choose_masks,
+    prune_llama,
+    refit,
+)
 from compactmind.methods.pruning.llama_structure import (
     BlockMask,
     full_mask,
@@ -387,7 +395,7 @@ def test_an_error_that_came_in_is_made_good(windows):
         state[:] = state + 0.1 * state.norm(dim=-1, keepdim=True) / state.shape[-1] ** 0.5
     runner.dense_states = [state.clone() for state in BlockByBlock(model, windows).states]
     block, before = llama_blocks(disturbed)[0], list(runner.states)
-    runner.run_dense(block)
+    runner.run_dense(block, 0)
     error = lambda states: sum((a - b).square().sum() for a, b in zip(states, runner.dense_states, strict=True))  # noqa: E731
     untouched = error([block.module(state, **runner.arguments) for state in before])
     runner.refit_output(block, torch.ones(32, dtype=torch.bool), 0.05)
@@ -421,13 +429,42 @@ def test_block_by_block_is_the_model(windows, share):
         shapes = {name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "architectures")}
         model = GraniteForCausalLM(GraniteConfig(**shapes, residual_multiplier=share)).eval()
     runner = BlockByBlock(model, windows)
-    for block in llama_blocks(model):
-        runner.run_dense(block)
+    for number, block in enumerate(llama_blocks(model)):
+        runner.run_dense(block, number)
         runner.refit_output(block, torch.ones(32, dtype=torch.bool), 0.1)
         runner.refit_down(block, 0.1)
     for states in (runner.states, runner.dense_states):
         expected = model.lm_head(model.model.norm(torch.cat(states)))
         assert torch.allclose(model(windows).logits, expected, atol=1e-5)
+
+
+def test_a_model_that_another_pruning_has_run_is_not_run_again_and_nothing_else_changes(windows):
+    model, states = make(), DenseStates()
+    first = PruneRecipe(0.2, "l2", round_to=8)
+    prune_llama(copy.deepcopy(model), first, windows, states=states)
+    assert states.blocks.keys() == {0, 1, 2}
+    before = {number: [state.clone() for state in targets["down"]] for number, targets in states.blocks.items()}
+    for recipe in (
+        PruneRecipe(0.3, "activation", round_to=8),
+        PruneRecipe(0.4, "l2", "global", round_to=4, rounds=2),
+    ):
+        fresh, _ = prune_llama(copy.deepcopy(model), recipe, windows)
+        again, _ = prune_llama(copy.deepcopy(model), recipe, windows, states=states)
+        assert torch.equal(logits_of(fresh), logits_of(again))
+    assert all(
+        torch.equal(a, b) for number in before for a, b in zip(before[number], states.blocks[number]["down"], strict=True)
+    )
+    runner = BlockByBlock(model, windows, states)
+    block = SimpleNamespace(module=lambda *_, **__: pytest.fail("it was run again"), post_norm=model.model.norm)
+    for number in range(3):
+        runner.run_dense(block, number)
+    assert torch.equal(runner.dense_states[0], before[2][0])
+
+
+def test_states_that_would_not_all_fit_are_not_kept(windows):
+    states = DenseStates(limit_bytes=2 * 2 * windows.numel() * 32 * 4)  # of two blocks
+    prune_llama(make(), PruneRecipe(0.2, "l2", round_to=8), windows, states=states)
+    assert states.blocks == {}
 
 
 # --------------------------------------------------------------------------------------------------------------- bad input

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compactmind.methods.pruning.llama_importance import score
-from compactmind.methods.pruning.llama_pruning import PruneRecipe, prune_llama
+from compactmind.methods.pruning.llama_pruning import DenseStates, PruneRecipe, prune_llama
 from compactmind.methods.quantization.calibration import SITES
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama
@@ -145,7 +145,7 @@ def _prune(model, resources: Resources, recipe: PruneRecipe):
             ("scores", recipe.criterion, recipe.aggregate, recipe.seed),
             lambda: score(model, recipe.criterion, resources.calibration, aggregate=recipe.aggregate, seed=recipe.seed),
         )
-    return prune_llama(model, recipe, resources.calibration, scores)
+    return prune_llama(model, recipe, resources.calibration, scores, resources.remember("states", DenseStates))
 
 
 def _retrain(model, resources: Resources, recipe: RetrainRecipe):

@@ -206,14 +206,31 @@ def refit(weight: torch.Tensor, moment: torch.Tensor, cross: torch.Tensor, keep:
     return result
 
 
+class DenseStates:
+    """The residual stream of one model on one text behind every o_proj and down_proj, kept from one pruning to the next.
+
+    A search prunes the same model many times: it then runs once. What would not fit into `limit_bytes` altogether is not kept at all.
+    """
+
+    def __init__(self, limit_bytes: int = 2_000_000_000):
+        self.limit_bytes, self.blocks = limit_bytes, {}
+
+    def keep(self, index: int, targets: dict[str, list[torch.Tensor]], count: int) -> None:
+        """Keep what is behind block number `index` of `count`, {"o", "down"} -> a state per window."""
+        size = sum(state.numel() * state.element_size() for states in targets.values() for state in states)
+        if count * size <= self.limit_bytes:
+            self.blocks[index] = targets
+
+
 class BlockByBlock:
     """Runs a model on calibration text one block at a time, keeping only what passes between blocks: as the dense model has it, and as the
     smaller one has it so far."""
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, windows: torch.Tensor):
+    def __init__(self, model: PreTrainedModel, windows: torch.Tensor, known: DenseStates | None = None):
         self.states, self.arguments = [], {}
         self.targets: dict[str, list[torch.Tensor]] = {}
+        self.known, self.count = known or DenseStates(0), len(model.model.layers)
 
         def catch(_, args, kwargs):
             self.states.append((args[0] if args else kwargs["hidden_states"]).clone())
@@ -231,14 +248,19 @@ class BlockByBlock:
         self.share = getattr(model.config, "residual_multiplier", 1.0)  # Granite adds only a share of what a block computes
 
     @torch.no_grad()
-    def run_dense(self, block: LlamaBlock) -> None:
-        """Let the dense model's states pass through a block that is still as it was; what they are behind o and down is the aim."""
+    def run_dense(self, block: LlamaBlock, number: int) -> None:
+        """Let the dense model's states pass through block number `number`, still as it was; what they are behind o and down is the aim."""
+        if number in self.known.blocks:
+            self.targets = self.known.blocks[number]
+            self.dense_states = list(self.targets["down"])
+            return
         self.targets = {"o": [], "down": []}
         for index, state in enumerate(self.dense_states):
             with _inputs_of(block.post_norm, end=False) as middle:
                 self.dense_states[index] = block.module(state, **self.arguments)
             self.targets["o"].append(middle[0])
             self.targets["down"].append(self.dense_states[index])
+        self.known.keep(number, self.targets, self.count)
 
     @torch.no_grad()
     def refit_output(self, block: LlamaBlock, keep: torch.Tensor, damping: float) -> None:
@@ -311,12 +333,14 @@ def prune_llama(
     recipe: PruneRecipe,
     windows: torch.Tensor | None = None,
     scores: list[BlockScores] | None = None,
+    states: DenseStates | None = None,
 ) -> tuple[PreTrainedModel, dict]:
     """Return a physically smaller model and what was done to it; `model` gives its weights away and must not be used again.
 
     `windows` (windows, seq_len) of text are needed unless the criterion is l2 or random, nothing is compensated and no block
-    or hidden channel is removed. `scores` spares scoring `model` if what the recipe asks for is known already; only the first round
-    uses them, and only if no block or hidden channel goes before it. Raises CompactMindError on a recipe that does not fit the model.
+    or hidden channel is removed. `scores` spares scoring `model` if what the recipe asks for is known already, `states` running it on the
+    windows if another pruning of it has; only the first round uses them, and only if no block or hidden channel goes before it. Raises
+    CompactMindError on a recipe that does not fit the model.
     """
     if (windows is None or len(windows) == 0) and (recipe.compensate or recipe.blocks or recipe.hidden_sparsity):
         raise CompactMindError(
@@ -337,8 +361,8 @@ def prune_llama(
     without_blocks = prunable_parameters(model)
     for number in range(1, recipe.rounds + 1):
         wanted = (1 - recipe.sparsity * number / recipe.rounds) * without_blocks
-        known = scores if number == 1 and not recipe.blocks and not recipe.hidden_sparsity else None
-        _remove(model, replace(recipe, sparsity=max(0.0, 1 - wanted / prunable_parameters(model))), windows, known)
+        known = (scores, states) if number == 1 and not recipe.blocks and not recipe.hidden_sparsity else (None, None)
+        _remove(model, replace(recipe, sparsity=max(0.0, 1 - wanted / prunable_parameters(model))), windows, *known)
     result = rebuilt(model)
     description = {
         "sparsity": 1 - prunable_parameters(result) / before,
@@ -364,16 +388,20 @@ def _kept_hidden_channels(model: PreTrainedModel, recipe: PruneRecipe, windows: 
 
 
 def _remove(
-    model: PreTrainedModel, recipe: PruneRecipe, windows: torch.Tensor | None, scores: list[BlockScores] | None
+    model: PreTrainedModel,
+    recipe: PruneRecipe,
+    windows: torch.Tensor | None,
+    scores: list[BlockScores] | None,
+    states: DenseStates | None,
 ) -> None:
     """Score, choose, re-fit and shrink, in place; the model's configuration does not follow."""
     scores = scores or score(model, recipe.criterion, windows, aggregate=recipe.aggregate, seed=recipe.seed)
     masks = choose_masks(model, scores, recipe)
-    runner = BlockByBlock(model, windows) if recipe.compensate else None
+    runner = BlockByBlock(model, windows, states) if recipe.compensate else None
     for index, mask in enumerate(masks):
         block = llama_blocks(model)[index]
         if runner:
-            runner.run_dense(block)
+            runner.run_dense(block, index)
             runner.refit_output(block, columns_of_o(block, mask.groups), recipe.damping)
         shrink_block(block, mask)
         if runner:  # what is pruned of the FFN has no part in it
