@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from compactmind.methods.quantization.error_compensation import input_second_moments
 
@@ -22,10 +23,11 @@ SKIPPED_MODULES = ("classifier", "pre_classifier", "pooler", "score", "lm_head")
 
 
 class HalfEmbedding(nn.Embedding):
-    """An embedding whose table is held in float16 and whose output is float32, as the norms that follow expect."""
+    """An embedding whose table, empty at first, is held in float16 and whose output is float32, as the norms that follow expect."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None):
-        super().__init__(num_embeddings, embedding_dim, padding_idx=padding_idx, dtype=torch.float16)
+        table = torch.empty(num_embeddings, embedding_dim, dtype=torch.float16)
+        super().__init__(num_embeddings, embedding_dim, padding_idx=padding_idx, _weight=table)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(input).float()
@@ -92,7 +94,7 @@ def load_quantized(
     left over.
     """
     config = model_class.config_class.from_pretrained(weights_file.parent)
-    model = model_class(config)
+    model = uninitialized_model(model_class, config)
     _replace_by_packed_modules(model, description, device)
     state = load_file(weights_file)
     for name, linear in linears_to_quantize(model):
@@ -110,6 +112,14 @@ def load_quantized(
     missing = [name for name in missing if name not in packed_weights | tied]
     if missing or unexpected:
         raise ValueError(f"tensors do not fit {model_class.__name__}: missing {missing}, unexpected {unexpected}")
+    return model
+
+
+def uninitialized_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """Return a model to load weights into: what its tensors hold is undefined, so no time and no memory is spent on random numbers."""
+    with no_init_weights():
+        model = model_class(config)
+    model.tie_weights()  # a part of the initialization that was left out
     return model
 
 

@@ -19,7 +19,12 @@ from transformers.models.bert.modeling_bert import BertLayer, eager_attention_fo
 from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 
 from compactmind.methods.pruning.encoder import EncoderLayer, encoder_layers
-from compactmind.methods.quantization.packed_model import HalfEmbedding, embedding_tables, linears_to_quantize
+from compactmind.methods.quantization.packed_model import (
+    HalfEmbedding,
+    embedding_tables,
+    linears_to_quantize,
+    uninitialized_model,
+)
 from compactmind.methods.quantization.w8a8_block import joined
 from compactmind.methods.quantization.w8a8_linear import Int8Parts, W8A8Linear
 
@@ -130,7 +135,7 @@ def load_w8a8_encoder(weights_file: Path, model_class: type[PreTrainedModel], de
 
     Raises ValueError if a tensor is missing or left over.
     """
-    model = model_class(model_class.config_class.from_pretrained(weights_file.parent))
+    model = uninitialized_model(model_class, model_class.config_class.from_pretrained(weights_file.parent))
     for name, linear in linears_to_quantize(model):
         model.set_submodule(name, W8A8Linear(linear.in_features, linear.out_features, linear.bias is not None))
     if description["half_precision_embeddings"]:
