@@ -53,7 +53,8 @@ def encoder_sentence(row: dict[str, Any], reference: dict[str, Any]) -> str:
     batch = largest_batch(row)
     operations = row["gflops"] / reference["gflops"] - 1
     saved = [f"{share(operations)} GFLOPs"] if abs(operations) >= 0.005 else []
-    saved.append(f"{row['size_mb']:.1f} MB instead of {reference['size_mb']:.1f}")
+    if abs(row["size_mb"] / reference["size_mb"] - 1) >= 0.005:
+        saved.append(f"{row['size_mb']:.1f} MB instead of {reference['size_mb']:.1f}")
     ratio = row["latency"][batch]["speedup"]
     if ratio is not None:
         saved.append(f"{speed(ratio)} at batch {batch.removeprefix('batch_')}")
@@ -78,8 +79,8 @@ def language_sentence(row: dict[str, Any], dense: dict[str, Any]) -> str:
     return (
         f"{row['name']}: {row['compression_ratio']:.2f}x smaller than {dense['name']} as released, perplexity "
         f"{against['ratio'] - 1:+.1%} [{low - 1:+.1%}, {high - 1:+.1%}]{sure} ({row['perplexity']:.2f} and "
-        f"{dense['perplexity']:.2f} on {row['protocol']['windows']} windows), reading a prompt {speed(prefill)}, generating "
-        f"{speed(decode)} than the dense model in {dense['kernel']}."
+        f"{dense['perplexity']:.2f} on {row['protocol']['windows']} windows); next to the dense model in "
+        f"{dense['kernel']} it reads a prompt {speed(prefill)} and generates {speed(decode)}."
     )
 
 
