@@ -154,7 +154,7 @@ def poisoned():
         ((), poisoned, ("model.layers.1", "NaN or infinite", "down")),
         (("--text_dir", "no_text"), None, ("no_text", "python download_model.py")),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_bad_input_is_named_and_leaves_nothing_behind(tmp_path, run_here, arguments, make, expected):
     helpers.add_text(tmp_path)
