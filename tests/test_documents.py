@@ -131,7 +131,8 @@ def test_a_report_with_nothing_to_warn_of_only_says_what_cannot_be_ranked(report
 @pytest.mark.parametrize(
     ("index", "changes", "expected"),
     [
-        (1, {"kind": "nf4", "gflops": 2.0, "latency": {"batch_1": times(9, 1.1), "batch_32": times(390, 0.77)}}, "1.30x slower than its parent student at batch 32"),
+        (1, {"kind": "nf4", "gflops": 2.0, "latency": {"batch_1": times(9, 1.1), "batch_32": times(390, 0.77)}}, "pruned is slower than its parent student (1.30x at batch 32): nf4 weights"),
+        (1, {"kind": "nf4", "gflops": 2.0, "latency": {"batch_1": times(12, 0.8), "batch_32": times(390, 0.77)}}, "(1.20x at batch 1, 1.30x at batch 32)"),
         (1, {"latency": {"batch_1": times(10, 1.0), "batch_32": times(180, 1.6)}}, "40% fewer GFLOPs than student, but is not faster at batch 1 "),
         (4, {"kernel": "simulated"}, "no int8 kernel: its times say nothing"),
         (4, {"generation": {"prefill": times(1900, 0.5), "decode": times(9, 2.0)}}, "reads a prompt 2.00x slower"),

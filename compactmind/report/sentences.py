@@ -128,13 +128,12 @@ def _slower_than_parent(rows: dict[str, dict[str, Any]]) -> list[str]:
         parent = rows.get(row["parent"])
         if parent is None or row["kind"] not in ("nf4", "int8", "w8a8"):
             continue
-        for batch, times in row["latency"].items():
-            ratio = times["median_ms"] / parent["latency"][batch]["median_ms"]
-            if ratio > FASTER:
-                found.append(
-                    f"{name} is {ratio:.2f}x slower than its parent {parent['name']} at batch {batch.removeprefix('batch_')}: "
-                    f"{row['kind']} weights save memory here, not time."
-                )
+        ratios = {batch: times["median_ms"] / parent["latency"][batch]["median_ms"] for batch, times in row["latency"].items()}
+        slower = [f"{ratio:.2f}x at {batch.replace('_', ' ')}" for batch, ratio in ratios.items() if ratio > FASTER]
+        if slower:
+            found.append(
+                f"{name} is slower than its parent {parent['name']} ({', '.join(slower)}): {row['kind']} weights save memory here, not time."
+            )
     return found
 
 

@@ -47,7 +47,7 @@ def _says_what_to_run(line: Sequence[str]) -> bool:
     return len(line) > 2 and not any(line[2:])
 
 
-LEFT = ("kernel", "verdict", "source", "protocol", "comparable", "pipeline", "parameters", "value", "model", "task")
+LEFT = ("step", "kernel", "verdict", "source", "protocol", "comparable", "pipeline", "parameters", "value", "model", "task")
 """Columns of words."""
 
 
