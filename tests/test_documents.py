@@ -279,6 +279,13 @@ def test_what_is_drawn_depends_on_the_report_alone(report, tmp_path):
     assert left == {name for name in FIGURES if not name.startswith("search") and name != "alpha_curve"}
 
 
+def test_a_figure_without_anything_in_it_is_left_out(report, tmp_path):
+    report["search"] = search_summary(importances={}, retraining=[])
+    write_documents(report, tmp_path)
+    left = {path.stem for path in tmp_path.glob("*.png")}
+    assert left == FIGURES.keys() - {"search_importance", "search_retraining_gain"}
+
+
 def test_nothing_measured_is_still_a_report(report, tmp_path):
     for row in report["models"]:
         row |= {"status": "not run", "command": "python run_pipeline.py"}

@@ -222,9 +222,9 @@ def alpha_curve(report: dict[str, Any]) -> Figure | None:
     return figure
 
 
-def of_search(draw: Callable) -> Callable[[dict[str, Any]], Figure | None]:
-    """Return a figure of a report from one of a search's summary."""
-    return lambda report: draw(report["search"]) if report.get("search") else None
+def of_search(draw: Callable, needs: Callable[[dict[str, Any]], Any] = bool) -> Callable[[dict[str, Any]], Figure | None]:
+    """Return a figure of a report from one of a search's summary, if there is one with what the figure needs."""
+    return lambda report: draw(report["search"]) if report.get("search") and needs(report["search"]) else None
 
 
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure | None]]] = {
@@ -236,12 +236,18 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure | None]]] = {
     "alpha_curve": ("Perplexity of W8A8 against alpha.", alpha_curve),
     "search_convergence": ("Search: best perplexity so far.", of_search(search_figures.convergence)),
     "search_pareto": ("Search: perplexity against compression ratio.", of_search(search_figures.pareto)),
-    "search_importance": ("Search: what explains the differences between pipelines.", of_search(search_figures.importance)),
+    "search_importance": (
+        "Search: what explains the differences between pipelines.",
+        of_search(search_figures.importance, lambda summary: summary["importances"]),
+    ),
     "search_error_accumulation": (
         "Search: do the errors of combined methods add up?",
         of_search(search_figures.error_accumulation),
     ),
-    "search_retraining_gain": ("Search: what retraining won, and what it cost.", of_search(search_figures.retraining_gain)),
+    "search_retraining_gain": (
+        "Search: what retraining won, and what it cost.",
+        of_search(search_figures.retraining_gain, lambda summary: summary["retraining"]),
+    ),
 }
 """File name -> caption, and what draws it from a report; a drawing of what was not measured is None."""
 
