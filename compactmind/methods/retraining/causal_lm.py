@@ -372,9 +372,9 @@ def retrain_causal_lm(
     """Retrain a Llama-like causal LM in place and leave it in evaluation mode with the weights of its lowest held-out loss.
 
     `model` has float32 weights; it and the `teacher` (used if `recipe.distillation`, its weights stay as they are) go to the
-    device of `accelerator`; `teacher_states` spares it the windows it has read in earlier retrainings. `windows` (windows, seq_len) and `held_out` (windows, seq_len) are int64 token ids. With `resume`
-    the state is saved after every evaluation, and a run that was killed goes on from there and ends with the weights of an
-    unbroken one; who called clears it, once the model it led to is safe.
+    device of `accelerator`; `teacher_states` spares it the windows it has read in earlier retrainings. `windows` and `held_out`
+    (windows, seq_len) are int64 token ids. With `resume` the state is saved after every evaluation, and a run that was killed goes
+    on from there and ends with the weights of an unbroken one; who called clears it, once the model it led to is safe.
 
     A loss that is not finite ends the run early, without an exception. Returns perplexity_before, perplexity_after and
     loss_before, loss_after (held-out, in nats), tokens_seen, seconds, kept_step (0: no step was better than the weights that
