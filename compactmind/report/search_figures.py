@@ -60,7 +60,10 @@ def convergence(summary: dict[str, Any]) -> Figure:
 
 def importance(summary: dict[str, Any]) -> Figure:
     """What explains the differences between pipelines."""
-    figure, axes = _axes(title="What explains the differences (fANOVA of log perplexity)", xlabel="share of the variance")
+    figure, axes = _axes(
+        title="What explains the differences between finished trials",
+        xlabel="share of the variance of log perplexity (fANOVA); stopped trials are not in it",
+    )
     shares = summary["importances"]
     if not shares:
         _empty(axes, "too few finished trials")
