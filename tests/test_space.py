@@ -90,14 +90,14 @@ def test_the_first_guesses_are_the_least_sparse_pipelines_that_reach_the_target(
         return found * (2.4 if "nf4" in params else 1)
 
     guesses = {guess["order"]: guess for guess in space.first_guesses(ratio, 2.5)}
-    assert set(guesses) == {
-        "prune > nf4",
+    assert list(guesses) == [  # no single one is enough; the least pruned first, then the longest
+        "prune > smooth > retrain > nf4",
         "prune > retrain > nf4",
-        "prune > w8a8",
+        "prune > smooth > retrain > w8a8",
         "prune > retrain > w8a8",
-    }  # no single one is enough
-    assert guesses["prune > nf4"]["prune.sparsity"] == 0.1 and guesses["prune > w8a8"]["prune.sparsity"] == 0.3
-    assert guesses["prune > w8a8"]["w8a8.embeddings"] == "int8"
+    ]
+    assert [guess["prune.sparsity"] for guess in guesses.values()] == [0.1, 0.1, 0.3, 0.3]
+    assert guesses["prune > retrain > w8a8"]["w8a8.embeddings"] == "int8"
     usual = {"prune.criterion": "taylor", "retrain.tokens": 8192, "retrain.lr": 1e-4, "retrain.distillation": True}
     assert usual.items() <= guesses["prune > retrain > nf4"].items()
     study = optuna.create_study()
@@ -107,6 +107,8 @@ def test_the_first_guesses_are_the_least_sparse_pipelines_that_reach_the_target(
         assert ratio(space.suggest(trial)) >= 2.5 and trial.params == guess
     assert {guess["order"] for guess in space.first_guesses(ratio, 2.0)} >= {"nf4", "w8a8"}
     assert space.first_guesses(ratio, 100.0) == []
+    untrained = make_space(("prune", "smooth", "nf4"), choices={"prune.sparsity": [0.1, 0.3]})
+    assert [guess["order"] for guess in untrained.first_guesses(ratio, 2.5)] == ["prune > smooth > nf4", "prune > nf4"]
 
 
 def test_a_method_joins_by_being_registered(monkeypatch):

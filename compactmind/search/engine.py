@@ -179,12 +179,12 @@ def search(
 
     `evaluate` gets the running trial, on which it may set attributes and constraints, and the checked pipeline, and returns the values of
     the objectives. It may raise Stopped; any other error but an interrupt is the trial's reason to have failed, and the search goes on.
-    `first` are the parameters of trials a new study begins with. `finished` is called with every trial that counts.
+    `first` are the parameters of trials a new study begins with; the last third of the trials is the sampler's in any case. `finished` is called with every trial that counts.
     """
     if n_trials < 1:
         raise CompactMindError(f"n_trials {n_trials} is not at least 1: for example --n_trials 30")
     if not study.get_trials(deepcopy=False):
-        for point in shuffled_points(space, seed)[:n_trials] if strategy == "grid" else first:
+        for point in shuffled_points(space, seed)[:n_trials] if strategy == "grid" else first[: n_trials - n_trials // 3]:
             study.enqueue_trial(point)
     repeats, how = 0, strategy
     while True:

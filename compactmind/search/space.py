@@ -49,10 +49,11 @@ class Space:
                 yield {"order": SEPARATOR.join(order), **{name: value for (name, _), value in zip(names, values, strict=True)}}
 
     def first_guesses(self, ratio_of: Callable[[list[dict[str, Any]]], float], target: float) -> list[dict[str, Any]]:
-        """Return what anyone would try first, as the parameters an Optuna trial has: every order prune > retrain > quantize, or a part
-        of it, with the least sparsity that reaches the compression ratio `target` and the usual values of everything else.
+        """Return what anyone would try first, as the parameters an Optuna trial has: every order prune > smooth > retrain > quantize, or
+        a part of it, with the least sparsity that reaches the compression ratio `target` and the usual values of everything else.
 
-        `ratio_of` tells the ratio to expect of a pipeline. An order that cannot reach the target is left out.
+        `ratio_of` tells the ratio to expect of a pipeline. An order that cannot reach the target is left out, and so are several methods
+        without retraining where the same with it are there. What should lose least comes first: the least pruned, then the longest.
         """
         usual = {
             (name, parameter): _usual(name, parameter, values)
@@ -60,10 +61,7 @@ class Space:
             for parameter, values in self.choices[name].items()
         }
         found = []
-        for order in self.orders:
-            kinds = [METHODS[name].kind for name in order]
-            if kinds != [kind for kind in ("prune", "retrain", "quantize") if kind in kinds]:
-                continue
+        for order in self._obvious_orders():
             # what makes a model smaller is tried in all ways, least sparsity first
             free = [(name, parameter) for name, parameter in usual if name in order and METHODS[name].kind != "retrain"]
             free = [key for key in free if key[1] == "sparsity" or METHODS[key[0]].bits is not None]
@@ -89,9 +87,20 @@ class Space:
                         for (name, parameter), value in values.items()
                         if len(self.choices[name][parameter]) > 1
                     }
-                    found.append({"order": SEPARATOR.join(order), **asked})
+                    sparsity = sum(value for (_, parameter), value in chosen.items() if parameter == "sparsity")
+                    found.append((sparsity, -len(order), {"order": SEPARATOR.join(order), **asked}))
                     break
-        return found
+        return [guess for *_, guess in sorted(found, key=lambda known: known[:2])]
+
+    def _obvious_orders(self) -> Iterator[tuple[str, ...]]:
+        """Return the orders of first_guesses, whatever they reach."""
+        retrained = {tuple(name for name in order if name != "retrain") for order in self.orders if "retrain" in order}
+        for order in self.orders:
+            kinds = [METHODS[name].kind for name in order]
+            if kinds != [kind for kind in ("prune", "smooth", "retrain", "quantize") if kind in kinds]:
+                continue
+            if len(order) == 1 or order not in retrained:
+                yield order
 
     def size(self) -> int:
         """Return the number of points."""
