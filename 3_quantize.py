@@ -6,7 +6,7 @@ Run:   python 3_quantize.py                     (after 1_distill.py and 2_prune_
        python 3_quantize.py --method int8       (the fallback when 4 bits cost too much accuracy)
 Reads: models/student_distilled, models/student_pruned, sst2_data/{train,validation}.jsonl
 Writes: models/student_distilled_nf4, models/student_pruned_nf4 (or ..._int8), models/student_pruned_w8a8
-Time:  about 40 seconds on 2 CPU cores (embedded profile).
+Time:  about 20 seconds on 2 CPU cores (embedded profile).
 
 The linears of the encoder blocks are packed; classifier heads stay in full precision; embedding tables, two thirds of a
 small encoder, are kept in fp16. 4-bit weights are multiplied in bf16 on a GPU and in fp32 on a CPU: they save bytes. W8A8 multiplies

@@ -28,7 +28,7 @@ from common import PROFILE, SearchConfig, parse_command_line, run_stage
 from compactmind.checkpoint import identity_of, is_up_to_date, load_as_released, save_checkpoint
 from compactmind.data import data_fingerprint, read_dataset_description
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.cost import weight_megabytes
+from compactmind.evaluation.cost import weight_bytes
 from compactmind.evaluation.perplexity import paired_ratio, perplexity
 from compactmind.files import write_json_atomically
 from compactmind.methods.registry import METHODS, Resources
@@ -225,7 +225,7 @@ def run_search(config: SearchConfig, output: Path) -> None:
     cache = cache_of(config)
     runner = TrialRunner(
         material.resources, material.choose[: config.search_windows], config.few_windows,
-        released_bytes=int(1e6 * weight_megabytes(source_of(config))), target=config.target_compression,
+        released_bytes=weight_bytes(source_of(config)), target=config.target_compression,
         objectives=config.objectives, cache=cache, tokenizer=material.tokenizer,
     )  # fmt: skip
     runner.learn(study)
@@ -246,8 +246,9 @@ def run_search(config: SearchConfig, output: Path) -> None:
         expected = max((trial.user_attrs.get("expected_ratio", 0.0) for trial in study.get_trials(deepcopy=False)), default=0.0)
         write_findings(study, config.results_dir / "search", config.target_compression, {})
         raise CompactMindError(
-            f"none of {len(study.get_trials(deepcopy=False))} trials is {config.target_compression:g} times smaller: the highest ratio measured is "
-            f"{highest:.2f}, the highest expected {expected:.2f}; choose a smaller --target_compression, more trials or other --methods"
+            f"none of {len(study.get_trials(deepcopy=False))} trials is {config.target_compression:g} times smaller: the highest ratio "
+            f"measured is {highest:.2f}, the highest expected {expected:.2f}; choose a smaller --target_compression, more trials or "
+            "other --methods"
         )
     runner.windows, runner.objectives = material.choose, ("perplexity",)
     confirmed = {int(number): found for number, found in study.user_attrs.get("confirmed", {}).items()}

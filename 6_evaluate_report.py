@@ -3,7 +3,7 @@
 Run:   python 6_evaluate_report.py                    (after any of the other stages; every setting: --help)
        python 6_evaluate_report.py --fresh True       (measure every row again)
        python 6_evaluate_report.py --from_json True   (draw and write everything again from final_report.json, measuring nothing)
-Reads: models/*, results/search/summary.json, sst2_data/test.jsonl, wikitext_data/test.jsonl     (test sentences are used here and nowhere else)
+Reads: models/*, results/search/summary.json, sst2_data/test.jsonl, wikitext_data/test.jsonl   (test sentences are used here alone)
 Writes: results/final_report.json               everything measured, with protocols, environment and goals; what follows is made of it
         results/final_report.{html,md,tex}      the report: sentences, tables, figures, literature (html: stands alone; tex: the tables)
         results/final_report.png                accuracy against GFLOPs, point size by bytes
@@ -192,7 +192,8 @@ def measure_track(
     kept = sum(row["status"] == "measured" for row in mine)
     if kept:
         print(
-            f"{track}: {kept} of {kept + len(needed)} rows are as they were and come from the earlier report (--fresh True measures them again)"
+            f"{track}: {kept} of {kept + len(needed)} rows are as they were and come from the earlier report "
+            "(--fresh True measures them again)"
         )
     if not needed:
         return

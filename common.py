@@ -369,7 +369,8 @@ PROFILES: dict[str, dict[str, dict]] = {
             "seq_len": 32, "calibration_windows": 4, "train_windows": 16, "held_out_windows": 2, "eval_windows": 4,
             "few_windows": 1, "search_windows": 2, "confirm_windows": 4, "n_trials": 4, "target_compression": 1.2,
             "choices": '{"prune.round_to": [8], "prune.sparsity": [0.2, 0.3], "retrain.tokens": [256, 512]}',
-            "pipeline": '[{"method": "prune", "params": {"sparsity": 0.3, "round_to": 8}}, {"method": "retrain", "params": {"tokens": 512}}]',
+            "pipeline": '[{"method": "prune", "params": {"sparsity": 0.3, "round_to": 8}}, '
+            '{"method": "retrain", "params": {"tokens": 512}}]',
         },
         "ReportConfig": {"cost_length": 16, "latency_repeats": 3, "seq_len": 32, "eval_windows": 4, "prompt_tokens": 16},
     },

@@ -7,7 +7,8 @@ Writes: results/benchmark_int8.json, and prints the table
 
 prefill: one forward pass over a prompt, logits of the last token, no cache (compiled models recompile for every layer of one);
 decode: one token with a cache of the prompt's length. All rows take turns in every round; medians, 10th to 90th percentile, and
-medians of the ratio to float32 within a round. Naive W8A8 has no rotations: what torchao's computes, like for like. Warm-up is the first call: for compiled rows the time to compile.
+medians of the ratio to float32 within a round. Naive W8A8 has no rotations: what torchao's computes, like for like.
+Warm-up is the first call: for compiled rows the time to compile.
 """
 
 import copy
@@ -151,9 +152,8 @@ def main(config: BenchmarkConfig) -> None:
                     "against_float32": statistics.median(ratios) if ratios else None,
                 }  # fmt: skip
         table.append(row)
-    print(
-        f"\n{'prompt of ' + str(config.prompt_tokens) + ' tokens, batch 1':<32}{'prefill ms':>28}{'':>8}{'decode ms':>26}{'':>8}{'first call s':>14}"
-    )
+    prompt = f"prompt of {config.prompt_tokens} tokens, batch 1"
+    print(f"\n{prompt:<32}{'prefill ms':>28}{'':>8}{'decode ms':>26}{'':>8}{'first call s':>14}")
     for row in table:
         line = f"{row['name']:<32}"
         for phase, width in (("prefill", 28), ("decode", 26)):

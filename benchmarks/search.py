@@ -1,4 +1,4 @@
-"""How good and how fast the search is: TPE and random against a whole grid, and trials per minute against running every pipeline from scratch.
+"""How good and how fast the search is: TPE and random against a whole grid, trials per minute against running every pipeline from scratch.
 
 Run:   python download_model.py
        python 5_bayesian_search.py --n_trials 30       (the search that `speed` looks at)
@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import SearchConfig, StageConfig, parse_command_line, run_stage  # noqa: E402
 from compactmind.checkpoint import load_as_released  # noqa: E402
 from compactmind.errors import CompactMindError  # noqa: E402
-from compactmind.evaluation.cost import weight_megabytes  # noqa: E402
+from compactmind.evaluation.cost import weight_bytes  # noqa: E402
 from compactmind.evaluation.perplexity import perplexity  # noqa: E402
 from compactmind.files import write_json_atomically  # noqa: E402
 from compactmind.methods.registry import Resources  # noqa: E402
@@ -97,7 +97,7 @@ def make_runner(config: BenchmarkConfig, stage: SearchConfig, cache: PrefixCache
     )  # fmt: skip
     return TrialRunner(
         resources, validation[stage.held_out_windows :][: config.search_windows], config.few_windows,
-        released_bytes=int(1e6 * weight_megabytes(source)), target=config.target_compression, cache=cache,
+        released_bytes=weight_bytes(source), target=config.target_compression, cache=cache,
     )  # fmt: skip
 
 
@@ -201,8 +201,8 @@ def speed(config: BenchmarkConfig, stage: SearchConfig) -> dict:
                    "every step": seconds, "at the end": seconds - sum(looks[:-1])}  # fmt: skip
             rows.append(row)
             print(
-                f"{what:<8} trial {trial.number:>3}: from scratch {seconds:>4.0f} s, measured at the end alone {row['at the end']:>4.0f} s, "
-                f"in the search {row['search']:>4.0f} s: {row['pipeline']}",
+                f"{what:<8} trial {trial.number:>3}: from scratch {seconds:>4.0f} s, "
+                f"measured at the end alone {row['at the end']:>4.0f} s, in the search {row['search']:>4.0f} s: {row['pipeline']}",
                 flush=True,
             )
     print(f"\n{len(run)} pipelines run by the search in {searched:.0f} s, {len(not_run)} more told to be too large and not run")
@@ -210,8 +210,11 @@ def speed(config: BenchmarkConfig, stage: SearchConfig) -> dict:
     for measured in ("every step", "at the end"):
         each, others = ([row[measured] for row in rows if row["what"] == what] for what in ("run", "not run"))
         of_all = statistics.mean(each) * len(run) + statistics.mean(others or [0.0]) * len(not_run)
-        times = {"those it ran": statistics.mean(each) * len(run) / searched, "interval": ratio_interval(each, len(run) / searched, config.seed),
-                 "all it looked at": of_all / searched}  # fmt: skip
+        times = {
+            "those it ran": statistics.mean(each) * len(run) / searched,
+            "interval": ratio_interval(each, len(run) / searched, config.seed),
+            "all it looked at": of_all / searched,
+        }
         found["times"][measured] = times
         print(
             f"times as many as from scratch, all windows, measured {measured}: {times['those it ran']:.2f} "

@@ -174,7 +174,6 @@ def save_checkpoint(
         raise ValueError(f"unknown kind {kind!r}, expected one of {', '.join(KINDS)}")
     directory = Path(directory)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in _without_tied_copies(model.state_dict()).items()}
-    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     config = model.config
     module = Path(sys.modules[type(model).__module__].__file__) if type(model).__name__ in PRUNED_CLASSES else None
     if module:
@@ -185,7 +184,7 @@ def save_checkpoint(
         }
     config.architectures = [type(model).__name__]
     config.dtype = dtype  # what is computed in; half-precision tables in the file may be storage only
-    with replace_directory(directory, needed_bytes=weight_bytes + 5_000_000) as temporary:
+    with replace_directory(directory, needed_bytes=bytes_to_save(model) + 5_000_000) as temporary:
         config.save_pretrained(temporary)
         if module:
             shutil.copyfile(module, temporary / module.name)

@@ -54,7 +54,7 @@ def model_card(name: str, manifest: dict[str, Any], report_row: dict[str, Any] |
         ]
     elif manifest["kind"] == "w8a8" and language:
         lines += [
-            "The layout is that of compressed-tensors; the project's README says what vLLM and transformers make of it.",
+            "The layout is that of compressed-tensors; the project's docs/methods.md says what vLLM and transformers make of it.",
             "",
         ]
     command = "generate.py" if language else "classify.py"

@@ -242,7 +242,8 @@ def test_a_missing_file(teacher):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b'{"kind": "dense", "files": {"mod', b"\xff\xfe\x00", b"[1, 2]", b"null", b"{}", b'{"kind": "dense"}', b'{"kind": "dense", "files": {}}'],
+    [b"", b'{"kind": "dense", "files": {"mod', b"\xff\xfe\x00", b"[1, 2]", b"null", b"{}",
+     b'{"kind": "dense"}', b'{"kind": "dense", "files": {}}'],
 )  # fmt: skip
 def test_a_damaged_manifest(teacher, content):
     (teacher / MANIFEST).write_bytes(content)

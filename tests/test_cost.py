@@ -4,7 +4,7 @@ import helpers
 import pytest
 
 from compactmind.checkpoint import save_checkpoint
-from compactmind.evaluation.cost import gflops, gmacs_thop, measure_latency, peak_memory, weight_megabytes
+from compactmind.evaluation.cost import gflops, gmacs_thop, measure_latency, peak_memory, weight_bytes
 from compactmind.methods.pruning.encoder import encoder_layers
 from compactmind.methods.pruning.masks import compact, full_masks
 from compactmind.methods.quantization.packed_model import quantize_model
@@ -60,7 +60,7 @@ def test_size_is_that_of_the_weight_files(tmp_path, tokenizer):
     model = helpers.MAKERS["distilbert"]()
     save_checkpoint(tmp_path / "m", model, tokenizer, kind="dense", parent=None, stage={})
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert weight_megabytes(tmp_path / "m") == pytest.approx(4 * parameters / 1e6, rel=0.1)
+    assert weight_bytes(tmp_path / "m") == pytest.approx(4 * parameters, rel=0.1)
 
 
 def test_latency_times_every_model_on_the_same_rounds():

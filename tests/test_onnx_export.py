@@ -1,4 +1,4 @@
-"""Classifiers as ONNX: equal logits for any shape, the int8 product as such in the file, and a clear word where the packages are missing."""
+"""Classifiers as ONNX: equal logits for any shape, the int8 product as such in the file, a clear word where the packages are missing."""
 
 import sys
 from importlib.util import find_spec

@@ -16,7 +16,7 @@ from compactmind.checkpoint import Checkpoint, load_any
 from compactmind.data import EncodedSentences
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import classification_metrics, mcnemar, predict_logits
-from compactmind.evaluation.cost import gflops, gmacs_thop, measure_latency, measure_load_time, peak_memory, weight_megabytes
+from compactmind.evaluation.cost import gflops, gmacs_thop, measure_latency, measure_load_time, peak_memory, weight_bytes
 from compactmind.onnx_export import FILE, OnnxClassifier
 
 
@@ -59,7 +59,7 @@ def measure_classifiers(
         row["correct"] = numpy.packbits((logits.argmax(dim=-1) == encoded.labels).numpy()).tobytes().hex()
         row["gflops"] = gflops(checkpoint.model, cost_length)
         row["gmacs_thop"] = gmacs_thop(checkpoint.model, cost_length)
-        row["size_mb"] = weight_megabytes(directory)
+        row["size_mb"] = weight_bytes(directory) / 1e6
         row["load_seconds"] = measure_load_time(partial(load_any, directory, checkpoint.model.device))
     for row in rows:
         same = reference is None or row["name"] == reference["name"]

@@ -51,10 +51,10 @@ def gmacs_thop(model: PreTrainedModel, sequence_length: int) -> float:
     return float(macs) / 1e9
 
 
-def weight_megabytes(directory: Path) -> float:
-    """Return the size of a checkpoint's weight files in MB (1e6 bytes); pickled ones count where there are no others."""
+def weight_bytes(directory: Path) -> int:
+    """Return the size of a checkpoint's weight files in bytes; pickled ones count where there are no others."""
     files = list(directory.glob("*.safetensors")) or list(directory.glob("pytorch_model*.bin"))
-    return sum(path.stat().st_size for path in files) / 1e6
+    return sum(path.stat().st_size for path in files)
 
 
 def synchronize(device: torch.device) -> None:

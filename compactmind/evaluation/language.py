@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compactmind.checkpoint import Checkpoint, load_any
 from compactmind.evaluation.capability import gsm8k
-from compactmind.evaluation.cost import measure_generation, measure_load_time, peak_memory, weight_megabytes
+from compactmind.evaluation.cost import measure_generation, measure_load_time, peak_memory, weight_bytes
 from compactmind.evaluation.perplexity import paired_ratio, perplexity
 from compactmind.methods.quantization.packed_model import QUANTIZED_KINDS
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
@@ -46,7 +46,8 @@ def measure_language_models(
 
     `windows_for` gives the held-out text in windows (windows, seq_len) of a tokenizer, `text` says what it is. `reference` is the dense
     model's row: one of these, or one measured earlier, whose model then runs along where time is compared; perplexity ratio,
-    compression and speed-up are None without it, the ratio also where the text becomes other tokens: a loss per token is another thing then.
+    compression and speed-up are None without it, the ratio also where the text becomes other tokens: a loss per token is another thing
+    then.
     """
     wanted = windows_for(checkpoints[reference["name"]].tokenizer) if reference else None
     for row in rows:
@@ -58,7 +59,7 @@ def measure_language_models(
         if wanted is not None and not torch.equal(windows, wanted):
             row["protocol"] = {**row["protocol"], "tokenizer": "its own"}
         row["perplexity"], row["perplexity_interval"] = result["perplexity"], result["interval"]
-        row["size_mb"] = weight_megabytes(directory)
+        row["size_mb"] = weight_bytes(directory) / 1e6
         row["kernel"] = kernel_of(checkpoints[name].model, row["kind"])
         row["load_seconds"] = measure_load_time(partial(load_any, directory, checkpoints[name].model.device))
     for row in rows:

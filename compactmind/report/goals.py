@@ -101,7 +101,10 @@ def _language_goals(report: dict[str, Any]) -> list[tuple]:
         ("llama_w8a8 decode", "at least", 1.5, "factor", value("llama_w8a8", speedup("decode"))),
         ("llama_w8a8 bytes of the released", "at most", 0.62, "share", value("llama_w8a8", lambda row: 1 / row["compression_ratio"])),
         ("... compiled (see benchmarks/)", "at least", 2.3, "factor", compiled),
-        ("llama_pruned perplexity, times dense", "at most", 1.2, "factor", value("llama_pruned", lambda row: row["against_dense"]["ratio"])),
+        (
+            "llama_pruned perplexity, times dense", "at most", 1.2, "factor",
+            value("llama_pruned", lambda row: row["against_dense"]["ratio"]),
+        ),
         ("llama_pruned prefill", "at least", 1.15, "factor", value("llama_pruned", speedup("prefill"))),
         ("llama_pruned retraining", "at most", 10.0, "minutes", value("llama_pruned", retraining_minutes)),
     ]  # fmt: skip

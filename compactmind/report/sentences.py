@@ -132,7 +132,8 @@ def _slower_than_parent(rows: dict[str, dict[str, Any]]) -> list[str]:
         slower = [f"{ratio:.2f}x at {batch.replace('_', ' ')}" for batch, ratio in ratios.items() if ratio > FASTER]
         if slower:
             found.append(
-                f"{name} is slower than its parent {parent['name']} ({', '.join(slower)}): {row['kind']} weights save memory here, not time."
+                f"{name} is slower than its parent {parent['name']} ({', '.join(slower)}): {row['kind']} weights save memory here, "
+                "not time."
             )
     return found
 

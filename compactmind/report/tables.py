@@ -64,7 +64,8 @@ def encoder_table(report: dict[str, Any]) -> Table:
     batches = sorted(set(batches))
     onnx = any("onnx_latency" in row for row in rows)
     header = ["model", "accuracy [95%]", "F1", "AUC", "p", "M param", "GFLOPs", "thop GMACs", "MB",
-              *(f"ms, batch {batch}" for batch in batches), "speed-up", "load s", "peak MB", *(f"ONNX ms, batch {batch}" for batch in batches if onnx)]  # fmt: skip
+              *(f"ms, batch {batch}" for batch in batches), "speed-up", "load s", "peak MB",
+              *(f"ONNX ms, batch {batch}" for batch in batches if onnx)]  # fmt: skip
     lines = []
     for row in rows:
         if row["status"] != "measured":
@@ -113,7 +114,8 @@ def language_table(report: dict[str, Any]) -> Table:
     protocol = next((row["protocol"] for row in rows if row["status"] == "measured"), None)
     note = ""
     if protocol:
-        note = f"{protocol['text']}; {protocol['windows']} windows of {protocol['seq_len']} tokens; prefill of {report['settings']['prompt_tokens']} tokens."
+        windows = f"{protocol['windows']} windows of {protocol['seq_len']} tokens"
+        note = f"{protocol['text']}; {windows}; prefill of {report['settings']['prompt_tokens']} tokens."
     return Table("LLM track", header, lines, note)
 
 

@@ -2,8 +2,8 @@
 
 A trial is counted if it was really run: completed, stopped early, or failed with its reason. Set aside, and not counted, are trials that
 ask for what has been run already (the sampler is told what is known of it), pipelines that cannot reach the target, trials another
-worker was faster with, and trials whose process died; these are asked for once more. Before each trial the sampler is seeded with the number of trials so far, so
-that an interrupted search goes on as an unbroken one would.
+worker was faster with, and trials whose process died; these are asked for once more. Before each trial the sampler is seeded with the
+number of trials so far, so that an interrupted search goes on as an unbroken one would.
 
 Optuna: Akiba et al. 2019 (https://arxiv.org/abs/1907.10902). TPE with constraints: Watanabe & Hutter 2023
 (https://arxiv.org/abs/2211.14411).
@@ -179,7 +179,8 @@ def search(
 
     `evaluate` gets the running trial, on which it may set attributes and constraints, and the checked pipeline, and returns the values of
     the objectives. It may raise Stopped; any other error but an interrupt is the trial's reason to have failed, and the search goes on.
-    `first` are the parameters of trials a new study begins with; the last third of the trials is the sampler's in any case. `finished` is called with every trial that counts.
+    `first` are the parameters of trials a new study begins with; the last third of the trials is the sampler's in any case.
+    `finished` is called with every trial that counts.
     """
     if n_trials < 1:
         raise CompactMindError(f"n_trials {n_trials} is not at least 1: for example --n_trials 30")

@@ -32,7 +32,7 @@ SIMULATED = "simulated"
 HOPELESS = 0.3
 """Nats per token behind the best finished pipeline, on the first windows, with which a pipeline is not measured on more of them."""
 OUT_OF_REACH = 0.1
-"""Nats behind the best with which a pipeline is stopped even if all its coming steps do what no such step has done yet in this search ..."""
+"""Nats behind the best with which a pipeline is stopped even if its coming steps do what no such step has done yet in this search ..."""
 OPTIMISM = 0.25
 """... which is this share better than the best one did: a loss that falls by so much more, or rises by so much less."""
 BEFORE_ANY = {"retrain": -1.0}
@@ -114,8 +114,10 @@ class TrialRunner:
         return self.released_bytes / (blocks * bits_of_blocks / 8 + others * bits_of_others / 8)
 
     def evaluate(self, trial, steps: list[Step]) -> list[float]:
-        """Return the values of the objectives of a pipeline and describe it on the trial. Raises Stopped where it is not worth going on, Skipped
-        before anything is run."""
+        """Return the values of the objectives of a pipeline and describe it on the trial.
+
+        Raises Stopped where it is not worth going on, Skipped before anything is run.
+        """
         self.learn(trial.study)  # other workers find good ones too
         expected = self.expected_ratio(steps)
         trial.set_user_attr("expected_ratio", expected)

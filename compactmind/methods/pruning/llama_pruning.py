@@ -4,9 +4,9 @@ How much where: `uniform` takes the same share of every block, so the result is 
 by score over all blocks. Channels go in bundles of `round_to`, because kernels like such widths; groups go whole.
 
 Compensation: once inputs of a projection that writes to the residual stream are gone, its remaining columns are re-fitted so that the
-stream behind it is as near to the dense model's as it can be on calibration text: least squares in closed form, held to the weights it had by
-damping (SlimGPT, Ling et al. 2024, https://arxiv.org/abs/2412.18110, refits to the layer's own output; taking the error that came in
-along is GPTAQ's idea, Li et al. 2025, https://arxiv.org/abs/2504.02692). Blocks are handled in order, each on the text as the
+stream behind it is as near to the dense model's as it can be on calibration text: least squares in closed form, held to the weights it
+had by damping (SlimGPT, Ling et al. 2024, https://arxiv.org/abs/2412.18110, refits to the layer's own output; taking the error that
+came in along is GPTAQ's idea, Li et al. 2025, https://arxiv.org/abs/2504.02692). Blocks are handled in order, each on the text as the
 smaller blocks before it pass it on; at no time is more than one block's moments in memory.
 """
 

@@ -29,7 +29,8 @@ from compactmind.methods.quantization.w8a8_block import joined
 from compactmind.methods.quantization.w8a8_linear import Int8Parts, W8A8Linear
 
 TOKENS = 512
-"""Tokens handled at a time: with 700 channels in float32 1.4 MB, near what a core's cache holds. All 4,096 of a batch at once take 1.5 times as long."""
+"""Tokens handled at a time: with 700 channels in float32 1.4 MB, near what a core's cache holds. All 4,096 of a batch at once take 1.5
+times as long."""
 
 
 # ---------------------------------------------------------------------------------------------------- around attention
