@@ -219,11 +219,15 @@ def environment(cwd: Path) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "COMPACTMIND_PROFILE"} | changes
 
 
-def run_script(name: str, *arguments, cwd: Path) -> subprocess.CompletedProcess:
-    """Run a script of the repository in `cwd` with the smoke profile, no GPU and no hub; wait for it to end."""
-    return subprocess.run(
-        _command(name, arguments), cwd=cwd, env=environment(cwd), stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+def run_script(name: str, *arguments, cwd: Path, processes: int = 1) -> subprocess.CompletedProcess:
+    """Run a script of the repository in `cwd` with the smoke profile, no GPU and no hub; wait for it to end.
+
+    With several processes it is started as on several GPUs.
+    """
+    command = _command(name, arguments)
+    if processes > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.run(command, cwd=cwd, env=environment(cwd), stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
 
 def _heed_interrupts() -> None:

@@ -249,6 +249,23 @@ def test_recovery_stops_early_and_keeps_the_best_epoch(copy, run_here):
 
 
 # ------------------------------------------------------------------------------------------------------- killed, resumed
+def test_two_processes_share_the_sentences_and_make_one_model(copy):
+    alone = helpers.read_json(copy / "models" / "student_distilled" / "training_history.json")
+    distilled = helpers.run_script("1_distill.py", "--force", True, cwd=copy, processes=2)
+    assert distilled.returncode == 0, distilled.stderr
+    assert distilled.stdout.count("saved to models/student_distilled") == 1
+    assert re.search(r"teacher +step +4/4 ", distilled.stdout)  # 64 sentences in batches of 8: 8 steps of one process
+    together = helpers.read_json(copy / "models" / "student_distilled" / "training_history.json")
+    assert [row["epoch"] for row in together] == [row["epoch"] for row in alone]
+    pruned = helpers.run_script("2_prune_finetune.py", "--prune_every", 2, cwd=copy, processes=2)
+    assert pruned.returncode == 0, pruned.stderr
+    assert re.search(r"student_pruned +step +12/12 ", pruned.stdout)
+    metrics = read_manifest(copy / "models" / "student_pruned")["metrics"]
+    assert metrics["sparsity"] >= 0.4 and metrics["masked_against_compacted"] <= 1e-5
+    load_checkpoint(copy / "models" / "student_pruned")
+    assert leftovers(copy) == []
+
+
 @pytest.mark.slow
 def test_a_killed_distillation_goes_on_and_ends_as_an_uninterrupted_one(copy, tmp_path, run_here):
     whole = tmp_path / "whole"
