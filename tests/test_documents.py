@@ -269,6 +269,8 @@ def test_the_front_is_what_can_be_had_at_least_that_small():
         for ratio, value in ((2.0, 50.0), (2.2, 70.0), (2.5, 60.0), (3.0, 90.0), (3.0, 95.0))
     ]
     assert front_line(rows) == [(3.0, 90.0), (2.5, 90.0), (2.5, 60.0), (2.0, 60.0), (2.0, 50.0)]
+    alike = [{"compression_ratio": ratio, "perplexity": value} for ratio, value in ((2.52422, 70.0), (2.52421, 60.0))]
+    assert front_line(alike) == [(2.524, 60.0)]
 
 
 def test_what_is_drawn_depends_on_the_report_alone(report, tmp_path):

@@ -10,6 +10,8 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 BLUE, RED, GREY = "#1f5fa8", "#b03a2e", "#8a8a8a"
+SHORTEST_RATIOS = 0.5
+"""Compression ratios that a figure shows at least, from end to end."""
 
 
 def _axes(**labels: str) -> tuple[Figure, Axes]:
@@ -52,7 +54,12 @@ def convergence(summary: dict[str, Any]) -> Figure:
         ]
         if mine:
             axes.scatter(*zip(*mine, strict=True), color=colour, s=22, label=label, zorder=3)
+    stopped = [n for n, point in enumerate(points, 1) if point["perplexity"] is None]
+    if stopped:  # below all others: they have no perplexity
+        edge = axes.get_xaxis_transform()
+        axes.scatter(stopped, [0.02] * len(stopped), color=GREY, s=30, marker="x", transform=edge, label="stopped or failed")
     axes.step(range(1, len(points) + 1), best_so_far, where="post", color=RED, label="best so far")
+    axes.margins(y=0.1)
     _log_scale(axes)
     axes.legend(frameon=False)
     return figure
@@ -84,8 +91,13 @@ def pareto(summary: dict[str, Any]) -> Figure:
         each = [(row["compression_ratio"], row["perplexity"]) for row in rows if row["hybrid"] == hybrid]
         if each:
             axes.scatter(*zip(*each, strict=True), color=colour, s=26, label=label, zorder=3)
-    axes.plot(*zip(*front_line(rows), strict=True), color=RED, label="nothing is better in both")
+    front = front_line(rows)
+    if len(front) > 1:
+        axes.plot(*zip(*front, strict=True), color=RED, label="nothing is better in both")
     axes.axvline(summary["target_compression"], color=GREY, ls=":", label=f"target {summary['target_compression']:g}")
+    low, high = axes.get_xlim()
+    if high - low < SHORTEST_RATIOS:  # a few models of one size should look like it
+        axes.set_xlim((low + high - SHORTEST_RATIOS) / 2, (low + high + SHORTEST_RATIOS) / 2)
     _log_scale(axes)
     axes.legend(frameon=False)
     return figure
@@ -94,11 +106,12 @@ def pareto(summary: dict[str, Any]) -> Figure:
 def front_line(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
     """Return the corners (compression ratio, perplexity) of the front, from the smallest model on.
 
-    Its height at a ratio is the lowest perplexity of anything at least that small.
+    Its height at a ratio is the lowest perplexity of anything at least that small. Ratios that agree to three decimals count as one: files
+    of one shape differ by a few bytes of description.
     """
     corners = []
-    for row in sorted(rows, key=lambda row: (-row["compression_ratio"], row["perplexity"])):
-        ratio, value = row["compression_ratio"], row["perplexity"]
+    points = [(round(row["compression_ratio"], 3), row["perplexity"]) for row in rows]
+    for ratio, value in sorted(points, key=lambda point: (-point[0], point[1])):
         if not corners:
             corners.append((ratio, value))
         elif value < corners[-1][1]:
