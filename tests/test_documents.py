@@ -88,10 +88,10 @@ def test_a_pruned_classifier_in_one_sentence(report):
     found = next(line for line in sentences(report) if line.startswith("pruned:"))
     assert found == (
         "pruned: 40% fewer GFLOPs, 60.0 MB instead of 80.0, 1.62x faster at batch 32, for -0.7 points of accuracy against student "
-        "(89.3% and 90.0%) (McNemar p = 0.21: not distinguishable on 872 sentences)."
+        "(89.3% and 90.0%; McNemar p = 0.21: not distinguishable on 872 sentences)."
     )
     report["models"][1]["mcnemar_against_reference"]["p_value"] = 0.003
-    assert "(McNemar p = 0.003: different on 872 sentences)" in sentences(report)[0]
+    assert "; McNemar p = 0.003: different on 872 sentences)" in sentences(report)[0]
     report["models"][1]["latency"]["batch_32"]["speedup"] = 0.5
     assert "2.00x slower at batch 32" in sentences(report)[0]
     report["models"][1] |= {"size_mb": 80.0, "gflops": 2.0}  # what is the same is not told

@@ -63,10 +63,10 @@ def encoder_sentence(row: dict[str, Any], reference: dict[str, Any]) -> str:
     verdict = ""
     if p_value is not None:
         which = "different" if p_value < DISTINGUISHABLE else "not distinguishable"
-        verdict = f" (McNemar p = {p_value:.2g}: {which} on {row['rows']} sentences)"
+        verdict = f"; McNemar p = {p_value:.2g}: {which} on {row['rows']} sentences"
     return (
         f"{row['name']}: {', '.join(saved)}, for {points:+.1f} points of accuracy against {reference['name']} "
-        f"({row['accuracy']:.1%} and {reference['accuracy']:.1%}){verdict}."
+        f"({row['accuracy']:.1%} and {reference['accuracy']:.1%}{verdict})."
     )
 
 
