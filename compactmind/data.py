@@ -30,8 +30,11 @@ READABLE = (".tsv", ".jsonl", ".parquet", ".csv")
 
 @dataclass(frozen=True)
 class Sentence:
+    """A labelled sentence."""
+
     text: str
-    label: int  # 0 negative, 1 positive
+    label: int
+    """0 negative, 1 positive."""
 
 
 def read_labelled_sentences(path: Path) -> list[Sentence]:

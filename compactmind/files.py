@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from compactmind.errors import CompactMindError
 
@@ -70,7 +71,7 @@ def write_text_atomically(path: Path, text: str) -> None:
         raise
 
 
-def write_json_atomically(path: Path, value) -> None:
+def write_json_atomically(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     write_text_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 

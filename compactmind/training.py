@@ -98,6 +98,7 @@ class WeightAverage:
             average.copy_(own)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the average and the number of steps in it, for `load_state_dict`."""
         return {"step": self.step, "weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -197,6 +198,7 @@ class Progress:
             sys.stdout.flush()
 
     def close(self) -> None:
+        """Take the bar away."""
         self.bar.close()
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from optuna import Trial
 from transformers import PreTrainedModel
 
 from compactmind.methods.pruning.llama_importance import score
@@ -86,7 +87,9 @@ class Method:
     bits: Callable[[Any], tuple[float, float | None]] | None = None
     """recipe -> bits of a weight of the blocks and of the others, scales included (None: as before); to tell bytes before running."""
 
-    def suggest(self, trial, label: str | None = None, choices: dict[str, Sequence[Any]] | None = None) -> dict[str, Any]:
+    def suggest(
+        self, trial: Trial, label: str | None = None, choices: dict[str, Sequence[Any]] | None = None
+    ) -> dict[str, Any]:
         """Return parameters asked of an Optuna trial under the names <label>.<parameter>; from `choices` instead of `space` if given.
 
         Numbers in even steps are asked for as numbers, so that a sampler knows their order; everything else by name; what has one value
@@ -104,7 +107,7 @@ class Method:
                 found[name] = values[0] if len(values) == 1 else trial.suggest_categorical(asked, list(values))
         return found
 
-    def parameters(self, given: dict[str, Any]):
+    def parameters(self, given: dict[str, Any]) -> Any:
         """Return the recipe with the parameters `given`. Raises ValueError on an unknown name or a value outside its range."""
         known = {field.name for field in fields(self.recipe)}
         if unknown := sorted(set(given) - known):

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -144,7 +144,7 @@ def retry_interrupted(study: optuna.Study) -> int:
 
 
 @contextmanager
-def sign_of_life(trial: Trial):
+def sign_of_life(trial: Trial) -> Iterator[None]:
     """Inside the `with` block the trial is told every so often that its worker lives."""
     ended = threading.Event()
 

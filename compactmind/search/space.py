@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from optuna import Trial
+
 from compactmind.errors import CompactMindError
 from compactmind.methods.registry import METHODS, Method
 from compactmind.search.compressor import order_problem
@@ -27,7 +29,7 @@ class Space:
     orders: tuple[tuple[str, ...], ...]
     choices: dict[str, dict[str, Sequence[Any]]]
 
-    def suggest(self, trial) -> list[dict[str, Any]]:
+    def suggest(self, trial: Trial) -> list[dict[str, Any]]:
         """Return the pipeline that an Optuna trial asks for."""
         order = trial.suggest_categorical("order", [SEPARATOR.join(order) for order in self.orders])
         names = order.split(SEPARATOR)

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from optuna import Study, Trial
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compactmind.checkpoint import save_checkpoint
@@ -66,7 +67,7 @@ class TrialRunner:
     """By method: by how much each of its steps in this study changed the loss."""
     sizes: tuple[int, int] | None = field(default=None, repr=False)
 
-    def learn(self, study) -> None:
+    def learn(self, study: Study) -> None:
         """Take over from the trials of a study what a good loss is and what the methods do to it."""
         self.changes = {}
         for trial in study.get_trials(deepcopy=False):
@@ -113,7 +114,7 @@ class TrialRunner:
                 bits_of_others = of_others or bits_of_others
         return self.released_bytes / (blocks * bits_of_blocks / 8 + others * bits_of_others / 8)
 
-    def evaluate(self, trial, steps: list[Step]) -> list[float]:
+    def evaluate(self, trial: Trial, steps: list[Step]) -> list[float]:
         """Return the values of the objectives of a pipeline and describe it on the trial.
 
         Raises Stopped where it is not worth going on, Skipped before anything is run.
@@ -135,7 +136,7 @@ class TrialRunner:
         trial.set_user_attr("steps", brief(compressed.steps))
         return [measured[name] for name in self.objectives]
 
-    def run(self, steps: Sequence[Step], trial=None) -> Compressed:
+    def run(self, steps: Sequence[Step], trial: Trial | None = None) -> Compressed:
         """Run a pipeline, measuring the first few windows after every step; with a trial, stop where it is hopeless.
 
         Among several objectives nothing is: what is far behind in perplexity may be ahead in another one.

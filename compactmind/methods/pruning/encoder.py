@@ -27,10 +27,12 @@ class EncoderLayer:
 
     @property
     def num_heads(self) -> int:
+        """Attention heads that are left."""
         return self.query.out_features // self.head_dim
 
     @property
     def intermediate_size(self) -> int:
+        """FFN neurons that are left."""
         return self.up.out_features
 
 

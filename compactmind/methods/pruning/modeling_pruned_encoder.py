@@ -21,12 +21,16 @@ def _resize(parent: nn.Module, name: str, in_features: int, out_features: int) -
 
 
 class PrunedBertConfig(BertConfig):
+    """A BertConfig with the number of heads and of FFN neurons of every layer."""
+
     model_type = "pruned_bert"
     layer_num_heads: list[int] | None = None
     layer_intermediate_sizes: list[int] | None = None
 
 
 class PrunedBertForSequenceClassification(BertForSequenceClassification):
+    """A BERT classifier whose layers have the widths its configuration says."""
+
     config_class = PrunedBertConfig
 
     def __init__(self, config: PrunedBertConfig):
@@ -43,12 +47,16 @@ class PrunedBertForSequenceClassification(BertForSequenceClassification):
 
 
 class PrunedDistilBertConfig(DistilBertConfig):
+    """A DistilBertConfig with the number of heads and of FFN neurons of every layer."""
+
     model_type = "pruned_distilbert"
     layer_num_heads: list[int] | None = None
     layer_intermediate_sizes: list[int] | None = None
 
 
 class PrunedDistilBertForSequenceClassification(DistilBertForSequenceClassification):
+    """A DistilBERT classifier whose layers have the widths its configuration says."""
+
     config_class = PrunedDistilBertConfig
 
     def __init__(self, config: PrunedDistilBertConfig):

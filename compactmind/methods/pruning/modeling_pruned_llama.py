@@ -11,12 +11,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 class PrunedLlamaConfig(LlamaConfig):
+    """A LlamaConfig with the number of key-value heads and of FFN channels of every block."""
+
     model_type = "pruned_llama"
     layer_num_key_value_heads: list[int] | None = None
     layer_intermediate_sizes: list[int] | None = None
 
 
 class PrunedLlamaForCausalLM(LlamaForCausalLM):
+    """A Llama whose blocks have the widths its configuration says."""
+
     config_class = PrunedLlamaConfig
 
     def __init__(self, config: PrunedLlamaConfig):

@@ -78,6 +78,7 @@ class NF4Linear(bnb.nn.Linear4bit):
         self.weight = bnb.nn.Params4bit.from_prequantized(packed, statistics, device=device, module=self)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) -> (..., out_features)."""
         if self.padding:
             hidden_states = functional.pad(hidden_states, (0, self.padding))
         return super().forward(hidden_states)

@@ -30,6 +30,7 @@ class HalfEmbedding(nn.Embedding):
         super().__init__(num_embeddings, embedding_dim, padding_idx=padding_idx, _weight=table)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens) ids -> (batch, tokens, embedding_dim) float32."""
         return super().forward(input).float()
 
 

@@ -74,7 +74,7 @@ def fold_rotation(block: LlamaBlock, site: str, size: int) -> None:
 class InputRotation(nn.Module):
     """The rotation of a linear's input as a part of the model; stored as +-1, as compressed-tensors stores its transforms."""
 
-    def __init__(self, size: int, device=None):
+    def __init__(self, size: int, device: torch.device | None = None):
         super().__init__()
         self.register_buffer("weight", signs(size).to(device=device, dtype=torch.bfloat16))
         self.prepare()
@@ -84,4 +84,5 @@ class InputRotation(nn.Module):
         self.matrix = self.weight.float() / math.sqrt(len(self.weight))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., channels) -> the same shape, float32."""
         return rotate(x.float(), self.matrix)

@@ -13,11 +13,12 @@ The modules, their names and the file stay as they are: a block with another for
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, eager_attention_forward
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
@@ -29,7 +30,9 @@ LAYERS = (LlamaDecoderLayer, MistralDecoderLayer)
 
 
 # ---------------------------------------------------------------------------------------------------- around attention
-def before_attention(hidden, norm_weight, eps, qkv: Int8Parts, cos, sin, rotated, head_dim):
+def before_attention(
+    hidden: Tensor, norm_weight: Tensor, eps: float, qkv: Int8Parts, cos: Tensor, sin: Tensor, rotated: int, head_dim: int
+) -> tuple[Tensor, Tensor]:
     """RMSNorm, the product of q, k and v, split into heads of which the first `rotated` are turned (RoPE).
 
     hidden (batch, tokens, channels), cos and sin (batch or 1, tokens, head_dim). Returns the turned heads and the others, both
@@ -43,7 +46,9 @@ def before_attention(hidden, norm_weight, eps, qkv: Int8Parts, cos, sin, rotated
     return turned.to(hidden.dtype).transpose(1, 2), heads[:, :, rotated:].to(hidden.dtype).transpose(1, 2)
 
 
-def after_attention(residual, attended, o: Int8Parts, norm_weight, eps, gate_up: Int8Parts, down: Int8Parts):
+def after_attention(
+    residual: Tensor, attended: Tensor, o: Int8Parts, norm_weight: Tensor, eps: float, gate_up: Int8Parts, down: Int8Parts
+) -> Tensor:
     """o_proj, RMSNorm, SiLU(gate) * up and down_proj with their two additions to the residual stream (batch, tokens, channels)."""
     q, scale = o.quantize(attended)
     hidden = _add(residual, o.product(q), o, scale)
@@ -94,9 +99,10 @@ class W8A8Block:
         return self.join()
 
     def forward(
-        self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
-        position_embeddings=None, **kwargs,
-    ) -> torch.Tensor:  # fmt: skip
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None, use_cache: bool = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
         """hidden_states: (batch, tokens, channels) -> the same shape; the arguments are those of the transformers layer."""
         attention = self.self_attn
         before, after = before_attention, after_attention

@@ -76,7 +76,9 @@ class W8A8EncoderBlock:
         self.join()
         return self
 
-    def forward(self, hidden_states, attention_mask=None, *_, **kwargs) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *_: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """hidden_states: (batch, tokens, channels) -> the same shape and dtype."""
         attention, hidden = self.attention_module, hidden_states.float().flatten(0, 1)
         heads = project_heads(hidden, self.qkv.parts, self.qkv_bias)

@@ -159,4 +159,5 @@ class W8A8Linear(nn.Module):
         return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
+        """Return what print(model) shows of it."""
         return f"{self.in_features}, {self.out_features}, activations={self.activations}, kernel={self.kernel}"

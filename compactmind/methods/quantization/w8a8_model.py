@@ -93,6 +93,7 @@ class Int8Embedding(nn.Module):
         self.register_buffer("weight_scale", torch.ones(num_embeddings, 1))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens) ids -> (batch, tokens, embedding_dim) float32."""
         return self.weight[input_ids].float() * self.weight_scale[input_ids]
 
 
