@@ -4,6 +4,7 @@ import gc
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import helpers
 import optuna
@@ -210,6 +211,15 @@ def test_the_cache_stays_within_its_limit_and_forgets_what_was_used_longest_ago(
     assert kept == [True, False, True]
     runner.cache.limit_bytes = 10
     runner.run(read_pipeline([{"method": "prune", "params": {"sparsity": 0.25, "round_to": 4}}]))  # too large to keep: no error
+
+
+def test_a_full_disk_costs_the_search_its_cache_and_one_line(windows, tmp_path, monkeypatch, capsys):
+    runner, wanted = make_runner(windows, tmp_path), make_runner(windows).run(read_pipeline([PRUNE, RETRAIN]))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    found = runner.run(read_pipeline([PRUNE, RETRAIN]))
+    assert [row["loss"] for row in found.steps] == [row["loss"] for row in wanted.steps]
+    output = capsys.readouterr().out
+    assert output.count("was not kept") == 1 and "not enough disk space" in output
 
 
 def tensor_bytes() -> int:

@@ -34,6 +34,7 @@ class PrefixCache:
 
     def __init__(self, directory: Path, context: dict[str, Any], limit_bytes: int):
         self.directory, self.context, self.limit_bytes = directory, json.dumps(context, sort_keys=True), limit_bytes
+        self.complained = False
 
     def place(self, steps: Sequence[str]) -> Path:
         """Return where the model after the steps with these identities lies, or would lie."""
@@ -78,7 +79,9 @@ class PrefixCache:
                 write_json_atomically(temporary / RECORD, record)
             self.make_room()
         except (OSError, CompactMindError, SafetensorError) as error:  # a full disk, or another process at the same entry
-            print(f"{self.place(steps)} was not kept: {error}", flush=True)
+            if not self.complained:
+                print(f"the search goes on, but a model half way through was not kept (said once): {error}", flush=True)
+            self.complained = True
 
     def add_measured(self, steps: Sequence[str], measure: str, found: dict[str, Any]) -> None:
         """Keep what was measured of the model after these steps, if it is there."""
