@@ -18,7 +18,7 @@ RUNS = (
     ("3_quantize.py",),
     ("4_smoothquant_llama.py", "--calibration_windows", "2", "--eval_windows", "2", "--alpha_grid", "0.5", "0.8"),
     ("5_bayesian_search.py", "--strategy", "fixed", "--pipeline", f'[{PRUNE}, {{"method": "retrain", "params": {{"tokens": 512}}}}]'),
-    ("5_bayesian_search.py", "--n_trials", "2", "--target_compression", "1.1", "--choices",
+    ("5_bayesian_search.py", "--n_trials", "2", "--target_compression", "1.1", "--mode", "hybrid", "--choices",
      '{"prune.round_to": [16], "prune.sparsity": [0.25], "retrain.tokens": [512]}'),
     ("6_evaluate_report.py", "--latency_repeats", "2"),
 )  # fmt: skip
