@@ -8,6 +8,7 @@ Nothing is guessed from a name, nothing is pickled, and every tensor of the file
 import datetime
 import importlib.metadata
 import json
+import logging
 import platform
 import shutil
 import sys
@@ -327,6 +328,7 @@ def versions() -> dict[str, str]:
 
 
 def silence_libraries() -> None:
-    """Keep transformers' progress bars and load-time advice out of the scripts' output."""
+    """Keep progress bars and load-time advice of transformers and bitsandbytes out of the scripts' output."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -128,12 +128,23 @@ def test_a_report_with_nothing_to_warn_of_only_says_what_cannot_be_ranked(report
     assert warnings(report) == []
 
 
+def test_rows_of_different_days_are_compared_by_their_speed_ups(report):
+    report["models"][1]["latency"] = {
+        "batch_1": times(20, 1.6),
+        "batch_32": times(600, 1.62),
+    }  # a slow day, its reference's too
+    assert not any("GFLOPs" in warning for warning in warnings(report))
+    for row in report["models"][:2]:  # no reference ran along
+        row["latency"] = {batch: {**measured, "speedup": None} for batch, measured in row["latency"].items()}
+    assert any("is not faster at batch 32 (0.50 times as fast)" in warning for warning in warnings(report))
+
+
 @pytest.mark.parametrize(
     ("index", "changes", "expected"),
     [
         (1, {"kind": "nf4", "gflops": 2.0, "latency": {"batch_1": times(9, 1.1), "batch_32": times(390, 0.77)}},
          "pruned is slower than its parent student (1.30x at batch 32): nf4 weights"),
-        (1, {"kind": "nf4", "gflops": 2.0, "latency": {"batch_1": times(12, 0.8), "batch_32": times(390, 0.77)}},
+        (1, {"kind": "nf4", "gflops": 2.0, "latency": {"batch_1": times(12, 1 / 1.2), "batch_32": times(390, 0.77)}},
          "(1.20x at batch 1, 1.30x at batch 32)"),
         (1, {"latency": {"batch_1": times(10, 1.0), "batch_32": times(180, 1.6)}},
          "40% fewer GFLOPs than student, but is not faster at batch 1 "),
