@@ -1,7 +1,8 @@
 """Classifiers as ONNX files that onnxruntime runs, for any batch size and length.
 
-The int8 linears of a W8A8 model become MatMulInteger, the integer product ONNX has: the same integers as in PyTorch. Needs the
-packages of requirements-export.txt.
+The int8 linears of a W8A8 model become MatMulInteger, the integer product ONNX has: the same integers as in PyTorch. Both factors are
+shifted to unsigned bytes: onnxruntime has no fast product of two signed ones on x86, and that of unsigned by signed saturates on CPUs
+without VNNI. Needs the packages of requirements-export.txt.
 """
 
 import copy
@@ -57,11 +58,18 @@ def plain_blocks(model: PreTrainedModel) -> PreTrainedModel:
 def export_classifier(model: PreTrainedModel, path: Path) -> None:
     """Write a classifier as ONNX; the file appears when it is whole. Raises CompactMindError without the packages for it."""
     require_onnx()
+    import onnx
     import onnxscript
     from onnxscript import opset18 as op
 
+    types, number = onnx.TensorProto, onnx.helper.make_tensor
+
+    def unsigned(x: onnxscript.INT8):
+        return op.Cast(op.Cast(x, to=types.INT32) + op.Constant(value=number("offset", types.INT32, [], [128])), to=types.UINT8)
+
     def int_mm(a: onnxscript.INT8, b: onnxscript.INT8):
-        return op.MatMulInteger(a, b)
+        zero = op.Constant(value=number("zero", types.UINT8, [], [128]))
+        return op.MatMulInteger(unsigned(a), unsigned(b), zero, zero)
 
     plain = plain_blocks(model)
     plain.set_attn_implementation("eager")
