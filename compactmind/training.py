@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from compactmind.files import explain_full_disk
+from compactmind.files import explain_unwritable
 
 
 def make_accelerator() -> Accelerator:
@@ -137,7 +137,7 @@ class TrainingState:
         temporary = self.path.with_suffix(".tmp")
         try:
             # Through a Python file: torch's own writer reports a full disk without the operating system's error number.
-            with explain_full_disk(self.path), open(temporary, "wb") as file:
+            with explain_unwritable(self.path), open(temporary, "wb") as file:
                 torch.save({"stage": repr(self.stage), "state": state}, file)
             temporary.replace(self.path)
         except BaseException:

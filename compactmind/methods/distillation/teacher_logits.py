@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from compactmind.checkpoint import weights_fingerprint
 from compactmind.data import EncodedSentences
 from compactmind.evaluation.accuracy import predict_logits
-from compactmind.files import explain_full_disk
+from compactmind.files import explain_unwritable
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only
 
 
@@ -45,7 +45,7 @@ def cached_teacher_logits(
                     stale.unlink()
                 temporary = path.with_suffix(".tmp")
                 try:
-                    with explain_full_disk(path):
+                    with explain_unwritable(path):
                         save_file({"logits": logits.contiguous()}, temporary)
                     temporary.replace(path)
                 finally:
