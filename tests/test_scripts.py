@@ -1,8 +1,10 @@
 """The stages as a user runs them: what they write, that they resume, and what they say when something is wrong."""
 
 import collections
+import contextlib
 import math
 import re
+import runpy
 import shutil
 import signal
 
@@ -15,8 +17,11 @@ from safetensors.torch import load_file
 import compactmind.training
 from compactmind.checkpoint import load_checkpoint, read_manifest
 from compactmind.data import EncodedSentences, load_split
+from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import accuracy_of, predict_logits
 from compactmind.methods.pruning.importance import CRITERIA
+from compactmind.methods.pruning.masks import apply_masks
+from compactmind.methods.retraining.causal_lm import RetrainingLoss
 
 HISTORY_KEYS = {"epoch", "phase", "loss", "accuracy", "sparsity", "lr", "temperature", "alpha", "seconds"}
 LONG_DISTILL = ("--student_epochs", 12)
@@ -370,6 +375,51 @@ def test_a_model_no_better_than_chance_is_warned_of(finished):
     ):
         for name in names:
             assert f"warning: {name} may be no better than chance" in finished[1][script]
+
+
+def test_only_a_wrong_compaction_is_called_a_bug(encoded, monkeypatch):
+    compact_and_compare = runpy.run_path(str(helpers.REPOSITORY / "2_prune_finetune.py"), run_name="stage")[
+        "compact_and_compare"
+    ]
+    model = helpers.make_distilbert()
+    masks = helpers.uneven_masks(model)
+    with pytest.raises(CompactMindError, match="this is a bug"):
+        compact_and_compare(model, masks, encoded, 8)  # what the masks prune is not zero
+    apply_masks(model, masks)
+    assert compact_and_compare(model, masks, encoded, 8)[1] <= 1e-5
+    with torch.no_grad():
+        model.classifier.weight *= 1e5
+    for share, fine in ((5e-6, True), (5e-5, False)):  # rounding grows with the logits
+
+        def rounded(each, *arguments, share=share):
+            return predict_logits(each, *arguments) * (1 + share * (each is not model))
+
+        monkeypatch.setitem(compact_and_compare.__globals__, "predict_logits", rounded)
+        with contextlib.nullcontext() if fine else pytest.raises(CompactMindError, match="this is a bug"):
+            assert 1e-2 < compact_and_compare(model, masks, encoded, 8)[1] < 10
+    with torch.no_grad():
+        model.classifier.weight *= math.inf
+    with pytest.raises(CompactMindError, match="not finite: training diverged, use a smaller --lr"):
+        compact_and_compare(model, masks, encoded, 8)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_pipeline_with_retraining_runs_in_the_precision_asked_for(
+    tmp_path, run_here, monkeypatch, fresh_accelerator, precision
+):
+    helpers.add_llama(tmp_path)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    seen, original = set(), RetrainingLoss.forward
+
+    def spy(self, windows):
+        seen.add(self.student(input_ids=windows, use_cache=False).logits.dtype)
+        return original(self, windows)
+
+    monkeypatch.setattr(RetrainingLoss, "forward", spy)
+    status, output = run_here("5_bayesian_search.py", "--strategy", "fixed", cwd=tmp_path)
+    assert status == 0, output
+    assert seen == {{"no": torch.float32, "bf16": torch.bfloat16}[precision]}
+    load_checkpoint(tmp_path / "models" / "llama_pruned")
 
 
 @pytest.mark.parametrize(
