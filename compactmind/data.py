@@ -248,10 +248,13 @@ class EncodedSentences:
             "rows": torch.tensor(list(rows)),
         }
 
-    def training_batches(self, batch_size: int, seed: int) -> DataLoader:
-        """Return a loader over all rows in random order, rows of similar length together (little padding)."""
+    def training_batches(self, batch_size: int, seed: int, processes: int = 1) -> DataLoader:
+        """Return a loader over all rows in random order, rows of similar length together (little padding).
+
+        Several processes take the batches in turn; the order is that of one process with as many sentences per step as all of them.
+        """
         lengths = [len(ids) for ids in self.input_ids]
-        sampler = LengthGroupedSampler(batch_size, lengths=lengths, generator=torch.Generator().manual_seed(seed))
+        sampler = LengthGroupedSampler(batch_size * processes, lengths=lengths, generator=torch.Generator().manual_seed(seed))
         return DataLoader(range(len(self)), batch_size=batch_size, sampler=sampler, collate_fn=self.collate)
 
     def evaluation_batches(self, batch_size: int) -> DataLoader:

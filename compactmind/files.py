@@ -6,13 +6,14 @@ A reader never repairs: what an interrupted writer left behind is put in order b
 import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,6 @@ from compactmind.errors import CompactMindError
 
 LOCK_WAIT_SECONDS = 5.0
 """How long a writer waits for another one: long enough for one that only looks whether its output is up to date."""
-STALE_SECONDS = 60
-"""A temporary file of a process that is gone and older than this belongs to nobody: text is written in milliseconds."""
 UNWRITABLE = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -109,18 +108,16 @@ def replace_file(path: Path) -> Iterator[Path]:
     """
     with explain_unwritable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f".{path.name}.tmp-*"):
-            if _belongs_to_nobody(stale):
-                stale.unlink(missing_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.tmp-{os.getpid()}-")
+        remove_stale_temporaries(path)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_temporary_prefix(path)}{os.getpid()}-")
         os.close(handle)
     temporary = Path(name)
     try:
-        os.chmod(temporary, 0o644)
         with explain_unwritable(path):
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
             os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -128,13 +125,27 @@ def replace_file(path: Path) -> Iterator[Path]:
     fsync_directory(path.parent)
 
 
-def _belongs_to_nobody(temporary: Path) -> bool:
-    """Tell whether the process that wrote a temporary file is gone; one of another machine is given a minute."""
-    process = temporary.name.rpartition(".tmp-")[2].partition("-")[0]
-    with contextlib.suppress(OSError):
-        alive = process.isdigit() and psutil.pid_exists(int(process))
-        return not alive and time.time() - temporary.stat().st_mtime > STALE_SECONDS
-    return False
+def remove_stale_temporaries(path: Path) -> None:
+    """Remove what `replace_file` of a process of this machine that is no more has left beside `path`."""
+    prefix = _temporary_prefix(path)
+    for temporary in path.parent.glob(glob.escape(prefix) + "*"):
+        process = temporary.name.removeprefix(prefix).partition("-")[0]
+        if process.isdigit() and not _is_written_by(int(process), temporary):
+            temporary.unlink(missing_ok=True)
+
+
+def _is_written_by(process: int, temporary: Path) -> bool:
+    """Tell whether the process that began a file runs; one that started a minute after the file was touched got the number later."""
+    try:
+        return psutil.Process(process).create_time() < temporary.stat().st_mtime + 60
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+def _temporary_prefix(path: Path) -> str:
+    return f".{path.name.removeprefix('.')}.tmp-{socket.gethostname()}-"
 
 
 def write_text_atomically(path: Path, text: str) -> None:
