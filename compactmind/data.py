@@ -1,11 +1,12 @@
 """Labelled sentences: reading, splitting, tokenizing once, and length-bucketed batches."""
 
+import bisect
 import csv
 import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,24 +149,52 @@ def hold_out_whole_sentences(sentences: Sequence[Sentence], share: float) -> dic
     fragments that occur in held-out sentences only. A random split would ask about sentences whose pieces were trained on. Words
     are compared after `normalize`; both parts keep the order of the rows.
     """
+    texts = [normalize(sentence.text) for sentence in sentences]
+    rows_within = fragment_finder(texts)
     known: set[str] = set()
     whole: set[str] = set()
-    for text in sorted((normalize(sentence.text) for sentence in sentences), key=lambda text: -len(text.split())):
+    for text in sorted(texts, key=lambda text: -len(text.split())):
         if text not in known:
             whole.add(text)
-            known |= _fragments(text)
+            known |= rows_within(text)
     held_out = {text for text in whole if stable_share(text) < share}
-    trainable = set().union(*(_fragments(text) for text in whole - held_out))
+    trainable = set().union(*map(rows_within, whole - held_out))
     return {
-        "train": [sentence for sentence in sentences if normalize(sentence.text) in trainable],
-        "validation": [sentence for sentence in sentences if normalize(sentence.text) in held_out],
+        "train": [sentence for sentence, text in zip(sentences, texts, strict=True) if text in trainable],
+        "validation": [sentence for sentence, text in zip(sentences, texts, strict=True) if text in held_out],
     }
 
 
-def _fragments(text: str) -> set[str]:
-    """Return every run of words of a normalized text, itself included."""
-    words = text.split()
-    return {" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)} | {text}
+def fragment_finder(texts: Sequence[str]) -> Callable[[str], set[str]]:
+    """Return a function that gives those of the normalized `texts` that are a run of words of the text it is asked about.
+
+    In a sorted list the texts with which a string begins are the greatest one that is not greater than the string, or lie on its
+    chain of shorter and shorter beginnings. So one search per word finds all that begin there, and memory grows with the texts,
+    not with the square of their lengths as it would if every run of words were kept.
+    """
+    ordered = sorted({f"{text} " for text in texts})  # the space ends a word: "a go" is no beginning of "a good film"
+    longest = max(map(len, ordered), default=0)
+    beginning = []  # of each text: the position of the longest other one with which it begins, -1 for none
+    for position, text in enumerate(ordered):
+        shorter = position - 1
+        while shorter >= 0 and not text.startswith(ordered[shorter]):
+            shorter = beginning[shorter]
+        beginning.append(shorter)
+
+    def rows_within(text: str) -> set[str]:
+        text, start, found = f"{text} ", 0, set()
+        while start < len(text):
+            rest = text[start : start + longest]
+            position = bisect.bisect_right(ordered, rest) - 1
+            while position >= 0 and not rest.startswith(ordered[position]):
+                position = beginning[position]
+            while position >= 0 and ordered[position] not in found:
+                found.add(ordered[position])
+                position = beginning[position]
+            start = text.index(" ", start) + 1
+        return {row[:-1] for row in found}
+
+    return rows_within
 
 
 def write_dataset(data_dir: Path, splits: dict[str, list[Sentence]], source: str) -> dict:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import random
+import tracemalloc
 
 import helpers
 import pandas
@@ -16,6 +18,7 @@ from compactmind.data import (
     Sentence,
     data_fingerprint,
     deduplicate,
+    hold_out_whole_sentences,
     load_split,
     normalize,
     read_dataset_description,
@@ -211,6 +214,51 @@ def test_split_by_hash_is_stable_and_near_its_shares():
         assert set(part) <= set(parts[name])  # another order and half the rows: nobody moves
     low = [stable_share(s.text) for s in parts["test"]]
     assert max(low) < 0.2 <= min(stable_share(s.text) for s in parts["validation"])
+
+
+def fragments(text: str) -> set[str]:
+    """Return every run of words of a normalized text, itself included: what a row must not share with one held out."""
+    words = text.split()
+    return {" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)} | {text}
+
+
+def held_out_by_definition(sentences, share: float) -> dict[str, list[Sentence]]:
+    """`hold_out_whole_sentences` from the sets of all fragments, which take memory with the square of the lengths."""
+    texts = {normalize(sentence.text) for sentence in sentences}
+    whole = {text for text in texts if not any(text != other and text in fragments(other) for other in texts)}
+    held_out = {text for text in whole if stable_share(text) < share}
+    trainable = set().union(*map(fragments, whole - held_out))
+    return {
+        "train": [sentence for sentence in sentences if normalize(sentence.text) in trainable],
+        "validation": [sentence for sentence in sentences if normalize(sentence.text) in held_out],
+    }
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whole_sentences_are_held_out_as_defined(seed):
+    source = random.Random(seed)
+    words = ["a", "b", "ab", "ba", "a b", "abc", "\u00e9", "1", "_", "!"][: source.randint(1, 10)]  # words that begin others
+    texts = [" ".join(source.choices(words, k=source.randint(1, 7))) for _ in range(source.randint(0, 40))]
+    sentences = [Sentence(text, row % 2) for row, text in enumerate(texts)]
+    share = source.choice([0.0, 0.3, 0.5, 1.0])
+    parts = hold_out_whole_sentences(sentences, share)
+    assert parts == held_out_by_definition(sentences, share)
+
+
+def test_holding_out_long_texts_takes_memory_with_their_length_not_its_square():
+    source = random.Random(0)
+    sentences = [Sentence(" ".join(f"w{source.randrange(5000)}" for _ in range(230)), row % 2) for row in range(40)]
+    beginnings = [Sentence(" ".join(s.text.split()[:30]), s.label) for s in sentences]
+    tracemalloc.start()
+    parts = hold_out_whole_sentences(sentences + beginnings, 0.3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6  # 55 kB of text; all of its runs of words take 1 GB
+    held_out = [s for s in sentences if stable_share(s.text) < 0.3]
+    assert 0 < len(held_out) < 40 and parts["validation"] == held_out
+    assert parts["train"] == [s for s in sentences if s not in held_out] + [
+        short for short, s in zip(beginnings, sentences, strict=True) if s not in held_out
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------- on the disk
