@@ -4,6 +4,7 @@ import bisect
 import csv
 import hashlib
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -251,16 +252,32 @@ def load_split(data_dir: Path, split: str) -> list[Sentence]:
 class EncodedSentences:
     """Sentences tokenized once, padded batch by batch.
 
-    `input_ids` holds one list of token ids per row, `labels` is an int64 tensor of shape (rows,).
+    `input_ids` holds one list of token ids per row, `labels` is an int64 tensor of shape (rows,), `whole_lengths` the tokens each
+    row has uncut and `cut` the number of rows that have more than `max_length`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[Sentence], max_length: int):
-        self.input_ids = tokenizer([s.text for s in sentences], truncation=True, max_length=max_length)["input_ids"]
+        texts = [s.text for s in sentences]
+        self.input_ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        self.max_length, self.whole_lengths = max_length, [len(ids) for ids in self.input_ids]
+        if full := [row for row, length in enumerate(self.whole_lengths) if length >= max_length]:
+            for row, ids in zip(full, tokenizer([texts[row] for row in full], verbose=False)["input_ids"], strict=True):
+                self.whole_lengths[row] = len(ids)
+        self.cut = sum(length > max_length for length in self.whole_lengths)
         self.labels = torch.tensor([sentence.label for sentence in sentences])
         self.pad_token_id = tokenizer.pad_token_id
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def describe_cut(self) -> str:
+        """Return how many rows lose their end at `max_length`, and which length would cut 1% of them."""
+        rows = len(self)
+        if not self.cut:
+            return f"none of {rows} sentences is cut at {self.max_length} tokens"
+        said = f"{self.cut} of {rows} sentences ({self.cut / rows:.1%}) {'is' if self.cut == 1 else 'are'} cut at {self.max_length} tokens"
+        enough = sorted(self.whole_lengths)[math.ceil(0.99 * rows) - 1]
+        return said + (f"; at {enough} it would be 1%" if enough > self.max_length else "")
 
     def collate(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """Return a batch padded to its longest row.

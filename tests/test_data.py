@@ -354,6 +354,20 @@ def test_collate_pads_to_the_longest_row_of_the_batch(tokenizer):
     assert encoded.collate([0])["input_ids"].shape == (1, 3)
 
 
+def test_what_is_cut_is_counted_and_said(tokenizer):
+    lengths = [3] * 10 + [5] * 180 + [9] * 8 + [12, 30]  # with both markers
+    sentences = [Sentence(" ".join(["good"] * (length - 2)), 1) for length in lengths]
+    encoded = EncodedSentences(tokenizer, sentences, 8)
+    assert encoded.cut == 10
+    assert encoded.describe_cut() == "10 of 200 sentences (5.0%) are cut at 8 tokens; at 9 it would be 1%"
+    assert max(map(len, encoded.input_ids)) == 8 and encoded.input_ids[-1][-1] == tokenizer.sep_token_id
+    at_the_limit = EncodedSentences(tokenizer, sentences, 30)
+    assert at_the_limit.cut == 0
+    assert at_the_limit.describe_cut() == "none of 200 sentences is cut at 30 tokens"
+    few = EncodedSentences(tokenizer, sentences, 12)
+    assert few.cut == 1 and few.describe_cut() == "1 of 200 sentences (0.5%) is cut at 12 tokens"
+
+
 def rows_of(batches) -> list[int]:
     return [row for batch in batches for row in batch["rows"].tolist()]
 
