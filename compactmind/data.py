@@ -3,6 +3,7 @@
 import bisect
 import csv
 import hashlib
+import io
 import json
 import math
 import re
@@ -25,6 +26,8 @@ SPLITS = ("train", "validation", "test")
 DESCRIPTION = "dataset.json"
 TEXT_COLUMNS = ("sentence", "text", "content")
 """Names under which the sentence is looked for: copies of SST-2 differ, sometimes between their own two files."""
+HALF_A_PAIR = re.compile("[\ud800-\udfff]")
+"""What JSON can spell and no encoding can write: half of an emoji, as careless truncation leaves it."""
 BLANK = object()
 """Stands for a blank line of a jsonl file: no row, but counted, so that row numbers are those an editor shows."""
 READABLE = (".tsv", ".jsonl", ".parquet", ".csv")
@@ -52,30 +55,43 @@ def read_labelled_sentences(path: Path) -> list[Sentence]:
         elif path.suffix == ".parquet":
             rows = pandas.read_parquet(path).to_dict("records")
         elif path.suffix in (".tsv", ".csv"):
-            separator, quoting = ("\t", csv.QUOTE_NONE) if path.suffix == ".tsv" else (",", csv.QUOTE_MINIMAL)
-            frame = pandas.read_csv(
-                path, sep=separator, quoting=quoting, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8"
-            )
-            rows = frame.to_dict("records")
+            rows = _read_table(path)
         else:
             raise CompactMindError(f"{path}: cannot read {path.suffix!r} files, expected one of {', '.join(READABLE)}")
     except (pandas.errors.EmptyDataError, pandas.errors.ParserError, UnicodeDecodeError, OSError, ValueError) as error:
-        raise CompactMindError(
-            f"{path} cannot be read: {error}. Fix or delete it, then run `python download_model.py`"
-        ) from None
+        raise unreadable(path, error) from None
     if not rows:
         raise CompactMindError(f"{path} holds no sentences: it needs the columns sentence and label and at least one row")
     return [_check_row(path, number, row) for number, row in enumerate(rows, start=1) if row is not BLANK]
 
 
+def unreadable(path: Path, error: Exception) -> CompactMindError:
+    """Return the error that says in one line why a file cannot be read."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+    return CompactMindError(f"{path} cannot be read: {reason}. Fix or delete it, then run `python download_model.py`")
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a tsv or csv file; raises ValueError (or what pandas raises) if it is no table of text."""
+    with open(path, encoding="utf-8-sig", newline="") as file:  # a byte order mark is none of the first name's letters
+        content = file.read()
+    before, nul, _ = content.partition("\0")  # pandas would end the sentence there, silently
+    if nul:
+        raise ValueError(f"line {before.count(chr(10)) + 1} holds a NUL character")
+    separator, quoting = ("\t", csv.QUOTE_NONE) if path.suffix == ".tsv" else (",", csv.QUOTE_MINIMAL)
+    options = {"sep": separator, "quoting": quoting, "dtype": str, "keep_default_na": False, "index_col": False}
+    names = pandas.read_csv(io.StringIO(content), header=None, nrows=1, **options).iloc[0].tolist()
+    if twice := [name for name in (*TEXT_COLUMNS, "label") if names.count(name) > 1]:
+        raise ValueError(f"two columns are named {twice[0]!r}")
+    return pandas.read_csv(io.StringIO(content), **options).to_dict("records")
+
+
 def read_json_lines(path: Path) -> list:
     """Return one value per line of a jsonl file, BLANK for blank lines. Raises CompactMindError naming the row."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise CompactMindError(
-            f"{path} cannot be read: {error}. Fix or delete it, then run `python download_model.py`"
-        ) from None
+        raise unreadable(path, error) from None
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -83,8 +99,8 @@ def read_json_lines(path: Path) -> list:
         else:
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise CompactMindError(f"{path}, row {number}: not valid JSON ({error.msg}): {line[:80]!r}") from None
+            except (ValueError, RecursionError) as error:  # RecursionError: brackets nested deeper than Python goes
+                raise CompactMindError(f"{path}, row {number}: not valid JSON ({error}): {line[:80]!r}") from None
     return rows if any(row is not BLANK for row in rows) else []
 
 
@@ -98,8 +114,13 @@ def _check_row(path: Path, number: int, row: object) -> Sentence:
     if isinstance(label, float) and label.is_integer():  # a column with one missing value is read as floats
         label = int(label)
     text, label = row[column], str(label).strip()
-    if not isinstance(text, str) or not text.strip():
+    missing = text is None or (isinstance(text, float) and math.isnan(text))  # NaN: what a parquet file reads as
+    if not missing and not isinstance(text, str):
+        raise CompactMindError(f"{where}: the sentence is of type {type(text).__name__}, not text: {str(text)[:60]!r}")
+    if missing or not text.strip():
         raise CompactMindError(f"{where}: the sentence is empty")
+    if HALF_A_PAIR.search(text):
+        raise CompactMindError(f"{where}: half a surrogate pair, which is no character: {text[:60]!r}")
     if label not in ("0", "1"):
         raise CompactMindError(f"{where}: label {row['label']!r} is not 0 (negative) or 1 (positive): {text[:60]!r}")
     return Sentence(text.strip(), int(label))

@@ -7,6 +7,7 @@ import tracemalloc
 
 import helpers
 import pandas
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -108,7 +109,76 @@ def test_json_lines_that_cannot_be_read_are_named_by_file_and_row(tmp_path):
         assert str(file) in str(caught.value)
 
 
+CONTENTS = {"tsv": "sentence\tlabel\ngood\t1\nbad\t0\n", "csv": "sentence,label\ngood,1\nbad,0\n"}
+CONTENTS["jsonl"] = '{"sentence": "good", "label": 1}\n{"sentence": "bad", "label": 0}\n'
+
+
+@pytest.mark.parametrize("suffix", CONTENTS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"], ids=ascii)
+def test_the_byte_order_mark_and_the_line_ends_of_windows_are_no_text(tmp_path, suffix, encoding, line_end):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(CONTENTS[suffix].replace("\n", line_end).encode(encoding))
+    assert read_labelled_sentences(path) == [Sentence("good", 1), Sentence("bad", 0)]
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl"])
+def test_a_row_of_a_megabyte_is_a_row(tmp_path, suffix):
+    text = "a good film " * 100_000
+    path = write(tmp_path / f"a.{suffix}", CONTENTS[suffix].replace("good", text, 1))
+    assert [len(row.text) for row in read_labelled_sentences(path)] == [len(text) - 1, 3]
+
+
 # -------------------------------------------------------------------------------------------------------------- refusing
+@pytest.mark.parametrize("suffix", CONTENTS)
+def test_another_encoding_is_named_in_one_line(tmp_path, suffix):
+    (tmp_path / f"a.{suffix}").write_bytes(CONTENTS[suffix].encode("utf-16"))
+    message = refused(tmp_path / f"a.{suffix}")
+    assert "utf-8" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv"])
+def test_a_nul_character_does_not_end_a_sentence_silently(tmp_path, suffix):
+    assert "NUL" in refused(write(tmp_path / f"a.{suffix}", CONTENTS[suffix].replace("good", "go\0od")))
+
+
+@pytest.mark.parametrize("column", ["sentence", "label"])
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "parquet"])
+def test_two_columns_of_one_name_are_refused(tmp_path, suffix, column):
+    columns = ["sentence", "label", column]
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table([["good"], [1], ["0"]], names=columns), path)
+    else:
+        write(path, ("sentence\tlabel\t" + column + "\ngood\t1\t0\n").replace("\t", "," if suffix == "csv" else "\t"))
+    message = refused(path)
+    assert column in message and "\n" not in message
+
+
+def test_columns_nobody_reads_may_share_a_name(tmp_path):
+    path = write(tmp_path / "a.tsv", "id\tid\tsentence\tlabel\n1\t2\tgood\t1\n")
+    assert read_labelled_sentences(path) == [Sentence("good", 1)]
+
+
+def test_a_parquet_file_without_the_columns_or_with_other_types_is_refused(tmp_path):
+    for name, column, value in (("none", "words", "good"), ("bytes", "sentence", b"good"), ("ndarray", "sentence", ["a", "b"])):
+        pandas.DataFrame({column: [value], "label": [1]}).to_parquet(tmp_path / f"{name}.parquet")
+    assert "expected the columns sentence and label, found ['label', 'words']" in refused(tmp_path / "none.parquet")
+    for name in ("bytes", "ndarray"):
+        assert f"row 1: the sentence is of type {name}" in refused(tmp_path / f"{name}.parquet")
+
+
+@pytest.mark.parametrize("row", ["[" * 100_000, '{"sentence": "x", "label": ' + "1" * 5000 + "}"], ids=["deep", "digits"])
+def test_json_that_python_itself_gives_up_on_is_named_by_row(tmp_path, row):
+    message = refused(write(tmp_path / "a.jsonl", f'{{"sentence": "good", "label": 1}}\n{row}\n'))
+    assert "row 2: not valid JSON" in message and len(message) < 400
+
+
+def test_half_a_surrogate_pair_is_named_by_row(tmp_path):
+    row = '{"sentence": "a \\ud83d film", "label": 1}\n'
+    assert "row 2" in refused(write(tmp_path / "a.jsonl", row.replace(" \\ud83d", "") + row))
+
+
 @pytest.mark.parametrize("label", ["2", "-1", "positive", "", "1.5", "nan"])
 def test_other_labels_are_refused_by_row(tmp_path, label):
     path = write(tmp_path / "a.tsv", f"sentence\tlabel\ngood\t1\nbad film\t{label}\nodd\t7\n")
