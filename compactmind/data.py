@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -62,7 +63,7 @@ def read_labelled_sentences(path: Path) -> list[Sentence]:
         raise unreadable(path, error) from None
     if not rows:
         raise CompactMindError(f"{path} holds no sentences: it needs the columns sentence and label and at least one row")
-    return [_check_row(path, number, row) for number, row in enumerate(rows, start=1) if row is not BLANK]
+    return [check_row(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1) if row is not BLANK]
 
 
 def unreadable(path: Path, error: Exception) -> CompactMindError:
@@ -104,8 +105,8 @@ def read_json_lines(path: Path) -> list:
     return rows if any(row is not BLANK for row in rows) else []
 
 
-def _check_row(path: Path, number: int, row: object) -> Sentence:
-    where = f"{path}, row {number}"
+def check_row(where: str, row: object) -> Sentence:
+    """Return the sentence of a row that has been read. Raises CompactMindError naming it as `where` and what is wrong with it."""
     column = next((name for name in TEXT_COLUMNS if name in row), None) if isinstance(row, dict) else None
     if column is None or "label" not in row:
         columns = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
@@ -226,18 +227,48 @@ def write_dataset(data_dir: Path, splits: dict[str, list[Sentence]], source: str
 
 
 def write_splits(data_dir: Path, splits: dict[str, list[dict]], source: str | dict, counts: dict[str, dict]) -> dict:
-    """Write train/validation/test.jsonl and dataset.json, which is written last and vouches for the others.
+    """Write train/validation/test.jsonl and dataset.json, which vouches for them with their SHA-256. Returns that description.
 
-    `counts` adds entries to what dataset.json says of a split. Returns that description.
+    `counts` adds entries to what dataset.json says of a split. Everything is written beside the old files before the first of them is
+    replaced: until then the old dataset is whole, from then on until the end dataset.json vouches for the new one and lists in
+    `replaces` what the old files were, so that the next run knows them for its own. Raises CompactMindError rather than replace a file
+    of somebody's own (`refuse_own_files`).
     """
-    (data_dir / DESCRIPTION).unlink(missing_ok=True)
+    refuse_own_files(data_dir)
     description = {"source": source, "splits": {}}
-    for name in SPLITS:
-        path = data_dir / f"{name}.jsonl"
-        write_text_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in splits[name]))
-        description["splits"][name] = {"rows": len(splits[name]), **counts[name], "sha256": sha256_of(path)}
+    new = {name: data_dir / f".{name}.jsonl.new" for name in SPLITS}
+    try:
+        for name, path in new.items():
+            write_text_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in splits[name]))
+            description["splits"][name] = {"rows": len(splits[name]), **counts[name], "sha256": sha256_of(path)}
+        write_json_atomically(data_dir / DESCRIPTION, {**description, "replaces": sorted(_vouched_for(data_dir))})
+        for name, path in new.items():
+            os.replace(path, data_dir / f"{name}.jsonl")
+    finally:
+        for path in new.values():
+            path.unlink(missing_ok=True)
     write_json_atomically(data_dir / DESCRIPTION, description)
     return description
+
+
+def _vouched_for(data_dir: Path) -> set[str]:
+    """Return the SHA-256 of every file that dataset.json says was written here, empty if it says nothing."""
+    try:
+        description = json.loads((data_dir / DESCRIPTION).read_text(encoding="utf-8"))
+        return {split["sha256"] for split in description["splits"].values()} | set(description.get("replaces", []))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+
+
+def refuse_own_files(data_dir: Path) -> None:
+    """Raise CompactMindError if a split is there that `write_splits` did not write, or that was changed since: it is somebody's own."""
+    vouched_for = _vouched_for(data_dir)
+    for path in (data_dir / f"{name}.jsonl" for name in SPLITS):
+        if path.exists() and sha256_of(path) not in vouched_for:
+            raise CompactMindError(
+                f"{path} was not written by download_model.py, or was changed since, and would be overwritten: move it away or delete "
+                "it, then run `python download_model.py` (your own sentences go to sst2_data/glue/sst2/, text to wikitext_data/wiki.*.raw)"
+            )
 
 
 def read_dataset_description(data_dir: Path) -> dict:
@@ -253,7 +284,8 @@ def read_dataset_description(data_dir: Path) -> dict:
     for name, digest in recorded.items():
         split = data_dir / f"{name}.jsonl"
         if not split.is_file() or sha256_of(split) != digest:
-            raise CompactMindError(f"{split} is missing or was changed: run `python download_model.py` again")
+            what = "is being replaced, or that was interrupted" if "replaces" in description else "is missing or was changed"
+            raise CompactMindError(f"{split} {what}: run `python download_model.py` again")
     return description
 
 
