@@ -241,6 +241,7 @@ def main(config: DistillConfig) -> None:
             for split in ("train", "validation"):
                 splits[split] = EncodedSentences(tokenizer, load_split(config.data_dir, split), config.max_length)
             accelerator.print(", ".join(f"{len(part)} {split} sentences" for split, part in splits.items()))
+            accelerator.print(f"train: {splits['train'].describe_cut()}")
         return splits
 
     # ---- teacher

@@ -172,6 +172,7 @@ def main(config: PruneConfig) -> None:
         name: EncodedSentences(parent.tokenizer, load_split(config.data_dir, name), config.max_length)
         for name in ("train", "validation")
     }
+    accelerator.print(f"train: {splits['train'].describe_cut()}")
     teacher_logits = None
     if config.alpha > 0:
         teacher = load_checkpoint(config.models_dir / "teacher", accelerator.device)

@@ -61,6 +61,7 @@ def quantize(name: str, method: str, config: QuantizeConfig, device: str) -> Non
 
     # ---- quantize and measure on the validation sentences
     validation = EncodedSentences(parent.tokenizer, load_split(config.data_dir, "validation"), config.max_length)
+    print(f"validation: {validation.describe_cut()}")
     before = predict_logits(parent.model, validation, config.eval_batch_size)
     tables_before = embedding_bytes(parent.model)
     if method == "w8a8":

