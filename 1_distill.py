@@ -12,14 +12,31 @@ Time:  about 5 minutes on 2 CPU cores (embedded profile). A killed run goes on a
 
 import math
 import time
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import AutoTokenizer, BertForSequenceClassification, DistilBertForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    BertForSequenceClassification,
+    DistilBertForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from common import PROFILE, DistillConfig, parse_command_line, run_stage
-from compactmind.checkpoint import is_up_to_date, load_checkpoint, read_manifest, save_checkpoint, weights_fingerprint
+from compactmind.checkpoint import (
+    check_outputs,
+    check_tokenizer,
+    first_not_finite,
+    is_up_to_date,
+    load_checkpoint,
+    read_manifest,
+    save_checkpoint,
+    weights_fingerprint,
+)
+from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import accuracy_of, standard_error
@@ -39,6 +56,7 @@ from compactmind.training import (
     make_accelerator,
     make_optimizer,
     mean_loss,
+    only_writer,
     prepare_for_training,
     set_dropout,
     validation_logits,
@@ -177,7 +195,7 @@ def train(
         save_checkpoint(
             directory, model, tokenizer, kind="dense", parent=parent, stage=stage, history=history,
             metrics={"validation_accuracy": kept["accuracy"], "kept_epoch": kept["epoch"]},
-            data_fingerprint=data_fingerprint(config.data_dir),
+            data_fingerprint=data_fingerprint(config.data_dir), beside=config.models_dir / parent,
         )  # fmt: skip
         resume.clear()
     accelerator.wait_for_everyone()
@@ -188,22 +206,6 @@ def train(
 
 # ----------------------------------------------------------------------------------------------------------------- main
 def check(config: DistillConfig) -> None:
-    """Raise CompactMindError on a setting that makes no sense, before anything is loaded."""
-    for name in ("teacher_epochs", "student_epochs", "student_layers", "batch_size", "eval_batch_size", "max_length"):
-        if getattr(config, name) < 1:
-            raise CompactMindError(f"{name} {getattr(config, name)} is not at least 1: for example --{name} 4")
-    for name in ("temperature_start", "temperature_end", "teacher_lr", "student_lr"):
-        if not getattr(config, name) > 0:
-            raise CompactMindError(f"{name} {getattr(config, name)} is not above 0")
-    for name in ("teacher_dropout", "student_dropout"):
-        if not 0 <= getattr(config, name) < 1:
-            raise CompactMindError(f"{name} {getattr(config, name)} is not in [0, 1): for example --{name} 0.1")
-    for name in ("alpha_start", "alpha_end", "average_share"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise CompactMindError(f"{name} {getattr(config, name)} is not in [0, 1]: for example --{name} 0.5")
-
-
-def check_distillation(config: DistillConfig) -> None:
     """Raise CompactMindError where one setting switches off what another one asks for."""
     distilled = "student_distilled" in config.students
     if config.hidden_loss_weight > 0 and not distilled:
@@ -218,19 +220,39 @@ def check_distillation(config: DistillConfig) -> None:
         )
 
 
+def with_new_head(model_class: type[PreTrainedModel], directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a pretrained encoder in float32 with a new head for LABELS, and its tokenizer. Raises CompactMindError if it does not fit."""
+    architecture, expected = read_manifest(directory, verify=True)["architecture"], model_class.__name__.partition("For")[0]
+    if not architecture.startswith(expected):
+        raise CompactMindError(f"{directory} holds a {architecture}, expected a {expected}: run `python download_model.py`")
+    model = model_class.from_pretrained(
+        directory, num_labels=len(LABELS), id2label=LABELS, label2id={v: k for k, v in LABELS.items()}, dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if bad := first_not_finite(model.state_dict().items()):
+        raise CompactMindError(f"{directory}: {bad} holds NaN or infinite numbers: run `python download_model.py --force True`")
+    check_tokenizer(model, tokenizer, directory, padding=True)
+    return model, tokenizer
+
+
 def main(config: DistillConfig) -> None:
     check(config)
-    check_distillation(config)
     accelerator = make_accelerator()
     models = config.models_dir
+    bases = [models / name for name in ("teacher_base", "student_base") if (models / name).exists()]
+    check_outputs([models / name for name in ("teacher", *config.students)], "1_distill.py", bases, models)
+    available = read_manifest(models / "teacher_base")["layers"]
+    if len(bases) < 2 and config.student_layers > len(available):
+        raise CompactMindError(f"student_layers {config.student_layers} is more than the teacher has: 1 to {len(available)}")
 
     # What each output depends on: if none of it changed, the output is up to date.
     shared = config.relevant("profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio",
                              "average_share")  # fmt: skip
     shared |= accelerator_record(accelerator, config.batch_size)
     shared["data"] = data_fingerprint(config.data_dir)
+    made_by = {"script": "1_distill.py", "code": code_version(__file__)}
     teacher_stage = {
-        "script": "1_distill.py",
+        **made_by,
         "config": {**shared, **config.relevant("teacher_epochs", "teacher_lr", "teacher_dropout")},
         "inputs": {"teacher_base": weights_fingerprint(models / "teacher_base")},
     }
@@ -245,18 +267,15 @@ def main(config: DistillConfig) -> None:
         return splits
 
     # ---- teacher
-    if config.force or not is_up_to_date(models / "teacher", teacher_stage):
-        set_seed(config.seed)
-        tokenizer = AutoTokenizer.from_pretrained(models / "teacher_base")
-        model = BertForSequenceClassification.from_pretrained(
-            models / "teacher_base", num_labels=len(LABELS), id2label=LABELS, label2id={v: k for k, v in LABELS.items()},
-            dtype=torch.float32,
-        )  # fmt: skip
-        set_dropout(model, config.teacher_dropout)
-        train("teacher", model, tokenizer, load_splits(tokenizer), config, accelerator, teacher_stage,
-              epochs=config.teacher_epochs, lr=config.teacher_lr, lr_name="teacher_lr", parent="teacher_base")  # fmt: skip
-    else:
-        accelerator.print(f"{models / 'teacher'} is up to date: skipped (--force True trains it again)")
+    with only_writer(models / "teacher", accelerator):
+        if config.force or not is_up_to_date(models / "teacher", teacher_stage, config.verify):
+            set_seed(config.seed)
+            model, tokenizer = with_new_head(BertForSequenceClassification, models / "teacher_base")
+            set_dropout(model, config.teacher_dropout)
+            train("teacher", model, tokenizer, load_splits(tokenizer), config, accelerator, teacher_stage,
+                  epochs=config.teacher_epochs, lr=config.teacher_lr, lr_name="teacher_lr", parent="teacher_base")  # fmt: skip
+        else:
+            accelerator.print(f"{models / 'teacher'} is up to date: skipped (--force True trains it again)")
 
     # ---- students
     student_config = {**shared, **config.relevant("student_epochs", "student_lr", "student_dropout", "freeze_word_embeddings")}
@@ -267,28 +286,22 @@ def main(config: DistillConfig) -> None:
         student_config["student_layers"] = config.student_layers
     distill_config = config.relevant("temperature_start", "temperature_end", "alpha_start", "alpha_end", "hidden_loss_weight")
     stages = {
-        "student_finetuned": {"script": "1_distill.py", "config": student_config, "inputs": inputs},
-        "student_distilled": {"script": "1_distill.py", "config": {**student_config, **distill_config}, "inputs": inputs},
+        "student_finetuned": {**made_by, "config": student_config, "inputs": inputs},
+        "student_distilled": {**made_by, "config": {**student_config, **distill_config}, "inputs": inputs},
     }
-    for name in config.students:
+
+    def train_student(name: str) -> None:
         stage = stages[name]
-        if not config.force and is_up_to_date(models / name, stage):
+        if not config.force and is_up_to_date(models / name, stage, config.verify):
             accelerator.print(f"{models / name} is up to date: skipped (--force True trains it again)")
-            continue
+            return
         teacher = load_checkpoint(models / "teacher", accelerator.device)
         teacher_layers = teacher.model.config.num_hidden_layers
         set_seed(config.seed)
         if "student_base" in inputs:
-            student = DistilBertForSequenceClassification.from_pretrained(
-                models / "student_base", num_labels=len(LABELS), id2label=LABELS,
-                label2id={v: k for k, v in LABELS.items()}, dtype=torch.float32,
-            )  # fmt: skip
+            student, _ = with_new_head(DistilBertForSequenceClassification, models / "student_base")
             layer_map = alternate_layers(teacher_layers, student.config.n_layers)
         else:
-            if config.student_layers > teacher_layers:
-                raise CompactMindError(
-                    f"student_layers {config.student_layers} is more than the teacher has: 1 to {teacher_layers}"
-                )
             layer_map = alternate_layers(teacher_layers, config.student_layers)
             student = student_from_teacher(teacher.model, layer_map).to(accelerator.device)
         if config.hidden_loss_weight > 0 and student.config.hidden_size != teacher.model.config.hidden_size:
@@ -310,6 +323,10 @@ def main(config: DistillConfig) -> None:
             teacher=teacher.model if distilled else None,
             layer_map=matching_layers(teacher_layers, layer_map),
         )  # fmt: skip
+
+    for name in config.students:
+        with only_writer(models / name, accelerator):
+            train_student(name)
 
     if all(name in config.students for name in stages):
         control, distilled = (read_manifest(models / name)["metrics"]["validation_accuracy"] for name in stages)

@@ -16,16 +16,25 @@ speed.
 
 import datetime
 import math
-import re
 import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from common import PROFILE, PruneConfig, parse_command_line, run_stage
-from compactmind.checkpoint import MADE_BY, is_up_to_date, load_checkpoint, save_checkpoint, weights_fingerprint
+from compactmind.checkpoint import (
+    check_outputs,
+    check_parent,
+    check_tokenizer,
+    is_up_to_date,
+    load_checkpoint,
+    save_checkpoint,
+    weights_fingerprint,
+)
+from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import accuracy_of, predict_logits
@@ -33,7 +42,7 @@ from compactmind.methods.distillation.soft_targets import distillation_loss
 from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only
 from compactmind.methods.pruning.encoder import layer_shapes
-from compactmind.methods.pruning.importance import CRITERIA, ImportanceScorer, LayerScores, prunable_parameters
+from compactmind.methods.pruning.importance import ImportanceScorer, LayerScores, prunable_parameters
 from compactmind.methods.pruning.masks import LayerMask, apply_masks, choose_masks, compact, full_masks, sparsity_of
 from compactmind.methods.pruning.schedule import cubic_sparsity
 from compactmind.report.figures import save_figure
@@ -48,6 +57,7 @@ from compactmind.training import (
     make_accelerator,
     make_optimizer,
     mean_loss,
+    only_writer,
     prepare_for_training,
     set_dropout,
     validation_logits,
@@ -64,34 +74,11 @@ COMPACTION_TOLERANCE = 1e-5
 
 # ---------------------------------------------------------------------------------------------------------------- checks
 def check(config: PruneConfig) -> None:
-    """Raise CompactMindError on a setting that makes no sense, before anything is loaded."""
-    if config.criterion not in CRITERIA:
-        raise CompactMindError(f"unknown criterion {config.criterion!r}: choose one of {', '.join(CRITERIA)}")
-    if not 0 <= config.target_sparsity < 1:
-        raise CompactMindError(f"target_sparsity {config.target_sparsity} is not in [0, 1): for example --target_sparsity 0.2")
-    if config.round_to < 1:
-        raise CompactMindError(f"round_to {config.round_to} is not at least 1: for example --round_to 16, or 1 for any width")
-    if not 1 <= config.prune_start_epoch <= config.prune_end_epoch <= config.epochs:
+    """Raise CompactMindError on settings that do not go together, before anything is loaded."""
+    if not config.prune_start_epoch <= config.prune_end_epoch <= config.epochs:
         raise CompactMindError(
             f"epochs out of order: 1 <= prune_start_epoch {config.prune_start_epoch} <= prune_end_epoch "
             f"{config.prune_end_epoch} <= epochs {config.epochs} must hold"
-        )
-    for name in ("batch_size", "prune_every"):
-        if getattr(config, name) < 1:
-            raise CompactMindError(f"{name} {getattr(config, name)} is not at least 1: for example --{name} 16")
-    if not 0 <= config.dropout < 1:
-        raise CompactMindError(f"dropout {config.dropout} is not in [0, 1): for example --dropout 0.1")
-    if not config.temperature > 0:
-        raise CompactMindError(f"temperature {config.temperature:g} is not above 0: for example --temperature 2")
-    for name in ("alpha", "average_share"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise CompactMindError(f"{name} {getattr(config, name)} is not in [0, 1]: for example --{name} 0.5")
-    taken = {config.parent, *(name for name, command in MADE_BY.items() if "2_prune" not in command)}
-    plain = re.fullmatch(r"\w[\w.\-]*", config.output_dir)
-    if not plain or config.output_dir in taken:
-        raise CompactMindError(
-            f"output_dir {config.output_dir!r} must be a plain name under {config.models_dir}/, not the parent's "
-            f"and not another stage's: for example --output_dir student_l2_50"
         )
 
 
@@ -147,9 +134,12 @@ def plot_history(history: list[dict], title: str, path: Path) -> None:
 def main(config: PruneConfig) -> None:
     check(config)
     accelerator = make_accelerator()
-    directory = config.models_dir / config.output_dir
+    directory, source, teacher = (config.models_dir / name for name in (config.output_dir, config.parent, "teacher"))
+    check_outputs([directory], "2_prune_finetune.py", [source, teacher], config.models_dir)
+    check_parent(source, "--parent", "classifier", ("dense", "pruned"))
     stage = {
         "script": "2_prune_finetune.py",
+        "code": code_version(__file__),
         "config": config.relevant(
             "profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio",
             "freeze_word_embeddings", "criterion", "target_sparsity", "round_to", "epochs", "prune_start_epoch",
@@ -157,17 +147,25 @@ def main(config: PruneConfig) -> None:
             "average_share",
         ) | accelerator_record(accelerator, config.batch_size) | {"data": data_fingerprint(config.data_dir)},
         "inputs": {
-            config.parent: weights_fingerprint(config.models_dir / config.parent),
-            "teacher": weights_fingerprint(config.models_dir / "teacher"),
+            config.parent: weights_fingerprint(source),
+            **({"teacher": weights_fingerprint(teacher)} if config.alpha > 0 else {}),
         },
     }  # fmt: skip
-    if not config.force and is_up_to_date(directory, stage):
-        accelerator.print(f"{directory} is up to date: skipped (--force True prunes again)")
-        return
+    with only_writer(directory, accelerator):
+        if config.force or not is_up_to_date(directory, stage, config.verify):
+            prune(config, accelerator, stage)
+        else:
+            accelerator.print(f"{directory} is up to date: skipped (--force True prunes again)")
+
+
+def prune(config: PruneConfig, accelerator: Accelerator, stage: dict) -> None:
+    """Prune and recover the parent, and save the result as models/<output_dir>."""
+    directory = config.models_dir / config.output_dir
 
     # ---- data and models
     parent = load_checkpoint(config.models_dir / config.parent, accelerator.device)
     model = parent.model
+    check_tokenizer(model, parent.tokenizer, config.models_dir / config.parent, padding=True)
     splits = {
         name: EncodedSentences(parent.tokenizer, load_split(config.data_dir, name), config.max_length)
         for name in ("train", "validation")
@@ -358,10 +356,11 @@ def main(config: PruneConfig) -> None:
         metrics={"validation_accuracy": best["accuracy"], "best_epoch": best["epoch"], "sparsity": sparsity,
                  "masked_against_compacted": difference},
         data_fingerprint=data_fingerprint(config.data_dir), extra={"experiment_name": name},
+        beside=config.models_dir / config.parent,
     )  # fmt: skip
+    resume.clear()
     plot = config.results_dir / f"{config.output_dir}_history.png"
     plot_history(history, f"{name}: {config.criterion}, {sparsity:.0%} of heads + FFN removed", plot)
-    resume.clear()
     print(
         f"{config.output_dir}: {1 - prunable_parameters(model) / dense_parameters:.1%} of the prunable parameters removed, "
         f"validation accuracy {best['accuracy']:.2%} (epoch {best['epoch']})\nsaved to {directory}, plot {plot}"

