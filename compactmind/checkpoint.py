@@ -161,7 +161,9 @@ def _checked_manifest(directory: Path, verify: bool) -> dict[str, Any]:
                 f"{directory} has no {MANIFEST}: it is {found}, not one this project has written; --model_path (language models) and "
                 "--models name=folder of 6_evaluate_report.py take folders of others"
             ) from None
-        raise CompactMindError(f"{directory} has no {MANIFEST}, so it is not a finished checkpoint: {broken}") from None
+        raise CompactMindError(
+            f"{directory} has no {MANIFEST}, so it is not a finished checkpoint: move it away and run `{command}`"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise CompactMindError(f"{directory / MANIFEST} is damaged ({error!r}): {broken}") from None
     if kind not in KINDS:

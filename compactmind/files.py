@@ -57,7 +57,8 @@ def _sha256_by_chunks(file) -> str:
 # ------------------------------------------------------------------------------------------------------------ what can fail
 def require_free_space(directory: Path, needed_bytes: int) -> None:
     """Raise CompactMindError if the disk that holds `directory` has less than `needed_bytes` free."""
-    existing = next(parent for parent in [directory, *directory.absolute().parents] if parent.exists())
+    place = place_of(directory)
+    existing = next(parent for parent in [place, *place.parents] if parent.exists())
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < needed_bytes:
         raise CompactMindError(
@@ -233,7 +234,7 @@ def replace_directory(directory: Path, needed_bytes: int = 0, wait_seconds: floa
     """
     with lock_directory(directory, wait_seconds):
         place = place_of(directory)
-        require_free_space(place, needed_bytes)
+        require_free_space(directory, needed_bytes)
         with explain_unwritable(directory):
             temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.tmp-"))
         try:
