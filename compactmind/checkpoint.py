@@ -31,7 +31,14 @@ from transformers import (
 
 from compactmind import __version__
 from compactmind.errors import CompactMindError
-from compactmind.files import recover_directory, replace_directory, sha256_of, write_json_atomically, write_text_atomically
+from compactmind.files import (
+    recover_directory,
+    replace_directory,
+    sha256_of,
+    weight_files,
+    write_json_atomically,
+    write_text_atomically,
+)
 from compactmind.methods.llama import is_llama, llama_blocks, llama_shapes
 from compactmind.methods.pruning.encoder import layer_shapes
 from compactmind.methods.pruning.modeling_pruned_encoder import (
@@ -138,8 +145,7 @@ def identity_of(directory: Path) -> str:
     """Return what identifies the weights in a folder: `weights_fingerprint`, or a hash of the files of a foreign model."""
     if (directory / MANIFEST).is_file():
         return weights_fingerprint(directory)
-    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
-    return " ".join(sha256_of(file) for file in files)
+    return " ".join(sha256_of(file) for file in weight_files(directory))
 
 
 def is_up_to_date(directory: Path | str, stage: dict[str, Any]) -> bool:

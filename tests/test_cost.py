@@ -1,10 +1,14 @@
 """Operations, bytes, latency and memory are what a second, independent way of counting says."""
 
+import json
+
 import helpers
 import pytest
 
-from compactmind.checkpoint import save_checkpoint
+from compactmind.checkpoint import identity_of, save_checkpoint
+from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import gflops, gmacs_thop, measure_latency, peak_memory, weight_bytes
+from compactmind.files import sha256_of, weight_files
 from compactmind.methods.pruning.encoder import encoder_layers
 from compactmind.methods.pruning.masks import compact, full_masks
 from compactmind.methods.quantization.packed_model import quantize_model
@@ -61,6 +65,55 @@ def test_size_is_that_of_the_weight_files(tmp_path, tokenizer):
     save_checkpoint(tmp_path / "m", model, tokenizer, kind="dense", parent=None, stage={})
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert weight_bytes(tmp_path / "m") == pytest.approx(4 * parameters, rel=0.1)
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A folder as transformers writes a large model: shards and the index that names them."""
+    helpers.MAKERS["distilbert"]().save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    return tmp_path
+
+
+def test_other_files_beside_the_shards_are_no_weights(sharded):
+    shards = sorted(sharded.glob("model-*.safetensors"))
+    size, identity = weight_bytes(sharded), identity_of(sharded)
+    assert size == sum(path.stat().st_size for path in shards)
+    for name in ("consolidated.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "training_args.bin"):
+        (sharded / name).write_bytes(b"the same weights in another format")
+    assert weight_files(sharded) == shards
+    assert weight_bytes(sharded) == size and identity_of(sharded) == identity
+
+
+def test_the_weights_are_the_files_that_transformers_would_load(sharded):
+    def renamed(text: str) -> str:
+        return text.replace("model-", "pytorch_model-").replace("safetensors", "bin")
+
+    for path in sharded.glob("model-*.safetensors"):
+        path.rename(path.with_name(renamed(path.name)))
+    index = sharded / "model.safetensors.index.json"
+    (sharded / "pytorch_model.bin.index.json").write_text(renamed(index.read_text()))
+    index.unlink()
+    pickled = sorted(sharded.glob("pytorch_model-*.bin"))
+    assert weight_files(sharded) == pickled and len(pickled) > 1
+    for name in ("pytorch_model.bin", "model.safetensors"):  # each goes before what was there
+        (sharded / name).write_bytes(b"whole")
+        assert weight_files(sharded) == [sharded / name]
+    assert identity_of(sharded) == sha256_of(sharded / "model.safetensors")
+
+
+def test_shards_that_are_not_there_are_named(sharded):
+    gone = sorted(sharded.glob("model-*.safetensors"))[-1]
+    gone.unlink()
+    for ask in (weight_bytes, identity_of):
+        with pytest.raises(CompactMindError, match=f"names {gone.name}, which is not there"):
+            ask(sharded)
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": ["a"]}))
+    with pytest.raises(CompactMindError, match="is no index of weight files"):
+        weight_files(sharded)
+    (sharded / "model.safetensors.index.json").unlink()
+    with pytest.raises(CompactMindError, match="holds no weights"):
+        weight_bytes(sharded)
 
 
 def test_latency_times_every_model_on_the_same_rounds():

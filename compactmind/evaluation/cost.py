@@ -24,6 +24,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from compactmind.files import weight_files
+
 
 def _shape_twin(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model of the same class and widths with plain linears, eager attention and no storage (meta device)."""
@@ -52,9 +54,8 @@ def gmacs_thop(model: PreTrainedModel, sequence_length: int) -> float:
 
 
 def weight_bytes(directory: Path) -> int:
-    """Return the size of a checkpoint's weight files in bytes; pickled ones count where there are no others."""
-    files = list(directory.glob("*.safetensors")) or list(directory.glob("pytorch_model*.bin"))
-    return sum(path.stat().st_size for path in files)
+    """Return the bytes of the files that hold a folder's weights. Raises CompactMindError, see `weight_files`."""
+    return sum(path.stat().st_size for path in weight_files(directory))
 
 
 def synchronize(device: torch.device) -> None:
