@@ -16,10 +16,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
@@ -87,7 +88,7 @@ def measure_latency(
             synchronize(model.device)
             if round_index >= 0:
                 seconds[name].append(time.perf_counter() - started)
-    return _summaries(seconds, reference)
+    return summaries(seconds, dict.fromkeys(models, reference))
 
 
 @torch.inference_mode()
@@ -117,21 +118,22 @@ def measure_generation(
             if round_index >= 0:
                 seconds["prefill"][name].append(prefilled - started)
                 seconds["decode"][name].append((time.perf_counter() - prefilled) / new_tokens)
-    phases = {phase: _summaries(times, reference) for phase, times in seconds.items()}
+    phases = {phase: summaries(times, dict.fromkeys(models, reference)) for phase, times in seconds.items()}
     return {name: {phase: summary[name] for phase, summary in phases.items()} for name in models}
 
 
-def _summaries(seconds: dict[str, list[float]], reference: str) -> dict[str, dict[str, float]]:
+def summaries(seconds: Mapping[str, Sequence[float]], compared: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """Return, per model, median, 10th and 90th percentile (between ranks) of its rounds in ms, and its speed-up.
+
+    `compared`: name -> the model a speed-up is against; None where that is not given or was not timed.
+    """
     result = {}
     for name, times in seconds.items():
-        ordered = sorted(times)
-        ratios = [own / other for own, other in zip(seconds[reference], times, strict=True)] if reference in seconds else []
-        result[name] = {
-            "median_ms": 1e3 * statistics.median(times),
-            "low_ms": 1e3 * ordered[int(0.1 * (len(ordered) - 1))],
-            "high_ms": 1e3 * ordered[round(0.9 * (len(ordered) - 1))],
-            "speedup": statistics.median(ratios) if ratios else None,
-        }
+        other = seconds.get(compared.get(name), ())
+        ratios = [theirs / own for theirs, own in zip(other, times, strict=True)] if other else []
+        low, median, high = (1e3 * value for value in numpy.percentile(times, [10, 50, 90]).tolist())
+        speedup = statistics.median(ratios) if ratios else None
+        result[name] = {"median_ms": median, "low_ms": low, "high_ms": high, "speedup": speedup}
     return result
 
 
