@@ -49,7 +49,7 @@ from compactmind.methods.pruning.modeling_pruned_llama import PrunedLlamaForCaus
 from compactmind.methods.quantization.packed_model import QUANTIZED_KINDS, load_quantized
 from compactmind.methods.quantization.w8a8_encoder import load_w8a8_encoder
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
-from compactmind.methods.quantization.w8a8_model import load_w8a8
+from compactmind.methods.quantization.w8a8_model import Int8Embedding, load_w8a8
 from compactmind.model_card import model_card
 
 MANIFEST = "manifest.json"
@@ -317,9 +317,9 @@ def load_as_released(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
 
 
 def parameters_before_packing(model: torch.nn.Module) -> int:
-    """Count parameters as weights, not as storage: a 4-bit linear counts in_features x out_features (+ bias)."""
-    count = sum(parameter.numel() for parameter in model.parameters())
-    count += sum(module.weight.numel() for module in model.modules() if isinstance(module, W8A8Linear))
+    """Count parameters as weights, not as storage: a 4-bit linear counts in_features x out_features (+ bias), a tied table once."""
+    int8 = (module.weight for module in model.modules() if isinstance(module, (W8A8Linear, Int8Embedding)))
+    count = sum({(each.data_ptr(), each.shape): each.numel() for each in (*model.parameters(), *int8)}.values())
     for module in model.modules():
         if hasattr(module, "in_features") and getattr(module.weight, "quant_state", None) is not None:
             count += module.in_features * module.out_features - module.weight.numel()
