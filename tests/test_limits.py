@@ -60,7 +60,7 @@ def test_a_model_runs_with_as_many_tokens_as_it_has_positions_for_and_not_with_o
         with pytest.raises((IndexError, RuntimeError)):
             model(input_ids=ids, attention_mask=torch.ones(1, 25, dtype=torch.long))
     require_positions(model, 24, "cost_length")
-    with pytest.raises(CompactMindError, match="positions for 24 tokens, not for 25: choose --cost_length 24 or less"):
+    with pytest.raises(CompactMindError, match="positions for 24 tokens, not for 25: choose a smaller --cost_length"):
         require_positions(model, 25, "cost_length")
 
 

@@ -45,7 +45,7 @@ def require_positions(model: PreTrainedModel, tokens: int, setting: str) -> None
     """Raise CompactMindError, naming the setting that decides it, if a model has no positions for so many tokens."""
     known = positions_of(model)
     if known is not None and tokens > known:
-        raise CompactMindError(f"it has positions for {known} tokens, not for {tokens}: choose --{setting} {known} or less")
+        raise CompactMindError(f"it has positions for {known} tokens, not for {tokens}: choose a smaller --{setting}")
 
 
 def rows_at_a_time(model: PreTrainedModel, pad_token_id: int | None, batch_size: int) -> int:
