@@ -289,7 +289,9 @@ def load_any(directory: Path, device: str | torch.device = "cpu") -> Checkpoint:
             raise CompactMindError(f"{directory} holds a {architecture}: only {' and '.join(FOREIGN)} can be measured")
         # a quantized one keeps the types its file has
         dtype = "auto" if getattr(config, "quantization_config", None) else torch.float32
-        model = auto.from_pretrained(directory, dtype=dtype)
+        model, report = auto.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+        if report["missing_keys"] and dtype != "auto":  # transformers would fill them with random numbers
+            raise CompactMindError(f"{directory} holds no {architecture}: its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise CompactMindError(f"{directory} could not be loaded ({str(error).strip()[:300]})") from error

@@ -1,6 +1,8 @@
 """Operations, bytes, latency and memory are what a second, independent way of counting says."""
 
 import json
+import signal
+import subprocess
 
 import helpers
 import pytest
@@ -152,6 +154,13 @@ def test_peak_memory_grows_with_the_model(tmp_path, tokenizer):
 def test_a_failing_measurement_says_why(tmp_path):
     with pytest.raises(CompactMindError, match="memory of .* failed: .*not found"):
         peak_memory(tmp_path / "absent", 1, 4)
+
+
+def test_a_measurement_that_was_killed_says_so(tmp_path, monkeypatch):
+    ended = subprocess.CompletedProcess([], -signal.SIGKILL, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(CompactMindError, match="ended with -9 .killed: most likely the memory was not enough"):
+        peak_memory(tmp_path, 1, 4)
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 5, 6, 11])

@@ -273,6 +273,19 @@ def test_what_is_measured_survives_what_comes_after_it(workspace, tmp_path):
     assert "student_finetuned        accuracy" not in output  # it is as it was
 
 
+def test_gsm8k_that_cannot_be_asked_costs_its_own_cell_only(monkeypatch):
+    def gsm8k(model, *_, **__):
+        if model == "dying":
+            raise RuntimeError("out of memory")
+        return {"problems": 3}
+
+    monkeypatch.setattr(language, "gsm8k", gsm8k)
+    rows = [{"name": name, "status": "measured"} for name in ("dying", "sound")] + [{"name": "absent", "status": "failed"}]
+    language.measure_gsm8k(rows, {name: SimpleNamespace(model=name, tokenizer=None) for name in ("dying", "sound")}, 3, None)
+    assert rows[0]["gsm8k"] is None and rows[0]["not_measured"] == {"gsm8k": "RuntimeError: out of memory"}
+    assert rows[1]["gsm8k"] == {"problems": 3} and "gsm8k" not in rows[2]
+
+
 def test_a_diverged_classifier_is_no_row_of_numbers(workspace, monkeypatch):
     row = {"name": "mine", "status": "measured", "directory": str(workspace / "models" / "student_distilled")}
     monkeypatch.setattr(classifiers, "predict_logits", lambda *given: predict_logits(*given) * torch.nan)

@@ -30,7 +30,23 @@ def positive_class(model: torch.nn.Module) -> int:
     names = {int(index): str(name).lower() for index, name in model.config.id2label.items()}
     if len(names) != 2:
         raise CompactMindError(f"it tells {len(names)} classes apart ({', '.join(names.values())}): SST-2 has two")
-    return 0 if names[0].startswith("pos") or names[1].startswith("neg") else 1
+    return 0 if names.get(0, "").startswith("pos") or names.get(1, "").startswith("neg") else 1
+
+
+def class_names(model: torch.nn.Module) -> list[str]:
+    """Return what a model calls its classes, in the order of its logits: negative and positive where that is what two of them mean.
+
+    Raises CompactMindError if its logits are not classes of which one is right.
+    """
+    config = model.config
+    if config.num_labels < 2 or config.problem_type == "multi_label_classification":
+        what = "one number" if config.num_labels < 2 else "labels of which several may be right"
+        raise CompactMindError(f"it gives {what} for a text, not one of several classes")
+    names = [str(config.id2label.get(index, f"LABEL_{index}")) for index in range(config.num_labels)]
+    if len(names) == 2 and all(name.lower().startswith(("pos", "neg", "label_")) for name in names):
+        positive = positive_class(model)
+        return ["positive" if index == positive else "negative" for index in range(2)]
+    return names
 
 
 def measure_classifiers(
