@@ -28,6 +28,7 @@ from compactmind.evaluation import classifiers, language
 from compactmind.evaluation.accuracy import predict_logits
 from compactmind.evaluation.cost import measure_generation, measure_latency
 from compactmind.report.documents import write_documents
+from compactmind.report.figures import latency, model_comparison, perplexity_against_size
 from compactmind.report.sentences import sentences, warnings
 from compactmind.report.tables import encoder_table
 
@@ -324,7 +325,7 @@ def test_a_language_model_is_compared_with_what_it_was_made_from_or_with_nothing
     assert "% of my-other" not in output and "] of my-other" in output  # the table says whose ratio it is
 
 
-def test_goals_and_figures_leave_out_what_has_another_parent(reported, tmp_path):
+def test_goals_and_figures_leave_out_what_has_another_parent(reported):
     folder, _, rows = reported
     report = helpers.read_json(folder / "results" / "final_report.json")
     goals = {goal["goal"]: goal for goal in report["goals"]}
@@ -333,14 +334,20 @@ def test_goals_and_figures_leave_out_what_has_another_parent(reported, tmp_path)
     assert rows["student_pruned"]["made_from"] == "student_finetuned"
     assert goals["pruned minus distilled accuracy"]["measured"] is None
     for name in ("llama_w8a8", "llama_pruned", "llama_searched", "my-other"):
-        assert f">{name}<" not in drawn(report, tmp_path)
-    assert ">llama_nf4<" in drawn(report, tmp_path)
+        assert f">{name}<" not in drawn(report)
+    assert ">llama_nf4<" in drawn(report)
 
 
-def drawn(report, folder) -> str:
+def test_a_row_without_a_bar_keeps_its_place_in_every_panel(reported):
+    report = helpers.read_json(reported[0] / "results" / "final_report.json")
+    rows = [name for name, row in reported[2].items() if row["status"] == "measured" and row["track"] == "encoder"]
+    for axes in model_comparison(report).axes:
+        bottom, top = axes.get_ylim()
+        assert [label.get_text() for label in axes.get_yticklabels()] == rows and bottom > len(rows) - 0.5 and top < -0.5
+
+
+def drawn(report) -> str:
     """Return the words of the speed-up figure and of perplexity against size, each between > and <."""
-    from compactmind.report.figures import latency, perplexity_against_size
-
     words = []
     for draw in (latency, perplexity_against_size):
         for axes in draw(report).axes:

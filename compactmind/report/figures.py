@@ -98,11 +98,10 @@ def model_comparison(report: dict[str, Any]) -> Figure | None:
         if title.startswith("test accuracy"):  # points: bars that do not start at zero would mislead
             axes.errorbar(values, list(rows), xerr=errors, fmt="none", **BAR)
             axes.scatter(values, list(rows), color=list(colours), s=70, zorder=3)
-            axes.margins(y=0.1)
             axes.grid(axis="x", alpha=0.3)
         else:
             axes.barh(list(rows), values, xerr=errors, color=list(colours), alpha=0.85, error_kw=BAR)
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.4, -0.6)  # from top to bottom, with room for a row without a bar
         axes.set_title(title, fontsize=11)
         ends = [value + error for value, error in zip(values, errors[1] if errors else [0] * len(values), strict=True)]
         for position, (value, end) in enumerate(zip(values, ends, strict=True)):
@@ -142,7 +141,7 @@ def latency(report: dict[str, Any]) -> Figure | None:
                     f"{value:.2f}", (value, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
                 )
         axes.set_yticks(range(len(values)), list(values))
-        axes.invert_yaxis()
+        axes.set_ylim(len(values) - 0.4, -0.6)
         axes.axvline(1, color="#333333", lw=0.8, ls=":")
         axes.margins(x=0.1)
         axes.set(xlabel=f"times as fast, {title}")

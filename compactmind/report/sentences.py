@@ -138,7 +138,7 @@ def warnings(report: dict[str, Any]) -> list[str]:
     """Return what could mislead a reader of the tables, each in one sentence."""
     encoders, languages = measured(report, "encoder"), measured(report, "llm")
     return [
-        *_failed(report),
+        *_without_numbers(report),
         *_without_reference(report, encoders),
         *_compared_with_nothing(report, languages),
         *_left_out(report, [*encoders.values(), *languages.values()]),
@@ -150,8 +150,8 @@ def warnings(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _failed(report: dict[str, Any]) -> list[str]:
-    return [f"{row['name']} failed: {row['error'].rstrip('.')}." for row in report["models"] if row["status"] == "failed"]
+def _without_numbers(report: dict[str, Any]) -> list[str]:
+    return [f"{row['name']} {row['status']}: {row['error'].rstrip('.')}." for row in report["models"] if "error" in row]
 
 
 def _without_reference(report: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:
