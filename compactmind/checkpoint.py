@@ -36,7 +36,14 @@ from transformers import (
 
 from compactmind import __version__
 from compactmind.errors import CompactMindError
-from compactmind.files import place_of, replace_directory, sha256_of, write_json_atomically, write_text_atomically
+from compactmind.files import (
+    place_of,
+    replace_directory,
+    sha256_of,
+    weight_files,
+    write_json_atomically,
+    write_text_atomically,
+)
 from compactmind.methods.llama import is_llama, llama_blocks, llama_shapes
 from compactmind.methods.pruning.encoder import layer_shapes
 from compactmind.methods.pruning.modeling_pruned_encoder import (
@@ -47,7 +54,7 @@ from compactmind.methods.pruning.modeling_pruned_llama import PrunedLlamaForCaus
 from compactmind.methods.quantization.packed_model import QUANTIZED_KINDS, load_quantized
 from compactmind.methods.quantization.w8a8_encoder import load_w8a8_encoder
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
-from compactmind.methods.quantization.w8a8_model import load_w8a8
+from compactmind.methods.quantization.w8a8_model import Int8Embedding, load_w8a8
 from compactmind.model_card import model_card
 
 MANIFEST = "manifest.json"
@@ -190,8 +197,7 @@ def identity_of(directory: Path) -> str:
     """Return what identifies the weights in a folder: `weights_fingerprint`, or a hash of the files of a foreign model."""
     if (directory / MANIFEST).is_file():
         return weights_fingerprint(directory)
-    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
-    return " ".join(sha256_of(file) for file in files)
+    return " ".join(sha256_of(file) for file in weight_files(directory))
 
 
 def is_up_to_date(directory: Path | str, stage: dict[str, Any], verify: bool = False) -> bool:
@@ -507,7 +513,9 @@ def load_any(directory: Path, device: str | torch.device = "cpu", verify: bool =
             raise CompactMindError(f"{directory} holds a {architecture}: only {' and '.join(FOREIGN)} can be measured")
         # a quantized one keeps the types its file has
         dtype = "auto" if getattr(config, "quantization_config", None) else torch.float32
-        model = auto.from_pretrained(directory, dtype=dtype)
+        model, report = auto.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+        if report["missing_keys"] and dtype != "auto":  # transformers would fill them with random numbers
+            raise CompactMindError(f"{directory} holds no {architecture}: its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
         tokenizer = AutoTokenizer.from_pretrained(directory)
         if verify and (bad := first_not_finite(model.state_dict().items())):
             raise ValueError(f"{bad} holds NaN or infinite numbers")
@@ -552,9 +560,9 @@ def _refuse_quantized(path: Path) -> None:
 
 
 def parameters_before_packing(model: torch.nn.Module) -> int:
-    """Count parameters as weights, not as storage: a 4-bit linear counts in_features x out_features (+ bias)."""
-    count = sum(parameter.numel() for parameter in model.parameters())
-    count += sum(module.weight.numel() for module in model.modules() if isinstance(module, W8A8Linear))
+    """Count parameters as weights, not as storage: a 4-bit linear counts in_features x out_features (+ bias), a tied table once."""
+    int8 = (module.weight for module in model.modules() if isinstance(module, (W8A8Linear, Int8Embedding)))
+    count = sum({(each.data_ptr(), each.shape): each.numel() for each in (*model.parameters(), *int8)}.values())
     for module in model.modules():
         if hasattr(module, "in_features") and getattr(module.weight, "quant_state", None) is not None:
             count += module.in_features * module.out_features - module.weight.numel()

@@ -338,12 +338,12 @@ class EncodedSentences:
         return said + (f"; at {enough} it would be 1%" if enough > self.max_length else "")
 
     def collate(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Return a batch padded to its longest row.
+        """Return a batch padded to its longest row, with zeros where the tokenizer has no padding token.
 
         `input_ids`, `attention_mask` (1 keep, 0 padding): (len(rows), longest); `labels`, `rows`: (len(rows),).
         """
-        ids = [torch.tensor(self.input_ids[row]) for row in rows]
-        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id)
+        ids = [torch.tensor(self.input_ids[row], dtype=torch.long) for row in rows]
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id or 0)
         lengths = torch.tensor([len(row) for row in ids])
         return {
             "input_ids": input_ids,

@@ -54,6 +54,33 @@ def _sha256_by_chunks(file) -> str:
     return digest.hexdigest()
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """Return the files that hold the weights of a Hugging Face folder, sorted: those that transformers would load, and no others.
+
+    A whole file goes before an index of shards, safetensors before pickles. What lies beside them (the same weights in another
+    format, adapters) does not count. Raises CompactMindError if there are none or if a shard of the index is missing.
+    """
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        if (directory / whole).is_file():
+            return [directory / whole]
+        index = directory / f"{whole}.index.json"
+        if not index.is_file():
+            continue
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [directory / name for name in names]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CompactMindError(f"{index} is no index of weight files ({error!r}): copy the folder again") from None
+        for file in files:
+            if not file.is_file():
+                raise CompactMindError(f"{index} names {file.name}, which is not there: copy the folder again")
+        return files
+    raise CompactMindError(
+        f"{directory} holds no weights (model.safetensors or pytorch_model.bin, whole or in shards with an index): "
+        "run `python download_model.py`, or give another folder"
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------ what can fail
 def require_free_space(directory: Path, needed_bytes: int) -> None:
     """Raise CompactMindError if the disk that holds `directory` has less than `needed_bytes` free."""

@@ -94,7 +94,8 @@ def _numbers(manifest: dict[str, Any], row: dict[str, Any] | None) -> list[str]:
             protocol = row["protocol"]
             on = f"{protocol['text']}, {protocol['windows']} windows of {protocol['seq_len']}"
             shown = {"perplexity": f"{row['perplexity']:.2f} [{low:.2f}, {high:.2f}] ({on})", **shown}
-            shown |= {f"{phase}, ms": times["median_ms"] for phase, times in row["generation"].items()}
+            shown |= {f"{phase}, ms": times["median_ms"] for phase, times in (row["generation"] or {}).items()}
+    shown = {name: value for name, value in shown.items() if value is not None}  # what could not be measured
     if not shown:
         return []
     cells = {name: value if isinstance(value, str) else f"{value:.4g}" for name, value in shown.items()}
