@@ -75,10 +75,10 @@ def weight_files(directory: Path) -> list[Path]:
             if not file.is_file():
                 raise CompactMindError(f"{index} names {file.name}, which is not there: copy the folder again")
         return files
-    raise CompactMindError(
-        f"{directory} holds no weights (model.safetensors or pytorch_model.bin, whole or in shards with an index): "
-        "run `python download_model.py`, or give another folder"
-    )
+    lacking = "weights (model.safetensors or pytorch_model.bin, whole or in shards with an index)"
+    if not (directory / "config.json").is_file():
+        lacking = "model (no config.json)"
+    raise CompactMindError(f"{directory} holds no {lacking}: run `python download_model.py`, or give another folder")
 
 
 # ------------------------------------------------------------------------------------------------------------ what can fail

@@ -197,7 +197,7 @@ def foreign(tmp_path_factory, tokenizer):
         ("classify.py", "regression", "it gives one number for a text"),
         ("classify.py", "several", "labels of which several may be right"),
         ("classify.py", "strange", "the model knows 20 of them"),
-        ("classify.py", "diverged", "logits are not numbers"),
+        ("classify.py", "diverged", "holds NaN or infinite numbers"),
         ("classify.py", "headless", "its weights lack classifier.bias, classifier.weight"),
         ("classify.py", "my-llama", "is no classifier but a LlamaForCausalLM: try generate.py"),
         ("classify.py", "odd", "could not be loaded"),
@@ -267,7 +267,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(folder):
         assert process.stdout.readline().endswith("\tgood\n")
         process.stdout.close()
         error = process.stderr.read()
-    assert process.returncode == 1 and error == ""
+    assert process.returncode == 1 and "Traceback" not in error and "BrokenPipeError" not in error
 
 
 @pytest.mark.parametrize(
