@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from compactmind.errors import CompactMindError
 
 
@@ -51,6 +53,34 @@ def explain_full_disk(target: Path) -> Iterator[None]:
                 f"the disk is full: {target} could not be written; what stood there before is unchanged. "
                 "Free some space and run the same command again."
             ) from error
+        raise
+
+
+@contextlib.contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to be written; on success it takes its place, on any error it vanishes.
+
+    A reader sees the old content or the new one, never a part. The name is this process's own, so that several may write at once (the
+    last one wins); what killed processes left is removed. Raises CompactMindError when the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.tmp-*"):
+        process = stale.name.rpartition(".tmp-")[2].partition("-")[0]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            stale.unlink(missing_ok=True)
+    with explain_full_disk(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.tmp-{os.getpid()}-")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        os.chmod(temporary, 0o644)
+        with explain_full_disk(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
         raise
 
 
