@@ -196,35 +196,3 @@ def test_a_checkpoint_with_a_tensor_missing_is_refused(finished, tmp_path):
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(Exception, match="weight_scale.*4_smoothquant_llama.py"):
         load_checkpoint(copy)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama_w8a8_naive", "llama_w8a8"])
-def test_compressed_tensors_reads_the_file(finished, name):
-    """With `pip install compressed-tensors==0.20.0`, which transformers uses to read such files without this project.
-
-    transformers 5.23 leaves the rotation of the file's `transform_config` to its caller. Their activations are rounded to
-    absmax / 127.5, ours to absmax / 127: two draws of the same noise, about 1% of a linear's output each.
-    """
-    transform = pytest.importorskip("compressed_tensors.transform")
-    directory = finished[0] / "models" / name
-    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    ours = load_checkpoint(directory).model
-    config = helpers.read_json(directory / "config.json")["quantization_config"].get("transform_config")
-    assert (config is not None) == (name == "llama_w8a8")
-    if config:
-        (scheme,) = config["config_groups"].values()
-        scheme["apply"] = [part for part in scheme["apply"] if part["location"] == "input"]  # the weights have been rotated
-        transform.apply_transform_config(theirs, transform.TransformConfig(**config))
-    assert not any(isinstance(module, W8A8Linear) for module in theirs.modules())
-    dense = AutoModelForCausalLM.from_pretrained(finished[0] / "their_llama", dtype=torch.float32)
-    noise = (logits_of(ours) - logits_of(dense)).norm()
-    assert (logits_of(theirs) - logits_of(ours)).norm() < 1.5 * noise
-    for path, linear in ours.named_modules():
-        if isinstance(linear, W8A8Linear):
-            their_linear, x = theirs.get_submodule(path), torch.randn(64, linear.in_features)
-            assert torch.allclose(
-                their_linear.weight, linear.weight * linear.weight_scale
-            )  # unpacked by the first forward pass
-            with torch.no_grad():
-                assert (their_linear(x) - linear(x)).norm() < 0.02 * linear(x).norm()

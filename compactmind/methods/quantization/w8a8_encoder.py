@@ -23,6 +23,7 @@ from compactmind.methods.quantization.packed_model import (
     HalfEmbedding,
     embedding_tables,
     linears_to_quantize,
+    require_quantizable,
     uninitialized_model,
 )
 from compactmind.methods.quantization.w8a8_block import joined
@@ -115,8 +116,9 @@ def fuse_encoder(model: PreTrainedModel) -> None:
 def quantize_encoder(model: PreTrainedModel, half_precision_embeddings: bool = True) -> dict[str, Any]:
     """Make, in place, every linear of the blocks W8A8, a scale per token and per output channel; heads stay in full precision.
 
-    Returns the description a loader and a manifest need.
+    Returns the description a loader and a manifest need. Raises CompactMindError, see `require_finite`, before anything is changed.
     """
+    require_quantizable(model, half_precision_embeddings)
     for name, linear in linears_to_quantize(model):
         model.set_submodule(name, W8A8Linear.from_linear(linear))
     if half_precision_embeddings:

@@ -112,7 +112,7 @@ class W8A8Linear(nn.Module):
     """y = x W^T + b in int8, see the top of this file. Takes and returns float32, bfloat16 or float16; no gradients.
 
     Buffers, as the compressed-tensors format names them: `weight` int8 (out, in), `weight_scale` float32 (out, 1), and with
-    per_tensor_static `input_scale` float32 (1, 1). `rotation` is the size of the Hadamard blocks that the input is multiplied by, 0
+    per_tensor_static `input_scale` float32 (1,). `rotation` is the size of the Hadamard blocks that the input is multiplied by, 0
     for none. Raises ValueError on an unknown granularity of the activations.
     """
 
@@ -126,7 +126,7 @@ class W8A8Linear(nn.Module):
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
         self.register_buffer("weight_scale", torch.ones(out_features, 1, device=device))
         self.register_buffer(
-            "input_scale", torch.ones(1, 1, device=device) if activations == "per_tensor_static" else None
+            "input_scale", torch.ones(1, device=device) if activations == "per_tensor_static" else None
         )  # fmt: skip
         self.hadamard_input = InputRotation(rotation, device) if rotation else None
         self.bias = nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False) if bias else None
