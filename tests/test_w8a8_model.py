@@ -140,6 +140,17 @@ def test_compressed_tensors_reads_the_file(tmp_path, statistics, activations, em
                 assert (theirs.get_submodule(path)(x) - module(x)).norm() < 0.02 * module(x).norm(), path
 
 
+@pytest.mark.parametrize("activations", ["per_token", "per_tensor_static"])
+@pytest.mark.parametrize("rotations", [("o",), ("o", "down")], ids=" ".join)
+def test_the_card_says_who_reads_the_file(tmp_path, statistics, rotations, activations):
+    save(tmp_path / "m", release(True), statistics[True], rotations=rotations, activations=activations)
+    card = (tmp_path / "m" / "README.md").read_text()
+    running = "down" in rotations and activations == "per_token"
+    assert ("transform_config" in helpers.read_json(tmp_path / "m" / "config.json")["quantization_config"]) == running
+    assert ("the inputs of down are rotated" in card and "its logits are wrong" in card) == running
+    assert ("With transformers and compressed-tensors:" in card and "AutoModelForCausalLM.from_pretrained" in card) != running
+
+
 # ------------------------------------------------------------------------------------------- what is refused, what is undone
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from compactmind.methods.llama import LINEARS, LlamaBlock, llama_blocks
 from compactmind.methods.quantization.calibration import SITES, InputStatistics, calibrate, readers_of
+from compactmind.methods.quantization.compressed_tensors import quantization_config
 from compactmind.methods.quantization.packed_model import require_finite
 from compactmind.methods.quantization.rotation import (
     FOLDED_SITE,
@@ -44,12 +45,6 @@ EMBEDDINGS = ("as_released", "int8")
 SITE_OF = {linear: site for site, readers in SITES.items() for linear in readers}
 TRANSFORM = "hadamard"
 """Name of the rotation in the files: compressed-tensors expects its matrix as <linear>.<name>_input.weight."""
-COMPRESSED_ACTIVATIONS = {
-    "per_token": {"strategy": "token", "dynamic": True},
-    "per_tensor": {"strategy": "tensor", "dynamic": True},
-    "per_tensor_static": {"strategy": "tensor", "dynamic": False},
-}
-"""Our names of the activations' granularity -> how compressed-tensors says it."""
 
 
 @dataclass(frozen=True)
@@ -268,27 +263,12 @@ def _quantize_embeddings(model: PreTrainedModel, activations: str) -> None:
 
 def compressed_tensors_config(description: dict[str, Any]) -> dict[str, Any]:
     """Return the `quantization_config` with which compressed-tensors reads the file."""
-    int8 = {"num_bits": 8, "type": "int", "symmetric": True}
     activations = description["granularity"]["activations"]
-
-    def group(target: str, activations: str | None) -> dict[str, Any]:
-        return {
-            "targets": [target],
-            "weights": {**int8, "strategy": "channel", "dynamic": False},
-            "input_activations": {**int8, **COMPRESSED_ACTIVATIONS[activations]} if activations else None,
-            "format": "int-quantized",  # of weights alone it would be taken for packed
-        }
-
-    groups, small_tables = {"group_0": group("Linear", activations)}, description["embeddings"] == "int8"
-    if small_tables:  # the name of the head counts for more than its type
-        groups |= {"head": group("re:.*lm_head$", dynamic(activations)), "embeddings": group("Embedding", None)}
-    config = {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": [] if small_tables else ["lm_head"],
-    }
+    groups: dict[str, tuple[str, str | None]] = {"group_0": ("Linear", activations)}
+    small_tables = description["embeddings"] == "int8"
+    if small_tables:
+        groups |= {"head": ("re:.*lm_head$", dynamic(activations)), "embeddings": ("Embedding", None)}
+    config = quantization_config(groups, ignore=[] if small_tables else ["lm_head"])
     running = {site: size for site, size in description["rotations"].items() if site != FOLDED_SITE}
     if running:
         where = {"targets": [f"re:.*{LINEARS[field]}$" for site in running for field in SITES[site]], "ignore": []}
