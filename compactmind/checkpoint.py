@@ -12,6 +12,7 @@ import logging
 import platform
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,9 @@ def save_checkpoint(
     data_fingerprint: str | None = None,
     extra: dict[str, Any] | None = None,
     dtype: str = "float32",
+    check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a checkpoint, replacing an older one only when the new one is whole.
+    """Write a checkpoint, replacing an older one only when the new one is whole and `check`, given its directory, raises nothing.
 
     `stage` records script, config and input fingerprints (`is_up_to_date` compares it); `history` becomes
     training_history.json; `extra` adds keys to the manifest; `dtype` is what the configuration says the model computes in.
@@ -212,6 +214,8 @@ def save_checkpoint(
         }
         write_json_atomically(temporary / MANIFEST, manifest)
         write_text_atomically(temporary / CARD, model_card(directory.name, manifest))  # no part of `files`: a report adds to it
+        if check:
+            check(temporary)
 
 
 def bytes_to_save(model: PreTrainedModel) -> int:
