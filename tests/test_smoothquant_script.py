@@ -9,9 +9,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from compactmind.checkpoint import load_checkpoint, read_manifest
+from compactmind.errors import CompactMindError
+from compactmind.evaluation import language
 from compactmind.methods.quantization.w8a8_block import W8A8Block
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 from compactmind.methods.quantization.w8a8_model import Int8Embedding
+from compactmind.report import figures
 
 OUTPUTS = ("llama_w8a8", "llama_w8a8_naive", "llama_nf4")
 
@@ -113,6 +116,52 @@ def test_a_second_run_has_nothing_to_do(finished, run_here):
     status, output = run_here("--save_smoothed", True, cwd=folder)
     assert status == 0 and output.count("up to date") == 4
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_plot_that_fails_loses_no_model_and_no_number(tmp_path, run_here, monkeypatch):
+    helpers.add_text(tmp_path)
+    make_source(tmp_path)
+
+    def fail(figure, path):
+        raise OSError("no fonts")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(figures, "save_figure", fail)
+        with pytest.raises(OSError, match="no fonts"):
+            run_here("--alpha_grid", "0.5")
+    report = helpers.read_json(tmp_path / "results" / "smoothquant.json")
+    assert [row["name"] for row in report["models"]] == ["their_llama", *OUTPUTS]
+    before = {name: read_manifest(tmp_path / "models" / name) for name in OUTPUTS}
+    status, output = run_here("--alpha_grid", "0.5")
+    assert status == 0 and output.count("up to date") == 3, output
+    assert {name: read_manifest(tmp_path / "models" / name) for name in OUTPUTS} == before
+    assert (tmp_path / "results" / "smoothquant.png").is_file()
+    assert helpers.read_json(tmp_path / "results" / "smoothquant.json") == report
+
+
+def test_a_measurement_that_fails_loses_no_model_and_leaves_no_numbers_of_others(tmp_path, run_here, monkeypatch):
+    helpers.add_text(tmp_path)
+    make_source(tmp_path)
+    assert run_here("--alpha_grid", "0.5")[0] == 0
+    old = helpers.read_json(tmp_path / "results" / "smoothquant.json")
+
+    def fail(*_):
+        raise CompactMindError("not today")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(language, "kernel_of", fail)
+        status, output = run_here("--alpha", "0.9", "--alpha_grid", "0.5")
+        assert status == 1 and "not today" in output
+    made = read_manifest(tmp_path / "models" / "llama_w8a8")
+    assert made["quantization"]["alpha"] == 0.9
+    status, output = run_here("--alpha", "0.9", "--alpha_grid", "0.5")
+    assert status == 0 and output.count("up to date") == 3
+    assert read_manifest(tmp_path / "models" / "llama_w8a8") == made
+    new = helpers.read_json(tmp_path / "results" / "smoothquant.json")
+    before, after = ({row["name"]: row["perplexity"] for row in report["models"]} for report in (old, new))
+    assert {name for name in before if before[name] != after[name]} == {"llama_w8a8"}
+    status, output = run_here("--alpha", "0.9", "--alpha_grid", "0.5", "--eval_windows", "2")
+    assert status == 0 and helpers.read_json(tmp_path / "results" / "smoothquant.json")["protocol"]["windows"] == 2
 
 
 def test_one_alpha_for_all_is_the_best_of_the_table(tmp_path, run_here):
