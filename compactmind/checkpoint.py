@@ -15,7 +15,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -358,8 +358,9 @@ def save_checkpoint(
     extra: dict[str, Any] | None = None,
     dtype: str = "float32",
     beside: Path | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a checkpoint, replacing an older one only when the new one is whole.
+    """Write a checkpoint, replacing an older one only when the new one is whole and `check`, given its directory, raises nothing.
 
     `stage` records script, config, input fingerprints and code (`is_up_to_date` compares it); `history` becomes
     training_history.json; `extra` adds keys to the manifest; `dtype` is what the configuration says the model computes in; `beside` is the
@@ -417,6 +418,8 @@ def save_checkpoint(
         }
         write_json_atomically(temporary / MANIFEST, manifest)
         write_text_atomically(temporary / CARD, model_card(directory.name, manifest))  # no part of `files`: a report adds to it
+        if check:
+            check(temporary)
 
 
 def _copy_what_travels(source: Path | None, target: Path, model: PreTrainedModel) -> None:
