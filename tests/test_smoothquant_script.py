@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 from compactmind.checkpoint import load_checkpoint, read_manifest
 from compactmind.errors import CompactMindError
 from compactmind.evaluation import language
+from compactmind.files import sha256_of
 from compactmind.methods.quantization.w8a8_block import W8A8Block
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 from compactmind.methods.quantization.w8a8_model import Int8Embedding
@@ -238,7 +239,8 @@ def test_a_checkpoint_with_a_tensor_missing_is_refused(finished, tmp_path):
     state.pop("model.layers.0.mlp.down_proj.weight_scale")
     save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["files"]["model.safetensors"]["bytes"] = (copy / "model.safetensors").stat().st_size
+    path = copy / "model.safetensors"
+    manifest["files"]["model.safetensors"] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(Exception, match="weight_scale.*4_smoothquant_llama.py"):
         load_checkpoint(copy)
