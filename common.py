@@ -516,9 +516,9 @@ def run_stage(main, config: StageConfig) -> None:
         main(config)
     except CompactMindError as error:
         raise SystemExit(f"error: {error}") from None
-    except OSError as error:
-        if reason := why_unwritable(error):
-            raise SystemExit(f"error: {error.filename or 'a file'} could not be written: {reason}") from None
+    except Exception as error:
+        if reason := why_unwritable(error):  # a plot, a database: whatever does not say it better
+            raise SystemExit(f"error: {reason}: {getattr(error, 'filename', None) or 'a file'} could not be written") from None
         raise
     except KeyboardInterrupt:
         raise SystemExit(
