@@ -71,7 +71,7 @@ class SearchProgress:
             found = f"{measured['perplexity']:>9.3f} {measured['compression_ratio']:>5.2f}x"
             found += "" if measured["compression_ratio"] >= self.target else " too large"
         else:
-            found = f"{trial.state.name.lower()}: {trial.user_attrs.get('reason', '')[:70]}"
+            found = f"{trial.state.name.lower()}: {(trial.user_attrs.get('reason') or '')[:70]}"
         so_far = f"best {best[0].user_attrs['measured']['perplexity']:.3f} (trial {best[0].number})" if best else "best -"
         print(
             f"trial {trial.number:>3} ({done}/{self.n_trials}) {SEPARATOR.join(methods_of(trial)):<34}{found:<28} "
