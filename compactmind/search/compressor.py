@@ -145,8 +145,8 @@ def run_pipeline(
         kind = step.method.result or kind
         if step.method.kind == "quantize":
             quantization = description
-        elif step.method.kind != "smooth":
-            _round(model, resources.released)
+        if step.method.kind != "smooth":  # what is smoothed waits for the next step: rounding it would be a loss of its own
+            _round(model, kind, resources.released)
         seconds = time.perf_counter() - started
         row, measured = {**step.described(), "done": description, "seconds": seconds}, measure.of(model)
         rows.append(row | measured)
@@ -195,10 +195,11 @@ def interaction(steps: Sequence[Step], resources: Resources, measure: Measure, r
     return (whole - dense) - ((before - dense) + (alone - dense))
 
 
-def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give, in place, every weight a value that `dtype` holds: what is measured is what a file in that dtype will be."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+def _round(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
+    """Give, in place, every weight the value that the file will hold: what is measured is what is saved."""
+    for name, parameter in model.named_parameters():
+        if _stored_in_half(kind, name, parameter):
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
 def _stored_in_half(kind: str, name: str, parameter: torch.Tensor) -> bool:
