@@ -2,7 +2,7 @@
 
 Paper: Hinton et al. 2015 (soft targets), Sanh et al. 2019 (DistilBERT: alternate teacher layers as a start).
 Run:   python 1_distill.py                      (after python download_model.py; every setting: --help)
-       accelerate launch 1_distill.py           (several GPUs)
+       accelerate launch --mixed_precision bf16 1_distill.py    (several GPUs)
 Reads: models/teacher_base, models/student_base if there is one, sst2_data/{train,validation}.jsonl
 Writes: models/teacher            the teacher, fine-tuned on the labels
         models/student_finetuned  the student trained on the labels alone: the control
@@ -12,17 +12,34 @@ Time:  about 5 minutes on 2 CPU cores (embedded profile). A killed run goes on a
 
 import math
 import time
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import AutoTokenizer, BertForSequenceClassification, DistilBertForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    BertForSequenceClassification,
+    DistilBertForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from common import PROFILE, DistillConfig, parse_command_line, run_stage
-from compactmind.checkpoint import is_up_to_date, load_checkpoint, read_manifest, save_checkpoint, weights_fingerprint
+from compactmind.checkpoint import (
+    check_outputs,
+    check_tokenizer,
+    first_not_finite,
+    is_up_to_date,
+    load_checkpoint,
+    read_manifest,
+    save_checkpoint,
+    weights_fingerprint,
+)
+from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.accuracy import accuracy_of, predict_logits, standard_error
+from compactmind.evaluation.accuracy import accuracy_of, standard_error
 from compactmind.methods.distillation.schedules import linear_anneal
 from compactmind.methods.distillation.soft_targets import distillation_loss, hidden_state_loss
 from compactmind.methods.distillation.student import alternate_layers, matching_layers, student_from_teacher
@@ -32,12 +49,18 @@ from compactmind.training import (
     Progress,
     TrainingState,
     WeightAverage,
+    accelerator_record,
     cpu_copy,
     freeze_word_embeddings,
     linear_decay_with_warmup,
     make_accelerator,
     make_optimizer,
+    mean_loss,
+    only_writer,
+    prepare_for_training,
     set_dropout,
+    validation_logits,
+    warn_of_chance,
 )
 
 # ------------------------------------------------------------------------------------------------------------ constants
@@ -60,6 +83,7 @@ def train(
     *,
     epochs: int,
     lr: float,
+    lr_name: str,
     parent: str,
     teacher_logits: torch.Tensor | None = None,
     teacher: torch.nn.Module | None = None,
@@ -69,6 +93,7 @@ def train(
 
     Not worse: validation accuracy within one standard error. Weights trained at a falling rate are better the lower it is, and
     the validation sentences are too few to see differences below that.
+    A loss or a validation logit that is not finite ends the run with a CompactMindError that names `lr_name`, the setting `lr` is from.
     With `teacher_logits` (one row per training sentence) the loss is distillation; `teacher` and `layer_map` are needed
     for the hidden-state loss only.
     """
@@ -89,27 +114,30 @@ def train(
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(saved["scaler"])
         history, kept = saved["history"], saved["kept"]
         accelerator.print(f"{name}: going on after epoch {len(history)} of {epochs}")
-    model, optimizer = accelerator.prepare(model, optimizer)
-    plain = accelerator.unwrap_model(model)
-    average = WeightAverage(plain, decay=1 - 1 / max(1, config.average_share * total_steps))
+    wrapped, optimizer = prepare_for_training(accelerator, model, optimizer)
+    average = WeightAverage(model, decay=1 - 1 / max(1, config.average_share * total_steps))
     if saved:
         average.load_state_dict(saved["average"])
 
     progress = Progress(name, total_steps, config.log_every, len(history) * steps_per_epoch, accelerator.is_main_process)
     for epoch in range(len(history) + 1, epochs + 1):
         started, losses = time.perf_counter(), []
-        set_seed(config.seed + epoch)  # batch order and dropout depend on the epoch alone: a resumed run is the same run
-        batches = accelerator.prepare(train_set.training_batches(config.batch_size, seed=config.seed + epoch))
-        model.train()
+        first_step, reason = progress.step + 1, (f"{name}, epoch {epoch}", f"{lr_name} {lr:g}")
+        set_seed(config.seed + epoch, device_specific=True)  # a resumed run is the same run: only the epoch decides
+        loader = train_set.training_batches(config.batch_size, config.seed + epoch, accelerator.num_processes)
+        batches = accelerator.prepare(loader)
+        wrapped.train()
         for batch in batches:
             fraction = progress.step / total_steps
             temperature = linear_anneal(config.temperature_start, config.temperature_end, fraction)
             alpha = linear_anneal(config.alpha_start, config.alpha_end, fraction)
             inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
             with accelerator.autocast():
-                output = model(**inputs, output_hidden_states=use_hidden_loss)
+                output = wrapped(**inputs, output_hidden_states=use_hidden_loss)
                 targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
                 loss = distillation_loss(output.logits.float(), targets, batch["labels"], temperature, alpha)
                 if use_hidden_loss:
@@ -123,20 +151,24 @@ def train(
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            average.update(plain)
+            average.update(model)
             losses.append(loss.detach())
-            progress.update(losses[-1].item(), scheduler.get_last_lr()[0], len(batch["labels"]) * accelerator.num_processes)
+            progress.update(losses[-1], scheduler.get_last_lr()[0], len(batch["labels"]) * accelerator.num_processes)
+            if progress.step % config.log_every == 0:
+                mean_loss(losses, accelerator, first_step, *reason)
 
-        with average.applied_to(plain):
-            accuracy = accuracy_of(predict_logits(plain, validation, config.eval_batch_size), validation.labels)
+        epoch_loss = mean_loss(losses, accelerator, first_step, *reason)
+        with average.applied_to(model):
+            logits = validation_logits(model, validation, config.eval_batch_size, accelerator, *reason)
+            accuracy = accuracy_of(logits, validation.labels)
             best = max([accuracy, *(row["accuracy"] for row in history)])
             if accuracy >= best - standard_error(best, len(validation)):
-                kept = {"accuracy": accuracy, "epoch": epoch, "weights": cpu_copy(plain.state_dict())}
+                kept = {"accuracy": accuracy, "epoch": epoch, "weights": cpu_copy(model.state_dict())}
         history.append(
             {
                 "epoch": epoch,
                 "phase": "distill" if teacher_logits is not None else "finetune",
-                "loss": torch.stack(losses).mean().item(),
+                "loss": epoch_loss,
                 "accuracy": accuracy,
                 "sparsity": 0.0,
                 "lr": scheduler.get_last_lr()[0],
@@ -151,53 +183,76 @@ def train(
         )
         if accelerator.is_main_process:
             resume.save(
-                model=plain.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict(),
+                model=model.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict(),
                 scheduler=scheduler.state_dict(), history=history, kept=kept,
+                scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
             )  # fmt: skip
     progress.close()
 
-    plain.load_state_dict(kept["weights"])
-    read_all_tokens(plain)
+    model.load_state_dict(kept["weights"])
+    read_all_tokens(model)
     if accelerator.is_main_process:
         save_checkpoint(
-            directory, plain, tokenizer, kind="dense", parent=parent, stage=stage, history=history,
+            directory, model, tokenizer, kind="dense", parent=parent, stage=stage, history=history,
             metrics={"validation_accuracy": kept["accuracy"], "kept_epoch": kept["epoch"]},
-            data_fingerprint=data_fingerprint(config.data_dir),
+            data_fingerprint=data_fingerprint(config.data_dir), beside=config.models_dir / parent,
         )  # fmt: skip
         resume.clear()
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     accelerator.print(f"{name}: saved to {directory} (validation accuracy {kept['accuracy']:.2%}, epoch {kept['epoch']})")
+    warn_of_chance(name, kept["accuracy"], validation.labels, accelerator)
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
 def check(config: DistillConfig) -> None:
-    """Raise CompactMindError on a setting that makes no sense, before anything is loaded."""
-    for name in ("teacher_epochs", "student_epochs", "student_layers", "batch_size", "eval_batch_size", "max_length"):
-        if getattr(config, name) < 1:
-            raise CompactMindError(f"{name} {getattr(config, name)} is not at least 1: for example --{name} 4")
-    for name in ("temperature_start", "temperature_end", "teacher_lr", "student_lr"):
-        if not getattr(config, name) > 0:
-            raise CompactMindError(f"{name} {getattr(config, name)} is not above 0")
-    for name in ("teacher_dropout", "student_dropout"):
-        if not 0 <= getattr(config, name) < 1:
-            raise CompactMindError(f"{name} {getattr(config, name)} is not in [0, 1): for example --{name} 0.1")
-    for name in ("alpha_start", "alpha_end", "average_share"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise CompactMindError(f"{name} {getattr(config, name)} is not in [0, 1]: for example --{name} 0.5")
+    """Raise CompactMindError where one setting switches off what another one asks for."""
+    distilled = "student_distilled" in config.students
+    if config.hidden_loss_weight > 0 and not distilled:
+        raise CompactMindError(
+            f"hidden_loss_weight {config.hidden_loss_weight} is for student_distilled, which is not among students "
+            f"{', '.join(config.students)}: add it, or use --hidden_loss_weight 0"
+        )
+    if distilled and config.alpha_start == config.alpha_end == config.hidden_loss_weight == 0:
+        raise CompactMindError(
+            "student_distilled would learn nothing from its teacher with alpha_start 0, alpha_end 0 and hidden_loss_weight 0: "
+            "raise one of them, or use --students student_finetuned"
+        )
+
+
+def with_new_head(model_class: type[PreTrainedModel], directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a pretrained encoder in float32 with a new head for LABELS, and its tokenizer. Raises CompactMindError if it does not fit."""
+    architecture, expected = read_manifest(directory, verify=True)["architecture"], model_class.__name__.partition("For")[0]
+    if not architecture.startswith(expected):
+        raise CompactMindError(f"{directory} holds a {architecture}, expected a {expected}: run `python download_model.py`")
+    model = model_class.from_pretrained(
+        directory, num_labels=len(LABELS), id2label=LABELS, label2id={v: k for k, v in LABELS.items()}, dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if bad := first_not_finite(model.state_dict().items()):
+        raise CompactMindError(f"{directory}: {bad} holds NaN or infinite numbers: run `python download_model.py --force True`")
+    check_tokenizer(model, tokenizer, directory, padding=True)
+    return model, tokenizer
 
 
 def main(config: DistillConfig) -> None:
     check(config)
     accelerator = make_accelerator()
     models = config.models_dir
+    bases = [models / name for name in ("teacher_base", "student_base") if (models / name).exists()]
+    check_outputs([models / name for name in ("teacher", *config.students)], "1_distill.py", bases, models)
+    available = read_manifest(models / "teacher_base")["layers"]
+    if len(bases) < 2 and config.student_layers > len(available):
+        raise CompactMindError(f"student_layers {config.student_layers} is more than the teacher has: 1 to {len(available)}")
 
     # What each output depends on: if none of it changed, the output is up to date.
     shared = config.relevant("profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio",
                              "average_share")  # fmt: skip
+    shared |= accelerator_record(accelerator, config.batch_size)
     shared["data"] = data_fingerprint(config.data_dir)
+    made_by = {"script": "1_distill.py", "code": code_version(__file__)}
     teacher_stage = {
-        "script": "1_distill.py",
+        **made_by,
         "config": {**shared, **config.relevant("teacher_epochs", "teacher_lr", "teacher_dropout")},
         "inputs": {"teacher_base": weights_fingerprint(models / "teacher_base")},
     }
@@ -208,21 +263,19 @@ def main(config: DistillConfig) -> None:
             for split in ("train", "validation"):
                 splits[split] = EncodedSentences(tokenizer, load_split(config.data_dir, split), config.max_length)
             accelerator.print(", ".join(f"{len(part)} {split} sentences" for split, part in splits.items()))
+            accelerator.print(f"train: {splits['train'].describe_cut()}")
         return splits
 
     # ---- teacher
-    if config.force or not is_up_to_date(models / "teacher", teacher_stage):
-        set_seed(config.seed)
-        tokenizer = AutoTokenizer.from_pretrained(models / "teacher_base")
-        model = BertForSequenceClassification.from_pretrained(
-            models / "teacher_base", num_labels=len(LABELS), id2label=LABELS, label2id={v: k for k, v in LABELS.items()},
-            dtype=torch.float32,
-        )  # fmt: skip
-        set_dropout(model, config.teacher_dropout)
-        train("teacher", model, tokenizer, load_splits(tokenizer), config, accelerator, teacher_stage,
-              epochs=config.teacher_epochs, lr=config.teacher_lr, parent="teacher_base")  # fmt: skip
-    else:
-        accelerator.print(f"{models / 'teacher'} is up to date: skipped (--force True trains it again)")
+    with only_writer(models / "teacher", accelerator):
+        if config.force or not is_up_to_date(models / "teacher", teacher_stage, config.verify):
+            set_seed(config.seed)
+            model, tokenizer = with_new_head(BertForSequenceClassification, models / "teacher_base")
+            set_dropout(model, config.teacher_dropout)
+            train("teacher", model, tokenizer, load_splits(tokenizer), config, accelerator, teacher_stage,
+                  epochs=config.teacher_epochs, lr=config.teacher_lr, lr_name="teacher_lr", parent="teacher_base")  # fmt: skip
+        else:
+            accelerator.print(f"{models / 'teacher'} is up to date: skipped (--force True trains it again)")
 
     # ---- students
     student_config = {**shared, **config.relevant("student_epochs", "student_lr", "student_dropout", "freeze_word_embeddings")}
@@ -233,28 +286,22 @@ def main(config: DistillConfig) -> None:
         student_config["student_layers"] = config.student_layers
     distill_config = config.relevant("temperature_start", "temperature_end", "alpha_start", "alpha_end", "hidden_loss_weight")
     stages = {
-        "student_finetuned": {"script": "1_distill.py", "config": student_config, "inputs": inputs},
-        "student_distilled": {"script": "1_distill.py", "config": {**student_config, **distill_config}, "inputs": inputs},
+        "student_finetuned": {**made_by, "config": student_config, "inputs": inputs},
+        "student_distilled": {**made_by, "config": {**student_config, **distill_config}, "inputs": inputs},
     }
-    for name in config.students:
+
+    def train_student(name: str) -> None:
         stage = stages[name]
-        if not config.force and is_up_to_date(models / name, stage):
+        if not config.force and is_up_to_date(models / name, stage, config.verify):
             accelerator.print(f"{models / name} is up to date: skipped (--force True trains it again)")
-            continue
+            return
         teacher = load_checkpoint(models / "teacher", accelerator.device)
         teacher_layers = teacher.model.config.num_hidden_layers
         set_seed(config.seed)
         if "student_base" in inputs:
-            student = DistilBertForSequenceClassification.from_pretrained(
-                models / "student_base", num_labels=len(LABELS), id2label=LABELS,
-                label2id={v: k for k, v in LABELS.items()}, dtype=torch.float32,
-            )  # fmt: skip
+            student, _ = with_new_head(DistilBertForSequenceClassification, models / "student_base")
             layer_map = alternate_layers(teacher_layers, student.config.n_layers)
         else:
-            if config.student_layers > teacher_layers:
-                raise CompactMindError(
-                    f"student_layers {config.student_layers} is more than the teacher has: 1 to {teacher_layers}"
-                )
             layer_map = alternate_layers(teacher_layers, config.student_layers)
             student = student_from_teacher(teacher.model, layer_map).to(accelerator.device)
         if config.hidden_loss_weight > 0 and student.config.hidden_size != teacher.model.config.hidden_size:
@@ -269,12 +316,17 @@ def main(config: DistillConfig) -> None:
         distilled = name == "student_distilled"
         train(
             name, student, teacher.tokenizer, data, config, accelerator, stage,
-            epochs=config.student_epochs, lr=config.student_lr, parent="student_base" if "student_base" in inputs else "teacher",
+            epochs=config.student_epochs, lr=config.student_lr, lr_name="student_lr",
+            parent="student_base" if "student_base" in inputs else "teacher",
             teacher_logits=cached_teacher_logits(models / "teacher", teacher.model, data["train"], config.eval_batch_size,
                                                  config.models_dir, accelerator) if distilled else None,
             teacher=teacher.model if distilled else None,
             layer_map=matching_layers(teacher_layers, layer_map),
         )  # fmt: skip
+
+    for name in config.students:
+        with only_writer(models / name, accelerator):
+            train_student(name)
 
     if all(name in config.students for name in stages):
         control, distilled = (read_manifest(models / name)["metrics"]["validation_accuracy"] for name in stages)

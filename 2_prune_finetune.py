@@ -2,6 +2,7 @@
 
 Paper: Zhu & Gupta 2017 (cubic schedule), Michel et al. 2019 and Molchanov et al. 2019 (first-order importance).
 Run:   python 2_prune_finetune.py               (after python 1_distill.py; every setting: --help)
+       accelerate launch --mixed_precision bf16 2_prune_finetune.py    (several GPUs)
        python 2_prune_finetune.py --criterion l2 --target_sparsity 0.5 --output_dir student_l2_50    (side by side)
 Reads: models/student_distilled, models/teacher (its logits, cached), sst2_data/{train,validation}.jsonl
 Writes: models/student_pruned with training_history.json, results/student_pruned_history.png
@@ -9,21 +10,31 @@ Time:  about 2 minutes on 2 CPU cores (embedded profile). A killed run goes on a
 
 Phases, epoch by epoch: warm-up (all structures) -> pruning (every `prune_every` steps the least important structures are
 masked; masks are enforced after every step) -> recovery. The masked model is compacted as soon as its last structure is
-chosen: the same function, checked here to 1e-5 on the logits, so recovery already trains at the small model's speed.
+chosen: the same function, checked here to 1e-5 of the largest logit or of 1, so recovery already trains at the small model's
+speed.
 """
 
 import datetime
 import math
-import re
 import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from common import PROFILE, PruneConfig, parse_command_line, run_stage
-from compactmind.checkpoint import MADE_BY, is_up_to_date, load_checkpoint, save_checkpoint, weights_fingerprint
+from compactmind.checkpoint import (
+    check_outputs,
+    check_parent,
+    check_tokenizer,
+    is_up_to_date,
+    load_checkpoint,
+    save_checkpoint,
+    weights_fingerprint,
+)
+from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import accuracy_of, predict_logits
@@ -31,7 +42,7 @@ from compactmind.methods.distillation.soft_targets import distillation_loss
 from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only
 from compactmind.methods.pruning.encoder import layer_shapes
-from compactmind.methods.pruning.importance import CRITERIA, ImportanceScorer, LayerScores, prunable_parameters
+from compactmind.methods.pruning.importance import ImportanceScorer, LayerScores, prunable_parameters
 from compactmind.methods.pruning.masks import LayerMask, apply_masks, choose_masks, compact, full_masks, sparsity_of
 from compactmind.methods.pruning.schedule import cubic_sparsity
 from compactmind.report.figures import save_figure
@@ -39,12 +50,18 @@ from compactmind.training import (
     Progress,
     TrainingState,
     WeightAverage,
+    accelerator_record,
     cpu_copy,
     freeze_word_embeddings,
     linear_decay_with_warmup,
     make_accelerator,
     make_optimizer,
+    mean_loss,
+    only_writer,
+    prepare_for_training,
     set_dropout,
+    validation_logits,
+    warn_of_chance,
 )
 
 # ------------------------------------------------------------------------------------------------------------ constants
@@ -52,39 +69,16 @@ from compactmind.training import (
 CONFIG = PruneConfig.for_profile(PROFILE)
 
 COMPACTION_TOLERANCE = 1e-5
-"""Largest allowed difference of any logit between the masked and the compacted model."""
+"""Largest allowed difference of any logit between the masked and the compacted model, as a share of the largest logit or of 1."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- checks
 def check(config: PruneConfig) -> None:
-    """Raise CompactMindError on a setting that makes no sense, before anything is loaded."""
-    if config.criterion not in CRITERIA:
-        raise CompactMindError(f"unknown criterion {config.criterion!r}: choose one of {', '.join(CRITERIA)}")
-    if not 0 <= config.target_sparsity < 1:
-        raise CompactMindError(f"target_sparsity {config.target_sparsity} is not in [0, 1): for example --target_sparsity 0.2")
-    if config.round_to < 1:
-        raise CompactMindError(f"round_to {config.round_to} is not at least 1: for example --round_to 16, or 1 for any width")
-    if not 1 <= config.prune_start_epoch <= config.prune_end_epoch <= config.epochs:
+    """Raise CompactMindError on settings that do not go together, before anything is loaded."""
+    if not config.prune_start_epoch <= config.prune_end_epoch <= config.epochs:
         raise CompactMindError(
             f"epochs out of order: 1 <= prune_start_epoch {config.prune_start_epoch} <= prune_end_epoch "
             f"{config.prune_end_epoch} <= epochs {config.epochs} must hold"
-        )
-    for name in ("batch_size", "prune_every"):
-        if getattr(config, name) < 1:
-            raise CompactMindError(f"{name} {getattr(config, name)} is not at least 1: for example --{name} 16")
-    if not 0 <= config.dropout < 1:
-        raise CompactMindError(f"dropout {config.dropout} is not in [0, 1): for example --dropout 0.1")
-    if not config.temperature > 0:
-        raise CompactMindError(f"temperature {config.temperature:g} is not above 0: for example --temperature 2")
-    for name in ("alpha", "average_share"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise CompactMindError(f"{name} {getattr(config, name)} is not in [0, 1]: for example --{name} 0.5")
-    taken = {config.parent, *(name for name, command in MADE_BY.items() if "2_prune" not in command)}
-    plain = re.fullmatch(r"\w[\w.\-]*", config.output_dir)
-    if not plain or config.output_dir in taken:
-        raise CompactMindError(
-            f"output_dir {config.output_dir!r} must be a plain name under {config.models_dir}/, not the parent's "
-            f"and not another stage's: for example --output_dir student_l2_50"
         )
 
 
@@ -96,11 +90,18 @@ def phase_of(epoch: int, config: PruneConfig) -> str:
 
 
 def compact_and_compare(model: torch.nn.Module, masks: list[LayerMask], validation: EncodedSentences, batch_size: int):
-    """Return the smaller model and the largest difference of its logits to the masked one's. Raises if it is too large."""
+    """Return the smaller model and the largest difference of its logits to the masked one's. Raises if it is too large.
+
+    Both compute in float32. Rounding grows with the logits, so a difference is judged beside the largest of them.
+    """
     smaller = compact(model, masks)
     masked_logits = predict_logits(model, validation, batch_size)
+    if not torch.isfinite(masked_logits).all():
+        raise CompactMindError(
+            "the model's logits on validation sentences are not finite: training diverged, use a smaller --lr (and look at --parent)"
+        )
     difference = (predict_logits(smaller, validation, batch_size) - masked_logits).abs().max().item()
-    if not difference <= COMPACTION_TOLERANCE:
+    if not difference <= COMPACTION_TOLERANCE * max(1.0, masked_logits.abs().max().item()):
         raise CompactMindError(
             f"compacted and masked model differ by {difference:.2e} on a logit: this is a bug, please report it"
         )
@@ -133,31 +134,43 @@ def plot_history(history: list[dict], title: str, path: Path) -> None:
 def main(config: PruneConfig) -> None:
     check(config)
     accelerator = make_accelerator()
-    directory = config.models_dir / config.output_dir
+    directory, source, teacher = (config.models_dir / name for name in (config.output_dir, config.parent, "teacher"))
+    check_outputs([directory], "2_prune_finetune.py", [source, teacher], config.models_dir)
+    check_parent(source, "--parent", "classifier", ("dense", "pruned"))
     stage = {
         "script": "2_prune_finetune.py",
+        "code": code_version(__file__),
         "config": config.relevant(
             "profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio",
             "freeze_word_embeddings", "criterion", "target_sparsity", "round_to", "epochs", "prune_start_epoch",
             "prune_end_epoch", "prune_every", "dropout", "lr", "recovery_lr", "patience", "min_delta", "temperature", "alpha",
             "average_share",
-        ) | {"data": data_fingerprint(config.data_dir)},
+        ) | accelerator_record(accelerator, config.batch_size) | {"data": data_fingerprint(config.data_dir)},
         "inputs": {
-            config.parent: weights_fingerprint(config.models_dir / config.parent),
-            "teacher": weights_fingerprint(config.models_dir / "teacher"),
+            config.parent: weights_fingerprint(source),
+            **({"teacher": weights_fingerprint(teacher)} if config.alpha > 0 else {}),
         },
     }  # fmt: skip
-    if not config.force and is_up_to_date(directory, stage):
-        accelerator.print(f"{directory} is up to date: skipped (--force True prunes again)")
-        return
+    with only_writer(directory, accelerator):
+        if config.force or not is_up_to_date(directory, stage, config.verify):
+            prune(config, accelerator, stage)
+        else:
+            accelerator.print(f"{directory} is up to date: skipped (--force True prunes again)")
+
+
+def prune(config: PruneConfig, accelerator: Accelerator, stage: dict) -> None:
+    """Prune and recover the parent, and save the result as models/<output_dir>."""
+    directory = config.models_dir / config.output_dir
 
     # ---- data and models
     parent = load_checkpoint(config.models_dir / config.parent, accelerator.device)
     model = parent.model
+    check_tokenizer(model, parent.tokenizer, config.models_dir / config.parent, padding=True)
     splits = {
         name: EncodedSentences(parent.tokenizer, load_split(config.data_dir, name), config.max_length)
         for name in ("train", "validation")
     }
+    accelerator.print(f"train: {splits['train'].describe_cut()}")
     teacher_logits = None
     if config.alpha > 0:
         teacher = load_checkpoint(config.models_dir / "teacher", accelerator.device)
@@ -226,10 +239,12 @@ def main(config: PruneConfig) -> None:
         average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(saved["scaler"])
     scorer = ImportanceScorer(model, config.criterion, config.seed)
     if saved and difference is None:
         scorer.observed = [LayerScores(heads, neurons) for heads, neurons in saved["observed"]]
-    model, optimizer = accelerator.prepare(model, optimizer)
+    wrapped, optimizer = prepare_for_training(accelerator, model, optimizer)
 
     # ---- loop
     progress = Progress(
@@ -242,24 +257,27 @@ def main(config: PruneConfig) -> None:
             break
         started, losses = time.perf_counter(), []
         phase = phase_of(epoch, config)
-        set_seed(config.seed + epoch)  # a resumed run is the same run
-        batches = accelerator.prepare(splits["train"].training_batches(config.batch_size, seed=config.seed + epoch))
-        model.train()
+        first_step, lr_name = progress.step + 1, "recovery_lr" if recovering else "lr"
+        reason = (f"{config.output_dir}, epoch {epoch} ({phase})", f"{lr_name} {getattr(config, lr_name):g}")
+        set_seed(config.seed + epoch, device_specific=True)  # a resumed run is the same run
+        loader = splits["train"].training_batches(config.batch_size, config.seed + epoch, accelerator.num_processes)
+        batches = accelerator.prepare(loader)
+        wrapped.train()
         for batch in batches:
             with accelerator.autocast():
-                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+                logits = wrapped(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
                 targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
                 loss = distillation_loss(logits, targets, batch["labels"], config.temperature, config.alpha)
             accelerator.backward(loss)
             if difference is None:
-                scorer.observe()
+                scorer.observe(accelerator.scaler.get_scale() if accelerator.scaler else 1.0)
             accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
             losses.append(loss.detach())
             progress.update(
-                losses[-1].item(),
+                losses[-1],
                 scheduler.get_last_lr()[0],
                 len(batch["labels"]) * accelerator.num_processes,
                 sparsity=sparsity,
@@ -267,45 +285,44 @@ def main(config: PruneConfig) -> None:
 
             # Masks: re-applied after every step, tightened every `prune_every` steps.
             if phase == "pruning" and difference is None:
-                plain = accelerator.unwrap_model(model)
                 since = progress.step - 1 - begin_step
                 if since % config.prune_every == 0 and since > 0:
                     due = cubic_sparsity(progress.step - 1, begin_step, last_event, config.target_sparsity)
-                    masks = choose_masks(plain, scorer.scores(), masks, due, config.round_to)
-                    sparsity = sparsity_of(plain, masks)
+                    masks = choose_masks(model, scorer.scores(), masks, due, config.round_to)
+                    sparsity = sparsity_of(model, masks)
                     scorer.reset()
-                apply_masks(plain, masks)
-            average.update(accelerator.unwrap_model(model))
+                apply_masks(model, masks)
+            average.update(model)
+            if progress.step % config.log_every == 0:
+                mean_loss(losses, accelerator, first_step, *reason)
 
-        plain = accelerator.unwrap_model(model)
+        epoch_loss = mean_loss(losses, accelerator, first_step, *reason)
         if epoch == config.prune_end_epoch:
-            plain, difference = compact_and_compare(plain, masks, splits["validation"], config.eval_batch_size)
+            model, difference = compact_and_compare(model, masks, splits["validation"], config.eval_batch_size)
             accelerator.free_memory()
-            set_dropout(plain, config.dropout)
-            read_first_token_only(plain)
-            model, average = plain, WeightAverage(plain, decay=0)
+            set_dropout(model, config.dropout)
+            read_first_token_only(model)
+            average = WeightAverage(model, decay=0)
             if epoch < config.epochs:
                 recovering = True
                 optimizer, scheduler, average = start_phase(recovering)
-                model, optimizer = accelerator.prepare(model, optimizer)
+                wrapped, optimizer = prepare_for_training(accelerator, model, optimizer)
             progress.write(
                 f"{config.output_dir:<18} compacted: {len(splits['validation'])} logits differ by at most {difference:.1e} from the "
-                f"masked model; heads {[s['num_heads'] for s in layer_shapes(plain)]}, "
-                f"FFN {[s['intermediate_size'] for s in layer_shapes(plain)]}"
+                f"masked model; heads {[s['num_heads'] for s in layer_shapes(model)]}, "
+                f"FFN {[s['intermediate_size'] for s in layer_shapes(model)]}"
             )
-        plain = accelerator.unwrap_model(model)
-        with average.applied_to(plain):
-            accuracy = accuracy_of(
-                predict_logits(plain, splits["validation"], config.eval_batch_size), splits["validation"].labels
-            )
+        with average.applied_to(model):
+            logits = validation_logits(model, splits["validation"], config.eval_batch_size, accelerator, *reason)
+            accuracy = accuracy_of(logits, splits["validation"].labels)
             # The best epoch counts from the moment the target sparsity is reached.
             if epoch >= config.prune_end_epoch and accuracy > best["accuracy"] + (config.min_delta if best["epoch"] else 0.0):
-                best = {"accuracy": accuracy, "weights": cpu_copy(plain.state_dict()), "epoch": epoch}
+                best = {"accuracy": accuracy, "weights": cpu_copy(model.state_dict()), "epoch": epoch}
         history.append(
             {
                 "epoch": epoch,
                 "phase": phase,
-                "loss": torch.stack(losses).mean().item(),
+                "loss": epoch_loss,
                 "accuracy": accuracy,
                 "sparsity": sparsity,
                 "lr": scheduler.get_last_lr()[0],
@@ -320,33 +337,35 @@ def main(config: PruneConfig) -> None:
         )
         if accelerator.is_main_process:
             resume.save(
-                model=plain.state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), history=history,
+                model=model.state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), history=history,
                 masks=[(mask.heads, mask.neurons) for mask in masks], best=best, difference=difference, average=average.state_dict(),
                 observed=[(score.heads, score.neurons) for score in scorer.observed],
+                scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
             )  # fmt: skip
     progress.close()
 
     # ---- save
-    plain = accelerator.unwrap_model(model)
-    plain.load_state_dict(best["weights"])
-    read_all_tokens(plain)
+    model.load_state_dict(best["weights"])
+    read_all_tokens(model)
     if not accelerator.is_main_process:
         return
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     name = config.experiment_name or f"{config.output_dir}_{config.criterion}_{config.target_sparsity:g}_{now}"
     save_checkpoint(
-        directory, plain, parent.tokenizer, kind="pruned", parent=config.parent, stage=stage, history=history,
+        directory, model, parent.tokenizer, kind="pruned", parent=config.parent, stage=stage, history=history,
         metrics={"validation_accuracy": best["accuracy"], "best_epoch": best["epoch"], "sparsity": sparsity,
                  "masked_against_compacted": difference},
         data_fingerprint=data_fingerprint(config.data_dir), extra={"experiment_name": name},
+        beside=config.models_dir / config.parent,
     )  # fmt: skip
+    resume.clear()
     plot = config.results_dir / f"{config.output_dir}_history.png"
     plot_history(history, f"{name}: {config.criterion}, {sparsity:.0%} of heads + FFN removed", plot)
-    resume.clear()
     print(
-        f"{config.output_dir}: {1 - prunable_parameters(plain) / dense_parameters:.1%} of the prunable parameters removed, "
+        f"{config.output_dir}: {1 - prunable_parameters(model) / dense_parameters:.1%} of the prunable parameters removed, "
         f"validation accuracy {best['accuracy']:.2%} (epoch {best['epoch']})\nsaved to {directory}, plot {plot}"
     )
+    warn_of_chance(config.output_dir, best["accuracy"], splits["validation"].labels, accelerator)
 
 
 if __name__ == "__main__":

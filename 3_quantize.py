@@ -13,6 +13,8 @@ small encoder, are kept in fp16. 4-bit weights are multiplied in bf16 on a GPU a
 int8 by int8: it saves time.
 """
 
+from pathlib import Path
+
 import torch
 
 from common import PROFILE, QuantizeConfig, parse_command_line, run_stage
@@ -61,6 +63,7 @@ def quantize(name: str, method: str, config: QuantizeConfig, device: str) -> Non
 
     # ---- quantize and measure on the validation sentences
     validation = EncodedSentences(parent.tokenizer, load_split(config.data_dir, "validation"), config.max_length)
+    print(f"validation: {validation.describe_cut()}")
     before = predict_logits(parent.model, validation, config.eval_batch_size)
     tables_before = embedding_bytes(parent.model)
     if method == "w8a8":
@@ -84,15 +87,19 @@ def quantize(name: str, method: str, config: QuantizeConfig, device: str) -> Non
         "parent_embedding_bytes": tables_before,
     }
 
-    # ---- save, reload, compare
+    # ---- save what reloads with equal logits
+    def check(saved: Path) -> None:
+        reloaded = predict_logits(load_checkpoint(saved, device).model, validation, config.eval_batch_size)
+        difference = (reloaded - after).abs().max().item()
+        if not difference <= RELOAD_TOLERANCE:
+            raise CompactMindError(
+                f"{directory}: reloaded logits differ by {difference:.2e}, so it was not kept: this is a bug, please report it"
+            )
+
     save_checkpoint(
         directory, parent.model, parent.tokenizer, kind=method, parent=name, stage=stage, metrics=metrics,
-        quantization=description, data_fingerprint=data_fingerprint(config.data_dir),
+        quantization=description, data_fingerprint=data_fingerprint(config.data_dir), check=check,
     )  # fmt: skip
-    reloaded = predict_logits(load_checkpoint(directory, device).model, validation, config.eval_batch_size)
-    difference = (reloaded - after).abs().max().item()
-    if not difference <= RELOAD_TOLERANCE:
-        raise CompactMindError(f"{directory}: reloaded logits differ by {difference:.2e}: this is a bug, please report it")
 
     size = {path: read_manifest(path)["files"]["model.safetensors"]["bytes"] / 1e6 for path in (source, directory)}
     print(

@@ -21,7 +21,15 @@ import matplotlib.pyplot as plt
 import torch
 
 from common import PROFILE, SmoothQuantConfig, parse_command_line, run_stage
-from compactmind.checkpoint import identity_of, is_up_to_date, load_as_released, load_checkpoint, read_manifest, save_checkpoint
+from compactmind.checkpoint import (
+    identity_of,
+    is_up_to_date,
+    load_as_released,
+    load_checkpoint,
+    read_manifest,
+    save_checkpoint,
+    weights_fingerprint,
+)
 from compactmind.data import data_fingerprint, read_dataset_description
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import weight_bytes
@@ -85,7 +93,7 @@ def main(config: SmoothQuantConfig) -> None:
     source = Path(config.model_path) if config.model_path else config.models_dir / "llama"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     text = read_dataset_description(config.text_dir)["source"]["source"]
-    report_path = config.results_dir / "smoothquant.json"
+    report_path, plot_path = config.results_dir / "smoothquant.json", config.results_dir / "smoothquant.png"
 
     # ---- what each output depends on: if none of it changed, the output is up to date
     settings = ("profile", "calibration_windows", "seq_len", "activations", "embeddings")
@@ -107,11 +115,17 @@ def main(config: SmoothQuantConfig) -> None:
     }
     if config.save_smoothed:
         stages[config.smoothed_dir] = {**smoothed_stage, "quantized": False}
+
+    def measured() -> dict:
+        """Return what the numbers of the report depend on."""
+        weights = {name: weights_fingerprint(config.models_dir / name) for name in stages}
+        return {"weights": {**inputs, **weights}, "text": fingerprint, **config.relevant("seq_len", "eval_windows")}
+
     due = [name for name, wanted in stages.items() if config.force or not is_up_to_date(config.models_dir / name, wanted)]
     for name in stages:
         if name not in due:
             print(f"{config.models_dir / name} is up to date: skipped (--force True makes it again)")
-    if not due and report_path.is_file():
+    if not due and plot_path.is_file() and measured_before(report_path) == measured():
         return
 
     # ---- calibrate once
@@ -180,18 +194,18 @@ def main(config: SmoothQuantConfig) -> None:
                 quantization=description,
                 extra={"alpha_table": table} if name == config.output_dir else None,
             )
-            if name == config.output_dir:
-                plot_alphas(description, table, config.results_dir / "smoothquant.png")
         del model
 
-    # ---- measure all on the same held-out windows
+    # ---- all are saved: measure all on the same held-out windows
     released_bytes = weight_bytes(source)
     dense: Callable = lambda: load_as_released(source)[0].to(device).float()  # noqa: E731
     rows = {source.name: (dense, source)}
     for name in stages:
         directory = config.models_dir / name
         rows[name] = (lambda directory=directory: load_checkpoint(directory, device).model, directory)
-    report = {"protocol": None, "models": [], "alpha_table": table or previous_table(config)}
+    smoothed = read_manifest(config.models_dir / config.output_dir)
+    table = smoothed.get("alpha_table", [])
+    report = {"protocol": None, "models": [], "alpha_table": table, "measured": measured()}
     print(
         f"\n{'model':<24}{'perplexity [95% interval]':>30}{'against dense [95%, paired]':>34}{'MB':>9}{'of released':>13}  kernel"
     )
@@ -212,7 +226,8 @@ def main(config: SmoothQuantConfig) -> None:
         )  # fmt: skip
         del model
     write_json_atomically(report_path, report)
-    print(f"\n{json.dumps(report['protocol'])}\nwritten to {report_path}, plot {config.results_dir / 'smoothquant.png'}")
+    plot_alphas(smoothed["quantization"], table, plot_path)
+    print(f"\n{json.dumps(report['protocol'])}\nwritten to {report_path}, plot {plot_path}")
 
 
 def nf4(path: Path, device: str):
@@ -227,9 +242,12 @@ def nf4(path: Path, device: str):
     return model, description
 
 
-def previous_table(config: SmoothQuantConfig) -> list[dict]:
-    """Return the table of alphas from the manifest of an output that was up to date."""
-    return read_manifest(config.models_dir / config.output_dir).get("alpha_table", [])
+def measured_before(report_path: Path) -> dict | None:
+    """Return what the numbers of an earlier report depend on, None if there is no such report."""
+    try:
+        return json.loads(report_path.read_text(encoding="utf-8"))["measured"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ Writes: results/final_report.json               everything measured, with protoc
         results/*.png                           the other figures of the report
 Time:  a few minutes on 2 CPU cores; rows whose model, data and protocol are as they were come from the report that is there.
 
-A stage that has not run is a row that names the command to run; it never breaks the report. Definitions of the metrics:
-compactmind/evaluation/accuracy.py and cost.py.
+A stage that has not run is a row that names the command to run, a model that cannot be measured one that says why; neither breaks the
+report. Definitions of the metrics: compactmind/evaluation/accuracy.py and cost.py.
 """
 
 import datetime
@@ -26,10 +26,11 @@ import psutil
 import torch
 
 from common import PROFILE, ReportConfig, parse_command_line, run_stage
-from compactmind.checkpoint import CARD, MANIFEST, how_to_make, identity_of, load_any, read_manifest, versions
+from compactmind.checkpoint import CARD, MADE_BY, MANIFEST, identity_of, load_any, read_manifest, versions
 from compactmind.data import data_fingerprint, load_split, read_dataset_description
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.classifiers import measure_classifiers
+from compactmind.evaluation.failures import fail, row_fails_alone
 from compactmind.evaluation.language import measure_gsm8k, measure_language_models
 from compactmind.files import sha256_of, write_json_atomically, write_text_atomically
 from compactmind.model_card import model_card
@@ -48,7 +49,7 @@ MODELS_TO_EVALUATE: dict[str, str] = {}
 """Your own models, name -> folder: any Hugging Face sequence classifier of two classes or causal language model becomes a row. For example
 {"my-bert": "/models/my-bert"}; also on the command line: --models my-bert=/models/my-bert."""
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 ENCODER_ROWS = (
     "teacher", "student_finetuned", "student_distilled", "student_pruned", "student_distilled_nf4", "student_pruned_nf4",
@@ -57,7 +58,7 @@ ENCODER_ROWS = (
 LANGUAGE_ROWS = ("llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_pruned", "llama_searched")
 """The rows a complete run has, in this order; further checkpoints of the same track under models/ and your own models follow them."""
 DENSE_LANGUAGE_MODEL = "llama"
-"""The language model the others are compared with."""
+"""The language model that those made from it are compared with."""
 TASKS = {"encoder": "SequenceClassification", "llm": "CausalLM"}
 """Track -> how the architectures end that belong to it."""
 ENCODER_SETTINGS = ("max_length", "eval_batch_size", "cost_length", "latency_batches", "latency_repeats")
@@ -83,7 +84,7 @@ def own_models(config: ReportConfig) -> dict[str, Path]:
 
 
 def list_rows(config: ReportConfig) -> list[dict[str, Any]]:
-    """Return a row per model with name, track, directory, and status: found, `not run` or `broken` with the command that makes it.
+    """Return a row per model with name, track, directory and status: found, or what `not run`, `broken` and `failed` mean, see `unusable`.
 
     The standard rows come first, then every other checkpoint under models/, then the user's own.
     """
@@ -94,25 +95,34 @@ def list_rows(config: ReportConfig) -> list[dict[str, Any]]:
     for name, directory in {**places, **own}.items():
         row = {"name": name, "track": "llm" if name in LANGUAGE_ROWS else "encoder", "directory": str(directory)}
         if not directory.exists():
-            rows.append({**row, "status": "not run", "command": how_to_make(directory)})
+            rows.append({**row, "status": "not run", "command": MADE_BY[name]})
             continue
         try:
             architecture = foreign_architecture(directory) if name in own else read_manifest(directory)["architecture"]
+            track = next((track for track, task in TASKS.items() if task in architecture), None)
+            if track is None and name in own:
+                raise CompactMindError(f"{directory} holds a {architecture}: only {' and '.join(TASKS.values())} can be measured")
         except CompactMindError as error:
-            print(f"{name}: {error}")
-            rows.append({**row, "status": "broken", "command": how_to_make(directory), "error": str(error)})
+            unusable(row, error)
+            rows.append(row)
             continue
-        row["track"] = next((track for track, task in TASKS.items() if task in architecture), None)
-        if row["track"]:
-            rows.append({**row, "status": "found"})
+        if track:
+            rows.append({**row, "track": track, "status": "found"})
     return rows
+
+
+def unusable(row: dict[str, Any], error: Exception) -> None:
+    """Make, in place, a row `broken`, with the command that makes its model again, or `failed` where no command does; both say why."""
+    fail(row, error)
+    if row["name"] in MADE_BY and isinstance(error, CompactMindError):
+        row |= {"status": "broken", "command": MADE_BY[row["name"]]}
 
 
 def foreign_architecture(directory: Path) -> str:
     """Return the class of a model in any Hugging Face folder."""
     try:
         return json.loads((directory / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         raise CompactMindError(f"{directory / 'config.json'} does not say which architecture it is") from None
 
 
@@ -128,42 +138,70 @@ def described(row: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+# ---------------------------------------------------------------------------------------------------------- who is whose
+def identify(rows: list[dict[str, Any]]) -> None:
+    """Give, in place, every found row its `identity`, a hash of its weights, and `made_from`: the row its model was made from.
+
+    A manifest records the weights a stage read, not only their name: `made_from` is None if no row has just those.
+    """
+    for row in rows:
+        with row_fails_alone(row):
+            row["identity"] = identity_of(Path(row["directory"]))
+    for row in rows:
+        if row["status"] != "found":
+            continue
+        directory, made_from = Path(row["directory"]), None
+        if (directory / MANIFEST).is_file():
+            manifest = read_manifest(directory)
+            inputs = manifest["stage"].get("inputs") or {}
+            wanted = inputs.get(manifest.get("parent")) or inputs.get("model")
+            same = [other["name"] for other in rows if wanted and other.get("identity") == wanted and other is not row]
+            made_from = manifest["parent"] if manifest.get("parent") in same else next(iter(same), None)
+        row["made_from"] = made_from
+
+
+def compared_with(row: dict[str, Any], track: str, config: ReportConfig) -> str | None:
+    """Return the name of the row a row is compared with: classifiers with one reference, a language model with what it was made from."""
+    if track == "encoder":
+        return config.reference
+    return row["name"] if row["name"] == DENSE_LANGUAGE_MODEL else row["made_from"]
+
+
 # --------------------------------------------------------------------------------------------------- what must be measured
-def split_by_need(
-    rows: list[dict[str, Any]], reference: str, known: dict[str, dict[str, Any]], what: dict[str, Any]
-) -> list[dict[str, Any]]:
+def split_by_need(rows: list[dict[str, Any]], known: dict[str, dict[str, Any]], what: dict[str, Any]) -> list[dict[str, Any]]:
     """Complete, in place, the found rows whose measurement is `known` (an earlier report's, by name); return the others.
 
-    A measurement holds as long as the weights, those of the reference, the machine and `what` (data, settings) are the same.
+    A measurement holds as long as the weights, those it was compared with, the machine and `what` (data, settings) are the same. One
+    that lacks something is tried again.
     """
-    found = [row for row in rows if row["status"] == "found"]
-    identities = {row["name"]: identity_of(Path(row["directory"])) for row in found}
+    identities = {row["name"]: row.get("identity") for row in rows}
     needed = []
-    for row in found:
-        key = {**what, "weights": identities[row["name"]], "reference": identities.get(reference)}
+    for row in rows:
+        if row["status"] != "found":
+            continue
+        key = {**what, "weights": row["identity"], "reference": identities.get(row["compared_with"])}
         exported = Path(row["directory"]) / FILE
         key["onnx"] = sha256_of(exported) if exported.is_file() else None
         row["measured_with"] = json.loads(json.dumps(key))
         earlier = known.get(row["name"], {})
-        if earlier.get("status") == "measured" and earlier.get("measured_with") == row["measured_with"]:
-            row.update({**earlier, "directory": row["directory"]})
+        holds = earlier.get("status") == "measured" and earlier.get("measured_with") == row["measured_with"]
+        if holds and not earlier.get("not_measured"):
+            row.update({**earlier, **{name: row[name] for name in ("directory", "made_from", "compared_with")}})
         else:
             needed.append(row)
     return needed
 
 
 def load_models(rows: list[dict[str, Any]], device: str) -> dict[str, Any]:
-    """Return the checkpoints by name; a row whose model cannot be loaded becomes `broken` and has none."""
+    """Return the checkpoints by name; a row whose model cannot be loaded is `unusable` and has none."""
     checkpoints = {}
     for row in rows:
-        directory = Path(row["directory"])
         try:
-            checkpoints[row["name"]] = load_any(directory, device)
-        except CompactMindError as error:
-            print(f"{row['name']}: {error}")
-            row |= {"status": "broken", "command": how_to_make(directory), "error": str(error)}
-            continue
-        row |= {"status": "measured", **described(row, checkpoints[row["name"]].manifest)}
+            checkpoints[row["name"]] = load_any(Path(row["directory"]), device)
+            row |= {"status": "measured", **described(row, checkpoints[row["name"]].manifest)}
+        except Exception as error:  # noqa: BLE001  any folder may be a row, and each library has its own way to say it cannot read one
+            checkpoints.pop(row["name"], None)
+            unusable(row, error)
     return checkpoints
 
 
@@ -172,10 +210,10 @@ def measure_track(
 ) -> None:
     """Give, in place, every found row of a track its measurements: the earlier ones where they hold, else new ones."""
     mine = [row for row in rows if row["track"] == track]
-    reference = config.reference if track == "encoder" else DENSE_LANGUAGE_MODEL
     data = config.data_dir if track == "encoder" else config.text_dir
     settings = ENCODER_SETTINGS if track == "encoder" else LANGUAGE_SETTINGS
-    if not any(row["status"] == "found" for row in mine):
+    found = [row for row in mine if row["status"] == "found"]
+    if not found:
         return
     try:
         what = {"data": data_fingerprint(data), "machine": machine, "versions": versions(), **config.relevant(*settings)}
@@ -185,11 +223,15 @@ def measure_track(
         if track == "encoder":
             raise
         print(f"language models: {error}")
-        for row in mine:
+        for row in found:
             row |= {"status": "not run", "command": "python download_model.py"}
         return
-    needed = split_by_need(mine, reference, known, what)
-    kept = sum(row["status"] == "measured" for row in mine)
+    identify(found)
+    for row in found:
+        if row["status"] == "found":
+            row["compared_with"] = compared_with(row, track, config)
+    needed = split_by_need(found, known, what)
+    kept = sum(row["status"] == "measured" for row in found)
     if kept:
         print(
             f"{track}: {kept} of {kept + len(needed)} rows are as they were and come from the earlier report "
@@ -197,25 +239,30 @@ def measure_track(
         )
     if not needed:
         return
-    runs_along = [row for row in mine if row["name"] == reference and row not in needed and row["status"] == "measured"]
+    reference = config.reference if track == "encoder" else DENSE_LANGUAGE_MODEL
+    others = {reference, *(row["compared_with"] for row in needed)}
+    runs_along = [row for row in found if row["name"] in others and row not in needed and row["status"] == "measured"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     checkpoints = load_models([*runs_along, *needed], device)
-    needed = [row for row in needed if row["name"] in checkpoints]
-    compared = next((row for row in (*runs_along, *needed) if row["name"] == reference), None)
+    there = {row["name"]: row for row in (*runs_along, *needed) if row["name"] in checkpoints}
+    needed = [row for row in needed if row["name"] in there]
     for row in needed:
         row["machine"] = machine
     if not needed:
         return
     if track == "encoder":
-        measure_classifiers(needed, checkpoints, held_out, reference=compared, **config.relevant(*ENCODER_SETTINGS))
+        measure_classifiers(
+            needed, checkpoints, held_out, reference=there.get(reference), **config.relevant(*ENCODER_SETTINGS)
+        )
         return
 
     def windows_for(tokenizer):
         return token_windows(tokenizer, held_out, config.seq_len, config.eval_windows)
 
     measure_language_models(
-        needed, checkpoints, windows_for, f"{text}, test", reference=compared, prompt_tokens=config.prompt_tokens,
-        repeats=config.latency_repeats,
+        needed, checkpoints, windows_for, f"{text}, test", reference=there.get(reference),
+        bases={row["name"]: there[row["compared_with"]] for row in needed if row["compared_with"] in there},
+        prompt_tokens=config.prompt_tokens, repeats=config.latency_repeats,
     )  # fmt: skip
     if config.gsm8k_problems:
         file = config.gsm8k_dir / "test.jsonl"
@@ -251,10 +298,11 @@ def protocols(config: ReportConfig, description: dict) -> dict[str, str]:
         "peak_memory_mb": f"1e6 bytes a fresh process adds when it loads the model and runs batch {max(config.latency_batches)} of "
         f"{length} tokens, a language model one prompt (resident memory on a CPU, allocated memory on a GPU)",
         "perplexity": "exp of the mean loss over predicted tokens, non-overlapping windows of the documents joined by a blank line; "
-        "every row carries text, seq_len, windows and tokens; interval: bootstrap over windows, paired against the dense model",
+        "every row carries text, seq_len, windows and tokens; interval: bootstrap over windows, paired against the model it was "
+        "made from",
         "gsm8k": "lm-eval, gsm8k_cot (8 worked examples), greedy, the first problems of the test split; strict: the answer where the "
         "examples put it, flexible: the last number; 95% Wilson interval",
-        "compression_ratio": f"bytes of the weight files of {DENSE_LANGUAGE_MODEL}, as released / bytes of the row's",
+        "compression_ratio": "bytes of the weight files of the model it was made from, as released / bytes of the row's",
         "generation": f"batch 1, {where}, medians of {config.latency_repeats} rounds of all models in turn after 2 of warm-up; prefill: "
         f"{config.prompt_tokens} random tokens with cache, logits of the last one; decode: one more token, mean of 8",
     }
@@ -284,14 +332,31 @@ def environment() -> dict[str, object]:
 
 # ----------------------------------------------------------------------------------------------------------------- main
 def measured_report(config: ReportConfig, path: Path) -> dict[str, Any]:
-    """Return the report's dict, with new measurements where the one at `path` has none that hold."""
+    """Return the report's dict, with new measurements where the one at `path` has none that hold; written there after every track."""
     earlier = {} if config.fresh else read_json(path) or {}
     known = {row["name"]: row for row in earlier.get("models", [])} if earlier.get("schema_version") == SCHEMA_VERSION else {}
     description, where = read_dataset_description(config.data_dir), environment()
-    rows = list_rows(config)
+    rows = sorted(list_rows(config), key=lambda row: list(TASKS).index(row["track"]))
     for track in TASKS:
         measure_track(config, track, rows, known, where["machine"])
-    rows.sort(key=lambda row: list(TASKS).index(row["track"]))
+        report = json.loads(json.dumps(report_of(config, [finished(row, known) for row in rows], description, where)))
+        write_json_atomically(path, report)
+    return report
+
+
+def finished(row: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return a row as a report may hold it: one whose track has yet to be measured as the earlier report has it, or as not run."""
+    if row["status"] != "found":
+        return row
+    if known.get(row["name"], {}).get("status") == "measured":
+        return known[row["name"]]
+    return {**row, "status": "not run", "command": "python 6_evaluate_report.py"}
+
+
+def report_of(
+    config: ReportConfig, rows: list[dict[str, Any]], description: dict[str, Any], where: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the report's dict from its rows, the description of the sentences and the environment."""
     benchmarks = {name: read_json(config.results_dir / f"benchmark_{name}.json") for name in ("training", "int8")}
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -308,6 +373,17 @@ def measured_report(config: ReportConfig, path: Path) -> dict[str, Any]:
         "models": rows,
     }
     return {**report, "goals": goals(report)}
+
+
+def write_cards(report: dict[str, Any]) -> None:
+    """Put the numbers of every measured checkpoint into the card beside it, never into a folder of another project."""
+    for row in report["models"]:
+        directory = Path(row["directory"])
+        if row["status"] == "measured" and (directory / MANIFEST).is_file():
+            try:
+                write_text_atomically(directory / CARD, model_card(row["name"], read_manifest(directory), row))
+            except (OSError, CompactMindError) as error:
+                print(f"{directory / CARD} stays as it is: {error}")
 
 
 def print_report(report: dict[str, Any], config: ReportConfig) -> None:
@@ -337,12 +413,8 @@ def main(config: ReportConfig) -> None:
                 f"{path} is no report of this version: run `python 6_evaluate_report.py` without --from_json"
             )
     else:
-        report = json.loads(json.dumps(measured_report(config, path)))
-        write_json_atomically(path, report)
-        for row in report["models"]:
-            if row["status"] == "measured" and (Path(row["directory"]) / MANIFEST).is_file():  # never into a foreign folder
-                directory = Path(row["directory"])
-                write_text_atomically(directory / CARD, model_card(row["name"], read_manifest(directory), row))
+        report = measured_report(config, path)
+        write_cards(report)
     documents = write_documents(report, config.results_dir)
     print_report(report, config)
     print(f"\nreport: {', '.join(map(str, [*documents, path]))}")

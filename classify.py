@@ -2,8 +2,9 @@
 
 Run:   python classify.py "a lovely film" "two hours I will not get back"
        python classify.py --model models/student_pruned_w8a8 --json < reviews.txt > answers.jsonl      (a sentence per line)
-Reads: any directory under models/ with a classifier, or any Hugging Face sequence classifier of two classes.
-Prints: label, probability of the label and sentence, tab-separated; with --json an object per line.
+Reads: any directory under models/ with a classifier, or any Hugging Face sequence classifier.
+Prints: label, probability of the label and sentence, tab-separated; with --json an object per line. The labels are the model's own names
+        of its classes, positive and negative where it has two without names.
 """
 
 import argparse
@@ -13,23 +14,35 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-import torch
-
-from compactmind.checkpoint import load_any, silence_libraries
+from compactmind.checkpoint import silence_libraries
+from compactmind.console import errors_in_one_line, open_model, texts_of
+from compactmind.data import EncodedSentences, Sentence
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.classifiers import positive_class
+from compactmind.evaluation.accuracy import predict_logits
+from compactmind.evaluation.classifiers import class_names, positive_class
+from compactmind.evaluation.limits import positions_of
 
 
-@torch.inference_mode()
 def classify(model, tokenizer, texts: list[str], max_length: int) -> list[dict[str, object]]:
-    """Return, per text, `text`, `label` (positive or negative), `score` (probability of the label) and `positive` (of that class)."""
-    inputs = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt").to(model.device)
-    inputs.pop("token_type_ids", None)
-    probabilities = model(**inputs).logits.float().softmax(dim=-1)[:, positive_class(model)].tolist()
-    return [
-        {"text": text, "label": "positive" if p >= 0.5 else "negative", "score": max(p, 1 - p), "positive": p}
-        for text, p in zip(texts, probabilities, strict=True)
-    ]
+    """Return, per text, `text`, `label`, `score` (probability of the label), and of two classes `positive` (probability of that one).
+
+    Raises CompactMindError on a text without tokens and on a model whose answers are no classes or no numbers.
+    """
+    names = class_names(model)
+    encoded = EncodedSentences(tokenizer, [Sentence(text, 0) for text in texts], min(max_length, positions_of(model) or max_length))
+    for text, ids in zip(texts, encoded.input_ids, strict=True):
+        if not ids:
+            raise CompactMindError(f"the text {text!r} has no tokens for this model")
+    probabilities = predict_logits(model, encoded, len(texts)).softmax(dim=-1)
+    if not probabilities.isfinite().all():
+        raise CompactMindError("the model's logits are not numbers: its weights are damaged, or its training diverged")
+    answers = []
+    for text, row in zip(texts, probabilities.tolist(), strict=True):
+        score = max(row)
+        answers.append({"text": text, "label": names[row.index(score)], "score": score})
+        if len(names) == 2:
+            answers[-1]["positive"] = row[positive_class(model)]
+    return answers
 
 
 def in_batches(texts: Iterator[str], size: int) -> Iterator[list[str]]:
@@ -48,25 +61,18 @@ def main(arguments: list[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     if asked.batch_size < 1 or asked.max_length < 2:
         parser.error(f"batch_size {asked.batch_size} and max_length {asked.max_length} must be at least 1 and 2")
-    if not asked.texts and sys.stdin.isatty():
+    if not asked.texts and (sys.stdin is None or sys.stdin.isatty()):
         parser.error('no sentence: give some, or pipe them in, for example python classify.py "a lovely film"')
     silence_libraries()
-    texts = iter(asked.texts) if asked.texts else (line.strip() for line in sys.stdin if line.strip())
-    try:
-        checkpoint = load_any(asked.model, "cuda" if torch.cuda.is_available() else "cpu")
-        if "SequenceClassification" not in checkpoint.manifest["architecture"]:
-            raise CompactMindError(
-                f"{asked.model} is no classifier but a {checkpoint.manifest['architecture']}: try generate.py"
-            )
-        for batch in in_batches(texts, asked.batch_size):
+    with errors_in_one_line():
+        checkpoint = open_model(asked.model, "SequenceClassification")
+        for batch in in_batches(texts_of(asked.texts, sys.stdin and sys.stdin.buffer), asked.batch_size):
             for found in classify(checkpoint.model, checkpoint.tokenizer, batch, asked.max_length):
                 if asked.json:
                     print(json.dumps(found, ensure_ascii=False))
                 else:
                     print(f"{found['label']}\t{found['score']:.3f}\t{found['text']}")
             sys.stdout.flush()
-    except CompactMindError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

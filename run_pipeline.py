@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import PROFILE, PROFILES, StageConfig, parse_command_line
+from common import PROFILE, PROFILES, StageConfig, parse_command_line, setting_problem
 
 RUNS = (
     ("download_model.py",),
@@ -47,8 +47,10 @@ def main(config: PipelineConfig) -> None:
         raise SystemExit(f"error: unknown stage {unknown[0]!r}: choose from {', '.join(STAGES)}")
     if config.profile not in PROFILES:
         raise SystemExit(f"error: unknown profile {config.profile!r}: choose one of {', '.join(PROFILES)}")
+    if problem := setting_problem(config):
+        raise SystemExit(f"error: {problem}")
     root, begun = Path(__file__).resolve().parent, time.perf_counter()
-    shared = [f"--{name}={getattr(config, name)}" for name in ("models_dir", "data_dir", "results_dir", "seed", "force")]
+    shared = [f"--{name}={getattr(config, name)}" for name in ("models_dir", "data_dir", "results_dir", "seed", "force", "verify")]
     runs = [run for run in RUNS if run[0] in config.only]
     durations = {}
     for number, (stage, *arguments) in enumerate(runs, start=1):

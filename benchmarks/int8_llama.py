@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import StageConfig, parse_command_line, run_stage  # noqa: E402
 from compactmind.checkpoint import load_checkpoint  # noqa: E402
-from compactmind.evaluation.cost import synchronize  # noqa: E402
+from compactmind.evaluation.cost import summaries, synchronize  # noqa: E402
 from compactmind.files import write_json_atomically  # noqa: E402
 from compactmind.methods.quantization.packed_model import quantize_model  # noqa: E402
 from compactmind.methods.quantization.w8a8_block import compile_blocks  # noqa: E402
@@ -139,18 +139,15 @@ def main(config: BenchmarkConfig) -> None:
                 for phase, value in times.items():
                     seconds[name][phase].append(value)
     table = []
+    found = {
+        phase: summaries({name: taken[phase] for name, taken in seconds.items() if taken[phase]}, dict.fromkeys(models, FLOAT32))
+        for phase in ("prefill", "decode")
+    }
     for name in models:
         row = {"name": name, "warmup_seconds": warmup[name]}
-        for phase in ("prefill", "decode"):
-            times = sorted(seconds[name][phase])
-            if times:
-                reference = seconds[FLOAT32][phase] if FLOAT32 in seconds else []
-                ratios = [ours / theirs for ours, theirs in zip(reference, seconds[name][phase], strict=False)]
-                row[phase] = {
-                    "median_ms": 1e3 * statistics.median(times), "low_ms": 1e3 * times[int(0.1 * (len(times) - 1))],
-                    "high_ms": 1e3 * times[round(0.9 * (len(times) - 1))],
-                    "against_float32": statistics.median(ratios) if ratios else None,
-                }  # fmt: skip
+        for phase, summary in found.items():
+            if name in summary:
+                row[phase] = {"against_float32": summary[name].pop("speedup"), **summary[name]}
         table.append(row)
     prompt = f"prompt of {config.prompt_tokens} tokens, batch 1"
     print(f"\n{prompt:<32}{'prefill ms':>28}{'':>8}{'decode ms':>26}{'':>8}{'first call s':>14}")

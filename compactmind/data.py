@@ -1,11 +1,15 @@
 """Labelled sentences: reading, splitting, tokenizing once, and length-bucketed batches."""
 
+import bisect
 import csv
 import hashlib
+import io
 import json
+import math
+import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +21,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from compactmind.errors import CompactMindError
-from compactmind.files import sha256_of, write_json_atomically, write_text_atomically
+from compactmind.files import lock_directory, sha256_of, write_json_atomically, write_text_atomically
 
 SPLITS = ("train", "validation", "test")
 DESCRIPTION = "dataset.json"
 TEXT_COLUMNS = ("sentence", "text", "content")
 """Names under which the sentence is looked for: copies of SST-2 differ, sometimes between their own two files."""
+HALF_A_PAIR = re.compile("[\ud800-\udfff]")
+"""What JSON can spell and no encoding can write: half of an emoji, as careless truncation leaves it."""
 BLANK = object()
 """Stands for a blank line of a jsonl file: no row, but counted, so that row numbers are those an editor shows."""
 READABLE = (".tsv", ".jsonl", ".parquet", ".csv")
@@ -50,30 +56,43 @@ def read_labelled_sentences(path: Path) -> list[Sentence]:
         elif path.suffix == ".parquet":
             rows = pandas.read_parquet(path).to_dict("records")
         elif path.suffix in (".tsv", ".csv"):
-            separator, quoting = ("\t", csv.QUOTE_NONE) if path.suffix == ".tsv" else (",", csv.QUOTE_MINIMAL)
-            frame = pandas.read_csv(
-                path, sep=separator, quoting=quoting, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8"
-            )
-            rows = frame.to_dict("records")
+            rows = _read_table(path)
         else:
             raise CompactMindError(f"{path}: cannot read {path.suffix!r} files, expected one of {', '.join(READABLE)}")
     except (pandas.errors.EmptyDataError, pandas.errors.ParserError, UnicodeDecodeError, OSError, ValueError) as error:
-        raise CompactMindError(
-            f"{path} cannot be read: {error}. Fix or delete it, then run `python download_model.py`"
-        ) from None
+        raise unreadable(path, error) from None
     if not rows:
         raise CompactMindError(f"{path} holds no sentences: it needs the columns sentence and label and at least one row")
-    return [_check_row(path, number, row) for number, row in enumerate(rows, start=1) if row is not BLANK]
+    return [check_row(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1) if row is not BLANK]
+
+
+def unreadable(path: Path, error: Exception) -> CompactMindError:
+    """Return the error that says in one line why a file cannot be read."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+    return CompactMindError(f"{path} cannot be read: {reason}. Fix or delete it, then run `python download_model.py`")
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a tsv or csv file; raises ValueError (or what pandas raises) if it is no table of text."""
+    with open(path, encoding="utf-8-sig", newline="") as file:  # a byte order mark is none of the first name's letters
+        content = file.read()
+    before, nul, _ = content.partition("\0")  # pandas would end the sentence there, silently
+    if nul:
+        raise ValueError(f"line {before.count(chr(10)) + 1} holds a NUL character")
+    separator, quoting = ("\t", csv.QUOTE_NONE) if path.suffix == ".tsv" else (",", csv.QUOTE_MINIMAL)
+    options = {"sep": separator, "quoting": quoting, "dtype": str, "keep_default_na": False, "index_col": False}
+    names = pandas.read_csv(io.StringIO(content), header=None, nrows=1, **options).iloc[0].tolist()
+    if twice := [name for name in (*TEXT_COLUMNS, "label") if names.count(name) > 1]:
+        raise ValueError(f"two columns are named {twice[0]!r}")
+    return pandas.read_csv(io.StringIO(content), **options).to_dict("records")
 
 
 def read_json_lines(path: Path) -> list:
     """Return one value per line of a jsonl file, BLANK for blank lines. Raises CompactMindError naming the row."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise CompactMindError(
-            f"{path} cannot be read: {error}. Fix or delete it, then run `python download_model.py`"
-        ) from None
+        raise unreadable(path, error) from None
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -81,13 +100,13 @@ def read_json_lines(path: Path) -> list:
         else:
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise CompactMindError(f"{path}, row {number}: not valid JSON ({error.msg}): {line[:80]!r}") from None
+            except (ValueError, RecursionError) as error:  # RecursionError: brackets nested deeper than Python goes
+                raise CompactMindError(f"{path}, row {number}: not valid JSON ({error}): {line[:80]!r}") from None
     return rows if any(row is not BLANK for row in rows) else []
 
 
-def _check_row(path: Path, number: int, row: object) -> Sentence:
-    where = f"{path}, row {number}"
+def check_row(where: str, row: object) -> Sentence:
+    """Return the sentence of a row that has been read. Raises CompactMindError naming it as `where` and what is wrong with it."""
     column = next((name for name in TEXT_COLUMNS if name in row), None) if isinstance(row, dict) else None
     if column is None or "label" not in row:
         columns = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
@@ -96,8 +115,13 @@ def _check_row(path: Path, number: int, row: object) -> Sentence:
     if isinstance(label, float) and label.is_integer():  # a column with one missing value is read as floats
         label = int(label)
     text, label = row[column], str(label).strip()
-    if not isinstance(text, str) or not text.strip():
+    missing = text is None or (isinstance(text, float) and math.isnan(text))  # NaN: what a parquet file reads as
+    if not missing and not isinstance(text, str):
+        raise CompactMindError(f"{where}: the sentence is of type {type(text).__name__}, not text: {str(text)[:60]!r}")
+    if missing or not text.strip():
         raise CompactMindError(f"{where}: the sentence is empty")
+    if HALF_A_PAIR.search(text):
+        raise CompactMindError(f"{where}: half a surrogate pair, which is no character: {text[:60]!r}")
     if label not in ("0", "1"):
         raise CompactMindError(f"{where}: label {row['label']!r} is not 0 (negative) or 1 (positive): {text[:60]!r}")
     return Sentence(text.strip(), int(label))
@@ -148,24 +172,52 @@ def hold_out_whole_sentences(sentences: Sequence[Sentence], share: float) -> dic
     fragments that occur in held-out sentences only. A random split would ask about sentences whose pieces were trained on. Words
     are compared after `normalize`; both parts keep the order of the rows.
     """
+    texts = [normalize(sentence.text) for sentence in sentences]
+    rows_within = fragment_finder(texts)
     known: set[str] = set()
     whole: set[str] = set()
-    for text in sorted((normalize(sentence.text) for sentence in sentences), key=lambda text: -len(text.split())):
+    for text in sorted(texts, key=lambda text: -len(text.split())):
         if text not in known:
             whole.add(text)
-            known |= _fragments(text)
+            known |= rows_within(text)
     held_out = {text for text in whole if stable_share(text) < share}
-    trainable = set().union(*(_fragments(text) for text in whole - held_out))
+    trainable = set().union(*map(rows_within, whole - held_out))
     return {
-        "train": [sentence for sentence in sentences if normalize(sentence.text) in trainable],
-        "validation": [sentence for sentence in sentences if normalize(sentence.text) in held_out],
+        "train": [sentence for sentence, text in zip(sentences, texts, strict=True) if text in trainable],
+        "validation": [sentence for sentence, text in zip(sentences, texts, strict=True) if text in held_out],
     }
 
 
-def _fragments(text: str) -> set[str]:
-    """Return every run of words of a normalized text, itself included."""
-    words = text.split()
-    return {" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)} | {text}
+def fragment_finder(texts: Sequence[str]) -> Callable[[str], set[str]]:
+    """Return a function that gives those of the normalized `texts` that are a run of words of the text it is asked about.
+
+    In a sorted list the texts with which a string begins are the greatest one that is not greater than the string, or lie on its
+    chain of shorter and shorter beginnings. So one search per word finds all that begin there, and memory grows with the texts,
+    not with the square of their lengths as it would if every run of words were kept.
+    """
+    ordered = sorted({f"{text} " for text in texts})  # the space ends a word: "a go" is no beginning of "a good film"
+    longest = max(map(len, ordered), default=0)
+    beginning = []  # of each text: the position of the longest other one with which it begins, -1 for none
+    for position, text in enumerate(ordered):
+        shorter = position - 1
+        while shorter >= 0 and not text.startswith(ordered[shorter]):
+            shorter = beginning[shorter]
+        beginning.append(shorter)
+
+    def rows_within(text: str) -> set[str]:
+        text, start, found = f"{text} ", 0, set()
+        while start < len(text):
+            rest = text[start : start + longest]
+            position = bisect.bisect_right(ordered, rest) - 1
+            while position >= 0 and not rest.startswith(ordered[position]):
+                position = beginning[position]
+            while position >= 0 and ordered[position] not in found:
+                found.add(ordered[position])
+                position = beginning[position]
+            start = text.index(" ", start) + 1
+        return {row[:-1] for row in found}
+
+    return rows_within
 
 
 def write_dataset(data_dir: Path, splits: dict[str, list[Sentence]], source: str) -> dict:
@@ -175,18 +227,53 @@ def write_dataset(data_dir: Path, splits: dict[str, list[Sentence]], source: str
 
 
 def write_splits(data_dir: Path, splits: dict[str, list[dict]], source: str | dict, counts: dict[str, dict]) -> dict:
-    """Write train/validation/test.jsonl and dataset.json, which is written last and vouches for the others.
+    """Write train/validation/test.jsonl and dataset.json, which vouches for them with their SHA-256. Returns that description.
 
-    `counts` adds entries to what dataset.json says of a split. Returns that description.
+    `counts` adds entries to what dataset.json says of a split. Everything is written beside the old files before the first of them is
+    replaced: until then the old dataset is whole, from then on until the end dataset.json vouches for the new one and lists in
+    `replaces` what the old files were, so that the next run knows them for its own. Raises CompactMindError rather than replace a file
+    of somebody's own (`refuse_own_files`), and if another process is writing this data.
     """
-    (data_dir / DESCRIPTION).unlink(missing_ok=True)
+    with lock_directory(data_dir / DESCRIPTION):
+        return _write_splits(data_dir, splits, source, counts)
+
+
+def _write_splits(data_dir: Path, splits: dict[str, list[dict]], source: str | dict, counts: dict[str, dict]) -> dict:
+    refuse_own_files(data_dir)
     description = {"source": source, "splits": {}}
-    for name in SPLITS:
-        path = data_dir / f"{name}.jsonl"
-        write_text_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in splits[name]))
-        description["splits"][name] = {"rows": len(splits[name]), **counts[name], "sha256": sha256_of(path)}
+    new = {name: data_dir / f".{name}.jsonl.new" for name in SPLITS}
+    try:
+        for name, path in new.items():
+            write_text_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in splits[name]))
+            description["splits"][name] = {"rows": len(splits[name]), **counts[name], "sha256": sha256_of(path)}
+        write_json_atomically(data_dir / DESCRIPTION, {**description, "replaces": sorted(_vouched_for(data_dir))})
+        for name, path in new.items():
+            os.replace(path, data_dir / f"{name}.jsonl")
+    finally:
+        for path in new.values():
+            path.unlink(missing_ok=True)
     write_json_atomically(data_dir / DESCRIPTION, description)
     return description
+
+
+def _vouched_for(data_dir: Path) -> set[str]:
+    """Return the SHA-256 of every file that dataset.json says was written here, empty if it says nothing."""
+    try:
+        description = json.loads((data_dir / DESCRIPTION).read_text(encoding="utf-8"))
+        return {split["sha256"] for split in description["splits"].values()} | set(description.get("replaces", []))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+
+
+def refuse_own_files(data_dir: Path) -> None:
+    """Raise CompactMindError if a split is there that `write_splits` did not write, or that was changed since: it is somebody's own."""
+    vouched_for = _vouched_for(data_dir)
+    for path in (data_dir / f"{name}.jsonl" for name in SPLITS):
+        if path.exists() and sha256_of(path) not in vouched_for:
+            raise CompactMindError(
+                f"{path} was not written by download_model.py, or was changed since, and would be overwritten: move it away or delete "
+                "it, then run `python download_model.py` (your own sentences go to sst2_data/glue/sst2/, text to wikitext_data/wiki.*.raw)"
+            )
 
 
 def read_dataset_description(data_dir: Path) -> dict:
@@ -202,7 +289,8 @@ def read_dataset_description(data_dir: Path) -> dict:
     for name, digest in recorded.items():
         split = data_dir / f"{name}.jsonl"
         if not split.is_file() or sha256_of(split) != digest:
-            raise CompactMindError(f"{split} is missing or was changed: run `python download_model.py` again")
+            what = "is being replaced, or that was interrupted" if "replaces" in description else "is missing or was changed"
+            raise CompactMindError(f"{split} {what}: run `python download_model.py` again")
     return description
 
 
@@ -222,24 +310,40 @@ def load_split(data_dir: Path, split: str) -> list[Sentence]:
 class EncodedSentences:
     """Sentences tokenized once, padded batch by batch.
 
-    `input_ids` holds one list of token ids per row, `labels` is an int64 tensor of shape (rows,).
+    `input_ids` holds one list of token ids per row, `labels` is an int64 tensor of shape (rows,), `whole_lengths` the tokens each
+    row has uncut and `cut` the number of rows that have more than `max_length`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[Sentence], max_length: int):
-        self.input_ids = tokenizer([s.text for s in sentences], truncation=True, max_length=max_length)["input_ids"]
+        texts = [s.text for s in sentences]
+        self.input_ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        self.max_length, self.whole_lengths = max_length, [len(ids) for ids in self.input_ids]
+        if full := [row for row, length in enumerate(self.whole_lengths) if length >= max_length]:
+            for row, ids in zip(full, tokenizer([texts[row] for row in full], verbose=False)["input_ids"], strict=True):
+                self.whole_lengths[row] = len(ids)
+        self.cut = sum(length > max_length for length in self.whole_lengths)
         self.labels = torch.tensor([sentence.label for sentence in sentences])
         self.pad_token_id = tokenizer.pad_token_id
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def describe_cut(self) -> str:
+        """Return how many rows lose their end at `max_length`, and which length would cut 1% of them."""
+        rows = len(self)
+        if not self.cut:
+            return f"none of {rows} sentences is cut at {self.max_length} tokens"
+        said = f"{self.cut} of {rows} sentences ({self.cut / rows:.1%}) {'is' if self.cut == 1 else 'are'} cut at {self.max_length} tokens"
+        enough = sorted(self.whole_lengths)[math.ceil(0.99 * rows) - 1]
+        return said + (f"; at {enough} it would be 1%" if enough > self.max_length else "")
+
     def collate(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Return a batch padded to its longest row.
+        """Return a batch padded to its longest row, with zeros where the tokenizer has no padding token.
 
         `input_ids`, `attention_mask` (1 keep, 0 padding): (len(rows), longest); `labels`, `rows`: (len(rows),).
         """
-        ids = [torch.tensor(self.input_ids[row]) for row in rows]
-        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id)
+        ids = [torch.tensor(self.input_ids[row], dtype=torch.long) for row in rows]
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id or 0)
         lengths = torch.tensor([len(row) for row in ids])
         return {
             "input_ids": input_ids,
@@ -248,10 +352,13 @@ class EncodedSentences:
             "rows": torch.tensor(list(rows)),
         }
 
-    def training_batches(self, batch_size: int, seed: int) -> DataLoader:
-        """Return a loader over all rows in random order, rows of similar length together (little padding)."""
+    def training_batches(self, batch_size: int, seed: int, processes: int = 1) -> DataLoader:
+        """Return a loader over all rows in random order, rows of similar length together (little padding).
+
+        Several processes take the batches in turn; the order is that of one process with as many sentences per step as all of them.
+        """
         lengths = [len(ids) for ids in self.input_ids]
-        sampler = LengthGroupedSampler(batch_size, lengths=lengths, generator=torch.Generator().manual_seed(seed))
+        sampler = LengthGroupedSampler(batch_size * processes, lengths=lengths, generator=torch.Generator().manual_seed(seed))
         return DataLoader(range(len(self)), batch_size=batch_size, sampler=sampler, collate_fn=self.collate)
 
     def evaluation_batches(self, batch_size: int) -> DataLoader:

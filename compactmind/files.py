@@ -1,19 +1,45 @@
-"""Files and directories that are either whole or absent, whatever kills the process."""
+"""Files and directories that are either whole or absent, whatever kills the process, and one writer at a time for each directory.
+
+A reader never repairs: what an interrupted writer left behind is put in order by the next one that holds the directory's lock.
+"""
 
 import contextlib
+import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
+import psutil
+
 from compactmind.errors import CompactMindError
 
+LOCK_WAIT_SECONDS = 5.0
+"""How long a writer waits for another one: long enough for one that only looks whether its output is up to date."""
+UNWRITABLE = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "it is on a read-only file system",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+}
+"""Errors of the operating system that a user can do something about."""
+LOCKS = ".locks"
+"""Folder beside what is locked, with an empty file for each name; they stay: a lock on a file that somebody removes protects nothing."""
+EXCHANGE = 2
+"""RENAME_EXCHANGE of renameat2(2)."""
 
+
+# ---------------------------------------------------------------------------------------------------------------- reading
 def sha256_of(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
@@ -28,9 +54,38 @@ def _sha256_by_chunks(file) -> str:
     return digest.hexdigest()
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """Return the files that hold the weights of a Hugging Face folder, sorted: those that transformers would load, and no others.
+
+    A whole file goes before an index of shards, safetensors before pickles. What lies beside them (the same weights in another
+    format, adapters) does not count. Raises CompactMindError if there are none or if a shard of the index is missing.
+    """
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        if (directory / whole).is_file():
+            return [directory / whole]
+        index = directory / f"{whole}.index.json"
+        if not index.is_file():
+            continue
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [directory / name for name in names]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CompactMindError(f"{index} is no index of weight files ({error!r}): copy the folder again") from None
+        for file in files:
+            if not file.is_file():
+                raise CompactMindError(f"{index} names {file.name}, which is not there: copy the folder again")
+        return files
+    lacking = "weights (model.safetensors or pytorch_model.bin, whole or in shards with an index)"
+    if not (directory / "config.json").is_file():
+        lacking = "model (no config.json)"
+    raise CompactMindError(f"{directory} holds no {lacking}: run `python download_model.py`, or give another folder")
+
+
+# ------------------------------------------------------------------------------------------------------------ what can fail
 def require_free_space(directory: Path, needed_bytes: int) -> None:
     """Raise CompactMindError if the disk that holds `directory` has less than `needed_bytes` free."""
-    existing = next(parent for parent in [directory, *directory.absolute().parents] if parent.exists())
+    place = place_of(directory)
+    existing = next(parent for parent in [place, *place.parents] if parent.exists())
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < needed_bytes:
         raise CompactMindError(
@@ -39,36 +94,92 @@ def require_free_space(directory: Path, needed_bytes: int) -> None:
         )
 
 
+def why_unwritable(error: BaseException) -> str | None:
+    """Return in words why the operating system refused to write, None if this error is about something else."""
+    reason = UNWRITABLE.get(getattr(error, "errno", None))
+    # safetensors reports a failed write as an exception of its own, so the text is looked at too.
+    return UNWRITABLE[errno.ENOSPC] if reason is None and "No space left" in str(error) else reason
+
+
 @contextlib.contextmanager
-def explain_full_disk(target: Path) -> Iterator[None]:
-    """Turn the operating system's "no space left" into a CompactMindError that names what was being written."""
+def explain_unwritable(target: Path) -> Iterator[None]:
+    """Turn a full disk, a read-only one and missing permissions into a CompactMindError that names what was being written."""
     try:
         yield
     except Exception as error:
-        # safetensors reports a failed write as an exception of its own, so the text is looked at too.
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        if reason := why_unwritable(error):
             raise CompactMindError(
-                f"the disk is full: {target} could not be written; what stood there before is unchanged. "
-                "Free some space and run the same command again."
+                f"{reason}: {target} could not be written; what stood there before is unchanged. "
+                "Mend that and run the same command again."
             ) from error
         raise
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with explain_full_disk(path):
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.tmp-")
+def fsync_directory(directory: Path) -> None:
+    """Make the names in a directory outlast a power cut; does nothing where directories cannot be opened (Windows)."""
+    with contextlib.suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# ------------------------------------------------------------------------------------------------------------------- files
+@contextlib.contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to be written; on success it takes its place, on any error it vanishes.
+
+    A reader sees the old content or the new one, never a part, also after a power cut. The name is this process's own, so that several
+    may write at once (the last one wins); what killed processes left is removed. Raises CompactMindError when the disk is full or
+    cannot be written.
+    """
+    with explain_unwritable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale_temporaries(path)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_temporary_prefix(path)}{os.getpid()}-")
+        os.close(handle)
+    temporary = Path(name)
     try:
-        with explain_full_disk(path), os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with explain_unwritable(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+    fsync_directory(path.parent)
+
+
+def remove_stale_temporaries(path: Path) -> None:
+    """Remove what `replace_file` of a process of this machine that is no more has left beside `path`."""
+    prefix = _temporary_prefix(path)
+    for temporary in path.parent.glob(glob.escape(prefix) + "*"):
+        process = temporary.name.removeprefix(prefix).partition("-")[0]
+        if process.isdigit() and not _is_written_by(int(process), temporary):
+            temporary.unlink(missing_ok=True)
+
+
+def _is_written_by(process: int, temporary: Path) -> bool:
+    """Tell whether the process that began a file runs; one that started a minute after the file was touched got the number later."""
+    try:
+        return psutil.Process(process).create_time() < temporary.stat().st_mtime + 60
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+def _temporary_prefix(path: Path) -> str:
+    return f".{path.name.removeprefix('.')}.tmp-{socket.gethostname()}-"
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 with `replace_file`."""
+    with replace_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json_atomically(path: Path, value: Any) -> None:
@@ -76,44 +187,114 @@ def write_json_atomically(path: Path, value: Any) -> None:
     write_text_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def recover_directory(directory: Path) -> None:
-    """Finish what a kill between the two renames of `replace_directory` left undone; otherwise do nothing."""
-    displaced = directory.with_name(f".{directory.name}.old")
-    if displaced.is_dir():
-        if directory.exists():
-            shutil.rmtree(displaced)
-        else:
-            displaced.rename(directory)
+# ------------------------------------------------------------------------------------------------------------- directories
+_held: dict[Path, tuple[filelock.BaseFileLock, int]] = {}
+"""The locks of this process: real path of the directory -> lock and how often it was taken."""
+
+
+def place_of(directory: Path) -> Path:
+    """Return where a directory really is: links are followed, so that one place has one name.
+
+    Raises CompactMindError for a link whose target's parent is not there: the disk it points to is not mounted.
+    """
+    real = Path(os.path.realpath(directory))
+    if directory.is_symlink() and not real.parent.is_dir():
+        raise CompactMindError(
+            f"{directory} is a link to {real}, and {real.parent} is not there: mount that disk, or remove the link"
+        )
+    return real
 
 
 @contextlib.contextmanager
-def replace_directory(directory: Path, needed_bytes: int = 0) -> Iterator[Path]:
+def lock_directory(directory: Path, wait_seconds: float = LOCK_WAIT_SECONDS) -> Iterator[None]:
+    """Inside the `with` block this process is the only one that writes `directory`, which need not be there yet.
+
+    The lock is the operating system's and ends with the process, however that ends. The process may take it again while it has it. What
+    an interrupted writer left is put in order first. Raises CompactMindError if another process still has it after `wait_seconds`.
+    """
+    place = place_of(directory)
+    lock, count = _held.get(place, (None, 0))
+    if lock is None:
+        path = place.parent / LOCKS / f"{place.name}.lock"
+        with explain_unwritable(directory):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(path, thread_local=False)
+            try:
+                lock.acquire(timeout=wait_seconds)
+            except filelock.Timeout:
+                raise CompactMindError(
+                    f"{directory} is being written by another process, which holds {path}: wait until it ends, or write elsewhere"
+                ) from None
+    _held[place] = (lock, count + 1)
+    try:
+        if not count:
+            _recover(place)
+        yield
+    finally:
+        if count:
+            _held[place] = (lock, count)
+        else:
+            del _held[place]
+            lock.release()
+
+
+def _recover(place: Path) -> None:
+    """Put in order what a killed `replace_directory` left; whoever calls holds the lock."""
+    displaced = place.with_name(f".{place.name}.old")
+    if displaced.is_dir():
+        if place.exists():
+            shutil.rmtree(displaced)
+        else:
+            displaced.rename(place)
+    for stale in place.parent.glob(f".{place.name}.tmp-*"):
+        if stale.is_dir():
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replace_directory(directory: Path, needed_bytes: int = 0, wait_seconds: float = LOCK_WAIT_SECONDS) -> Iterator[Path]:
     """Yield an empty temporary sibling of `directory`; on success it takes its place, on any error it vanishes.
 
-    A kill at any moment leaves the previous directory whole (under its own name, or to be put back by
-    `recover_directory`). Raises CompactMindError when the disk is full.
+    A kill at any moment, a power cut too, leaves the previous directory or the new one whole. Where the system can exchange two
+    directories in one step (Linux) a reader finds one of them at any time. A link stays, and what it points to is replaced. Raises
+    CompactMindError when the disk is full or cannot be written, or if another process is writing the same directory.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    recover_directory(directory)
-    for stale in directory.parent.glob(f".{directory.name}.tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    require_free_space(directory, needed_bytes)
-    with explain_full_disk(directory):
-        temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.tmp-"))
-    try:
-        os.chmod(temporary, 0o755)
-        with explain_full_disk(directory):
-            yield temporary
-            for path in temporary.rglob("*"):
-                if path.is_file():
-                    with open(path, "rb+") as file:
-                        os.fsync(file.fileno())
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    displaced = directory.with_name(f".{directory.name}.old")
-    if directory.exists():
-        directory.rename(displaced)
-    temporary.rename(directory)
-    if displaced.exists():
-        shutil.rmtree(displaced)
+    with lock_directory(directory, wait_seconds):
+        place = place_of(directory)
+        require_free_space(directory, needed_bytes)
+        with explain_unwritable(directory):
+            temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.tmp-"))
+        try:
+            os.chmod(temporary, 0o755)
+            with explain_unwritable(directory):
+                yield temporary
+                for path in [*temporary.rglob("*"), temporary]:
+                    if path.is_file():
+                        with open(path, "rb+") as file:
+                            os.fsync(file.fileno())
+                    else:
+                        fsync_directory(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if not place.exists():
+            temporary.rename(place)
+        elif _exchange(temporary, place):
+            fsync_directory(place.parent)
+            shutil.rmtree(temporary)
+        else:
+            displaced = place.with_name(f".{place.name}.old")
+            place.rename(displaced)
+            temporary.rename(place)
+            fsync_directory(place.parent)
+            shutil.rmtree(displaced)
+        fsync_directory(place.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two directories in one step; False where the system or the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    here = -100  # AT_FDCWD: paths are relative to the working directory
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), EXCHANGE) == 0

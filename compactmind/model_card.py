@@ -41,9 +41,12 @@ def model_card(name: str, manifest: dict[str, Any], report_row: dict[str, Any] |
         "",
     ]
     auto = "AutoModelForCausalLM" if language else "AutoModelForSequenceClassification"
-    if manifest["kind"] in ("dense", "pruned"):
+    rotations = (manifest["quantization"] or {}).get("rotations", {})
+    rotated = ", ".join(site for site in rotations if site != "o")  # o's is folded into the weights
+    if manifest["kind"] in ("dense", "pruned", "w8a8") and not rotated:
         trust = ", trust_remote_code=True" if own_class else ""
-        lines += ["With transformers alone" + (" (its code lies beside the weights):" if own_class else ":"), ""]
+        packages = "transformers and compressed-tensors" if manifest["kind"] == "w8a8" else "transformers alone"
+        lines += [f"With {packages}" + (" (its code lies beside the weights):" if own_class else ":"), ""]
         lines += [
             "```python",
             f"from transformers import {auto}",
@@ -52,11 +55,15 @@ def model_card(name: str, manifest: dict[str, Any], report_row: dict[str, Any] |
             "```",
             "",
         ]
-    elif manifest["kind"] == "w8a8" and language:
+    elif rotated:
         lines += [
-            "The layout is that of compressed-tensors; the project's docs/methods.md says what vLLM and transformers make of it.",
+            f"The layout is that of compressed-tensors, and the inputs of {rotated} are rotated while the model runs "
+            "(`transform_config` in config.json). **transformers 5.23 leaves that out, and its logits are wrong then**; docs/methods.md of "
+            "the project says how to apply the rotation. A file made with `--rotations o` needs none.",
             "",
         ]
+    elif manifest["kind"] == "int8":
+        lines += ["transformers alone takes the int8 numbers of this file for weights: its logits are wrong.", ""]
     command = "generate.py" if language else "classify.py"
     lines += ["To try it:", "", "```bash", f'python {command} --model models/{name} "a text"', "```", ""]
     return "\n".join(lines)
@@ -94,7 +101,8 @@ def _numbers(manifest: dict[str, Any], row: dict[str, Any] | None) -> list[str]:
             protocol = row["protocol"]
             on = f"{protocol['text']}, {protocol['windows']} windows of {protocol['seq_len']}"
             shown = {"perplexity": f"{row['perplexity']:.2f} [{low:.2f}, {high:.2f}] ({on})", **shown}
-            shown |= {f"{phase}, ms": times["median_ms"] for phase, times in row["generation"].items()}
+            shown |= {f"{phase}, ms": times["median_ms"] for phase, times in (row["generation"] or {}).items()}
+    shown = {name: value for name, value in shown.items() if value is not None}  # what could not be measured
     if not shown:
         return []
     cells = {name: value if isinstance(value, str) else f"{value:.4g}" for name, value in shown.items()}

@@ -2,12 +2,13 @@
 
 The int8 linears of a W8A8 model become MatMulInteger, the integer product ONNX has: the same integers as in PyTorch. Both factors are
 shifted to unsigned bytes: onnxruntime has no fast product of two signed ones on x86, and that of unsigned by signed saturates on CPUs
-without VNNI. Needs the packages of requirements-export.txt.
+without VNNI. The file is the same to the byte whatever machine writes it. Needs the packages of requirements-export.txt.
 """
 
 import copy
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compactmind.errors import CompactMindError
+from compactmind.files import replace_file
 from compactmind.methods.quantization.w8a8_encoder import W8A8EncoderBlock
+from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 
 FILE = "model.onnx"
 """Its name in the directory of a checkpoint."""
@@ -46,17 +49,27 @@ class Logits(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
 
-def plain_blocks(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy whose blocks have the forward pass of transformers: that of W8A8 blocks is written for PyTorch's caches."""
+def traceable(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy to be traced, not to be run: W8A8 linears multiply with `int_mm`, whether this machine can or not.
+
+    Its blocks have the forward pass of transformers: that of W8A8 blocks is written for PyTorch's caches.
+    """
     model = copy.deepcopy(model).cpu().eval()
     for module in model.modules():
         if isinstance(module, W8A8EncoderBlock):
             module.__class__ = type(module).__mro__[2]
+        if isinstance(module, W8A8Linear):
+            module.kernel = "int_mm"
     return model
 
 
-def export_classifier(model: PreTrainedModel, path: Path) -> None:
-    """Write a classifier as ONNX; the file appears when it is whole. Raises CompactMindError without the packages for it."""
+def export_classifier(
+    model: PreTrainedModel, path: Path, check: Callable[["OnnxClassifier"], None] = lambda exported: None
+) -> None:
+    """Write a classifier as ONNX; it takes the place of an older file when it is whole and `check` of it has raised nothing.
+
+    Raises CompactMindError without the packages for it, and whatever `check` raises.
+    """
     require_onnx()
     import onnx
     import onnxscript
@@ -71,11 +84,10 @@ def export_classifier(model: PreTrainedModel, path: Path) -> None:
         zero = op.Constant(value=number("zero", types.UINT8, [], [128]))
         return op.MatMulInteger(unsigned(a), unsigned(b), zero, zero)
 
-    plain = plain_blocks(model)
+    plain = traceable(model)
     plain.set_attn_implementation("eager")
     example = torch.ones(2, 8, dtype=torch.long)
     batch, tokens = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=2)
-    temporary = path.with_name(f".{path.stem}.tmp.onnx")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter, about its own insides
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -84,8 +96,11 @@ def export_classifier(model: PreTrainedModel, path: Path) -> None:
             input_names=list(INPUTS), output_names=["logits"], dynamic_shapes=({0: batch, 1: tokens}, {0: batch, 1: tokens}),
             custom_translation_table={torch.ops.aten._int_mm.default: int_mm},
         )  # fmt: skip
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # it names directories of this machine
+    with replace_file(path) as temporary:
         program.save(temporary, external_data=False)
-    temporary.replace(path)
+        check(OnnxClassifier(temporary))
 
 
 class OnnxClassifier:

@@ -7,7 +7,7 @@ import pandas
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from compactmind.data import BLANK, SPLITS, read_json_lines, write_splits
+from compactmind.data import BLANK, HALF_A_PAIR, SPLITS, read_json_lines, unreadable, write_splits
 from compactmind.errors import CompactMindError
 
 JOIN = "\n\n"
@@ -30,17 +30,17 @@ def read_documents(path: Path) -> list[str]:
         if path.suffix == ".parquet":
             rows = pandas.read_parquet(path, columns=["text"]).to_dict("records")
             return [_text_of(path, number, row) for number, row in enumerate(rows, start=1)]
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError, KeyError) as error:
-        raise CompactMindError(
-            f"{path} cannot be read as text: {error}. Fix or delete it, then run `python download_model.py`"
-        ) from None
+        raise unreadable(path, error) from None
     return [line + "\n" if line.strip() else "" for line in (lines[:-1] if lines[-1] == "" else lines)]
 
 
 def _text_of(path: Path, number: int, row: object) -> str:
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise CompactMindError(f"{path}, row {number}: expected an object with the key text and a string: {str(row)[:80]}")
+    if HALF_A_PAIR.search(row["text"]):
+        raise CompactMindError(f"{path}, row {number}: half a surrogate pair, which is no character: {row['text'][:60]!r}")
     return row["text"]
 
 

@@ -1,29 +1,84 @@
-"""What every training loop needs and no technique is about: optimizer, resuming, progress lines.
+"""What every training loop needs and no technique is about: devices, optimizer, resuming, what was learned, progress lines.
 
 The loops themselves stand in the numbered scripts.
 """
 
+import json
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
+from scipy.stats import binomtest
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from compactmind.files import explain_full_disk
+from compactmind.data import EncodedSentences
+from compactmind.errors import CompactMindError
+from compactmind.evaluation.accuracy import predict_logits
+from compactmind.files import lock_directory, remove_stale_temporaries, replace_file
+
+PRECISIONS = ("no", "bf16", "fp16")
 
 
+# --------------------------------------------------------------------------------------------------------------- devices
 def make_accelerator() -> Accelerator:
-    """Return an Accelerator with automatic mixed precision on a GPU only: bf16 where it exists, else fp16."""
-    if not torch.cuda.is_available():
-        return Accelerator(cpu=True, mixed_precision="no")
-    return Accelerator(mixed_precision="bf16" if torch.cuda.is_bf16_supported() else "fp16")
+    """Return an Accelerator in the mixed precision that was asked for, else bf16 where a GPU has it, fp16 where not, none on a CPU.
+
+    Asked for with the environment variable ACCELERATE_MIXED_PRECISION, which `accelerate launch --mixed_precision` sets (to "no" if
+    it is told nothing). Raises CompactMindError on an unknown precision, and on fp16 without a GPU: it would be ignored.
+    """
+    gpu = torch.cuda.is_available()
+    automatic = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if gpu else "no"
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", automatic).lower()
+    if precision not in PRECISIONS or (precision == "fp16" and not gpu):
+        raise CompactMindError(
+            f"mixed precision {precision!r} (ACCELERATE_MIXED_PRECISION, or accelerate launch --mixed_precision) is not one of "
+            f"{', '.join(PRECISIONS if gpu else PRECISIONS[:-1])} on this {'GPU' if gpu else 'CPU'}"
+        )
+    return Accelerator(cpu=not gpu, mixed_precision=precision)
+
+
+def accelerator_record(accelerator: Accelerator, batch_size: int) -> dict[str, Any]:
+    """Return what decides a result beside the settings: processes, sentences per step of all of them together, precision."""
+    processes = accelerator.num_processes
+    return {
+        "num_processes": processes,
+        "effective_batch": batch_size * processes,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+
+
+def only_writer(directory: Path, accelerator: Accelerator) -> AbstractContextManager[None]:
+    """Return a `with` block inside which this run, of whatever number of processes, is the only one that writes `directory`.
+
+    Raises CompactMindError if another run is at it, see `lock_directory`.
+    """
+    return lock_directory(directory) if accelerator.is_main_process else nullcontext()
+
+
+def prepare_for_training(
+    accelerator: Accelerator, model: PreTrainedModel, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return the model as training steps call it, inside `accelerator.autocast()`, and the optimizer.
+
+    `model` itself goes on computing in float32, as it will from its file: `accelerator.prepare` leaves a forward pass in mixed
+    precision on it, which is taken off again, for what is measured in that pass is not the model that is saved.
+    """
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    return wrapped, optimizer
+
+
+# ------------------------------------------------------------------------------------------------ optimizer and schedule
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -108,45 +163,58 @@ class WeightAverage:
             average.copy_(state["weights"][name])
 
 
+# -------------------------------------------------------------------------------------------------------------- resuming
 class TrainingState:
     """The state of an unfinished training run, saved every so often, so that a killed run goes on where it was.
 
     It lies beside the checkpoint it will become (`models/.<name>.training.pt`) and is deleted with success. A state of
-    another stage record (other config, other inputs) is ignored. Only tensors and plain values are stored, and it is
-    loaded with `weights_only=True`: no code is ever unpickled.
+    another stage record (other config, other inputs, another number of processes) is not used, and a line says so. Only tensors
+    and plain values are stored, and it is loaded with `weights_only=True`: no code is ever unpickled.
     """
 
     def __init__(self, checkpoint_directory: Path, stage: dict[str, Any]):
         self.path = checkpoint_directory.with_name(f".{checkpoint_directory.name}.training.pt")
-        self.stage = stage
+        self.stage = json.dumps(stage, sort_keys=True, default=str)
 
     def load(self) -> dict[str, Any] | None:
         """Return what was last saved for this very stage, or None (also when the file is damaged)."""
+        remove_stale_temporaries(self.path)
         if not self.path.is_file():
             return None
         try:
             saved = torch.load(self.path, weights_only=True, map_location="cpu")
+            stage, state = saved["stage"], saved["state"]
         except Exception:  # noqa: BLE001  any damage means the same: start from the first epoch
-            print(f"{self.path} is damaged: starting this model from the beginning")
+            self._say("is damaged")
             return None
-        return saved["state"] if saved["stage"] == repr(self.stage) else None
+        if stage == self.stage:
+            return state
+        self._say(f"is of another run ({_differences(stage, self.stage)})")
+        return None
+
+    def _say(self, what: str) -> None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one speaks
+            print(f"{self.path} {what}: starting this model from the beginning")
 
     def save(self, **state: Any) -> None:
         """Write the state, replacing the previous one only when whole."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        try:
-            # Through a Python file: torch's own writer reports a full disk without the operating system's error number.
-            with explain_full_disk(self.path), open(temporary, "wb") as file:
-                torch.save({"stage": repr(self.stage), "state": state}, file)
-            temporary.replace(self.path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        # Through a Python file: torch's own writer reports a full disk without the operating system's error number.
+        with replace_file(self.path) as temporary, open(temporary, "wb") as file:
+            torch.save({"stage": self.stage, "state": state}, file)
 
     def clear(self) -> None:
         """Forget the state: the checkpoint it led to has been written."""
         self.path.unlink(missing_ok=True)
+
+
+def _differences(saved: str, wanted: str) -> str:
+    """Return in words where two stage records, as JSON, differ; those of an earlier version may be no JSON."""
+    try:
+        saved, wanted = ({**each.pop("config"), **each.pop("inputs"), **each} for each in map(json.loads, (saved, wanted)))
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return "of an earlier version"
+    keys = [key for key in sorted(saved.keys() | wanted.keys()) if saved.get(key) != wanted.get(key)]
+    return ", ".join(f"{key} {saved.get(key)} instead of {wanted.get(key)}" for key in keys)
 
 
 def cpu_copy(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -154,10 +222,73 @@ def cpu_copy(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in state_dict.items()}
 
 
+# ------------------------------------------------------------------------------------------------------ what was learned
+def are_finite(weights: dict[str, torch.Tensor]) -> bool:
+    """Tell whether every weight is a number."""
+    return all(torch.isfinite(tensor).all().item() for tensor in weights.values())
+
+
+def mean_loss(losses: list[torch.Tensor], accelerator: Accelerator, first_step: int, label: str, lr_setting: str) -> float:
+    """Return the mean of losses (a scalar per step, from step `first_step` on) over steps and processes; all must call it.
+
+    Looking at the losses makes the processor wait for the GPU, so it is done now and then. Raises CompactMindError if one is not
+    finite, naming `label` (the model and its phase), the step, and `lr_setting`, for example "teacher_lr 5e-05", as what to lower.
+    """
+    per_step = accelerator.reduce(torch.stack(losses), reduction="mean")  # (steps,)
+    bad = (~torch.isfinite(per_step)).nonzero()
+    if len(bad):
+        index = int(bad[0])
+        raise CompactMindError(
+            f"{label}: the loss became {per_step[index].item()} at step {first_step + index}, nothing was saved: "
+            f"{_too_high(lr_setting)}"
+        )
+    return per_step.mean().item()
+
+
+def validation_logits(
+    model: PreTrainedModel, sentences: EncodedSentences, batch_size: int, accelerator: Accelerator, label: str, lr_setting: str
+) -> torch.Tensor:
+    """Return the logits of the main process, float32 on the CPU, (rows, classes), in every process; all must call it.
+
+    What follows from them (which epoch is kept, when to stop) is then the same everywhere, whatever the rounding of each device.
+    Raises CompactMindError if one is not finite or a weight is not, naming `label` and `lr_setting` as `mean_loss` does.
+    """
+    if accelerator.is_main_process:
+        logits = predict_logits(model, sentences, batch_size).to(accelerator.device)
+    else:
+        logits = torch.empty(len(sentences), model.config.num_labels, device=accelerator.device)
+    logits = broadcast(logits).cpu()
+    if not torch.isfinite(logits).all() or not are_finite(model.state_dict()):
+        raise CompactMindError(
+            f"{label}: logits or weights are not finite after its last step, nothing was saved: {_too_high(lr_setting)}"
+        )
+    return logits
+
+
+def _too_high(lr_setting: str) -> str:
+    return f"{lr_setting} is probably too high, use a smaller --{lr_setting.split()[0]}"
+
+
+def warn_of_chance(label: str, accuracy: float, labels: torch.Tensor, accelerator: Accelerator) -> None:
+    """Print a warning if an accuracy (share in [0, 1] of the rows of `labels`) may be that of always saying the more frequent class.
+
+    May be: that share is not below the 95% Wilson interval of the accuracy.
+    """
+    rows, majority = len(labels), labels.bincount().max().item() / len(labels)
+    low = binomtest(round(accuracy * rows), rows).proportion_ci(0.95, method="wilson").low
+    if low <= majority:
+        accelerator.print(
+            f"warning: {label} may be no better than chance: validation accuracy {accuracy:.2%} (at least {low:.2%} with 95% "
+            f"confidence), while always saying the more frequent class is right in {majority:.2%}"
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------- progress
 class Progress:
     """A progress bar on a terminal, and one aligned line per `log_every` steps everywhere.
 
-    The line: step, loss (mean since the last line), lr, the caller's own fields, sentences (or another `unit`) per second, time left.
+    The line: step, loss (mean since the last line, of this process's batches), lr, the caller's own fields, sentences (or another
+    `unit`) per second of all processes, time left.
     """
 
     def __init__(
@@ -166,7 +297,7 @@ class Progress:
         self.unit = unit
         self.label, self.total_steps, self.log_every, self.enabled = label, total_steps, log_every, enabled
         self.step = start_step
-        self.losses: list[float] = []
+        self.losses: list[float | torch.Tensor] = []
         self.items = 0
         self.started = self.mark = time.perf_counter()
         self.first_step = start_step
@@ -175,18 +306,20 @@ class Progress:
             disable=not (enabled and sys.stderr.isatty()),
         )  # fmt: skip
 
-    def update(self, loss: float, lr: float, items: int, **shown: float) -> None:
-        """Count one optimizer step over `items` sentences (or another unit)."""
+    def update(self, loss: float | torch.Tensor, lr: float, items: int, **shown: float) -> None:
+        """Count one optimizer step over `items` sentences (or another unit); a loss on a GPU is fetched when a line is due only."""
         self.step += 1
+        self.bar.update()
+        if not self.enabled:
+            return
         self.losses.append(loss)
         self.items += items
-        self.bar.update()
-        if self.enabled and (self.step % self.log_every == 0 or self.step == self.total_steps):
+        if self.step % self.log_every == 0 or self.step == self.total_steps:
             now = time.perf_counter()
             left = (now - self.started) / (self.step - self.first_step) * (self.total_steps - self.step)
             extra = "".join(f" | {name} {value:6.3f}" for name, value in shown.items())
             self.write(
-                f"{self.label:<18} step {self.step:>5}/{self.total_steps} | loss {sum(self.losses) / len(self.losses):7.4f}"
+                f"{self.label:<18} step {self.step:>5}/{self.total_steps} | loss {float(sum(self.losses) / len(self.losses)):7.4f}"
                 f" | lr {lr:.2e}{extra} | {self.items / (now - self.mark):5.0f} {self.unit}/s | left {clock(left)}"
             )
             self.losses, self.items, self.mark = [], 0, now

@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: it rea
 import helpers
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from compactmind.data import EncodedSentences
 
@@ -39,6 +40,14 @@ def bert():
 @pytest.fixture
 def distilbert():
     return helpers.make_distilbert()
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Precision and device are settled once per process: here they are open again, and afterwards too."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

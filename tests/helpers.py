@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -174,6 +175,14 @@ def logits_of(model, batch: dict[str, torch.Tensor] | None = None) -> torch.Tens
     return model.eval()(**(batch or example_batch())).logits
 
 
+def fp16_on_a_cpu() -> Accelerator:
+    """Return an Accelerator that trains in fp16 with a loss scale, as on a GPU without bf16; accelerate itself refuses a CPU."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    return accelerator
+
+
 # -------------------------------------------------------------------------------------------------------------- scripts
 def make_workspace(folder: Path, train_rows: int = 600, dev_rows: int = 60) -> Path:
     """Fill a directory with what download_model.py finds without a network: a tiny BERT and a small SST-2."""
@@ -216,7 +225,8 @@ def environment(cwd: Path) -> dict[str, str]:
     """Return the environment of a subprocess that sees no GPU, no hub and no other profile than the one it is given."""
     changes = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf_home"), "OMP_NUM_THREADS": "1"}
     changes |= {"PYTHONIOENCODING": "utf-8", "PYTHONPATH": ""}
-    return {key: value for key, value in os.environ.items() if key != "COMPACTMIND_PROFILE"} | changes
+    own = ("COMPACTMIND_PROFILE", "ACCELERATE_MIXED_PRECISION")
+    return {key: value for key, value in os.environ.items() if key not in own} | changes
 
 
 def run_script(name: str, *arguments, cwd: Path, processes: int = 1) -> subprocess.CompletedProcess:
@@ -224,7 +234,15 @@ def run_script(name: str, *arguments, cwd: Path, processes: int = 1) -> subproce
 
     With several processes it is started as on several GPUs.
     """
-    command = _command(name, arguments)
+    return _run(_command(name, arguments), cwd, processes)
+
+
+def run_python(path: Path, *arguments, cwd: Path, processes: int = 1) -> subprocess.CompletedProcess:
+    """Run any Python file as `run_script` runs a script, without a profile."""
+    return _run([sys.executable, str(path), *map(str, arguments)], cwd, processes)
+
+
+def _run(command: list[str], cwd: Path, processes: int) -> subprocess.CompletedProcess:
     if processes > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.run(command, cwd=cwd, env=environment(cwd), stdin=subprocess.DEVNULL, capture_output=True, text=True)

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from helpers import REPOSITORY
+from safetensors.torch import load_file
 
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.perplexity import window_losses
@@ -177,23 +178,45 @@ def test_frozen_weights_stay_and_the_others_learn():
     assert unchanged == ["model.embed_tokens.weight"] and result["kept_step"] > 0
 
 
-def test_bfloat16_autocast_trains_float32_weights():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        model, held_out = helpers.make_llama(), pattern_windows(4, first=3)
-        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-        seen = []
-        model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append((module.training, output.dtype)))
-        recipe = make_recipe(20, distillation=True, hidden_loss_weight=0.1, gradient_checkpointing=True)
-        result = retrain_causal_lm(
-            model, pattern_windows(), held_out, recipe, teacher=helpers.make_llama(), accelerator=accelerator
-        )
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+def test_bfloat16_autocast_trains_float32_weights(fresh_accelerator):
+    model, held_out = helpers.make_llama(), pattern_windows(4, first=3)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append((module.training, output.dtype)))
+    recipe = make_recipe(20, distillation=True, hidden_loss_weight=0.1, gradient_checkpointing=True)
+    result = retrain_causal_lm(
+        model, pattern_windows(), held_out, recipe, teacher=helpers.make_llama(), accelerator=accelerator
+    )
     assert set(seen) == {(True, torch.bfloat16), (False, torch.float32)}  # held-out losses are measured in full precision
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert result["loss_after"] < result["loss_before"]
     assert mean_loss(model, held_out) == pytest.approx(result["loss_after"])
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_fp16_with_a_loss_scale_trains_float32_weights_and_goes_on_where_it_was(fresh_accelerator, tmp_path, monkeypatch, mode):
+    resume = TrainingState(tmp_path / "retrained", STAGE)
+
+    def run(resume=None):
+        model, accelerator = helpers.make_llama(), helpers.fp16_on_a_cpu()
+        recipe = make_recipe(12, mode=mode, lr={"full": 5e-3, "lora": 3e-2}[mode], distillation=True, hidden_loss_weight=0.1)
+        teacher = helpers.make_llama(seed=1)
+        options = {"teacher": teacher, "accelerator": accelerator, "resume": resume}
+        return model, accelerator, retrain_causal_lm(model, pattern_windows(), pattern_windows(4, first=3), recipe, **options)
+
+    model, accelerator, whole = run()
+    assert accelerator.scaler.get_scale() == 65536  # no step was skipped: nothing overflowed
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert whole["kept_step"] > 6 and whole["loss_after"] < whole["loss_before"] and whole["stopped"] is None
+    assert mean_loss(model, pattern_windows(4, first=3)) == pytest.approx(whole["loss_after"], rel=1e-5)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        fail_at(patch, "held_out_loss", 4, interrupt)
+        run(resume)
+    state = resume.load()
+    resume.save(**state | {"scaler": state["scaler"] | {"scale": 1024.0}})
+    again, accelerator, resumed = run(resume)
+    assert accelerator.scaler.get_scale() == 1024
+    assert resumed["loss_after"] == pytest.approx(whole["loss_after"], rel=1e-2)
 
 
 # --------------------------------------------------------------------------------------------------- a loss that is none
@@ -275,7 +298,90 @@ def test_a_resumed_run_still_has_the_best_weights_of_the_first_part(tmp_path, mo
     assert_equal_weights(model, best)
 
 
+@pytest.mark.parametrize("change", [{"processes": 2, "total_steps": 8}, {"mixed_precision": "bf16"}, {"windows_per_step": 4}])
+def test_the_state_of_another_plan_is_not_used(tmp_path, monkeypatch, capsys, change):
+    def run(resume=None):
+        model = helpers.make_llama()
+        return model, retrain_causal_lm(model, pattern_windows(), pattern_windows(2), make_recipe(16), resume=resume)
+
+    whole_model, whole = run()
+    resume = TrainingState(tmp_path / "retrained", STAGE)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        fail_at(patch, "held_out_loss", 3, interrupt)
+        run(resume)
+    state = resume.load()
+    assert state["plan"] == {"total_steps": 16, "windows_per_step": 2, "processes": 1, "mixed_precision": "no"}
+    resume.save(**state | {"plan": state["plan"] | change, "loss_before": 0.1})
+    capsys.readouterr()
+    model, result = run(resume)
+    printed = capsys.readouterr().out
+    assert "starting anew" in printed and "going on" not in printed
+    for key, value in change.items():
+        assert f"'{key}': {value!r}" in printed
+    assert timeless(result) == timeless(whole)
+    assert_equal_weights(model, whole_model.state_dict())
+
+
+def test_a_weight_that_is_no_number_is_never_kept(monkeypatch):
+    original = causal_lm.held_out_loss
+
+    def spoiling(model, held_out, accelerator):
+        loss = original(model, held_out, accelerator)
+        if model.lm_head.weight.grad is None and not torch.equal(model.lm_head.weight, start):
+            with torch.no_grad():
+                model.model.embed_tokens.weight[-1] = math.nan  # of a token that occurs nowhere
+        return loss
+
+    model = helpers.make_llama()
+    incoming = cpu_copy(model.state_dict())
+    start = incoming["lm_head.weight"]
+    monkeypatch.setattr(causal_lm, "held_out_loss", spoiling)
+    result = retrain_causal_lm(model, pattern_windows(), pattern_windows(2), make_recipe())
+    assert min(row["held_out_loss"] for row in result["history"]) < result["loss_before"]
+    assert result["kept_step"] == 0
+    assert_equal_weights(model, incoming)
+
+
 # -------------------------------------------------------------------------------------------------- batches and schedule
+TWO_PROCESSES = """
+import json, sys
+sys.path[:0] = sys.argv[1:3]
+import test_causal_lm as shared
+from compactmind.training import make_accelerator
+from safetensors.torch import save_file
+accelerator = make_accelerator()
+assert accelerator.num_processes == 2
+model, result = shared.retrain_with(batch_size=1, accelerator=accelerator)
+if accelerator.is_main_process:
+    save_file(model.state_dict(), sys.argv[3] + "/weights.safetensors")
+    with open(sys.argv[3] + "/result.json", "w") as file:
+        json.dump(result, file)
+"""
+
+
+def retrain_with(batch_size: int, accelerator: Accelerator | None = None):
+    """Return a model after 8 steps of accumulated batches, and what came out."""
+    model, windows = helpers.make_llama(), helpers.example_windows(12, SEQ_LEN)
+    recipe = RetrainRecipe(tokens=8 * 4 * SEQ_LEN, batch_size=batch_size, accumulation=2, lr=1e-3, distillation=False)
+    return model, retrain_causal_lm(model, windows, windows[:2], recipe, accelerator=accelerator)
+
+
+def test_two_processes_with_half_the_windows_each_are_one_with_all(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    ended = helpers.run_python(script, REPOSITORY, REPOSITORY / "tests", tmp_path, cwd=tmp_path, processes=2)
+    assert ended.returncode == 0, ended.stderr
+    model, alone = retrain_with(batch_size=2)
+    together, weights = helpers.read_json(tmp_path / "result.json"), load_file(tmp_path / "weights.safetensors")
+    assert alone["kept_step"] == together["kept_step"] == 8 and alone["tokens_seen"] == together["tokens_seen"]
+    for ours, theirs in zip(alone["history"], together["history"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)  # the mean over both processes
+        assert ours["held_out_loss"] == pytest.approx(theirs["held_out_loss"], rel=1e-4)
+    start = helpers.make_llama().state_dict()
+    for name, tensor in model.state_dict().items():
+        assert (tensor - weights[name]).norm() < 0.05 * (tensor - start[name]).norm(), name
+
+
 def test_two_batches_of_one_window_are_one_batch_of_two(monkeypatch):
     # Plain gradient descent: AdamW would hide a gradient of the wrong size.
     monkeypatch.setattr(causal_lm, "make_optimizer", lambda model, lr, _: torch.optim.SGD(model.parameters(), lr=lr))
@@ -474,6 +580,51 @@ def test_low_precision_logits_are_compared_in_float32():
         loss.backward()
 
 
+@pytest.mark.parametrize("upstream", [1.0, 65536.0])
+@pytest.mark.parametrize(("alpha", "temperature"), [(0.0, 2.0), (0.5, 2.0), (1.0, 4.0), (1.0, 0.01)])
+def test_the_gradient_of_fp16_logits_neither_vanishes_nor_overflows(alpha, temperature, upstream):
+    generator = torch.Generator().manual_seed(0)
+    tokens, vocabulary = 70, 20_000  # a mean over many tokens, spread over many words: entries of 1e-7 and less
+    student, teacher = ((3 * torch.randn(tokens, vocabulary, generator=generator)).half() for _ in range(2))
+    student.requires_grad_()
+    labels = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    (token_loss(student, teacher, labels, temperature, alpha) * upstream).backward()
+
+    exact = student.detach().double().requires_grad_()
+    loss = (1 - alpha) * F.cross_entropy(exact, labels)
+    p, q = ((logits / temperature).log_softmax(-1) for logits in (teacher.double(), exact))
+    (loss + alpha * temperature**2 * (p.exp() * (p - q)).sum(-1).mean()).backward()
+    expected = exact.grad * upstream
+    assert student.grad.dtype == torch.float16 and torch.isfinite(student.grad).all()
+    # What fp16 itself can hold, rounded twice: 11 bits, and steps of 2^-24 below 2^-14; and the float32 it is computed in.
+    torch.testing.assert_close(student.grad.double(), expected, rtol=2**-9, atol=2**-23 + 1e-11 * upstream)
+    representable = expected.abs() > 2**-23
+    assert not (student.grad[representable] == 0).any()
+    if upstream > 1 and temperature > 1:
+        assert representable.double().mean() > 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_other_logits_is_that_of_the_plain_chunks(dtype):
+    student, teacher, labels = make_logits(tokens=50)
+    student = student.detach().to(dtype).requires_grad_()
+    (token_loss(student, teacher, labels, 2.0, 0.25) * 3).backward()
+    chunks = []
+    for rows in torch.arange(50).split(causal_lm.CHUNK_TOKENS):
+        change = student.detach()[rows].float().log_softmax(-1).exp()
+        change[range(len(rows)), labels[rows]] -= 1
+        soft, ours = ((logits[rows].float() / 2.0).log_softmax(-1).exp() for logits in (teacher, student.detach()))
+        chunks.append((0.75 * change).add_(ours - soft, alpha=0.25 * 2.0) / 50)
+    assert torch.equal(student.grad, torch.cat(chunks).to(dtype) * 3)
+
+
+def test_mixed_precision_does_not_round_the_loss_of_the_tokens():
+    student, teacher, labels = make_logits(tokens=200)
+    expected = token_loss(student, teacher, labels, 2.0, 1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert token_loss(student, teacher, labels, 2.0, 1.0).item() == expected.item()
+
+
 @pytest.mark.parametrize("layers", [1, 2, 4])
 def test_the_loss_of_a_batch_predicts_the_next_token_and_compares_matching_layers(layers):
     teacher = helpers.make_llama(seed=1, num_hidden_layers=4)
@@ -563,6 +714,15 @@ def test_the_hidden_state_loss_brings_hidden_states_closer():
 def test_a_value_out_of_range_is_named_with_its_range(name, value, message):
     with pytest.raises(ValueError, match=message):
         RetrainRecipe(**{name: value})
+
+
+def test_a_hidden_state_loss_without_the_model_to_compare_with_is_refused():
+    with pytest.raises(
+        ValueError, match="hidden_loss_weight 0.5 compares with the dense model, which distillation False leaves"
+    ):
+        RetrainRecipe(distillation=False, hidden_loss_weight=0.5)
+    RetrainRecipe(distillation=False)
+    RetrainRecipe(hidden_loss_weight=0.5)
 
 
 def test_values_at_the_ends_of_their_ranges_are_fine():

@@ -2,21 +2,30 @@
 
 import builtins
 import json
+import math
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import helpers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertModel
 
+from compactmind import checkpoint
 from compactmind.checkpoint import (
     CARD,
     KINDS,
     MANIFEST,
     WEIGHTS,
+    check_outputs,
+    check_parent,
+    check_tokenizer,
     is_up_to_date,
+    load_any,
+    load_as_released,
     load_checkpoint,
     parameters_before_packing,
     read_manifest,
@@ -24,9 +33,10 @@ from compactmind.checkpoint import (
     weights_fingerprint,
 )
 from compactmind.errors import CompactMindError
-from compactmind.files import sha256_of
+from compactmind.files import lock_directory, sha256_of
 from compactmind.methods.pruning.masks import compact
 from compactmind.methods.quantization.packed_model import quantize_model
+from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama
 
 STAGE = {"script": "1_distill.py", "config": {"lr": 1e-4, "path": "models", "none": None}, "inputs": {"teacher": "abc"}}
 
@@ -42,11 +52,13 @@ def save(directory, model, tokenizer, kind="dense", **changes):
 
 
 def rewrite_weights(directory, change) -> None:
-    """Change the tensors of a checkpoint and record the new size, so that only the tensors themselves are wrong."""
-    tensors = load_file(directory / WEIGHTS)
+    """Change the tensors of a checkpoint and record size and sum of the file, so that only the tensors themselves are wrong."""
+    path = directory / WEIGHTS
+    tensors = load_file(path)
     change(tensors)
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
-    rewrite_manifest(directory, lambda manifest: manifest["files"][WEIGHTS].update(bytes=(directory / WEIGHTS).stat().st_size))
+    save_file(tensors, path, metadata={"format": "pt"})
+    record = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    rewrite_manifest(directory, lambda manifest: manifest["files"].update({WEIGHTS: record}))
 
 
 def rewrite_manifest(directory, change) -> None:
@@ -113,7 +125,7 @@ def test_saving_again_replaces_the_whole_directory(tmp_path, tokenizer):
     save(directory, second, tokenizer)
     assert torch.equal(helpers.logits_of(load_checkpoint(directory).model), helpers.logits_of(second))
     assert not (directory / "training_history.json").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".locks", "model"]
 
 
 def test_an_unknown_kind_is_refused_before_anything_is_written(tmp_path, tokenizer, bert):
@@ -179,7 +191,18 @@ def teacher(tmp_path, tokenizer, bert):
 def test_a_missing_directory_names_the_command_that_makes_it(tmp_path):
     expect_clear_error(tmp_path / "teacher", "not found")
     expect_clear_error(tmp_path / "student_pruned", "not found", command="python 2_prune_finetune.py")
-    expect_clear_error(tmp_path / "my_experiment", "not found", command="run_pipeline.py")
+    expect_clear_error(tmp_path / "my_experiment", "not found", "there is no checkpoint", command="choose from")
+
+
+def test_a_missing_directory_of_ones_own_names_those_that_are_there(teacher):
+    expect_clear_error(teacher.with_name("my_experiment"), "not found", command="choose from teacher")
+
+
+def test_somebody_elses_folder_is_not_told_to_run_a_stage(tmp_path, bert):
+    bert.save_pretrained(tmp_path / "my-bert")
+    with pytest.raises(CompactMindError, match="my-bert has no manifest.json: it is a Hugging Face folder.*--models") as caught:
+        load_checkpoint(tmp_path / "my-bert")
+    assert "run `" not in str(caught.value)
 
 
 def test_a_half_written_directory_is_no_checkpoint(teacher):
@@ -274,5 +297,189 @@ def test_up_to_date_compares_what_json_can_hold(tmp_path, tokenizer, bert):
 
 
 def test_a_kill_between_the_renames_does_not_lose_the_checkpoint(teacher, bert):
-    teacher.rename(teacher.with_name(".teacher.old"))
-    assert torch.equal(helpers.logits_of(load_checkpoint(teacher).model), helpers.logits_of(bert))
+    displaced = teacher.with_name(".teacher.old")
+    teacher.rename(displaced)
+    expect_clear_error(teacher, "not found")  # a reader changes nothing
+    assert displaced.is_dir() and not teacher.exists()
+    with lock_directory(teacher):  # a writer does
+        assert torch.equal(helpers.logits_of(load_checkpoint(teacher).model), helpers.logits_of(bert))
+
+
+def test_other_bytes_of_the_same_size_are_noticed(teacher, capfd):
+    content = bytearray((teacher / WEIGHTS).read_bytes())
+    content[-4000:-2000] = b"\xff" * 2000
+    (teacher / WEIGHTS).write_bytes(content)
+    expect_clear_error(teacher, f"{WEIGHTS} is not what was saved")
+    assert is_up_to_date(teacher, STAGE)  # the file is not read for that ...
+    assert not is_up_to_date(teacher, STAGE, verify=True)  # ... unless it is asked for
+    assert "teacher is made again" in capfd.readouterr().out and read_manifest(teacher)["kind"] == "dense"
+
+
+def test_why_something_is_made_again_is_said(teacher, capfd):
+    assert not is_up_to_date(teacher, STAGE | {"config": STAGE["config"] | {"lr": 2e-4, "more": 1}, "code": "abc"})
+    assert capfd.readouterr().out == f"{teacher} is made again: it was made with another code, config.lr, config.more\n"
+    assert is_up_to_date(teacher, STAGE) and not is_up_to_date(teacher.with_name("student"), STAGE)
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("method", [None, "int8"])
+def test_weights_that_are_no_numbers_are_neither_saved_nor_taken(tmp_path, tokenizer, teacher, bert, value, method):
+    quantization = quantize_model(bert, method) if method else None
+    with torch.no_grad():
+        bert.classifier.weight[1, 3] = value
+    with pytest.raises(CompactMindError, match="was not written: classifier.weight holds NaN or infinite"):
+        save(teacher, bert, tokenizer, method or "dense", quantization=quantization)
+    assert load_checkpoint(teacher).manifest["kind"] == "dense"  # what stood there is unchanged
+    rewrite_weights(teacher, lambda tensors: tensors["classifier.weight"].fill_(value))
+    expect_clear_error(teacher, "classifier.weight holds NaN or infinite")
+    with pytest.raises(CompactMindError, match="could not be loaded.*classifier.weight holds NaN"):
+        foreign = tmp_path / "foreign"
+        bert.save_pretrained(foreign) if method is None else shutil.copytree(teacher, foreign)
+        (foreign / MANIFEST).unlink(missing_ok=True)
+        tokenizer.save_pretrained(foreign)
+        load_any(foreign)
+
+
+def test_a_reader_meets_a_writer(tmp_path, tokenizer, monkeypatch):
+    """Replaced between the look at the manifest and the load of the weights, a checkpoint is read again."""
+    first, second = helpers.make_bert(seed=1), helpers.make_bert(seed=2)
+    directory = save(tmp_path / "teacher", first, tokenizer, extra={"experiment_name": "first"})
+    real, calls = checkpoint.read_manifest, []
+
+    def then_replace(*arguments):
+        manifest = real(*arguments)
+        if not calls:
+            calls.append(1)
+            save(directory, second, tokenizer, extra={"experiment_name": "second"})
+        return manifest
+
+    monkeypatch.setattr(checkpoint, "read_manifest", then_replace)
+    loaded = load_checkpoint(directory)
+    assert loaded.manifest["experiment_name"] == "second"
+    assert torch.equal(helpers.logits_of(loaded.model), helpers.logits_of(second))
+
+
+# --------------------------------------------------------------------------------------------------------- what travels
+def test_what_a_model_comes_with_stays_with_it(tmp_path, tokenizer):
+    source, model = tmp_path / "source", helpers.make_llama()
+    source.mkdir()
+    beside = {"LICENSE.txt": "the licence", "NOTICE": "who made it", "USE_POLICY.md": "what for", "other.jinja": "{{ x }}"}
+    for name, text in beside.items():
+        (source / name).write_text(text)
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9], "temperature": 0.6}))
+    directory = save(tmp_path / "llama_w8a8", model, helpers.make_byte_tokenizer(), beside=source)
+    assert {name: (directory / name).read_text() for name in beside} == beside
+    assert set(beside) | {"generation_config.json"} <= set(read_manifest(directory)["files"])
+    assert load_checkpoint(directory).model.generation_config.eos_token_id == [7, 9]
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4", "w8a8"])
+def test_every_kind_of_language_model_stops_where_it_is_told_to(tmp_path, kind):
+    model = helpers.make_llama()
+    model.generation_config.eos_token_id = [7, 9]
+    quantization = None
+    if kind == "nf4":
+        quantization = quantize_model(model, "nf4", half_precision_embeddings=False)
+    elif kind == "w8a8":
+        quantization = quantize_llama(model, calibrate_llama(model, helpers.example_windows()), W8A8Recipe(alpha=0.5))
+    directory = save(tmp_path / "llama", model, helpers.make_byte_tokenizer(), kind, quantization=quantization)
+    assert load_checkpoint(directory).model.generation_config.eos_token_id == [7, 9]
+
+
+# ------------------------------------------------------------------------------------------- what may be replaced and taken
+SCRIPT = STAGE["script"]
+
+
+def refused(*outputs, match: str, inputs=(), models_dir=None, script=SCRIPT) -> None:
+    with pytest.raises(CompactMindError, match=match):
+        check_outputs(outputs, script, inputs, models_dir)
+
+
+def test_an_empty_place_and_an_earlier_result_may_be_replaced(tmp_path, teacher):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(teacher)
+    check_outputs([tmp_path / "new", tmp_path / "empty", teacher], SCRIPT, [tmp_path / "teacher_base"], tmp_path)
+    check_outputs([tmp_path / "link"], SCRIPT, [], tmp_path)
+    (teacher / "model.onnx").touch(), (teacher / ".DS_Store").touch()  # made from it, and made by nobody
+    check_outputs([teacher], SCRIPT, [], tmp_path)
+    (teacher / MANIFEST).write_text("{")  # a damaged one is mended by making it again
+    check_outputs([teacher], SCRIPT, [], tmp_path)
+
+
+def test_nothing_else_is_replaced(tmp_path, teacher, monkeypatch):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "thesis.tex").touch()
+    refused(own, match="own cannot be written to: it holds files that are no checkpoint of this project .thesis.tex")
+    refused(own / "thesis.tex", match="it is a file")
+    refused(teacher, match="it is the model that is read", inputs=[teacher])
+    (tmp_path / "link").symlink_to(teacher)
+    refused(tmp_path / "link", match="it is the model that is read", inputs=[teacher])
+    refused(tmp_path, match="inside the other", inputs=[teacher])
+    refused(teacher / "new", match="inside the other", inputs=[teacher])
+    refused(tmp_path, match="the checkpoints lie in it", models_dir=tmp_path)
+    refused(tmp_path.parent, match="the checkpoints lie in it", models_dir=tmp_path)
+    refused(tmp_path / "a", tmp_path / "b" / ".." / "a", match="are one place, but two models are written")
+    refused(teacher, match="it is a checkpoint made by 1_distill.py", script="3_quantize.py")
+    refused(tmp_path / "llama", match="that is the name of what `python download_model.py` makes", models_dir=tmp_path)
+    (teacher / "notes.txt").touch()
+    refused(teacher, match="it holds files of your own .notes.txt., which would be lost")
+    monkeypatch.chdir(own)
+    for here in (".", "..", own, own.parent):
+        refused(Path(here), match="cannot be written to")
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory, tokenizer):
+    """A directory with a checkpoint of every kind a stage may be given by mistake."""
+    folder = tmp_path_factory.mktemp("zoo")
+    for method in ("nf4", "int8"):
+        model = helpers.make_distilbert()
+        save(
+            folder / f"student_{method}", model, tokenizer, method, quantization=quantize_model(model, method), parent="student"
+        )
+    save(folder / "student", helpers.make_distilbert(), tokenizer)
+    save(folder / "teacher_base", BertModel(helpers.bert_config()), tokenizer)
+    save(folder / "llama", helpers.make_llama(), helpers.make_byte_tokenizer())
+    return folder
+
+
+def test_what_a_stage_takes_is_checked_by_what_it_is(zoo):
+    assert check_parent(zoo / "student", "--parent", "classifier", ("dense", "pruned"))["kind"] == "dense"
+    for name, match in {
+        "student_nf4": r"student_nf4 is quantized already \(nf4\): --parent takes a model that is dense or pruned, for example student",
+        "student_int8": r"is quantized already \(int8\)",
+        "llama": r"llama is a language model \(LlamaForCausalLM\): --parent takes a classifier",
+        "teacher_base": "teacher_base is a BertModel, a model without a head: --parent takes a classifier",
+    }.items():
+        with pytest.raises(CompactMindError, match=match):
+            check_parent(zoo / name, "--parent", "classifier", ("dense", "pruned"))
+    with pytest.raises(CompactMindError, match="student is a classifier .*--model_path takes a language model"):
+        load_as_released(zoo / "student")
+
+
+def test_a_quantized_llama_is_not_called_damaged(tmp_path):
+    model = helpers.make_llama()
+    description = quantize_model(model, "nf4", half_precision_embeddings=False)
+    directory = save(
+        tmp_path / "llama_nf4", model, helpers.make_byte_tokenizer(), "nf4", quantization=description, parent="llama"
+    )
+    with pytest.raises(CompactMindError, match="llama_nf4 is quantized already .nf4.*for example llama"):
+        load_as_released(directory)
+    (directory / MANIFEST).unlink()  # somebody else's
+    config = helpers.read_json(directory / "config.json") | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CompactMindError, match="is quantized already .bitsandbytes.: give the dense model"):
+        load_as_released(directory)
+
+
+def test_a_tokenizer_of_another_model_and_one_without_padding_are_named(tmp_path, tokenizer):
+    check_tokenizer(helpers.make_bert(), tokenizer, tmp_path, padding=True)
+    with pytest.raises(CompactMindError, match=f"token ids up to {len(helpers.VOCABULARY) - 1}, the model knows 0 to 19"):
+        check_tokenizer(helpers.make_bert(vocab_size=20), tokenizer, tmp_path)
+    with pytest.raises(CompactMindError, match="its tokenizer has no pad token"):
+        check_tokenizer(helpers.make_llama(), helpers.make_byte_tokenizer(), tmp_path, padding=True)
+    directory = save(tmp_path / "llama", helpers.make_llama(vocab_size=100), helpers.make_byte_tokenizer())
+    with pytest.raises(CompactMindError, match="token ids up to 256, the model knows 0 to 99"):
+        load_as_released(directory)

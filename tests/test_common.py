@@ -1,8 +1,10 @@
 """Settings: defaults, changed by the profile, changed by the edits in a script, changed by the command line."""
 
 import dataclasses
+import math
 import subprocess
 import sys
+import typing
 
 import helpers
 import pytest
@@ -142,3 +144,74 @@ def test_the_profile_can_come_from_the_environment(tmp_path):
     wrong = run_python(code, tmp_path, COMPACTMIND_PROFILE="huge")
     assert wrong.returncode == 1
     assert "unknown profile 'huge'" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------- ranges
+def number_fields() -> list[tuple[type, dataclasses.Field]]:
+    """Return every field of every config that is a number or holds numbers."""
+    found = []
+    for config in CONFIGS:
+        for field in dataclasses.fields(config):
+            values = field.default if isinstance(field.default, tuple) else (field.default,)
+            words, types = common._allowed(typing.get_type_hints(config)[field.name])
+            if set(types) & {int, float} or any(type(value) in (int, float) for value in values):
+                found.append((config, field))
+    return found
+
+
+def outside(interval: str) -> list[float]:
+    """Return numbers just outside an interval, and what is no number at all."""
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    found = [low - 1 if interval[0] == "[" else low, math.nan, math.inf]
+    return found + ([] if high == math.inf else [high + 1 if interval[-1] == "]" else high])
+
+
+def test_every_number_of_every_config_has_a_range_and_is_held_to_it():
+    assert len(number_fields()) > 90
+    for config, field in number_fields():
+        interval = common.RANGES.get(f"{config.__name__}.{field.name}", common.RANGES.get(field.name))
+        assert interval, f"{config.__name__}.{field.name} may be any number"
+        whole = float not in common._allowed(typing.get_type_hints(config)[field.name])[1]
+        for value in [int(x) for x in outside(interval) if math.isfinite(x)] if whole else outside(interval):
+            wrong = (value,) if isinstance(field.default, tuple) else value
+            problem = common.setting_problem(config(**{field.name: wrong}))
+            assert problem and interval in problem and f"--{field.name} " in problem, (field.name, value)
+
+
+def test_no_range_is_left_over():
+    names = {name for config, field in number_fields() for name in (field.name, f"{config.__name__}.{field.name}")}
+    assert set(common.RANGES) <= names
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_settings_of_every_profile_are_in_range(profile):
+    for config in CONFIGS:
+        assert common.setting_problem(config.for_profile(profile)) is None
+
+
+def test_words_and_names_are_checked_where_constants_are_edited_too():
+    for config in CONFIGS:
+        for field in dataclasses.fields(config):
+            words, types = common._allowed(typing.get_type_hints(config)[field.name])
+            many = isinstance(field.default, tuple)
+            if words:
+                problem = common.setting_problem(config(**{field.name: ("magic",) if many else "magic"}))
+                assert problem and all(word in problem for word in ("magic", *words)), field.name
+            if {field.name, f"{config.__name__}.{field.name}"} & set(common.NAMES):
+                for name in ("", "..", ".", "a/b", "/tmp/x", "a b"):
+                    problem = common.setting_problem(config(**{field.name: (name,) if many else name}))
+                    assert problem and field.name in problem and "plain name" in problem, (field.name, name)
+            if {field.name, f"{config.__name__}.{field.name}"} & set(common.NOT_EMPTY) and many:
+                assert common.setting_problem(config(**{field.name: ()})) == (
+                    f"{field.name} is empty: for example --{field.name} {' '.join(map(str, field.default))}"
+                )
+    assert "is no int" in common.setting_problem(PruneConfig(epochs="three"))
+    assert "is no int" in common.setting_problem(PruneConfig(epochs=2.5))
+
+
+@pytest.mark.parametrize("script", ["download_model.py", "1_distill.py", "2_prune_finetune.py", "3_quantize.py", "4_smoothquant_llama.py",
+                                    "5_bayesian_search.py", "6_evaluate_report.py", "export_onnx.py", "run_pipeline.py"])  # fmt: skip
+def test_every_script_refuses_a_setting_before_it_reads_or_writes_anything(script, tmp_path, run_here):
+    status, output = run_here(script, "--seed", -1, cwd=tmp_path)
+    assert status == 1 and "error: seed -1 is not in [0, 4294967295]: for example --seed 42" in output
+    assert list(tmp_path.iterdir()) == []

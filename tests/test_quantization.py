@@ -1,5 +1,7 @@
 """Packed weights stay within the bound of their number format, and heads and norms are left alone."""
 
+import math
+
 import helpers
 import pytest
 import torch
@@ -7,6 +9,7 @@ from bitsandbytes import functional as bnb_functional
 from torch import nn
 
 from compactmind.checkpoint import WEIGHTS, load_checkpoint, parameters_before_packing, save_checkpoint
+from compactmind.errors import CompactMindError
 from compactmind.methods.pruning.masks import compact
 from compactmind.methods.quantization.error_compensation import compensate_rounding, input_second_moments
 from compactmind.methods.quantization.packed_linear import NF4Linear, compute_dtype_for
@@ -16,6 +19,7 @@ from compactmind.methods.quantization.packed_model import (
     linears_to_quantize,
     quantize_model,
 )
+from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
 
 BLOCK = 64
 
@@ -177,6 +181,36 @@ def test_an_unknown_method_names_the_known_ones(distilbert, method):
     with pytest.raises(ValueError, match=f"{method!r}.*nf4, int8"):
         quantize_model(distilbert, method)
     assert torch.equal(helpers.logits_of(distilbert), before)
+
+
+QUANTIZERS = {
+    "nf4": lambda model, **settings: quantize_model(model, "nf4", **settings),
+    "int8": lambda model, **settings: quantize_model(model, "int8", **settings),
+    "w8a8": quantize_encoder,
+}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e5])
+@pytest.mark.parametrize("name", ["transformer.layer.2.ffn.lin2", "embeddings.position_embeddings"])
+@pytest.mark.parametrize("method", QUANTIZERS)
+def test_what_a_format_cannot_hold_is_named_before_anything_is_changed(distilbert, method, name, value):
+    module = distilbert.distilbert.get_submodule(name)
+    with torch.no_grad():
+        module.weight[7, 3] = value
+    if value == 1e5 and isinstance(module, nn.Linear) and method != "int8":  # in float32 all the way
+        QUANTIZERS[method](distilbert)
+        assert torch.isfinite(helpers.logits_of(distilbert)).all()
+        return
+    before = {path: tensor.clone() for path, tensor in distilbert.state_dict().items()}
+    reason = "reaches 100000, and float16 ends at 65504" if value == 1e5 else "is NaN or infinite"
+    with pytest.raises(CompactMindError, match=f"distilbert.{name}: its weight {reason}"):
+        QUANTIZERS[method](distilbert)
+    after = distilbert.state_dict()
+    assert list(after) == list(before) and all(after[path].dtype == tensor.dtype for path, tensor in before.items())
+    assert all(torch.equal(after[path].nan_to_num(), tensor.nan_to_num()) for path, tensor in before.items())
+    if value == 1e5 and isinstance(module, nn.Embedding):
+        QUANTIZERS[method](distilbert, half_precision_embeddings=False)
+        assert torch.isfinite(helpers.logits_of(distilbert)).all()
 
 
 def test_four_bit_weights_are_multiplied_in_float_on_a_cpu(distilbert):

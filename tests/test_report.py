@@ -109,7 +109,7 @@ def test_a_missing_parent_names_its_command(copy, run_here):
 def test_the_report_holds_every_row_with_every_measurement(reported):
     folder, output = reported
     report = helpers.read_json(folder / "results" / "final_report.json")
-    assert report["schema_version"] == 3 and report["profile"] == "smoke"
+    assert report["schema_version"] == 4 and report["profile"] == "smoke"
     assert [row["name"] for row in report["models"]] == [*ROWS, *LANGUAGE_ROWS]
     for row in report["models"][: len(ROWS)]:
         assert row["status"] == "measured" and row["track"] == "encoder"
@@ -350,7 +350,7 @@ def test_a_model_with_another_tokenizer_is_not_compared_per_token(copy, run_here
     status, output = run_here("6_evaluate_report.py", "--models", "my-llama=elsewhere/my-llama", cwd=copy)
     assert status == 0, output
     row = models_of(copy)["my-llama"]
-    assert row["perplexity"] > 1 and row["against_dense"] is None and row["compression_ratio"] > 0
+    assert row["perplexity"] > 1 and row["against_dense"] is row["compression_ratio"] is None  # made from nobody knows what
     assert "my-llama was measured under another protocol" in output and "tokenizer 'its own'" in output
 
 

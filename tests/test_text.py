@@ -60,6 +60,13 @@ def test_the_line_ends_of_windows_are_line_ends(tmp_path):
     assert read_documents(tmp_path / "a.raw") == ["one\n", "", "two\n"]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.raw").write_bytes("one\ntwo\n".encode("utf-8-sig"))
+    (tmp_path / "a.jsonl").write_bytes('{"text": "one"}\n'.encode("utf-8-sig"))
+    assert read_documents(tmp_path / "a.raw") == ["one\n", "two\n"]
+    assert read_documents(tmp_path / "a.jsonl") == ["one"]
+
+
 @pytest.mark.parametrize("character", LINE_BREAKS, ids=ascii)
 def test_a_unicode_line_break_does_not_end_a_raw_line(tmp_path, character):
     assert read_documents(write(tmp_path / "a.raw", f"one{character}two\nthree\n")) == [f"one{character}two\n", "three\n"]
@@ -96,7 +103,11 @@ def test_a_file_of_another_encoding_or_format_is_refused(tmp_path, suffix):
 
 def test_a_parquet_file_without_the_column_text_is_refused(tmp_path):
     pandas.DataFrame({"sentence": ["one"]}).to_parquet(tmp_path / "a.parquet")
-    assert "text" in refused(tmp_path / "a.parquet")
+    assert "text" in refused(tmp_path / "a.parquet") and "\n" not in refused(tmp_path / "a.parquet")
+
+
+def test_half_a_surrogate_pair_is_named_by_row(tmp_path):
+    assert "row 2" in refused(write(tmp_path / "a.jsonl", '{"text": "one"}\n{"text": "a \\ud83d film"}\n'))
 
 
 # --------------------------------------------------------------------------------------------------------- on the disk

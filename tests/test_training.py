@@ -1,25 +1,114 @@
 """What the training loops share: optimizer, schedule, resuming, progress lines."""
 
+import math
+import os
 import re
+import socket
+import subprocess
+import sys
 import types
 
 import helpers
 import pytest
 import torch
+from accelerate import Accelerator
 
 import compactmind.training
+from compactmind.errors import CompactMindError
+from compactmind.evaluation.accuracy import predict_logits
+from compactmind.files import replace_file
 from compactmind.training import (
     Progress,
     TrainingState,
     WeightAverage,
+    accelerator_record,
     clock,
     cpu_copy,
     freeze_word_embeddings,
     linear_decay_with_warmup,
+    make_accelerator,
     make_optimizer,
+    mean_loss,
+    prepare_for_training,
+    validation_logits,
+    warn_of_chance,
 )
 
 STAGE = {"script": "1_distill.py", "config": {"lr": 1e-4}, "inputs": {}}
+
+
+# --------------------------------------------------------------------------------------------------------------- devices
+@pytest.mark.parametrize(("asked", "given"), [(None, "no"), ("no", "no"), ("bf16", "bf16"), ("BF16", "bf16")])
+def test_the_precision_is_the_one_that_was_asked_for_and_none_on_a_cpu(fresh_accelerator, monkeypatch, asked, given):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if asked:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    accelerator = make_accelerator()
+    assert (accelerator.mixed_precision, accelerator.device.type) == (given, "cpu")
+    record = {"num_processes": 1, "effective_batch": 24, "mixed_precision": given}
+    assert accelerator_record(accelerator, 24) == record
+
+
+@pytest.mark.parametrize("asked", ["fp16", "fp8", "half"])
+def test_a_precision_that_would_be_ignored_is_refused(monkeypatch, asked):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    with pytest.raises(CompactMindError, match=f"mixed precision '{asked}' .* is not one of no, bf16 on this CPU"):
+        make_accelerator()
+
+
+def test_a_prepared_model_trains_in_mixed_precision_and_is_measured_without(fresh_accelerator, distilbert):
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    expected = helpers.logits_of(distilbert)
+    wrapped, _ = prepare_for_training(accelerator, distilbert, make_optimizer(distilbert, 1e-3, 0.0))
+    assert torch.equal(helpers.logits_of(distilbert), expected)
+    with accelerator.autocast():
+        logits = wrapped(**helpers.example_batch()).logits
+    assert logits.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in distilbert.parameters()} == {torch.float32}
+
+
+# ------------------------------------------------------------------------------------------------------ what was learned
+def test_the_loss_of_an_epoch_is_the_mean_and_one_that_is_no_number_is_named():
+    accelerator = Accelerator(cpu=True)
+    losses = [torch.tensor(value) for value in (1.0, 2.0, 6.0)]
+    assert mean_loss(losses, accelerator, 5, "teacher, epoch 2", "teacher_lr 5e-05") == 3.0
+    for bad in (math.nan, math.inf):
+        with pytest.raises(
+            CompactMindError,
+            match=f"teacher, epoch 2: the loss became {bad} at step 7, nothing was saved: "
+            "teacher_lr 0.1 is probably too high, use a smaller --teacher_lr",
+        ):
+            spoilt = [*losses[:2], torch.tensor(bad), torch.tensor(math.nan)]
+            mean_loss(spoilt, accelerator, 5, "teacher, epoch 2", "teacher_lr 0.1")
+
+
+def test_validation_logits_are_those_of_the_model_and_must_be_numbers(distilbert, encoded):
+    arguments = (encoded, 8, Accelerator(cpu=True), "student, epoch 1", "lr 0.1")
+    assert torch.equal(validation_logits(distilbert, *arguments), predict_logits(distilbert, encoded, 8))
+    unused = distilbert.distilbert.embeddings.position_embeddings.weight[-1]
+    for spoilt in (unused, distilbert.classifier.bias):  # a weight that no sentence reaches counts too
+        with torch.no_grad():
+            before = spoilt.clone()
+            spoilt.fill_(math.nan)
+        with pytest.raises(CompactMindError, match="student, epoch 1: logits or weights are not finite.*use a smaller --lr"):
+            validation_logits(distilbert, *arguments)
+        with torch.no_grad():
+            spoilt.copy_(before)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "positive", "warned"),
+    [(0.5, 50, True), (0.58, 50, True), (0.62, 50, False), (0.8, 80, True), (1.0, 50, False)],
+)
+def test_an_accuracy_that_may_be_chance_is_warned_of(capsys, accuracy, positive, warned):
+    labels = torch.tensor([1] * positive + [0] * (100 - positive))
+    warn_of_chance("student", accuracy, labels, Accelerator(cpu=True))
+    printed = capsys.readouterr().out
+    assert ("warning: student may be no better than chance" in printed) == warned
+    if warned:
+        assert f"validation accuracy {accuracy:.2%}" in printed and f"right in {positive}.00%" in printed
 
 
 # ------------------------------------------------------------------------------------------------------------- resuming
@@ -50,6 +139,70 @@ def test_the_state_of_another_stage_is_ignored(tmp_path):
     assert TrainingState(tmp_path / "student", STAGE | {"config": {"lr": 2e-4}}).load() is None
     assert TrainingState(tmp_path / "student_distilled", STAGE).load() is None
     assert TrainingState(tmp_path / "student", STAGE).load() == {"history": [1]}
+
+
+def test_a_state_of_another_number_of_processes_is_not_used_and_a_line_says_so(tmp_path, capsys):
+    def stage(processes: int) -> dict:
+        config = {"lr": 1e-4, "num_processes": processes, "effective_batch": 32 * processes, "students": ("a", "b")}
+        return STAGE | {"config": config}
+
+    state = TrainingState(tmp_path / "student", stage(2))
+    state.save(history=[1])
+    assert TrainingState(tmp_path / "student", stage(2)).load() == {"history": [1]}
+    assert capsys.readouterr().out == ""
+    assert TrainingState(tmp_path / "student", stage(1)).load() is None
+    assert capsys.readouterr().out == (
+        f"{state.path} is of another run (effective_batch 64 instead of 32, num_processes 2 instead of 1): "
+        "starting this model from the beginning\n"
+    )
+
+
+def test_a_state_of_an_earlier_version_is_not_used(tmp_path, capsys):
+    state = TrainingState(tmp_path / "student", STAGE)
+    torch.save({"stage": repr(STAGE), "state": {}}, state.path)
+    assert state.load() is None
+    assert "is of another run (of an earlier version)" in capsys.readouterr().out
+
+
+def test_two_that_write_one_file_at_once_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "file.bin"
+    with replace_file(path) as first, replace_file(path) as second:
+        assert first != second
+        first.write_bytes(b"first")
+        second.write_bytes(b"second")
+    assert path.read_bytes() == b"first"  # its block ended last
+    with pytest.raises(KeyError), replace_file(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise KeyError
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name_and_the_name_after_it(tmp_path, monkeypatch):
+    events, fsync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append(os.path.realpath(f"/proc/self/fd/{handle}")) or fsync(handle))
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(os, name, lambda *paths: events.append("renamed") or rename(*paths))
+    TrainingState(tmp_path / "student", STAGE).save(history=[1])
+    assert len(events) == 3 and events[0].startswith(f"{tmp_path}/.student.training.pt.tmp-")
+    assert events[1:] == ["renamed", str(tmp_path)]
+
+
+def test_what_a_killed_process_left_is_swept_and_what_a_running_one_writes_is_not(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    state, host = TrainingState(tmp_path / "student", STAGE), socket.gethostname()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as running:
+        left = {pid: tmp_path / f"{state.path.name}.tmp-{host}-{pid}-abc" for pid in (ended.pid, running.pid)}
+        reused = tmp_path / f"{state.path.name}.tmp-{host}-{os.getpid()}-abc"
+        elsewhere = tmp_path / f"{state.path.name}.tmp-{host}x-{ended.pid}-abc"
+        other = tmp_path / f".other.training.pt.tmp-{host}-{ended.pid}-abc"
+        for path in (*left.values(), reused, elsewhere, other):
+            path.write_bytes(b"half")
+        os.utime(reused, (1e9, 1e9))  # of the process that had this number in an earlier life of the machine
+        assert state.load() is None
+        assert set(tmp_path.iterdir()) == {left[running.pid], elsewhere, other}
+        running.stdin.close()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04 half"])
@@ -151,9 +304,21 @@ def test_one_aligned_line_per_interval(capsys, monkeypatch):
     assert [float(re.search(r"lr ([\d.e-]+)", line).group(1)) for line in lines] == [2.5e-5, 1.25e-5, 1e-5]
 
 
+def test_losses_on_a_device_are_fetched_when_a_line_is_due_only(capsys, monkeypatch):
+    fetched, original = [], torch.Tensor.__float__
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda tensor: fetched.append(1) or original(tensor))
+    monkeypatch.setattr(torch.Tensor, "item", lambda _: pytest.fail("a step waited for the device"))
+    progress = Progress("student", total_steps=4, log_every=4)
+    for step in range(4):
+        assert fetched == []
+        progress.update(loss=torch.tensor(float(step)), lr=1.0, items=8)
+    assert "loss  1.5000" in capsys.readouterr().out and len(fetched) == 1
+
+
 def test_a_process_that_is_not_the_main_one_is_silent(capsys):
     progress = Progress("student", total_steps=2, log_every=1, enabled=False)
     progress.update(loss=1.0, lr=1.0, items=8)
+    assert progress.losses == []  # nobody would ever empty it
     progress.write("nothing")
     progress.close()
     captured = capsys.readouterr()

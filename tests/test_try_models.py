@@ -3,11 +3,15 @@
 import io
 import json
 import runpy
+import subprocess
 import sys
 
 import helpers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import processors
+from transformers import BertForMaskedLM, BertModel, GPT2Config, GPT2ForSequenceClassification
 
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
@@ -32,10 +36,10 @@ def folder(tmp_path_factory):
 def run(folder, monkeypatch, capsys):
     """Run a script with arguments and standard input: (exit status, standard output, standard error)."""
 
-    def run(name: str, *arguments: str, stdin: str | None = None):
+    def run(name: str, *arguments: str, stdin: str | bytes | None = None):
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", [name, *arguments])
-        given = io.StringIO(stdin or "")
+        given = io.TextIOWrapper(io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin or b""))
         given.isatty = lambda: stdin is None
         monkeypatch.setattr(sys, "stdin", given)
         capsys.readouterr()
@@ -110,6 +114,160 @@ def test_sampling_depends_on_the_seed_alone(run):
         return json.loads(run("generate.py", "hello", *arguments)[1])["text"]
 
     assert sampled("1") == sampled("1") != sampled("2")
+
+
+# ---------------------------------------------------------------------------------------------------- models of other people
+def save_foreign(folder, name: str, model, tokenizer) -> str:
+    model.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / name)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ({0: "negative", 1: "neutral", 2: "positive"}, ["negative", "neutral", "positive"]),
+        ({0: "spam", 1: "ham"}, ["spam", "ham"]),
+        ({0: "POSITIVE", 1: "NEGATIVE"}, ["positive", "negative"]),
+        ({0: "LABEL_0", 1: "LABEL_1"}, ["negative", "positive"]),
+    ],
+)
+def test_the_labels_are_the_model_s_own(run, tmp_path, tokenizer, labels, expected):
+    ids = {name: index for index, name in labels.items()}
+    model = helpers.make_bert(seed=1, scale=0.6, num_labels=len(labels), id2label=labels, label2id=ids)
+    status, output, error = run("classify.py", *SENTENCES, "--json", "--model", save_foreign(tmp_path, "m", model, tokenizer))
+    assert status == 0, error
+    for text, line in zip(SENTENCES, output.splitlines(), strict=True):
+        inputs = tokenizer(text, return_tensors="pt")
+        chances = helpers.logits_of(model, {key: inputs[key] for key in ("input_ids", "attention_mask")}).softmax(-1)[0]
+        found = json.loads(line)
+        assert found["label"] == expected[int(chances.argmax())] and found["score"] == pytest.approx(chances.max().item(), abs=1e-5)
+        assert ("positive" in found) == (len(labels) == 2)
+        if "positive" in expected and len(labels) == 2:
+            assert found["positive"] == pytest.approx(chances[expected.index("positive")].item(), abs=1e-5)
+
+
+def test_a_classifier_without_a_padding_token_is_asked_one_text_at_a_time(run, tmp_path, tokenizer):
+    config = GPT2Config(vocab_size=len(helpers.VOCABULARY), n_embd=32, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=1)
+    model = helpers.randomize(GPT2ForSequenceClassification(config), scale=0.4)
+    place = save_foreign(tmp_path, "m", model, tokenizer)
+    together = [json.loads(line) for line in run("classify.py", *SENTENCES, "--json", "--model", place)[1].splitlines()]
+    alone = [json.loads(run("classify.py", text, "--json", "--model", place)[1]) for text in SENTENCES]
+    assert [row["text"] for row in together] == SENTENCES
+    assert [row["positive"] for row in together] == pytest.approx([row["positive"] for row in alone], abs=1e-6)
+
+
+def foreign_models(tokenizer) -> dict:
+    llama, bytewise = helpers.make_llama(), helpers.make_byte_tokenizer()
+    headless = helpers.make_bert()
+    headless.config.architectures = ["BertForSequenceClassification"]
+    return {
+        "base": (BertModel(helpers.bert_config()), tokenizer),
+        "masked": (BertForMaskedLM(helpers.bert_config()), tokenizer),
+        "regression": (helpers.make_bert(num_labels=1), tokenizer),
+        "several": (helpers.make_bert(num_labels=3, problem_type="multi_label_classification"), tokenizer),
+        "strange": (helpers.make_bert(vocab_size=20), tokenizer),
+        "diverged": (helpers.make_bert(scale=float("nan")), tokenizer),
+        "headless": (headless, tokenizer),
+        "small-llama": (helpers.make_llama(vocab_size=40), bytewise),
+        "my-llama": (llama, bytewise),
+        "stubborn": (llama, bytewise),
+    }
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("foreign")
+    for name, (model, its_tokenizer) in foreign_models(tokenizer).items():
+        save_foreign(folder, name, model, its_tokenizer)
+    tensors = load_file(folder / "headless" / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier")}
+    save_file(kept, folder / "headless" / "model.safetensors", metadata={"format": "pt"})
+    (folder / "stubborn" / "chat_template.jinja").write_text("{{ raise_exception('no users here') }}")
+    (folder / "odd").mkdir()
+    (folder / "odd" / "config.json").write_text("[1, 2]")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "expected"),
+    [
+        ("classify.py", "base", "holds a BertModel"),
+        ("classify.py", "masked", "holds a BertForMaskedLM"),
+        ("classify.py", "regression", "it gives one number for a text"),
+        ("classify.py", "several", "labels of which several may be right"),
+        ("classify.py", "strange", "the model knows 20 of them"),
+        ("classify.py", "diverged", "holds NaN or infinite numbers"),
+        ("classify.py", "headless", "its weights lack classifier.bias, classifier.weight"),
+        ("classify.py", "my-llama", "is no classifier but a LlamaForCausalLM: try generate.py"),
+        ("classify.py", "odd", "could not be loaded"),
+        ("generate.py", "base", "holds a BertModel"),
+        ("generate.py", "regression", "is no language model but a BertForSequenceClassification: try classify.py"),
+        ("generate.py", "small-llama", "the model knows 40 of them"),
+        ("generate.py --chat", "stubborn", "does not take the text: no users here"),
+    ],
+)
+def test_a_folder_that_cannot_be_tried_is_told_in_one_line(run, foreign, script, name, expected):
+    script, *options = script.split()
+    status, output, error = run(script, "the film is good", *options, "--model", str(foreign / name))
+    assert status == 1 and output == ""
+    told = error[error.rindex("error: ") :]
+    assert expected in told and len(told.splitlines()) == 1
+
+
+def test_a_base_model_of_this_project_is_no_classifier(run, folder, tokenizer):
+    save_checkpoint(
+        folder / "models" / "student_base", BertModel(helpers.bert_config()), tokenizer, kind="dense", parent=None, stage={}
+    )
+    for script, called in (("classify.py", "no classifier"), ("generate.py", "no language model")):
+        status, _, error = run(script, "good", "--model", "models/student_base")
+        assert status == 1 and f"is {called} but a BertModel: it has no head for that" in error
+
+
+# ------------------------------------------------------------------------------------------------------------- odd texts
+def test_lines_that_are_not_utf_8_are_named(run):
+    status, output, error = run("classify.py", "--batch_size", "1", stdin=b"good\n\xef\xbb\xbf\nun caf\xe9\nbad\n")
+    assert status == 1 and error == "error: line 3 of standard input is not UTF-8: convert it, for example with `iconv -f latin1 -t utf-8`"
+    assert [line.split("\t")[2] for line in output.splitlines()] == ["good", "\ufeff"]
+    assert run("classify.py", stdin="\ufeffgood\n")[1].endswith("\tgood\n")  # a file of Windows begins so
+    assert "text 1 is not UTF-8" in run("classify.py", "un caf\udce9")[2]  # as Python gives such an argument
+    assert "line 1 of standard input is not UTF-8" in run("generate.py", "--model", "models/llama", stdin=b"\xff\xfeh\0i\0")[2]
+
+
+def test_nothing_in_nothing_out(run):
+    for script in ("classify.py", "generate.py"):
+        status, output, error = run(script, *(("--model", "models/llama") if script == "generate.py" else ()), stdin="\n \n")
+        assert (status, output, error) == (0, "", "")
+
+
+def test_a_text_longer_than_the_model_is_cut_and_a_prompt_refused(run, foreign):
+    long = "good " * 20_000
+    status, output, error = run("classify.py", "--json", "--max_length", "1000", stdin=f"{long}\nbad\n")  # positions for 64
+    assert status == 0 and len(output.splitlines()) == 2, error
+    status, output, error = run("generate.py", "--model", "models/llama", stdin=f"{long}\n")
+    assert status == 1 and "the prompt has 100000 tokens, and the model was made for 128" in error
+    status, output, _ = run("generate.py", "good " * 25, "--json", "--model", "models/llama")
+    assert status == 0 and json.loads(output)["new_tokens"] == 3  # after 1 + 124 of the prompt
+
+
+def test_a_text_without_tokens_is_refused(run, tmp_path, tokenizer):
+    bare = helpers.make_byte_tokenizer()
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    place = save_foreign(tmp_path, "m", helpers.make_bert(vocab_size=helpers.LLAMA_VOCABULARY), bare)
+    status, _, error = run("classify.py", "a film", "", "--model", place)
+    assert status == 1 and "the text '' has no tokens for this model" in error
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(folder):
+    command = [sys.executable, str(helpers.REPOSITORY / "classify.py"), "--batch_size", "1", *["good"] * 500]
+    with subprocess.Popen(
+        command, cwd=folder, env=helpers.environment(folder), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout.readline().endswith("\tgood\n")
+        process.stdout.close()
+        error = process.stderr.read()
+    assert process.returncode == 1 and "Traceback" not in error and "BrokenPipeError" not in error
 
 
 @pytest.mark.parametrize(

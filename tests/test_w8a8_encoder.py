@@ -5,9 +5,11 @@ import copy
 import helpers
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from compactmind.checkpoint import load_checkpoint, parameters_before_packing, save_checkpoint
 from compactmind.methods.pruning.encoder import encoder_layers
+from compactmind.methods.pruning.masks import compact
 from compactmind.methods.quantization import w8a8_encoder
 from compactmind.methods.quantization.packed_model import linears_to_quantize
 from compactmind.methods.quantization.w8a8_encoder import load_w8a8_encoder, quantize_encoder
@@ -90,3 +92,31 @@ def test_a_copy_and_a_move_take_the_joined_weights_along(model):
                 module.weight_scale.mul_(0)
     moved = moved.to(torch.device("cpu"))
     assert not torch.equal(helpers.logits_of(moved), helpers.logits_of(small))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("pruned", [False, True], ids=["whole", "pruned"])
+def test_compressed_tensors_reads_the_file(model, tokenizer, tmp_path, pruned, half):
+    """With `pip install compressed-tensors==0.20.0`, as in test_w8a8_model.py: two draws of the same noise."""
+    pytest.importorskip("compressed_tensors")
+    dense = compact(model, helpers.uneven_masks(model)).eval() if pruned else model
+    small, description = quantized(dense, half_precision_embeddings=half)
+    save_checkpoint(tmp_path / "m", small, tokenizer, kind="w8a8", parent=None, stage={}, quantization=description)
+    theirs, loading = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "m", dtype=torch.float32, trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(loading.values())
+    ours = helpers.logits_of(load_checkpoint(tmp_path / "m").model)
+    noise = (ours - helpers.logits_of(dense)).norm()
+    assert (helpers.logits_of(theirs) - ours).norm() < 2 * noise < 0.2 * ours.norm()
+    for name, linear in linears_to_quantize(theirs):  # unpacked by the first forward pass
+        packed = small.get_submodule(name)
+        assert torch.allclose(linear.weight, packed.weight * packed.weight_scale)
+
+
+def test_a_plain_reader_is_told_that_the_weights_are_integers(model):
+    small, _ = quantized(model)
+    config = small.config.quantization_config
+    heads = {name for name, module in small.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert config["quant_method"] == "compressed-tensors" and set(config["ignore"]) == heads != set()

@@ -6,14 +6,21 @@ import pytest
 import torch
 from torch import nn
 
+from compactmind.errors import CompactMindError
 from compactmind.methods.quantization.w8a8_linear import (
     ACTIVATIONS,
+    KERNEL_VARIABLE,
     W8A8Linear,
     activation_scale,
     kernel_for,
     quantize_activation,
     quantize_weight,
 )
+
+needs_vnni = pytest.mark.skipif(
+    not torch.cpu._is_vnni_supported(), reason="torch._int_mm saturates on processors without int8 instructions"
+)
+KERNELS = ["simulated", pytest.param("int_mm", marks=needs_vnni)]
 
 SHAPES = {"one row": (1, 24), "odd rows": (13, 24), "many rows": (40, 24), "batch": (3, 7, 24), "vector": (24,)}
 STATIC_ABSMAX = 1.9
@@ -95,14 +102,27 @@ def test_an_input_that_is_not_contiguous_is_read_in_its_own_order(activations):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 16, 17, 31, 32, 33])
-@pytest.mark.parametrize("kernel", ["in use", "int_mm"])
-def test_every_kernel_gives_the_numbers_of_the_simulation(rows, kernel):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_gives_the_product_of_the_integers(rows, kernel):
     layer = quantize(make_linear(), "per_token")
     q = quantize_activation(make_input(rows, 24), torch.tensor([[0.02]]))
-    layer.kernel = layer.kernel if kernel == "in use" else kernel
+    layer.kernel = kernel
     product = layer.parts.product(q)
-    layer.kernel = "simulated"
-    assert product.shape == (rows, 16) and torch.equal(product.float(), layer.parts.product(q))
+    assert product.shape == (rows, 16) and torch.equal(product.long(), q.long() @ layer.weight.long().t())
+
+
+@pytest.mark.parametrize("in_features", [1040, 1041, 4096, 11008])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_product_of_a_wide_layer_is_exact_in_every_kernel(kernel, in_features):
+    """Sums of products beyond 2^24 = 1040 x 127 x 127, above which float32 has no odd numbers any more."""
+    generator = torch.Generator().manual_seed(0)
+    q, weight = (torch.randint(120, 128, (rows, in_features), generator=generator, dtype=torch.int8) for rows in (5, 7))
+    q[1], weight[1], q[2] = 127, 127, -127
+    layer = W8A8Linear(in_features, 7, bias=False)
+    layer.weight, layer.kernel = weight, kernel
+    product = layer.parts.product(q)
+    assert product.dtype == torch.int32
+    assert torch.equal(product.long(), q.long() @ weight.long().t())
 
 
 def test_the_largest_products_do_not_overflow():
@@ -267,16 +287,37 @@ def test_a_printed_layer_tells_its_widths_activations_and_kernel():
     ],
 )
 def test_cuda_multiplies_integers_where_it_can(monkeypatch, capability, widths, kernel):
+    monkeypatch.delenv(KERNEL_VARIABLE, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert kernel_for(torch.device("cuda"), *widths) == kernel
 
 
 def test_a_processor_without_int8_instructions_simulates_and_says_so(monkeypatch):
-    expected = quantize(make_linear(), "per_token")(make_input(6, 24))
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    layer = quantize(make_linear(), "per_token")
-    assert layer.kernel == "simulated"
-    assert torch.equal(layer(make_input(6, 24)), expected)
+    monkeypatch.delenv(KERNEL_VARIABLE, raising=False)
+    for vnni, kernel in ((True, "int_mm"), (False, "simulated")):
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda vnni=vnni: vnni)
+        layer = quantize(make_linear(), "per_token")
+        assert layer.kernel == kernel
+    assert_is_reference(layer(make_input(6, 24)), make_linear(), make_input(6, 24), "per_token")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_environment_can_ask_for_the_simulation(monkeypatch, device):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    for value, kernel in ((None, "int_mm"), ("", "int_mm"), ("simulated", "simulated")):
+        monkeypatch.delenv(KERNEL_VARIABLE, raising=False)
+        if value is not None:
+            monkeypatch.setenv(KERNEL_VARIABLE, value)
+        assert kernel_for(torch.device(device), 24, 16) == kernel
+    assert W8A8Linear.from_linear(make_linear()).kernel == "simulated"
+
+
+@pytest.mark.parametrize("value", ["int_mm", "Simulated", "avx2"])
+def test_another_kernel_is_refused_by_name(monkeypatch, value):
+    monkeypatch.setenv(KERNEL_VARIABLE, value)
+    with pytest.raises(CompactMindError, match=f"COMPACTMIND_KERNEL is '{value}'.*simulated"):
+        kernel_for(torch.device("cpu"), 24, 16)
 
 
 @pytest.mark.gpu
@@ -284,7 +325,8 @@ def test_a_processor_without_int8_instructions_simulates_and_says_so(monkeypatch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("activations", ACTIVATIONS)
-def test_cuda_computes_what_the_processor_computes(activations, shape, dtype):
+def test_cuda_computes_what_the_processor_computes(monkeypatch, activations, shape, dtype):
+    monkeypatch.delenv(KERNEL_VARIABLE, raising=False)
     linear, x = make_linear(), make_input(*shape, dtype=dtype)
     layer = quantize(linear, activations).to("cuda")
     assert layer.kernel == "int_mm"

@@ -13,10 +13,12 @@ import numpy
 import torch
 
 from compactmind.checkpoint import Checkpoint, load_any
-from compactmind.data import EncodedSentences
+from compactmind.data import EncodedSentences, Sentence
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import classification_metrics, mcnemar, predict_logits
 from compactmind.evaluation.cost import gflops, gmacs_thop, measure_latency, measure_load_time, peak_memory, weight_bytes
+from compactmind.evaluation.failures import cell_fails_alone, leave_out, row_fails_alone
+from compactmind.evaluation.limits import positions_of, require_positions
 from compactmind.onnx_export import FILE, OnnxClassifier
 
 
@@ -28,13 +30,29 @@ def positive_class(model: torch.nn.Module) -> int:
     names = {int(index): str(name).lower() for index, name in model.config.id2label.items()}
     if len(names) != 2:
         raise CompactMindError(f"it tells {len(names)} classes apart ({', '.join(names.values())}): SST-2 has two")
-    return 0 if names[0].startswith("pos") or names[1].startswith("neg") else 1
+    return 0 if names.get(0, "").startswith("pos") or names.get(1, "").startswith("neg") else 1
+
+
+def class_names(model: torch.nn.Module) -> list[str]:
+    """Return what a model calls its classes, in the order of its logits: negative and positive where that is what two of them mean.
+
+    Raises CompactMindError if its logits are not classes of which one is right.
+    """
+    config = model.config
+    if config.num_labels < 2 or config.problem_type == "multi_label_classification":
+        what = "one number" if config.num_labels < 2 else "labels of which several may be right"
+        raise CompactMindError(f"it gives {what} for a text, not one of several classes")
+    names = [str(config.id2label.get(index, f"LABEL_{index}")) for index in range(config.num_labels)]
+    if len(names) == 2 and all(name.lower().startswith(("pos", "neg", "label_")) for name in names):
+        positive = positive_class(model)
+        return ["positive" if index == positive else "negative" for index in range(2)]
+    return names
 
 
 def measure_classifiers(
     rows: list[dict[str, Any]],
     checkpoints: dict[str, Checkpoint],
-    sentences: list[dict[str, Any]],
+    sentences: list[Sentence],
     *,
     reference: dict[str, Any] | None,
     max_length: int,
@@ -46,43 +64,77 @@ def measure_classifiers(
     """Add, in place, every measurement to the rows, whose models are all among the `checkpoints`, by name.
 
     `reference` is the row the others are compared with: one of these, or one measured earlier, whose model then runs along
-    wherever time is compared. A row's `correct` says, a bit per sentence in hexadecimal, what it got right.
+    wherever time is compared. A row's `correct` says, a bit per sentence in hexadecimal, what it got right. A row fails alone, see
+    compactmind/evaluation/failures.py; if it is the reference, the others are compared with nothing.
     """
     for row in rows:
-        checkpoint, directory = checkpoints[row["name"]], Path(row["directory"])
         print(f"{row['name']:<24} accuracy, operations, load time ...", flush=True)
-        encoded = EncodedSentences(checkpoint.tokenizer, sentences, max_length)
-        logits = predict_logits(checkpoint.model, encoded, eval_batch_size)
-        if positive_class(checkpoint.model) == 0:
-            logits = logits.flip(-1)
-        row.update(classification_metrics(logits, encoded.labels))
-        row["correct"] = numpy.packbits((logits.argmax(dim=-1) == encoded.labels).numpy()).tobytes().hex()
-        row["gflops"] = gflops(checkpoint.model, cost_length)
-        row["gmacs_thop"] = gmacs_thop(checkpoint.model, cost_length)
-        row["size_mb"] = weight_bytes(directory) / 1e6
-        row["load_seconds"] = measure_load_time(partial(load_any, directory, checkpoint.model.device))
+        with row_fails_alone(row):
+            _measure_accuracy(row, checkpoints[row["name"]], sentences, max_length, eval_batch_size)
+    rows = [row for row in rows if row["status"] == "measured"]
+    if reference is not None and reference["status"] != "measured":
+        reference = None
+    along = {} if reference is None else {reference["name"]: checkpoints[reference["name"]].model}
+    models = {name: model for name, model in along.items() if (positions_of(model) or cost_length) >= cost_length}
     for row in rows:
+        checkpoint, directory = checkpoints[row["name"]], Path(row["directory"])
+        for key, count in (("gflops", gflops), ("gmacs_thop", gmacs_thop)):
+            with cell_fails_alone(row, key):
+                require_positions(checkpoint.model, cost_length, "cost_length")
+                row[key] = count(checkpoint.model, cost_length)
+        with cell_fails_alone(row, "load_seconds"):
+            row["load_seconds"] = measure_load_time(partial(load_any, directory, checkpoint.model.device))
         same = reference is None or row["name"] == reference["name"]
         row["mcnemar_against_reference"] = None if same else mcnemar(correct_rows(reference), correct_rows(row))
-
+        with cell_fails_alone(row, "latency"):
+            require_positions(checkpoint.model, cost_length, "cost_length")
+            models[row["name"]] = checkpoint.model
+            with cell_fails_alone(row, "onnx_latency"):
+                if model := onnx_twin(row, checkpoint.model):
+                    models[f"{row['name']} (ONNX)"] = model
     for row in rows:
         row["latency"] = {}
-    models = {name: checkpoint.model for name, checkpoint in checkpoints.items()}
-    models |= {f"{row['name']} (ONNX)": model for row in rows if (model := onnx_twin(row, checkpoints[row["name"]].model))}
+        row.pop("onnx_latency", None)
     for batch_size in latency_batches:
         print(f"latency at batch {batch_size}, {latency_repeats} rounds of {len(models)} models in turn ...", flush=True)
-        times = measure_latency(models, batch_size, cost_length, latency_repeats, reference["name"] if reference else "")
+        errors: dict[str, Exception] = {}
+        times = measure_latency(
+            models, batch_size, cost_length, latency_repeats, reference["name"] if reference else "", errors=errors
+        )
         for row in rows:
-            row["latency"][f"batch_{batch_size}"] = times[row["name"]]
-            if found := times.get(f"{row['name']} (ONNX)"):
-                row.setdefault("onnx_latency", {})[f"batch_{batch_size}"] = found
+            for name, key in ((row["name"], "latency"), (f"{row['name']} (ONNX)", "onnx_latency")):
+                if name in times:
+                    row.setdefault(key, {})[f"batch_{batch_size}"] = times[name]
+                if name in errors:
+                    leave_out(row, f"{key} at batch {batch_size}", errors[name])
 
     print("peak memory, each model in a process of its own ...", flush=True)
-    batch_size = max(latency_batches)
+
+    def measure_memory(row: dict[str, Any]) -> None:
+        with cell_fails_alone(row, "peak_memory_mb"):
+            require_positions(checkpoints[row["name"]].model, cost_length, "cost_length")
+            row["peak_memory_mb"] = peak_memory(Path(row["directory"]), max(latency_batches), cost_length)
+
     with ThreadPoolExecutor(max_workers=1 if torch.cuda.is_available() else 2) as pool:
-        peaks = pool.map(lambda row: peak_memory(Path(row["directory"]), batch_size, cost_length), rows)
-        for row, peak in zip(rows, peaks, strict=True):
-            row["peak_memory_mb"] = peak
+        list(pool.map(measure_memory, rows))
+
+
+def _measure_accuracy(
+    row: dict[str, Any], checkpoint: Checkpoint, sentences: list[Sentence], max_length: int, batch_size: int
+) -> None:
+    """Add, in place, what a classifier gets right and the bytes of its weights; `max_length` is what its sentences are cut at."""
+    model = checkpoint.model
+    positive = positive_class(model)
+    row["max_length"] = min(max_length, positions_of(model) or max_length)
+    encoded = EncodedSentences(checkpoint.tokenizer, sentences, row["max_length"])
+    logits = predict_logits(model, encoded, batch_size)
+    if not logits.isfinite().all():
+        raise CompactMindError("its logits are not numbers: the weights are damaged, or its training diverged")
+    if positive == 0:
+        logits = logits.flip(-1)
+    row.update(classification_metrics(logits, encoded.labels))
+    row["correct"] = numpy.packbits((logits.argmax(dim=-1) == encoded.labels).numpy()).tobytes().hex()
+    row["size_mb"] = weight_bytes(Path(row["directory"])) / 1e6
 
 
 def onnx_twin(row: dict[str, Any], model: torch.nn.Module) -> OnnxClassifier | None:

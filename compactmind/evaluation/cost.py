@@ -12,17 +12,26 @@ peak memory   what loading and running the model adds to a fresh process, see `p
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
+
+from compactmind.errors import CompactMindError
+from compactmind.evaluation.limits import vocabulary_of
+from compactmind.files import weight_files
+
+NEW_TOKENS = 8
+"""Tokens whose mean time is that of decoding one."""
 
 
 def _shape_twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -52,9 +61,8 @@ def gmacs_thop(model: PreTrainedModel, sequence_length: int) -> float:
 
 
 def weight_bytes(directory: Path) -> int:
-    """Return the size of a checkpoint's weight files in bytes; pickled ones count where there are no others."""
-    files = list(directory.glob("*.safetensors")) or list(directory.glob("pytorch_model*.bin"))
-    return sum(path.stat().st_size for path in files)
+    """Return the bytes of the files that hold a folder's weights. Raises CompactMindError, see `weight_files`."""
+    return sum(path.stat().st_size for path in weight_files(directory))
 
 
 def synchronize(device: torch.device) -> None:
@@ -63,74 +71,109 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def in_turns(
+    models: Mapping[str, PreTrainedModel], once: Callable[[PreTrainedModel], Any], repeats: int, warmup: int,
+    errors: dict[str, Exception] | None,
+) -> dict[str, list[Any]]:  # fmt: skip
+    """Return what `once(model)` found of every model in each of `repeats` rounds, after `warmup` more; all take turns in each round.
+
+    With `errors`, which then holds them by name, a model that fails drops out and the others go on; without, the error is raised.
+    """
+    found: dict[str, list[Any]] = {name: [] for name in models}
+    for round_index in range(-warmup, repeats):
+        for name in list(found):
+            try:
+                result = once(models[name])
+            except Exception as error:  # noqa: BLE001  any model may stand beside others that must not lose their rounds
+                if errors is None:
+                    raise
+                errors[name] = error
+                del found[name]
+                continue
+            if round_index >= 0:
+                found[name].append(result)
+    return found
+
+
+def random_tokens(models: Mapping[str, PreTrainedModel], rows: int, tokens: int) -> torch.Tensor:
+    """Return the same random token ids, which every model knows, each time: int64 (rows, tokens)."""
+    known = [
+        vocabulary_of(model) if isinstance(model, torch.nn.Module) else model.config.vocab_size for model in models.values()
+    ]
+    vocabulary = min(known, default=1)
+    return torch.randint(min(5, vocabulary - 1), vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
+
+
 @torch.inference_mode()
 def measure_latency(
-    models: dict[str, PreTrainedModel], batch_size: int, sequence_length: int, repeats: int, reference: str, warmup: int = 2
-) -> dict[str, dict[str, float]]:
+    models: Mapping[str, PreTrainedModel], batch_size: int, sequence_length: int, repeats: int, reference: str, warmup: int = 2,
+    errors: dict[str, Exception] | None = None,
+) -> dict[str, dict[str, float]]:  # fmt: skip
     """Time one forward pass of every model on the same random tokens, taking turns for `repeats` rounds.
 
     Returns per model `median_ms`, `low_ms` and `high_ms` (10th and 90th percentile) and `speedup`: the median over rounds of
-    time of `reference` / time of this model (None if the reference is not among them).
+    time of `reference` / time of this model (None if the reference is not among them). `errors`: see `in_turns`.
     """
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = min(model.config.vocab_size for model in models.values())
-    input_ids = torch.randint(min(5, vocabulary - 1), vocabulary, (batch_size, sequence_length), generator=generator)
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for round_index in range(-warmup, repeats):
-        for name, model in models.items():
-            ids = input_ids.to(model.device)
-            mask = torch.ones_like(ids)
-            synchronize(model.device)
-            started = time.perf_counter()
-            model(input_ids=ids, attention_mask=mask)
-            synchronize(model.device)
-            if round_index >= 0:
-                seconds[name].append(time.perf_counter() - started)
-    return _summaries(seconds, reference)
+    input_ids = random_tokens(models, batch_size, sequence_length)
+
+    def once(model: PreTrainedModel) -> float:
+        ids = input_ids.to(model.device)
+        mask = torch.ones_like(ids)
+        synchronize(model.device)
+        started = time.perf_counter()
+        model(input_ids=ids, attention_mask=mask)
+        synchronize(model.device)
+        return time.perf_counter() - started
+
+    return summaries(in_turns(models, once, repeats, warmup, errors), dict.fromkeys(models, reference))
 
 
 @torch.inference_mode()
 def measure_generation(
-    models: dict[str, PreTrainedModel], prompt_tokens: int, repeats: int, reference: str, new_tokens: int = 8, warmup: int = 2
-) -> dict[str, dict[str, dict[str, float]]]:
+    models: Mapping[str, PreTrainedModel], prompt_tokens: int, repeats: int, reference: str | Mapping[str, str],
+    new_tokens: int = NEW_TOKENS, warmup: int = 2, errors: dict[str, Exception] | None = None,
+) -> dict[str, dict[str, dict[str, float]]]:  # fmt: skip
     """Time what generating text at batch 1 is made of, all causal language models taking turns for `repeats` rounds.
 
     `prefill`: reading `prompt_tokens` random tokens as `generate` does, logits of the last one only, keys and values kept.
-    `decode`: one further token with that cache, the mean of `new_tokens`. Returns per model both, each as `measure_latency`.
+    `decode`: one further token with that cache, the mean of `new_tokens`. Returns per model both, each as `measure_latency`;
+    `reference` may say for each model by name which one its speed-up is against.
     """
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = min(model.config.vocab_size for model in models.values())
-    prompt = torch.randint(min(5, vocabulary - 1), vocabulary, (1, prompt_tokens), generator=generator)
-    seconds: dict[str, dict[str, list[float]]] = {phase: {name: [] for name in models} for phase in ("prefill", "decode")}
-    for round_index in range(-warmup, repeats):
-        for name, model in models.items():
-            ids = prompt.to(model.device)
-            synchronize(model.device)
-            started = time.perf_counter()
-            output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-            synchronize(model.device)
-            prefilled = time.perf_counter()
-            for _ in range(new_tokens):
-                output = model(input_ids=output.logits[:, -1].argmax(-1, keepdim=True), past_key_values=output.past_key_values)
-            synchronize(model.device)
-            if round_index >= 0:
-                seconds["prefill"][name].append(prefilled - started)
-                seconds["decode"][name].append((time.perf_counter() - prefilled) / new_tokens)
-    phases = {phase: _summaries(times, reference) for phase, times in seconds.items()}
-    return {name: {phase: summary[name] for phase, summary in phases.items()} for name in models}
+    prompt = random_tokens(models, 1, prompt_tokens)
+
+    def once(model: PreTrainedModel) -> dict[str, float]:
+        ids = prompt.to(model.device)
+        synchronize(model.device)
+        started = time.perf_counter()
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        synchronize(model.device)
+        prefilled = time.perf_counter()
+        for _ in range(new_tokens):
+            output = model(input_ids=output.logits[:, -1].argmax(-1, keepdim=True), past_key_values=output.past_key_values)
+        synchronize(model.device)
+        return {"prefill": prefilled - started, "decode": (time.perf_counter() - prefilled) / new_tokens}
+
+    rounds = in_turns(models, once, repeats, warmup, errors)
+    compared = dict.fromkeys(models, reference) if isinstance(reference, str) else reference
+    phases = {
+        phase: summaries({name: [taken[phase] for taken in times] for name, times in rounds.items()}, compared)
+        for phase in ("prefill", "decode")
+    }
+    return {name: {phase: summary[name] for phase, summary in phases.items()} for name in rounds}
 
 
-def _summaries(seconds: dict[str, list[float]], reference: str) -> dict[str, dict[str, float]]:
+def summaries(seconds: Mapping[str, Sequence[float]], compared: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """Return, per model, median, 10th and 90th percentile (between ranks) of its rounds in ms, and its speed-up.
+
+    `compared`: name -> the model a speed-up is against; None where that is not given or was not timed.
+    """
     result = {}
     for name, times in seconds.items():
-        ordered = sorted(times)
-        ratios = [own / other for own, other in zip(seconds[reference], times, strict=True)] if reference in seconds else []
-        result[name] = {
-            "median_ms": 1e3 * statistics.median(times),
-            "low_ms": 1e3 * ordered[int(0.1 * (len(ordered) - 1))],
-            "high_ms": 1e3 * ordered[round(0.9 * (len(ordered) - 1))],
-            "speedup": statistics.median(ratios) if ratios else None,
-        }
+        other = seconds.get(compared.get(name), ())
+        ratios = [theirs / own for theirs, own in zip(other, times, strict=True)] if other else []
+        low, median, high = (1e3 * value for value in numpy.percentile(times, [10, 50, 90]).tolist())
+        speedup = statistics.median(ratios) if ratios else None
+        result[name] = {"median_ms": median, "low_ms": low, "high_ms": high, "speedup": speedup}
     return result
 
 
@@ -149,14 +192,16 @@ def peak_memory(directory: Path, batch_size: int, sequence_length: int) -> float
     """Return the MB (1e6 bytes) that loading a checkpoint and running one batch adds to a fresh process at its peak.
 
     On a CPU: high-water mark of resident memory minus what was resident after the imports. With CUDA: peak of allocated
-    device memory. Raises RuntimeError with the process's last words if it fails.
+    device memory. Raises CompactMindError with the process's last words if it fails.
     """
     command = [sys.executable, "-m", "compactmind.evaluation.cost", str(directory), str(batch_size), str(sequence_length)]
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path[1:]])}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode:
-        raise RuntimeError(f"measuring the memory of {directory} failed: {result.stderr.strip()[-400:]}")
+        told = result.stderr.strip().splitlines() or [f"its process ended with {result.returncode}"]
+        killed = " (killed: most likely the memory was not enough)" if result.returncode == -signal.SIGKILL else ""
+        raise CompactMindError(f"measuring the memory of {directory} failed: {told[-1].strip()}{killed}")
     return json.loads(result.stdout.splitlines()[-1])["peak_mb"]
 
 

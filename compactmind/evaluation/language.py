@@ -1,12 +1,13 @@
 """Causal language models side by side: perplexity on the same windows, bytes, time to read a prompt and per token, memory.
 
 perplexity         compactmind/evaluation/perplexity.py, its protocol stamped on every row
-compression ratio  bytes of the dense checkpoint's weight files, in the dtype they were released in / bytes of this one's
+compression ratio  bytes of the weight files of the model it was made from, in the dtype they were released in / bytes of its own
 prefill, decode    compactmind/evaluation/cost.py, measure_generation
 GSM8K              compactmind/evaluation/capability.py
 kernel             what multiplies the matrices of the blocks; `simulated` is the right numbers without an int8 kernel
 """
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,7 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compactmind.checkpoint import Checkpoint, load_any
 from compactmind.evaluation.capability import gsm8k
-from compactmind.evaluation.cost import measure_generation, measure_load_time, peak_memory, weight_bytes
+from compactmind.evaluation.cost import NEW_TOKENS, measure_generation, measure_load_time, peak_memory, weight_bytes
+from compactmind.evaluation.failures import cell_fails_alone, leave_out, row_fails_alone
+from compactmind.evaluation.limits import positions_of, require_known_ids, require_positions
 from compactmind.evaluation.perplexity import paired_ratio, perplexity
 from compactmind.methods.quantization.packed_model import QUANTIZED_KINDS
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
@@ -39,48 +42,84 @@ def measure_language_models(
     text: str,
     *,
     reference: dict[str, Any] | None,
+    bases: dict[str, dict[str, Any]],
     prompt_tokens: int,
     repeats: int,
 ) -> None:
     """Add, in place, every measurement to the rows, whose models are all among the `checkpoints`, by name.
 
-    `windows_for` gives the held-out text in windows (windows, seq_len) of a tokenizer, `text` says what it is. `reference` is the dense
-    model's row: one of these, or one measured earlier, whose model then runs along where time is compared; perplexity ratio,
-    compression and speed-up are None without it, the ratio also where the text becomes other tokens: a loss per token is another thing
-    then.
+    `windows_for` gives the held-out text in windows (windows, seq_len) of a tokenizer, `text` says what it is. `bases` has, by the name
+    of a row, the row it is compared with: one of these, or one measured earlier, whose model then runs along where time is compared.
+    Perplexity ratio, compression and speed-up are None without one, the ratio also where the text becomes other tokens: a loss per
+    token is another thing then, and the protocol of a row says so whose tokens are not those of the `reference`. A row fails alone,
+    see compactmind/evaluation/failures.py; if others are compared with it, they are compared with nothing.
     """
-    wanted = windows_for(checkpoints[reference["name"]].tokenizer) if reference else None
+
+    @functools.cache
+    def windows_of(name: str) -> torch.Tensor:
+        return windows_for(checkpoints[name].tokenizer)
+
     for row in rows:
-        name, directory = row["name"], Path(row["directory"])
-        windows = windows_for(checkpoints[name].tokenizer)
-        print(f"{name:<24} perplexity on {len(windows)} windows of {windows.shape[1]} tokens, load time ...", flush=True)
-        result = perplexity(checkpoints[name].model, windows, text)
-        row["losses"], row["protocol"] = result["losses"], result["protocol"]
-        if wanted is not None and not torch.equal(windows, wanted):
+        with row_fails_alone(row):
+            windows = windows_of(row["name"])
+            print(
+                f"{row['name']:<24} perplexity on {len(windows)} windows of {windows.shape[1]} tokens, load time ...", flush=True
+            )
+            _measure_perplexity(row, checkpoints[row["name"]].model, windows, text)
+    rows = [row for row in rows if row["status"] == "measured"]
+    bases = {name: base for name, base in bases.items() if base["status"] == "measured"}
+    longest = prompt_tokens + NEW_TOKENS
+    along = {base["name"]: checkpoints[base["name"]].model for base in bases.values()}
+    models = {name: model for name, model in along.items() if (positions_of(model) or longest) >= longest}
+    for row in rows:
+        name, model, base = row["name"], checkpoints[row["name"]].model, bases.get(row["name"])
+        measured = reference is not None and reference["status"] == "measured"
+        if measured and not torch.equal(windows_of(name), windows_of(reference["name"])):
             row["protocol"] = {**row["protocol"], "tokenizer": "its own"}
-        row["perplexity"], row["perplexity_interval"] = result["perplexity"], result["interval"]
-        row["size_mb"] = weight_bytes(directory) / 1e6
-        row["kernel"] = kernel_of(checkpoints[name].model, row["kind"])
-        row["load_seconds"] = measure_load_time(partial(load_any, directory, checkpoints[name].model.device))
+        comparable = base is not None and torch.equal(windows_of(name), windows_of(base["name"]))
+        row["against_dense"] = paired_ratio(row["losses"], base["losses"]) if comparable else None
+        row["compression_ratio"] = base["size_mb"] / row["size_mb"] if base else None
+        with cell_fails_alone(row, "load_seconds"):
+            row["load_seconds"] = measure_load_time(partial(load_any, Path(row["directory"]), model.device))
+        with cell_fails_alone(row, "generation"):
+            require_positions(model, longest, "prompt_tokens")
+            models[name] = model
+    print(f"prefill of {prompt_tokens} tokens and decoding, {repeats} rounds of {len(models)} models in turn ...", flush=True)
+    errors: dict[str, Exception] = {}
+    compared = {name: base["name"] for name, base in bases.items()}
+    times = measure_generation(models, prompt_tokens, repeats, compared, errors=errors)
     for row in rows:
-        comparable = reference and "tokenizer" not in row["protocol"]
-        row["against_dense"] = paired_ratio(row["losses"], reference["losses"]) if comparable else None
-        row["compression_ratio"] = reference["size_mb"] / row["size_mb"] if reference else None
-    print(
-        f"prefill of {prompt_tokens} tokens and decoding, {repeats} rounds of {len(checkpoints)} models in turn ...", flush=True
-    )
-    models = {name: checkpoint.model for name, checkpoint in checkpoints.items()}
-    times = measure_generation(models, prompt_tokens, repeats, reference["name"] if reference else "")
+        row["generation"] = times.get(row["name"])
+        if row["name"] in errors:
+            leave_out(row, "generation", errors[row["name"]])
     print("peak memory, each model in a process of its own ...", flush=True)
+
+    def measure_memory(row: dict[str, Any]) -> None:
+        with cell_fails_alone(row, "peak_memory_mb"):
+            require_positions(checkpoints[row["name"]].model, prompt_tokens, "prompt_tokens")
+            row["peak_memory_mb"] = peak_memory(Path(row["directory"]), 1, prompt_tokens)
+
     with ThreadPoolExecutor(max_workers=1 if torch.cuda.is_available() else 2) as pool:
-        peaks = pool.map(lambda row: peak_memory(Path(row["directory"]), 1, prompt_tokens), rows)
-        for row, peak in zip(rows, peaks, strict=True):
-            row["generation"], row["peak_memory_mb"] = times[row["name"]], peak
+        list(pool.map(measure_memory, rows))
+
+
+def _measure_perplexity(row: dict[str, Any], model: PreTrainedModel, windows: torch.Tensor, text: str) -> None:
+    """Add, in place, the perplexity of a language model, the bytes of its weights and what multiplies them."""
+    require_positions(model, windows.shape[1], "seq_len")
+    require_known_ids(model, windows)
+    result = perplexity(model, windows, text)
+    row["losses"], row["protocol"] = result["losses"], result["protocol"]
+    row["perplexity"], row["perplexity_interval"] = result["perplexity"], result["interval"]
+    row["size_mb"] = weight_bytes(Path(row["directory"])) / 1e6
+    row["kernel"] = kernel_of(model, row["kind"])
 
 
 def measure_gsm8k(rows: list[dict[str, Any]], checkpoints: dict[str, Checkpoint], problems: int, file: Path | None) -> None:
-    """Add, in place, `gsm8k` to the rows; see compactmind/evaluation/capability.py."""
+    """Add, in place, `gsm8k` to the measured ones of the rows; see compactmind/evaluation/capability.py. Each fails alone."""
     for row in rows:
+        if row["status"] != "measured":
+            continue
         print(f"{row['name']:<24} GSM8K, {problems} problems ...", flush=True)
         checkpoint = checkpoints[row["name"]]
-        row["gsm8k"] = gsm8k(checkpoint.model, checkpoint.tokenizer, problems, file=file)
+        with cell_fails_alone(row, "gsm8k"):
+            row["gsm8k"] = gsm8k(checkpoint.model, checkpoint.tokenizer, problems, file=file)

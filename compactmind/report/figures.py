@@ -1,5 +1,6 @@
 """Every figure of the report, drawn from the report's dict alone: FIGURES, name -> caption and drawing."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from compactmind.report import search_figures  # noqa: E402
-from compactmind.report.sentences import largest_batch, measured  # noqa: E402
+from compactmind.report.sentences import largest_batch, measured, speedup  # noqa: E402
 
 COLOURS = ("#4d4d4d", "#9a6fb0", "#1f5fa8", "#b03a2e", "#5aa1d8", "#e08e79", "#2e7d32", "#c79a00", "#00838f", "#6d4c41")
 """One colour per row of a track, the same in every figure."""
@@ -36,7 +37,8 @@ def colours_of(rows: dict[str, Any]) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------ encoders
 def accuracy_against_gflops(report: dict[str, Any]) -> Figure | None:
     """One point per classifier: GFLOPs (equal ones side by side), accuracy with its interval, area proportional to bytes."""
-    rows = measured(report, "encoder")
+    everyone = measured(report, "encoder")
+    rows = {name: row for name, row in everyone.items() if row["gflops"] is not None}
     if not rows:
         return None
     figure, axes = plt.subplots(figsize=(9, 5.5), constrained_layout=True)
@@ -45,8 +47,8 @@ def accuracy_against_gflops(report: dict[str, Any]) -> Figure | None:
         Counter(round(row["gflops"], 2) for row in rows.values()),
     )
     beside = Counter()
-    for name, colour in colours_of(rows).items():
-        row = rows[name]
+    for name, row in rows.items():
+        colour = colours_of(everyone)[name]
         same = round(row["gflops"], 2)
         place = row["gflops"] + width * (beside[same] - (alike[same] - 1) / 2)  # equal GFLOPs: side by side
         beside[same] += 1
@@ -76,8 +78,10 @@ def model_comparison(report: dict[str, Any]) -> Figure | None:
     if not rows:
         return None
     colours = colours_of(rows).values()
-    batch = largest_batch(next(iter(rows.values())))
-    latency = [row["latency"][batch] for row in rows.values()]
+    batch = largest_batch(report)
+    untimed = {"median_ms": math.nan, "low_ms": math.nan, "high_ms": math.nan}
+    latency = [row["latency"].get(batch, untimed) for row in rows.values()]
+    loads = [row["load_seconds"] if row["load_seconds"] is not None else math.nan for row in rows.values()]
     accuracy = [100 * row["accuracy"] for row in rows.values()]
     bounds = [[100 * bound for bound in row["accuracy_interval"]] for row in rows.values()]
     sides = [[value - low for value, (low, _) in zip(accuracy, bounds, strict=True)],
@@ -86,7 +90,7 @@ def model_comparison(report: dict[str, Any]) -> Figure | None:
         ("test accuracy (%), 95% interval", accuracy, sides),
         (f"inference time at {batch.replace('_', ' ')} (ms), 10th to 90th percentile", [t["median_ms"] for t in latency],
          [[t["median_ms"] - t["low_ms"] for t in latency], [t["high_ms"] - t["median_ms"] for t in latency]]),
-        ("load time (ms)", [1e3 * row["load_seconds"] for row in rows.values()], None),
+        ("load time (ms)", [1e3 * seconds for seconds in loads], None),
         ("size of the weight file (MB)", [row["size_mb"] for row in rows.values()], None),
     ]  # fmt: skip
     figure, grid = plt.subplots(2, 2, figsize=(13, 0.55 * len(rows) * 2 + 2.2), constrained_layout=True)
@@ -94,14 +98,15 @@ def model_comparison(report: dict[str, Any]) -> Figure | None:
         if title.startswith("test accuracy"):  # points: bars that do not start at zero would mislead
             axes.errorbar(values, list(rows), xerr=errors, fmt="none", **BAR)
             axes.scatter(values, list(rows), color=list(colours), s=70, zorder=3)
-            axes.margins(y=0.1)
             axes.grid(axis="x", alpha=0.3)
         else:
             axes.barh(list(rows), values, xerr=errors, color=list(colours), alpha=0.85, error_kw=BAR)
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.4, -0.6)  # from top to bottom, with room for a row without a bar
         axes.set_title(title, fontsize=11)
         ends = [value + error for value, error in zip(values, errors[1] if errors else [0] * len(values), strict=True)]
         for position, (value, end) in enumerate(zip(values, ends, strict=True)):
+            if math.isnan(value):  # what could not be measured has no bar
+                continue
             axes.annotate(f"{value:.1f}", (end, position), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
         low, high = axes.get_xlim()
         axes.set_xlim(low, high + 0.08 * (high - low))
@@ -110,21 +115,17 @@ def model_comparison(report: dict[str, Any]) -> Figure | None:
 
 
 def latency(report: dict[str, Any]) -> Figure | None:
-    """Speed-ups: classifiers against their reference at every batch size, language models against the dense one."""
-    encoders, languages = measured(report, "encoder"), measured(report, "llm")
+    """Speed-ups: classifiers against their reference at every batch size, language models made from the dense one against it."""
+    dense = report["references"]["llm"]
     panels = []
-    if encoders:
-        batches = next(iter(encoders.values()))["latency"]
-        bars = {
-            batch.replace("_", " "): {n: row["latency"][batch]["speedup"] for n, row in encoders.items()} for batch in batches
-        }
-        panels.append((f"against {report['references']['encoder']}", bars))
-    if languages:
-        bars = {
-            phase: {n: row["generation"][phase]["speedup"] for n, row in languages.items()} for phase in ("prefill", "decode")
-        }
-        panels.append((f"against {report['references']['llm']}", bars))
-    panels = [(title, bars) for title, bars in panels if any(None not in bar.values() for bar in bars.values())]
+    for track, phases, rows in (
+        ("encoder", [f"batch_{size}" for size in report["settings"]["latency_batches"]], measured(report, "encoder")),
+        ("llm", ["prefill", "decode"], {n: row for n, row in measured(report, "llm").items() if row["compared_with"] == dense}),
+    ):
+        timed = [name for name, row in rows.items() if any(speedup(row, phase) for phase in phases)]
+        bars = {phase.replace("_", " "): {name: speedup(rows[name], phase) or math.nan for name in timed} for phase in phases}
+        if timed:
+            panels.append((f"against {report['references'][track]}", bars))
     if not panels:
         return None
     figure, grid = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.8), constrained_layout=True, squeeze=False)
@@ -134,11 +135,13 @@ def latency(report: dict[str, Any]) -> Figure | None:
             places = [position + (index - (len(bars) - 1) / 2) * height for position in range(len(values))]
             axes.barh(places, values.values(), height=0.9 * height, color=COLOURS[2 + 3 * index], alpha=0.85, label=label)
             for place, value in zip(places, values.values(), strict=True):
+                if math.isnan(value):
+                    continue
                 axes.annotate(
                     f"{value:.2f}", (value, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
                 )
         axes.set_yticks(range(len(values)), list(values))
-        axes.invert_yaxis()
+        axes.set_ylim(len(values) - 0.4, -0.6)
         axes.axvline(1, color="#333333", lw=0.8, ls=":")
         axes.margins(x=0.1)
         axes.set(xlabel=f"times as fast, {title}")
@@ -172,13 +175,17 @@ def training_curves(report: dict[str, Any]) -> Figure | None:
 
 # ----------------------------------------------------------------------------------------------------- language models
 def perplexity_against_size(report: dict[str, Any]) -> Figure | None:
-    """One point per language model: MB of the weight file, perplexity with the interval of its ratio to dense."""
-    rows = measured(report, "llm")
+    """One point per language model: MB of the weight file, perplexity with the interval of its ratio to dense.
+
+    Beside a dense model only what was made from it.
+    """
+    everyone, dense_name = measured(report, "llm"), report["references"]["llm"]
+    rows = {name: row for name, row in everyone.items() if dense_name not in everyone or row["compared_with"] == dense_name}
     if not rows:
         return None
     figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
-    for name, colour in colours_of(rows).items():
-        row = rows[name]
+    for name, row in rows.items():
+        colour = colours_of(everyone)[name]
         low, high = row["perplexity_interval"]
         if row["against_dense"]:  # the paired interval: what the windows have in common cancels
             dense = row["perplexity"] / row["against_dense"]["ratio"]

@@ -19,16 +19,23 @@ def reference_of(report: dict[str, Any], track: str) -> str:
     return report["references"][track]
 
 
-def largest_batch(row: dict[str, Any]) -> str:
+def largest_batch(report: dict[str, Any]) -> str:
     """Return the key of the latency at the largest batch size."""
-    return max(row["latency"], key=lambda name: int(name.removeprefix("batch_")))
+    return f"batch_{max(report['settings']['latency_batches'])}"
 
 
-def times_as_fast(row: dict[str, Any], other: dict[str, Any], batch: str) -> float:
-    """Return how many times as fast a classifier is as another one.
+def speedup(row: dict[str, Any], what: str) -> float | None:
+    """Return a row's speed-up at a batch size (batch_32) or in a phase (prefill, decode), None where it was not measured."""
+    return ((row.get("latency") or row.get("generation") or {}).get(what) or {}).get("speedup")
+
+
+def times_as_fast(row: dict[str, Any], other: dict[str, Any], batch: str) -> float | None:
+    """Return how many times as fast a classifier is as another one, None where one of them was not timed.
 
     By their speed-ups, each taken within rounds with the reference: two rows may come from different days. By times without one.
     """
+    if batch not in row["latency"] or batch not in other["latency"]:
+        return None
     mine, theirs = row["latency"][batch], other["latency"][batch]
     if mine["speedup"] and theirs["speedup"]:
         return mine["speedup"] / theirs["speedup"]
@@ -49,24 +56,26 @@ def share(change: float, less: str = "fewer", more: str = "more") -> str:
 
 # ----------------------------------------------------------------------------------------------------------- sentences
 def sentences(report: dict[str, Any]) -> list[str]:
-    """Return the findings, one sentence per compressed model and the ones about the search."""
-    found = []
-    for track, sentence in (("encoder", encoder_sentence), ("llm", language_sentence)):
-        rows, reference = measured(report, track), reference_of(report, track)
-        if reference in rows:
-            others = [row for name, row in rows.items() if name != reference and row.get("against_dense", True)]
-            found += [sentence(row, rows[reference]) for row in others]
+    """Return the findings, one sentence per model that is compared with another one and the ones about the search."""
+    classifiers, languages = measured(report, "encoder"), measured(report, "llm")
+    reference, batch = classifiers.get(reference_of(report, "encoder")), largest_batch(report)
+    found = [encoder_sentence(row, reference, batch) for row in classifiers.values() if reference and row is not reference]
+    for row in languages.values():
+        dense = languages.get(row["compared_with"])
+        if dense and row is not dense and row["against_dense"]:
+            found.append(language_sentence(row, dense))
     return found + search_sentences(report.get("search"))
 
 
-def encoder_sentence(row: dict[str, Any], reference: dict[str, Any]) -> str:
+def encoder_sentence(row: dict[str, Any], reference: dict[str, Any], batch: str) -> str:
     """Return what a classifier costs and saves against the reference."""
-    batch = largest_batch(row)
-    operations = row["gflops"] / reference["gflops"] - 1
-    saved = [f"{share(operations)} GFLOPs"] if abs(operations) >= 0.005 else []
+    saved = []
+    if row["gflops"] and reference["gflops"]:
+        operations = row["gflops"] / reference["gflops"] - 1
+        saved += [f"{share(operations)} GFLOPs"] if abs(operations) >= 0.005 else []
     if abs(row["size_mb"] / reference["size_mb"] - 1) >= 0.005:
         saved.append(f"{row['size_mb']:.1f} MB instead of {reference['size_mb']:.1f}")
-    ratio = row["latency"][batch]["speedup"]
+    ratio = speedup(row, batch)
     if ratio is not None:
         saved.append(f"{speed(ratio)} at batch {batch.removeprefix('batch_')}")
     points = 100 * (row["accuracy"] - reference["accuracy"])
@@ -76,22 +85,26 @@ def encoder_sentence(row: dict[str, Any], reference: dict[str, Any]) -> str:
         which = "different" if p_value < DISTINGUISHABLE else "not distinguishable"
         verdict = f"; McNemar p = {p_value:.2g}: {which} on {row['rows']} sentences"
     return (
-        f"{row['name']}: {', '.join(saved)}, for {points:+.1f} points of accuracy against {reference['name']} "
+        f"{row['name']}: {', '.join([*saved, 'for ']) if saved else ''}{points:+.1f} points of accuracy against {reference['name']} "
         f"({row['accuracy']:.1%} and {reference['accuracy']:.1%}{verdict})."
     )
 
 
 def language_sentence(row: dict[str, Any], dense: dict[str, Any]) -> str:
-    """Return what a language model costs and saves against the dense one."""
+    """Return what a language model costs and saves against the one it was made from."""
     against = row["against_dense"]
     low, high = against["interval"]
     sure = "" if low > 1 or high < 1 else ", not distinguishable from 0"
-    prefill, decode = (row["generation"][phase]["speedup"] for phase in ("prefill", "decode"))
+    prefill, decode = speedup(row, "prefill"), speedup(row, "decode")
+    times = (
+        f"; next to the dense model in {dense['kernel']} it reads a prompt {speed(prefill)} and generates {speed(decode)}"
+        if prefill and decode
+        else ""
+    )
     return (
         f"{row['name']}: {row['compression_ratio']:.2f}x smaller than {dense['name']} as released, perplexity "
         f"{against['ratio'] - 1:+.1%} [{low - 1:+.1%}, {high - 1:+.1%}]{sure} ({row['perplexity']:.2f} and "
-        f"{dense['perplexity']:.2f} on {row['protocol']['windows']} windows); next to the dense model in "
-        f"{dense['kernel']} it reads a prompt {speed(prefill)} and generates {speed(decode)}."
+        f"{dense['perplexity']:.2f} on {row['protocol']['windows']} windows){times}."
     )
 
 
@@ -125,6 +138,10 @@ def warnings(report: dict[str, Any]) -> list[str]:
     """Return what could mislead a reader of the tables, each in one sentence."""
     encoders, languages = measured(report, "encoder"), measured(report, "llm")
     return [
+        *_without_numbers(report),
+        *_without_reference(report, encoders),
+        *_compared_with_nothing(report, languages),
+        *_left_out(report, [*encoders.values(), *languages.values()]),
         *_slower_than_parent(encoders),
         *_operations_without_time(encoders),
         *_too_wide_to_rank(report, encoders),
@@ -133,14 +150,59 @@ def warnings(report: dict[str, Any]) -> list[str]:
     ]
 
 
+def _without_numbers(report: dict[str, Any]) -> list[str]:
+    return [f"{row['name']} {row['status']}: {row['error'].rstrip('.')}." for row in report["models"] if "error" in row]
+
+
+def _without_reference(report: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:
+    reference = reference_of(report, "encoder")
+    if not rows or reference in rows:
+        return []
+    return [f"{reference}, the classifier that the others are compared with, was not measured: they are compared with nothing."]
+
+
+def _compared_with_nothing(report: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Language models whose dense one is not beside them: another one would say nothing of what compression did to them."""
+    found = []
+    for name, row in rows.items():
+        base, parent = row["compared_with"], row.get("parent")
+        if base is None and parent:
+            like = f"it was made from a model called {parent} whose weights are those of no row here"
+            found.append(
+                f"{name} is compared with nothing: {like}; --models my-{parent}=FOLDER makes the model in that folder a row, and it is "
+                "compared with that."
+            )
+        elif base is None and row["kind"] == "foreign":
+            found.append(f"{name} is compared with nothing: a folder of others does not say which model it was made from.")
+        elif base is not None and base not in rows:
+            found.append(f"{name} is compared with nothing: {base}, which it was made from, was not measured.")
+    return found
+
+
+def _left_out(report: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """Costs that could not be measured, with the reason, and sentences that were cut shorter than the others'."""
+    found = []
+    for row in rows:
+        reasons: dict[str, list[str]] = {}
+        for what, reason in (row.get("not_measured") or {}).items():
+            reasons.setdefault(reason, []).append(what)
+        found += [f"{row['name']}: {', '.join(what)} could not be measured: {reason.rstrip('.')}." for reason, what in reasons.items()]
+        asked = report["settings"].get("max_length")
+        if asked and row.get("max_length", asked) < asked:
+            found.append(
+                f"{row['name']} has positions for {row['max_length']} tokens: its sentences were cut there, the others' at {asked}."
+            )
+    return found
+
+
 def _slower_than_parent(rows: dict[str, dict[str, Any]]) -> list[str]:
     found = []
     for name, row in rows.items():
-        parent = rows.get(row["parent"])
+        parent = rows.get(row["made_from"])
         if parent is None or row["kind"] not in ("nf4", "int8", "w8a8"):
             continue
-        ratios = {batch: 1 / times_as_fast(row, parent, batch) for batch in row["latency"]}
-        slower = [f"{ratio:.2f}x at {batch.replace('_', ' ')}" for batch, ratio in ratios.items() if ratio > FASTER]
+        ratios = {batch: times_as_fast(parent, row, batch) for batch in row["latency"]}
+        slower = [f"{ratio:.2f}x at {batch.replace('_', ' ')}" for batch, ratio in ratios.items() if ratio and ratio > FASTER]
         if slower:
             found.append(
                 f"{name} is slower than its parent {parent['name']} ({', '.join(slower)}): {row['kind']} weights save memory here, "
@@ -152,12 +214,12 @@ def _slower_than_parent(rows: dict[str, dict[str, Any]]) -> list[str]:
 def _operations_without_time(rows: dict[str, dict[str, Any]]) -> list[str]:
     found = []
     for name, row in rows.items():
-        parent = rows.get(row["parent"])
-        if parent is None or row["gflops"] > 0.9 * parent["gflops"]:
+        parent = rows.get(row["made_from"])
+        if parent is None or not row["gflops"] or not parent["gflops"] or row["gflops"] > 0.9 * parent["gflops"]:
             continue
         for batch in row["latency"]:
             ratio = times_as_fast(row, parent, batch)
-            if ratio < FASTER:
+            if ratio is not None and ratio < FASTER:
                 found.append(
                     f"{name} has {share(row['gflops'] / parent['gflops'] - 1)} GFLOPs than {parent['name']}, but is not faster at batch "
                     f"{batch.removeprefix('batch_')} ({ratio:.2f} times as fast)."
@@ -188,9 +250,9 @@ def _languages(rows: dict[str, dict[str, Any]]) -> list[str]:
             found.append(
                 f"{name} was multiplied in floating point, because this machine has no int8 kernel: its times say nothing."
             )
-        prefill = row["generation"]["prefill"]["speedup"]
+        prefill = speedup(row, "prefill")
         if prefill is not None and prefill < 1 / FASTER and row["compression_ratio"] and row["compression_ratio"] > 1:
-            found.append(f"{name} is smaller than the dense model and reads a prompt {1 / prefill:.2f}x slower.")
+            found.append(f"{name} is smaller than {row['compared_with']} and reads a prompt {1 / prefill:.2f}x slower.")
     return found
 
 

@@ -2,12 +2,13 @@
 
 import csv
 import io
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from compactmind.report.literature import beside_the_literature
-from compactmind.report.sentences import largest_batch
+from compactmind.report.sentences import largest_batch, speedup
 
 NOTHING = "-"
 VERDICTS = {True: "met", False: "MISSED", None: "not run"}
@@ -25,10 +26,10 @@ class Table:
     def as_text(self) -> str:
         """Return it with aligned columns, words to the left and numbers to the right.
 
-        A row with words in place of numbers (what to run) makes no column wide.
+        A row with words in place of numbers (what to run, why it failed) makes no column wide.
         """
         lines = [[*line, *[""] * (len(self.header) - len(line))] for line in (self.header, *self.rows)]
-        whole = [line for line in lines if not _says_what_to_run(line)]
+        whole = [line for line in lines if not _is_words(line)]
         widths = [
             max(len(line[0]) for line in lines),
             *(max(map(len, column)) for column in list(zip(*whole, strict=True))[1:]),
@@ -37,13 +38,13 @@ class Table:
         for line in lines:
             cells = [line[0].ljust(widths[0])]
             for cell, width, name in zip(line[1:], widths[1:], self.header[1:], strict=True):
-                words = name in LEFT or _says_what_to_run(line)
+                words = name in LEFT or _is_words(line)
                 cells.append(cell.ljust(width) if words else cell.rjust(width))
             text.append("  ".join(cells).rstrip())
         return "\n".join(text)
 
 
-def _says_what_to_run(line: Sequence[str]) -> bool:
+def _is_words(line: Sequence[str]) -> bool:
     return len(line) > 2 and not any(line[2:])
 
 
@@ -60,8 +61,7 @@ def number(value: float | None, form: str = ".2f", unit: str = "") -> str:
 def encoder_table(report: dict[str, Any]) -> Table:
     """Return the classifiers side by side."""
     rows = [row for row in report["models"] if row["track"] == "encoder"]
-    batches = [int(name.removeprefix("batch_")) for row in rows if row["status"] == "measured" for name in row["latency"]]
-    batches = sorted(set(batches))
+    batches = sorted(report["settings"]["latency_batches"]) if any(row["status"] == "measured" for row in rows) else []
     onnx = any("onnx_latency" in row for row in rows)
     header = ["model", "accuracy [95%]", "F1", "AUC", "p", "M param", "GFLOPs", "thop GMACs", "MB",
               *(f"ms, batch {batch}" for batch in batches), "speed-up", "load s", "peak MB",
@@ -69,7 +69,7 @@ def encoder_table(report: dict[str, Any]) -> Table:
     lines = []
     for row in rows:
         if row["status"] != "measured":
-            lines.append(_not_run(row))
+            lines.append(_without_numbers(row))
             continue
         low, high = row["accuracy_interval"]
         against = row["mcnemar_against_reference"]
@@ -77,9 +77,9 @@ def encoder_table(report: dict[str, Any]) -> Table:
         lines.append(
             [
                 row["name"], f"{row['accuracy']:.1%} [{low:.1%}, {high:.1%}]", f"{row['f1']:.3f}", number(row["auc"], ".3f"),
-                number(against and against["p_value"], ".2g"), f"{row['parameters'] / 1e6:.2f}", f"{row['gflops']:.2f}",
+                number(against and against["p_value"], ".2g"), f"{row['parameters'] / 1e6:.2f}", number(row["gflops"]),
                 number(row["gmacs_thop"]), f"{row['size_mb']:.1f}", *(number(time and time["median_ms"], ".1f") for time in times),
-                number(row["latency"][largest_batch(row)]["speedup"], ".2f", "x"), number(row["load_seconds"]),
+                number(speedup(row, largest_batch(report)), ".2f", "x"), number(row["load_seconds"]),
                 number(row["peak_memory_mb"], ".0f"), *(number(time and time["median_ms"], ".1f") for time in exported if onnx),
             ]
         )  # fmt: skip
@@ -96,18 +96,21 @@ def language_table(report: dict[str, Any]) -> Table:
     rows = [row for row in report["models"] if row["track"] == "llm"]
     for row in rows:
         if row["status"] != "measured":
-            lines.append(_not_run(row))
+            lines.append(_without_numbers(row))
             continue
         against, (low, high) = row["against_dense"], row["perplexity_interval"]
         told = NOTHING
         if against:
             told = "{:+.2%} [{:+.2%}, {:+.2%}]".format(against["ratio"] - 1, *(bound - 1 for bound in against["interval"]))
-        prefill, decode = (row["generation"][phase] for phase in ("prefill", "decode"))
+        if against and row["compared_with"] != report["references"]["llm"]:
+            told += f" of {row['compared_with']}"
+        prefill, decode = ((row["generation"] or {}).get(phase) or {} for phase in ("prefill", "decode"))
         lines.append(
             [
                 row["name"], f"{row['perplexity']:.2f} [{low:.2f}, {high:.2f}]", told, f"{row['parameters'] / 1e6:.1f}",
-                f"{row['size_mb']:.1f}", number(row["compression_ratio"], ".2f", "x"), f"{prefill['median_ms']:.0f}",
-                number(prefill["speedup"], ".2f", "x"), f"{decode['median_ms']:.1f}", number(decode["speedup"], ".2f", "x"),
+                f"{row['size_mb']:.1f}", number(row["compression_ratio"], ".2f", "x"), number(prefill.get("median_ms"), ".0f"),
+                number(prefill.get("speedup"), ".2f", "x"), number(decode.get("median_ms"), ".1f"),
+                number(decode.get("speedup"), ".2f", "x"),
                 number(row["load_seconds"]), number(row["peak_memory_mb"], ".0f"), row["kernel"],
             ]
         )  # fmt: skip
@@ -119,13 +122,15 @@ def language_table(report: dict[str, Any]) -> Table:
     return Table("LLM track", header, lines, note)
 
 
-def _not_run(row: dict[str, Any]) -> list[str]:
-    return [row["name"], f"{row['status']}: run `{row['command']}`"]
+def _without_numbers(row: dict[str, Any]) -> list[str]:
+    """Return the cells of a row that was not measured: what to run, or why it failed (the warnings say it in full)."""
+    told = f"run `{row['command']}`" if "command" in row else textwrap.shorten(row["error"], 100, placeholder=" ...")
+    return [row["name"], f"{row['status']}: {told}"]
 
 
 def gsm8k_table(report: dict[str, Any]) -> Table | None:
     """Return the shares of GSM8K's problems answered, None if nobody was asked."""
-    asked = [row for row in report["models"] if "gsm8k" in row]
+    asked = [row for row in report["models"] if row.get("gsm8k")]
     if not asked:
         return None
     matches = [name for name, found in asked[0]["gsm8k"].items() if isinstance(found, dict) and "accuracy" in found]
@@ -216,7 +221,7 @@ def protocols_table(report: dict[str, Any]) -> Table:
 
 # ------------------------------------------------------------------------------------------------------ for spreadsheets
 def comparison_csv(report: dict[str, Any]) -> str:
-    """Return the models of both tracks as CSV text, one line each, empty cells where nothing was measured."""
+    """Return the models of both tracks as CSV text, one line each, empty cells where nothing was measured, the reasons last."""
     fields = ["name", "status", "accuracy", "accuracy_low", "accuracy_high", "f1", "auc", "mcnemar_p", "parameters", "gflops",
               "gmacs_thop", "size_mb", "load_seconds", "peak_memory_mb",
               "perplexity", "perplexity_low", "perplexity_high", "compression_ratio", "prefill_ms", "decode_ms",
@@ -226,15 +231,17 @@ def comparison_csv(report: dict[str, Any]) -> str:
         for batch in report["settings"]["latency_batches"]
         for what in ("median_ms", "low_ms", "high_ms", "speedup")
     ]
+    fields += ["error", "not_measured"]
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in report["models"]:
         flat = dict(row)
+        flat["not_measured"] = "; ".join(f"{what}: {reason}" for what, reason in row.get("not_measured", {}).items())
         if row["status"] == "measured" and row["track"] == "llm":
             flat["perplexity_low"], flat["perplexity_high"] = row["perplexity_interval"]
-            flat |= {f"{phase}_ms": times["median_ms"] for phase, times in row["generation"].items()}
-            flat |= {f"gsm8k_{match}": row["gsm8k"][match]["accuracy"] for match in ("strict", "flexible") if "gsm8k" in row}
+            flat |= {f"{phase}_ms": times["median_ms"] for phase, times in (row["generation"] or {}).items()}
+            flat |= {f"gsm8k_{match}": row["gsm8k"][match]["accuracy"] for match in ("strict", "flexible") if row.get("gsm8k")}
         elif row["status"] == "measured":
             flat["accuracy_low"], flat["accuracy_high"] = row["accuracy_interval"]
             flat["mcnemar_p"] = (row["mcnemar_against_reference"] or {}).get("p_value")

@@ -47,8 +47,13 @@ def hidden_state_loss(
     """Return the mean squared error between each student layer's output and that of the teacher layer it should reproduce.
 
     States are the tuples `output_hidden_states=True` gives: embeddings first, then one (batch, seq, hidden_size) per layer;
-    `layer_map[i]` is the teacher layer for student layer i. Padding (mask 0) does not count.
+    `layer_map[i]` is the teacher layer for student layer i. Padding (mask 0) does not count. States of any float dtype are compared
+    in float32 at least: the square of 256 is no number any more in fp16.
     """
     kept = attention_mask.bool()
-    losses = [F.mse_loss(student_states[i + 1][kept], teacher_states[layer + 1][kept]) for i, layer in enumerate(layer_map)]
+
+    def widened(states: torch.Tensor) -> torch.Tensor:
+        return states[kept].to(torch.promote_types(states.dtype, torch.float32))
+
+    losses = [F.mse_loss(widened(student_states[i + 1]), widened(teacher_states[j + 1])) for i, j in enumerate(layer_map)]
     return torch.stack(losses).mean()

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from compactmind.checkpoint import weights_fingerprint
 from compactmind.data import EncodedSentences
 from compactmind.evaluation.accuracy import predict_logits
-from compactmind.files import explain_full_disk
+from compactmind.files import remove_stale_temporaries, replace_file
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only
 
 
@@ -28,27 +29,35 @@ def cached_teacher_logits(
 ) -> torch.Tensor:
     """Return the teacher's logits of every sentence, (rows, classes) float32, from the cache if they are there.
 
-    The cache file is named by a hash of the teacher's weights and the token ids, so it can never be the wrong one.
+    The cache file is named by hashes of the teacher's weights and of the token ids, so it can never be the wrong one. Those of
+    other teachers are swept when one is written; a file that another run sweeps or has damaged is computed again.
     """
-    key = hashlib.sha256(weights_fingerprint(teacher_directory).encode())
+    teacher_key = hashlib.sha256(weights_fingerprint(teacher_directory).encode()).hexdigest()[:16]
+    rows_key = hashlib.sha256()
     for ids in sentences.input_ids:
-        key.update(torch.tensor(ids, dtype=torch.int32).numpy().tobytes() + b";")
-    path = cache_directory / f".teacher_logits_{key.hexdigest()[:16]}.safetensors"
-    with accelerator.main_process_first():
-        if not path.is_file():
+        rows_key.update(torch.tensor(ids, dtype=torch.int32).numpy().tobytes() + b";")
+    path = cache_directory / f".teacher_logits_{teacher_key}_{rows_key.hexdigest()[:16]}.safetensors"
+    with accelerator.main_process_first():  # the others find the file
+        logits = _cached(path, len(sentences))
+        if logits is None:
             accelerator.print(f"computing the teacher's logits of {len(sentences)} sentences once ...")
             read_first_token_only(teacher)
             logits = predict_logits(teacher, sentences, batch_size)
             read_all_tokens(teacher)
             if accelerator.is_main_process:
-                for stale in cache_directory.glob(".teacher_logits_*.safetensors"):
-                    stale.unlink()
-                temporary = path.with_suffix(".tmp")
-                try:
-                    with explain_full_disk(path):
-                        save_file({"logits": logits.contiguous()}, temporary)
-                    temporary.replace(path)
-                finally:
-                    temporary.unlink(missing_ok=True)
-            return logits
-    return load_file(path)["logits"]
+                for other in cache_directory.glob(".teacher_logits_*.safetensors"):
+                    if not other.name.startswith(f".teacher_logits_{teacher_key}_"):
+                        remove_stale_temporaries(other)
+                        other.unlink(missing_ok=True)
+                with replace_file(path) as temporary:
+                    save_file({"logits": logits.contiguous()}, temporary)
+    return logits
+
+
+def _cached(path: Path, rows: int) -> torch.Tensor | None:
+    """Return the logits in a cache file, or None if there is no whole one."""
+    try:
+        logits = load_file(path)["logits"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return logits if len(logits) == rows else None

@@ -82,14 +82,22 @@ class ImportanceScorer:
         ]
 
     @torch.no_grad()
-    def observe(self) -> None:
-        """Add the squared first-order loss change of every structure in this batch (needs gradients; `taylor` only)."""
+    def observe(self, loss_scale: float = 1.0) -> None:
+        """Add the squared first-order loss change of every structure in this batch (needs gradients; `taylor` only).
+
+        `loss_scale` is what the loss was multiplied with before the backward pass (fp16). A batch whose gradients overflowed says
+        nothing, as for the optimizer, and is left out.
+        """
         if self.criterion != "taylor":
             return
-        for layer, total in zip(self.layers, self.observed, strict=True):
-            head_change = _columns_times_gradient(layer.attention_output).view(layer.num_heads, layer.head_dim).sum(dim=1)
-            total.heads += head_change.square().cpu()
-            total.neurons += _columns_times_gradient(layer.down).square().cpu()
+        changes = []
+        for layer in self.layers:
+            heads = _columns_times_gradient(layer.attention_output).view(layer.num_heads, layer.head_dim).sum(dim=1)
+            changes.append([(change / loss_scale).square().cpu() for change in (heads, _columns_times_gradient(layer.down))])
+        if all(torch.isfinite(change).all() for pair in changes for change in pair):
+            for total, (heads, neurons) in zip(self.observed, changes, strict=True):
+                total.heads += heads
+                total.neurons += neurons
 
     @torch.no_grad()
     def scores(self) -> list[LayerScores]:

@@ -5,7 +5,7 @@ NF4: Dettmers et al. 2023 (https://arxiv.org/abs/2305.14314). LLM.int8(): Dettme
 head) and keeps the embedding tables in half precision.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from compactmind.errors import CompactMindError
 from compactmind.methods.quantization.error_compensation import input_second_moments
 
 QUANTIZED_KINDS = ("nf4", "int8")
@@ -34,6 +35,30 @@ class HalfEmbedding(nn.Embedding):
         return super().forward(input).float()
 
 
+def require_finite(modules: Mapping[str, nn.Module], dtype: torch.dtype = torch.float32) -> None:
+    """Raise CompactMindError naming the first of `modules` whose weight is NaN or infinite, or would be in `dtype`.
+
+    Rounded to integers such a weight looks like any other.
+    """
+    for name, module in modules.items():
+        largest = module.weight.detach().abs().max()
+        if not torch.isfinite(largest):
+            raise CompactMindError(f"{name}: its weight is NaN or infinite: download or make the model again")
+        if not torch.isfinite(largest.to(dtype)):
+            raise CompactMindError(
+                f"{name}: its weight reaches {largest.item():g}, and {str(dtype).removeprefix('torch.')} ends at "
+                f"{torch.finfo(dtype).max:g}: with --half_precision_embeddings False tables stay as they are, with --method nf4 linears do "
+                "not go through float16"
+            )
+
+
+def require_quantizable(model: PreTrainedModel, half_precision_embeddings: bool, half_precision_linears: bool = False) -> None:
+    """Raise CompactMindError, see `require_finite`, for what is to be packed and for the embedding tables of a model."""
+    half = {True: torch.float16, False: torch.float32}
+    require_finite(dict(linears_to_quantize(model)), half[half_precision_linears])
+    require_finite(dict(embedding_tables(model)), half[half_precision_embeddings])
+
+
 def quantize_model(
     model: PreTrainedModel,
     method: str,
@@ -45,10 +70,13 @@ def quantize_model(
     """Replace, in place, the block linears of `model` by packed ones and return the description a loader needs.
 
     `method` is nf4 or int8. With `calibration` batches (`input_ids`, `attention_mask`), NF4 rounding errors are compensated
-    (error_compensation.py). Raises ValueError on another method.
+    (error_compensation.py). Raises ValueError on another method and CompactMindError, see `require_finite`, before anything is changed.
     """
     if method not in QUANTIZED_KINDS:
         raise ValueError(f"unknown quantization method {method!r}, expected one of {', '.join(QUANTIZED_KINDS)}")
+    require_quantizable(
+        model, half_precision_embeddings, method == "int8"
+    )  # bitsandbytes rounds to float16 before it rounds to int8
     device = model.device
     plain = dict(linears_to_quantize(model))
     tables = {name: module.weight.data for name, module in embedding_tables(model)}

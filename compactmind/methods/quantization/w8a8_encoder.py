@@ -3,7 +3,8 @@
 Nothing is smoothed: these blocks normalize behind the addition, so what a linear reads is the residual stream itself, and dividing
 its channels would need a multiplication on the way around. A scale per token is enough for them. The forward pass quantizes
 every input once, takes q, k and v as one product, and handles so few tokens at a time that what lies between two products stays in
-the processor's cache: in a batch of 32 sentences passes over memory would otherwise take longer than the products.
+the processor's cache: in a batch of 32 sentences passes over memory would otherwise take longer than the products. The file is in the
+layout of compressed-tensors (compressed_tensors.py).
 """
 
 import functools
@@ -19,10 +20,12 @@ from transformers.models.bert.modeling_bert import BertLayer, eager_attention_fo
 from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 
 from compactmind.methods.pruning.encoder import EncoderLayer, encoder_layers
+from compactmind.methods.quantization.compressed_tensors import quantization_config
 from compactmind.methods.quantization.packed_model import (
     HalfEmbedding,
     embedding_tables,
     linears_to_quantize,
+    require_quantizable,
     uninitialized_model,
 )
 from compactmind.methods.quantization.w8a8_block import joined
@@ -115,8 +118,9 @@ def fuse_encoder(model: PreTrainedModel) -> None:
 def quantize_encoder(model: PreTrainedModel, half_precision_embeddings: bool = True) -> dict[str, Any]:
     """Make, in place, every linear of the blocks W8A8, a scale per token and per output channel; heads stay in full precision.
 
-    Returns the description a loader and a manifest need.
+    Returns the description a loader and a manifest need. Raises CompactMindError, see `require_finite`, before anything is changed.
     """
+    require_quantizable(model, half_precision_embeddings)
     for name, linear in linears_to_quantize(model):
         model.set_submodule(name, W8A8Linear.from_linear(linear))
     if half_precision_embeddings:
@@ -125,6 +129,8 @@ def quantize_encoder(model: PreTrainedModel, half_precision_embeddings: bool = T
             half.weight = nn.Parameter(table.weight.half(), requires_grad=False)
             model.set_submodule(name, half)
     fuse_encoder(model)
+    heads = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    model.config.quantization_config = quantization_config({"group_0": ("Linear", "per_token")}, ignore=heads)
     return {
         "method": "w8a8",
         "bits": 8,

@@ -4,23 +4,33 @@ y = (q(x) @ q(W)^T) * s_x * s_W + b with symmetric int8 (-127..127): s_W per out
 (dynamic) or per tensor (static, from calibration): the O1, O2 and O3 of SmoothQuant (Xiao et al. 2023,
 https://arxiv.org/abs/2211.10438). With a rotation, x is first multiplied by it (and W has been, see rotation.py). Kernels:
 
-int_mm     torch._int_mm: CPUs with int8 instructions (VNNI), CUDA of compute capability 7.5 and later (widths multiples of 8)
-simulated  the same integers multiplied in floating point: the right numbers, no speed-up, and the report says so
+int_mm     torch._int_mm: CPUs with int8 instructions (VNNI), CUDA of compute capability 7.5 and later (widths multiples of 8);
+           on CPUs without them it saturates: wrong numbers
+simulated  the same integers multiplied in floating point: the same int32 to the last bit, no speed-up, and the report says so
+
+COMPACTMIND_KERNEL=simulated in the environment asks for the second everywhere, as on a CPU without VNNI (`COMPACTMIND_KERNEL=simulated
+./test.sh`). No file depends on the kernel: the sums are the same, and what is written down are weights and scales.
 
 Not onednn.qlinear_pointwise with prepacked weights: no faster on 512 tokens, three times slower on one, twice the memory, and with
 signed activations torch 2.13 ships only its reference loop, a thousand times slower.
 """
 
+import os
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from compactmind.errors import CompactMindError
 from compactmind.methods.quantization.rotation import InputRotation, rotate
 
 ACTIVATIONS = ("per_token", "per_tensor", "per_tensor_static")
 LEVELS = 127
 """Largest int8 magnitude used; -128 is left out so that the range is symmetric."""
+KERNEL_VARIABLE = "COMPACTMIND_KERNEL"
+"""Environment variable that may say `simulated`; empty or unset: whatever the machine has."""
+EXACT_IN_FLOAT32 = 2**24 // LEVELS**2
+"""So many products of two int8 add up without rounding in float32, in whatever order: 1,040."""
 SMALLEST_SCALE = 1e-9
 CUDA_ROWS = 32
 """torch._int_mm on CUDA wants more than 16 rows: fewer are padded to this many."""
@@ -48,7 +58,17 @@ def quantize_activation(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def kernel_for(device: torch.device, in_features: int, out_features: int) -> str:
-    """Return which of the kernels above multiplies int8 matrices of these widths on a device."""
+    """Return which of the kernels above multiplies int8 matrices of these widths on a device.
+
+    Raises CompactMindError if COMPACTMIND_KERNEL names anything but `simulated`.
+    """
+    wanted = os.environ.get(KERNEL_VARIABLE)
+    if wanted:
+        if wanted != "simulated":
+            raise CompactMindError(
+                f"{KERNEL_VARIABLE} is {wanted!r}: set it to simulated, or unset it for the kernel of the machine"
+            )
+        return wanted
     if device.type == "cuda":
         capable = torch.cuda.get_device_capability(device) >= (7, 5) and in_features % 8 == 0 and out_features % 8 == 0
         return "int_mm" if capable else "simulated"
@@ -76,10 +96,11 @@ class Int8Parts(NamedTuple):
         return quantize_activation(x, scale), scale
 
     def product(self, q: torch.Tensor) -> torch.Tensor:
-        """Return q @ W_int8^T for int8 q (..., in): int32 or the same in float32 (..., out), not yet scaled."""
+        """Return q @ W_int8^T for int8 q (..., in): int32 (..., out), not yet scaled."""
         rows = q.reshape(-1, self.weight.shape[1])
         if self.kernel == "simulated":
-            result = rows.float() @ self.weight.float().t()
+            parts = zip(rows.split(EXACT_IN_FLOAT32, 1), self.weight.split(EXACT_IN_FLOAT32, 1), strict=True)
+            result = sum((left.float() @ right.float().t()).to(torch.int32) for left, right in parts)
         elif rows.is_cuda and len(rows) < CUDA_ROWS:
             result = torch._int_mm(nn.functional.pad(rows, (0, 0, 0, CUDA_ROWS - len(rows))), self.weight.t())[: len(rows)]
         else:
@@ -91,7 +112,7 @@ class W8A8Linear(nn.Module):
     """y = x W^T + b in int8, see the top of this file. Takes and returns float32, bfloat16 or float16; no gradients.
 
     Buffers, as the compressed-tensors format names them: `weight` int8 (out, in), `weight_scale` float32 (out, 1), and with
-    per_tensor_static `input_scale` float32 (1, 1). `rotation` is the size of the Hadamard blocks that the input is multiplied by, 0
+    per_tensor_static `input_scale` float32 (1,). `rotation` is the size of the Hadamard blocks that the input is multiplied by, 0
     for none. Raises ValueError on an unknown granularity of the activations.
     """
 
@@ -105,7 +126,7 @@ class W8A8Linear(nn.Module):
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
         self.register_buffer("weight_scale", torch.ones(out_features, 1, device=device))
         self.register_buffer(
-            "input_scale", torch.ones(1, 1, device=device) if activations == "per_tensor_static" else None
+            "input_scale", torch.ones(1, device=device) if activations == "per_tensor_static" else None
         )  # fmt: skip
         self.hadamard_input = InputRotation(rotation, device) if rotation else None
         self.bias = nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False) if bias else None

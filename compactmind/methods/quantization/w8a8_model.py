@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 
 from compactmind.methods.llama import LINEARS, LlamaBlock, llama_blocks
 from compactmind.methods.quantization.calibration import SITES, InputStatistics, calibrate, readers_of
+from compactmind.methods.quantization.compressed_tensors import quantization_config
+from compactmind.methods.quantization.packed_model import require_finite
 from compactmind.methods.quantization.rotation import (
     FOLDED_SITE,
     InputRotation,
@@ -43,12 +45,6 @@ EMBEDDINGS = ("as_released", "int8")
 SITE_OF = {linear: site for site, readers in SITES.items() for linear in readers}
 TRANSFORM = "hadamard"
 """Name of the rotation in the files: compressed-tensors expects its matrix as <linear>.<name>_input.weight."""
-COMPRESSED_ACTIVATIONS = {
-    "per_token": {"strategy": "token", "dynamic": True},
-    "per_tensor": {"strategy": "tensor", "dynamic": True},
-    "per_tensor_static": {"strategy": "tensor", "dynamic": False},
-}
-"""Our names of the activations' granularity -> how compressed-tensors says it."""
 
 
 @dataclass(frozen=True)
@@ -100,23 +96,26 @@ class Int8Embedding(nn.Module):
 # -------------------------------------------------------------------------------------------------------------- quantizing
 @contextmanager
 def float32_block_by_block(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the `with` block every decoder block computes in float32, but only while it runs are its weights in float32."""
+    """Inside the `with` block every decoder block computes in float32, but only while it runs are its weights in float32.
 
-    def enter(module, inputs):
+    Whatever is raised inside, also in the middle of a block, the model is afterwards as it was.
+    """
+
+    def enter(module, _):
         module.released = {name: parameter.data for name, parameter in module.named_parameters()}
         module.float()
 
-    def leave(module, inputs, output):
-        for name, parameter in module.named_parameters():
-            parameter.data = module.released[name]
-        del module.released
+    def leave(module, *_):
+        for name, weight in module.__dict__.pop("released", {}).items():
+            module.get_parameter(name).data = weight
 
     with ExitStack() as hooks:
-        handles = [model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.float())]
+        embedded = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.float())
+        hooks.callback(embedded.remove)
         for block in llama_blocks(model):
-            handles += [block.module.register_forward_pre_hook(enter), block.module.register_forward_hook(leave)]
-        for handle in handles:
-            hooks.callback(handle.remove)
+            hooks.callback(leave, block.module)  # one that was left by an exception
+            hooks.callback(block.module.register_forward_pre_hook(enter).remove)
+            hooks.callback(block.module.register_forward_hook(leave).remove)
         yield
 
 
@@ -201,9 +200,13 @@ def quantize_llama(
 ) -> dict[str, Any]:
     """Make, in place, every linear of the blocks W8A8 and return the description a loader and a manifest need.
 
-    `statistics` come from `calibrate_llama` and stay as they are.
+    `statistics` come from `calibrate_llama` and stay as they are. Raises CompactMindError naming a weight that is NaN or infinite, before
+    anything is changed; a model whose quantization is interrupted is of no more use.
     """
     chosen, blocks = [], llama_blocks(model)
+    require_finite({f"{block.name}.{path}": getattr(block, field) for block in blocks for field, path in LINEARS.items()})
+    if recipe.embeddings == "int8":
+        require_finite({"the embedding table": model.get_input_embeddings(), "the head": model.get_output_embeddings()})
     rotations = rotation_sizes(blocks, recipe.rotated)
     for observed in statistics:
         block = blocks.pop(0)  # the list holds the float linears: each block must be the last to know its own
@@ -238,16 +241,21 @@ def running_rotation(rotations: Mapping[str, int], field: str) -> int:
     return 0 if SITE_OF[field] == FOLDED_SITE else rotations.get(SITE_OF[field], 0)
 
 
+def dynamic(activations: str) -> str:
+    """Return the granularity of the head's input, on which nothing is calibrated: that of the blocks, unless theirs is static."""
+    return "per_token" if activations == "per_tensor_static" else activations
+
+
 def _quantize_embeddings(model: PreTrainedModel, activations: str) -> None:
     """Make, in place, the embedding table and the head int8: one table for both where they are tied."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     small = Int8Embedding(table.num_embeddings, table.embedding_dim)
     small.weight, small.weight_scale = quantize_weight(table.weight)
     tied = head.weight.data_ptr() == table.weight.data_ptr()
-    dynamic = "per_token" if activations == "per_tensor_static" else activations
-    quantized = W8A8Linear.from_linear(head, dynamic)
+    quantized = W8A8Linear.from_linear(head, dynamic(activations))
     if tied:
-        quantized.weight, quantized.weight_scale = small.weight, small.weight_scale
+        # The scales apart, so that the file has them under both names: compressed-tensors unpacks the head by its own.
+        quantized.weight, quantized.weight_scale = small.weight, small.weight_scale.clone()
         quantized.prepare()
     model.set_input_embeddings(small)
     model.set_output_embeddings(quantized)
@@ -255,20 +263,12 @@ def _quantize_embeddings(model: PreTrainedModel, activations: str) -> None:
 
 def compressed_tensors_config(description: dict[str, Any]) -> dict[str, Any]:
     """Return the `quantization_config` with which compressed-tensors reads the file."""
-    int8 = {"num_bits": 8, "type": "int", "symmetric": True}
-    activations = COMPRESSED_ACTIVATIONS[description["granularity"]["activations"]]
-    group = {
-        "targets": ["Linear"],
-        "weights": {**int8, "strategy": "channel", "dynamic": False},
-        "input_activations": {**int8, **activations},
-    }
-    config = {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": [] if description["embeddings"] == "int8" else ["lm_head"],
-    }
+    activations = description["granularity"]["activations"]
+    groups: dict[str, tuple[str, str | None]] = {"group_0": ("Linear", activations)}
+    small_tables = description["embeddings"] == "int8"
+    if small_tables:
+        groups |= {"head": ("re:.*lm_head$", dynamic(activations)), "embeddings": ("Embedding", None)}
+    config = quantization_config(groups, ignore=[] if small_tables else ["lm_head"])
     running = {site: size for site, size in description["rotations"].items() if site != FOLDED_SITE}
     if running:
         where = {"targets": [f"re:.*{LINEARS[field]}$" for site in running for field in SITES[site]], "ignore": []}
@@ -302,13 +302,15 @@ def load_w8a8(
     if description["embeddings"] == "int8":
         table = model.get_input_embeddings()
         model.set_input_embeddings(Int8Embedding(table.num_embeddings, table.embedding_dim))
-        dynamic = "per_token" if activations == "per_tensor_static" else activations
-        model.set_output_embeddings(W8A8Linear(table.embedding_dim, table.num_embeddings, False, dynamic, device="meta"))
+        head = W8A8Linear(table.embedding_dim, table.num_embeddings, False, dynamic(activations), device="meta")
+        model.set_output_embeddings(head)
     state = load_file(weights_file)
     packed = {name for name, module in model.named_modules() if isinstance(module, (W8A8Linear, InputRotation, Int8Embedding))}
     for name, tensor in state.items():
         if tensor.is_floating_point() and name.rpartition(".")[0] not in packed:
             state[name] = tensor.to(dtype)
+        if name.endswith(".input_scale"):
+            state[name] = tensor.reshape(1)  # (1, 1) in files written before
     if tied:
         for name in [name for name in model.state_dict() if name.startswith("lm_head.") and name not in state]:
             state[name] = state[name.replace("lm_head.", "model.embed_tokens.")]

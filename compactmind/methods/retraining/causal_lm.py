@@ -30,7 +30,7 @@ from compactmind.evaluation.perplexity import LARGEST_LOSS, window_losses
 from compactmind.methods.distillation.soft_targets import hidden_state_loss
 from compactmind.methods.distillation.student import alternate_layers, matching_layers
 from compactmind.methods.llama import LINEARS, llama_blocks
-from compactmind.training import Progress, TrainingState, cpu_copy, make_accelerator, make_optimizer
+from compactmind.training import Progress, TrainingState, are_finite, cpu_copy, make_accelerator, make_optimizer
 
 MODES = ("full", "lora")
 CHUNK_TOKENS = 32
@@ -61,11 +61,11 @@ class RetrainRecipe:
     distillation: bool = True
     """Learn from the dense model's predictions as well as from the text."""
     temperature: float = 2.0
-    """Softens both distributions before they are compared, 1 to 4: the improbable tokens say more."""
+    """Softens both distributions before they are compared, 1 to 4: the improbable tokens say more; distillation only."""
     alpha: float = 0.5
-    """Weight of the dense model's predictions in [0, 1]; the text has 1 - alpha."""
+    """Weight of the dense model's predictions in [0, 1]; the text has 1 - alpha; distillation only."""
     hidden_loss_weight: float = 0.0
-    """Weight of the mean squared error between hidden states, 0 to 1; above 0 both models need one hidden size."""
+    """Weight of the mean squared error between hidden states, 0 to 1; above 0 distillation is on and both have one hidden size."""
     gradient_checkpointing: bool = False
     """Compute each block's activations again in the backward pass: memory of one block, about a third more time."""
     lora_rank: int = 16
@@ -95,6 +95,11 @@ class RetrainRecipe:
             raise ValueError(f"alpha {self.alpha} is not in [0, 1]")
         if not 0 <= self.seed <= 2**31:
             raise ValueError(f"seed {self.seed} is not in [0, 2^31]")
+        if self.hidden_loss_weight > 0 and not self.distillation:
+            raise ValueError(
+                f"hidden_loss_weight {self.hidden_loss_weight} compares with the dense model, which distillation False leaves out: "
+                "set distillation to True or hidden_loss_weight to 0"
+            )
 
 
 def plan_steps(recipe: RetrainRecipe, seq_len: int, processes: int = 1) -> int:
@@ -147,33 +152,47 @@ def token_loss(
 
 
 class _TokenLoss(torch.autograd.Function):
-    """What `token_loss` computes: forward keeps the gradient (tokens, vocab) of the mean, backward scales it, in place, once."""
+    """What `token_loss` computes: forward keeps the gradient (tokens, vocab) of the mean, backward scales it, in place, once.
+
+    In fp16 nearly all of that gradient would be 0 (the mean over 1,000 tokens of a probability of 1e-5 is 1e-8, the smallest
+    number is 6e-8), and a loss scale of 65536 no number: there it is kept times a power of two that makes the best of the range,
+    and is multiplied with what comes from above in float32.
+    """
 
     @staticmethod
     def forward(ctx, student_logits, teacher_logits, labels, temperature: float, alpha: float) -> torch.Tensor:
         tokens = len(labels)
-        gradient = torch.empty_like(student_logits)  # (tokens, vocab), of the mean
+        gradient = torch.empty_like(student_logits)  # (tokens, vocab), of the mean, times ctx.scale
+        ctx.scale = 1.0
+        if gradient.dtype == torch.float16:  # no change of a sum is larger than (1 - alpha) + alpha * temperature
+            ctx.scale = tokens * 2.0 ** math.floor(math.log2(2**15 / (1 - alpha + alpha * temperature)))
         total = torch.zeros((), dtype=torch.float64, device=labels.device)
-        for start in range(0, tokens, CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
-            logits, wanted = student_logits[rows].float(), labels[rows, None]
-            change = torch.log_softmax(logits, dim=-1)
-            total -= (1 - alpha) * change.gather(1, wanted).double().sum()
-            change.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=change.dtype)).mul_(1 - alpha)
-            if alpha > 0:
-                ours = torch.log_softmax(logits / temperature, dim=-1)
-                theirs = torch.log_softmax(teacher_logits[rows].float() / temperature, dim=-1)
-                soft = theirs.exp()
-                total += alpha * temperature**2 * torch.linalg.vecdot(soft, theirs - ours).double().sum()
-                change.add_(ours.exp_().sub_(soft), alpha=alpha * temperature)
-            gradient[rows] = change.div_(tokens)
+        with torch.autocast(labels.device.type, enabled=False):  # it would round what is float32 here on purpose
+            for start in range(0, tokens, CHUNK_TOKENS):
+                rows = slice(start, start + CHUNK_TOKENS)
+                logits, wanted = student_logits[rows].float(), labels[rows, None]
+                change = torch.log_softmax(logits, dim=-1)
+                total -= (1 - alpha) * change.gather(1, wanted).double().sum()
+                change.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=change.dtype)).mul_(1 - alpha)
+                if alpha > 0:
+                    ours = torch.log_softmax(logits / temperature, dim=-1)
+                    theirs = torch.log_softmax(teacher_logits[rows].float() / temperature, dim=-1)
+                    soft = theirs.exp()
+                    total += alpha * temperature**2 * torch.linalg.vecdot(soft, theirs - ours).double().sum()
+                    change.add_(ours.exp_().sub_(soft), alpha=alpha * temperature)
+                gradient[rows] = change.div_(tokens / ctx.scale)
         ctx.save_for_backward(gradient)
         return (total / tokens).to(torch.float32)
 
     @staticmethod
     def backward(ctx, upstream: torch.Tensor):
         (gradient,) = ctx.saved_tensors
-        return gradient.mul_(upstream.to(gradient.dtype)), None, None, None, None
+        if gradient.dtype != torch.float16:
+            return gradient.mul_(upstream.to(gradient.dtype)), None, None, None, None
+        factor = upstream / ctx.scale
+        for rows in gradient.split(CHUNK_TOKENS):
+            rows.copy_(rows.float() * factor)
+        return gradient, None, None, None, None
 
 
 class TeacherStates:
@@ -374,7 +393,8 @@ def retrain_causal_lm(
     `model` has float32 weights; it and the `teacher` (used if `recipe.distillation`, its weights stay as they are) go to the
     device of `accelerator`; `teacher_states` spares it the windows it has read in earlier retrainings. `windows` and `held_out`
     (windows, seq_len) are int64 token ids. With `resume` the state is saved after every evaluation, and a run that was killed goes
-    on from there and ends with the weights of an unbroken one; who called clears it, once the model it led to is safe.
+    on from there and ends with the weights of an unbroken one, unless the number of steps, of processes or the precision is another:
+    then it starts anew. Who called clears it, once the model it led to is safe.
 
     A loss that is not finite ends the run early, without an exception. Returns perplexity_before, perplexity_after and
     loss_before, loss_after (held-out, in nats), tokens_seen, seconds, kept_step (0: no step was better than the weights that
@@ -389,7 +409,14 @@ def retrain_causal_lm(
     windows_per_step = recipe.batch_size * recipe.accumulation * processes
     total_steps = plan_steps(recipe, windows.shape[1], processes)
     evaluation_steps = {math.ceil(total_steps * number / recipe.evaluations) for number in range(1, recipe.evaluations + 1)}
+    plan = {
+        "total_steps": total_steps, "windows_per_step": windows_per_step, "processes": processes,
+        "mixed_precision": accelerator.mixed_precision,
+    }  # fmt: skip
     saved = resume.load() if resume else None
+    if saved and saved.get("plan") != plan:  # its rates and its order of windows are those of another run
+        accelerator.print(f"{label}: the unfinished run there had the plan {saved.get('plan')}, this one {plan}: starting anew")
+        saved = None
 
     # ---- models
     model.to(accelerator.device)
@@ -412,6 +439,8 @@ def retrain_causal_lm(
         load_trainable(model, saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(saved["scaler"])
         step, seconds, history, kept = saved["step"], saved["seconds"], saved["history"], saved["kept"]
         accelerator.print(f"{label}: going on after step {step} of {total_steps}")
     objective, optimizer = accelerator.prepare(RetrainingLoss(model, teacher, recipe, teacher_states), optimizer)
@@ -448,8 +477,9 @@ def retrain_causal_lm(
         if not math.isfinite(held_out_now):
             stopped = f"held-out loss became {held_out_now} at step {step}"
             break
-        if held_out_now < kept["loss"]:
-            kept = {"loss": held_out_now, "step": step, "weights": trainable_copy(model)}
+        # A weight that no held-out text reaches can be no number while the loss is one.
+        if held_out_now < kept["loss"] and are_finite(weights := trainable_copy(model)):
+            kept = {"loss": held_out_now, "step": step, "weights": weights}
         now = time.perf_counter()
         row = {
             "step": step,
@@ -467,8 +497,9 @@ def retrain_causal_lm(
         )
         if resume and accelerator.is_main_process:
             resume.save(
-                step=step, seconds=seconds + now - started, history=history, kept=kept, loss_before=loss_before,
+                plan=plan, step=step, seconds=seconds + now - started, history=history, kept=kept, loss_before=loss_before,
                 weights=trainable_copy(model), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
+                scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
             )  # fmt: skip
     progress.close()
 

@@ -1,0 +1,63 @@
+"""Which code made an output: what computes counts, what only explains or shows does not."""
+
+import shutil
+
+import helpers
+import pytest
+
+from compactmind import code_version as module
+from compactmind.code_version import code_version
+
+STAGES = (
+    "download_model.py",
+    "1_distill.py",
+    "2_prune_finetune.py",
+    "3_quantize.py",
+    "4_smoothquant_llama.py",
+    "5_bayesian_search.py",
+)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A copy of the program text; `version(script)` of it, and `edit(file, old, new)`."""
+    for name in (*STAGES, "common.py"):
+        shutil.copy(helpers.REPOSITORY / name, tmp_path / name)
+    shutil.copytree(helpers.REPOSITORY / "compactmind", tmp_path / "compactmind", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "compactmind" / "code_version.py"))
+
+    def versions() -> dict[str, str]:
+        return {name: code_version(tmp_path / name) for name in STAGES}
+
+    def changed_by(file: str, old: str, new: str) -> set[str]:
+        before, path = versions(), tmp_path / file
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        path.write_text(text.replace(old, new, 1), encoding="utf-8")
+        module._read.cache_clear()
+        return {name for name, version in versions().items() if version != before[name]}
+
+    return changed_by
+
+
+def test_each_stage_has_a_version_of_its_own():
+    assert len({code_version(helpers.REPOSITORY / name) for name in STAGES}) == len(STAGES)
+    assert code_version(str(helpers.REPOSITORY / "1_distill.py")) == code_version(helpers.REPOSITORY / "1_distill.py")
+
+
+def test_a_change_of_the_formula_counts_for_those_who_use_it(project):
+    changed = project("compactmind/methods/distillation/soft_targets.py", "temperature**2 *", "temperature *")
+    assert {"1_distill.py", "2_prune_finetune.py"} <= changed and not {"3_quantize.py", "download_model.py"} & changed
+    assert project("1_distill.py", "model.train()", "model.eval()") == {"1_distill.py"}
+    assert project("compactmind/checkpoint.py", "tensor.detach().cpu().contiguous()", "tensor.detach().cpu()") == set(STAGES)
+
+
+def test_words_constants_to_edit_and_plots_do_not_count(project):
+    assert project("compactmind/methods/distillation/soft_targets.py", "Hinton et al.", "Somebody") == set()
+    assert project("compactmind/training.py", "import sys", "# a comment\n\nimport sys") == set()
+    assert (
+        project("1_distill.py", "CONFIG = DistillConfig.for_profile(PROFILE)", "CONFIG = DistillConfig(student_epochs=9)")
+        == set()
+    )
+    assert project("common.py", "student_epochs: int = 2", "student_epochs: int = 3") == set()  # recorded as a setting
+    assert project("compactmind/report/figures.py", "import", "import os\nimport") == set()
