@@ -103,6 +103,15 @@ def read_pipeline(pipeline: str | Sequence[dict[str, Any]]) -> list[Step]:
     return steps
 
 
+def check_steps(steps: Sequence[Step], dense: PreTrainedModel) -> None:
+    """Raise CompactMindError if a step cannot be done to this model, as far as the models' shapes tell: nothing is computed."""
+    shapes_are_known = True
+    for step in steps:
+        if step.method.check:
+            step.method.check(dense, step.recipe, shapes_are_known)
+        shapes_are_known = shapes_are_known and step.method.kind != "prune"
+
+
 def pipeline_name(steps: Sequence[Step]) -> str:
     """Return the methods of a pipeline in order, e.g. `prune > retrain > w8a8`."""
     return " > ".join(step.method.name for step in steps)
@@ -120,7 +129,8 @@ def run_pipeline(
 ) -> Compressed:
     """Run checked steps on a fresh copy of the dense model and `measure` after each; the text it reads must be none that a method sees.
 
-    With a cache the longest beginning of the pipeline that has been run before is not run again; its rows are those of then,
+    What cannot be done to this model is refused before anything is computed. With a cache the longest beginning of the pipeline that has
+    been run before is not run again; its rows are those of then,
     marked `cached`. `check` gets the number of steps that are done and their rows; what it raises ends the pipeline there, with those steps
     in the cache.
     """
@@ -128,9 +138,10 @@ def run_pipeline(
     model, rows = _recall(steps, identities, measure, cache, resources.device) if cache else (None, [])
     done = len(rows)
     resources.before = ()
-    measured = resources.remember(measure.name, lambda: measure.of(resources.dense()))
     if model is None:
         model = resources.dense()
+        check_steps(steps, model)
+    measured = resources.remember(measure.name, lambda: measure.of(resources.dense() if done else model))
     rows = [{"method": "dense", "params": {}, "done": {}, "seconds": 0.0, **measured}, *rows]
     if done:
         check(done, rows)
