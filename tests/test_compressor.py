@@ -136,12 +136,13 @@ def test_what_is_measured_is_what_is_saved(resources, windows, measure, last, sc
     }
     prune["params"]["round_to"] = 8 if scope == "uniform" else 4
     found = run_pipeline(read_pipeline([prune, *last]), resources, measure)
-    store_as_released(found, resources.released)
-    assert stored_bytes(found, resources.released) == bytes_to_save(found.model)
-    save_checkpoint(
-        tmp_path / "small", found.model, helpers.make_byte_tokenizer(), kind=found.kind, parent="x",
-        stage={"script": "x", "config": {}, "inputs": {}}, quantization=found.quantization,
-    )  # fmt: skip
+    size = stored_bytes(found, resources.released)
+    with store_as_released(found, resources.released):
+        assert size == bytes_to_save(found.model)
+        save_checkpoint(
+            tmp_path / "small", found.model, helpers.make_byte_tokenizer(), kind=found.kind, parent="x",
+            stage={"script": "x", "config": {}, "inputs": {}}, quantization=found.quantization,
+        )  # fmt: skip
     again = load_checkpoint(tmp_path / "small")
     assert perplexity(again.model, windows, "x")["loss"] == pytest.approx(found.steps[-1]["loss"], rel=1e-5)
     widths = {shape["intermediate_size"] for shape in again.manifest["layers"]}
@@ -168,12 +169,13 @@ def check_that_the_file_holds_what_is_measured(steps, resources, windows, folder
 
     look = Measure("logits", lambda model: measured.append(logits_of(model)) or {})
     found = run_pipeline(steps, resources, look, show=False)
-    store_as_released(found, resources.released)
-    save_checkpoint(
-        folder, found.model, helpers.make_byte_tokenizer(), kind=found.kind, parent="x", quantization=found.quantization,
-        stage={"script": "x", "config": {}, "inputs": {}},
-    )  # fmt: skip
+    with store_as_released(found, resources.released):
+        save_checkpoint(
+            folder, found.model, helpers.make_byte_tokenizer(), kind=found.kind, parent="x", quantization=found.quantization,
+            stage={"script": "x", "config": {}, "inputs": {}},
+        )  # fmt: skip
     assert torch.equal(logits_of(load_checkpoint(folder).model), measured[-1])
+    assert torch.equal(logits_of(found.model), measured[-1])  # and what is in memory is as it was
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -8,7 +8,8 @@ retrained, and is quantized once; retraining wants something to recover from; sm
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -218,11 +219,21 @@ def _stored_in_half(kind: str, name: str, parameter: torch.Tensor) -> bool:
     return parameter.is_floating_point() and not (kind == "w8a8" and name.startswith("model.layers."))
 
 
-def store_as_released(compressed: Compressed, dtype: torch.dtype) -> None:
-    """Cast, in place, the weights to what the file will hold; the values stay, as every step rounded them."""
-    for name, parameter in compressed.model.named_parameters():
-        if _stored_in_half(compressed.kind, name, parameter):
-            parameter.data = parameter.data.to(dtype)
+@contextmanager
+def store_as_released(compressed: Compressed, dtype: torch.dtype) -> Iterator[None]:
+    """Inside the `with` block the weights are of the dtype that the file will hold; the values stay, as every step rounded them."""
+    stored = [
+        (parameter, parameter.dtype)
+        for name, parameter in compressed.model.named_parameters()
+        if _stored_in_half(compressed.kind, name, parameter)
+    ]
+    for parameter, _ in stored:
+        parameter.data = parameter.data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, before in stored:
+            parameter.data = parameter.data.to(before)
 
 
 def stored_bytes(compressed: Compressed, dtype: torch.dtype) -> int:

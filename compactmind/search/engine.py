@@ -77,8 +77,9 @@ def open_study(name: str, storage: str, described: dict[str, Any], directions: S
     known = study.user_attrs.get("described")
     if known is None:
         study.set_user_attr("described", described)
-    elif known != described:
-        different = sorted(key for key in described.keys() | known.keys() if described.get(key) != known.get(key))
+    elif different := sorted(
+        key for key in known if described.get(key) != known[key]
+    ):  # what an earlier version did not note is not asked
         details = "; ".join(
             f"{key}: {str(known.get(key))[:200]} there, {str(described.get(key))[:200]} here" for key in different
         )

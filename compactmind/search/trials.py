@@ -178,12 +178,12 @@ class TrialRunner:
             found["latency"] = times["model"]["prefill"]["median_ms"]
         if "memory" in self.objectives:
             with TemporaryDirectory() as folder:
-                store_as_released(compressed, self.resources.released)
                 place = Path(folder) / "model"
-                save_checkpoint(
-                    place, compressed.model, self.tokenizer, kind=compressed.kind, parent=None, stage={},
-                    quantization=compressed.quantization, dtype=str(self.resources.released).removeprefix("torch."),
-                )  # fmt: skip
+                with store_as_released(compressed, self.resources.released):
+                    save_checkpoint(
+                        place, compressed.model, self.tokenizer, kind=compressed.kind, parent=None, stage={},
+                        quantization=compressed.quantization, dtype=str(self.resources.released).removeprefix("torch."),
+                    )  # fmt: skip
                 found["memory"] = peak_memory(place, 1, self.prompt_tokens)
         return found
 
