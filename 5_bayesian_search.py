@@ -3,13 +3,16 @@
 Papers: compactmind/search/engine.py, compactmind/methods/pruning/llama_importance.py, .../llama_pruning.py, .../retraining/causal_lm.py.
 Run:   python 5_bayesian_search.py              (after python download_model.py; every setting: --help)
        python 5_bayesian_search.py --model_path models/llama --strategy bayesian --n_trials 30 --retrain True --target_compression 2.5
+       python 5_bayesian_search.py --study_name narrow --target_compression 2     (a study of its own beside the first)
        python 5_bayesian_search.py --replay 12                       (make the model of trial 12 again, into models/llama_trial_12)
        python 5_bayesian_search.py --strategy fixed --output models/llama_small --pipeline \\
            '[{"method": "prune", "params": {"sparsity": 0.3}}, {"method": "retrain"}, {"method": "w8a8"}]'
 Reads: models/llama, wikitext_data/{train,validation,test}.jsonl     (test: only for the perplexity of what is saved)
 Writes: models/llama_searched      the best pipeline that reaches the target (--output), with perplexity after every step
-        results/search/            study.db, trials.csv, best_pipeline.json, summary.json and the plots
+        results/search/            trials.csv, best_pipeline.json, summary.json and the plots; study.db, which may hold many studies
         models/llama_pruned, results/pipeline_llama_pruned.json      with --strategy fixed
+        Any study but that of models/llama by Bayesian search has places of its own: results/search/<study>/,
+        models/llama_searched_<study>, models/llama_trial_<N>_<study>.
 Time:  on 2 CPU cores, embedded profile: fixed about 10 minutes, more than half of it retraining; a trial of a
        search from seconds to a few minutes, depending on what it shares with earlier ones and whether it retrains.
 
@@ -19,23 +22,40 @@ or machines share one study (--storage). Perplexities of trials are of validatio
 
 import json
 import math
-from dataclasses import dataclass
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+import optuna
 import torch
+from optuna.trial import TrialState
 
 from common import PROFILE, SearchConfig, parse_command_line, run_stage
-from compactmind.checkpoint import identity_of, is_up_to_date, load_as_released, save_checkpoint
+from compactmind.checkpoint import (
+    add_to_manifest,
+    check_outputs,
+    identity_of,
+    is_up_to_date,
+    load_as_released,
+    save_checkpoint,
+)
+from compactmind.code_version import code_version
 from compactmind.data import data_fingerprint, read_dataset_description
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import weight_bytes
 from compactmind.evaluation.perplexity import paired_ratio, perplexity
-from compactmind.files import write_json_atomically
+from compactmind.files import lock_directory, write_json_atomically
 from compactmind.methods.registry import METHODS, Resources
 from compactmind.search.cache import PrefixCache
 from compactmind.search.compressor import (
     Measure,
     Step,
+    check_steps,
     interaction,
     layer_errors,
     pipeline_name,
@@ -43,9 +63,10 @@ from compactmind.search.compressor import (
     run_pipeline,
     store_as_released,
 )
-from compactmind.search.engine import counted_trials, open_study, search
-from compactmind.search.findings import SearchProgress, best_trials, trials_table, write_findings
-from compactmind.search.space import make_space
+from compactmind.search.engine import PATIENCE_SECONDS, counted_trials, open_study, search
+from compactmind.search.findings import SearchProgress, best_trials, known_findings, methods_of, trials_table, write_findings
+from compactmind.search.space import SEPARATOR, Space, check_space, make_space
+from compactmind.search.storage import first_line, without_password
 from compactmind.search.trials import TrialRunner, brief
 from compactmind.text import load_documents, token_windows
 from compactmind.training import TrainingState
@@ -56,6 +77,9 @@ CONFIG = SearchConfig.for_profile(PROFILE)
 
 ERROR_WINDOWS = 2
 """Windows of validation text on which the error of every layer is measured."""
+
+FIRST_STUDY = "llama-bayesian"
+"""The study whose findings and model lie where the report looks for them; every other one has places of its own."""
 
 
 # -------------------------------------------------------------------------------------------------------- model and text
@@ -86,10 +110,14 @@ def source_of(config: SearchConfig) -> Path:
     return Path(config.model_path) if config.model_path else config.models_dir / "llama"
 
 
-def read_material(config: SearchConfig) -> Material:
-    """Load the tokenizer and the text; the model is loaded whenever a fresh one is wanted."""
+def read_material(config: SearchConfig, check: Callable[[Any], None]) -> Material:
+    """Load the tokenizer and the text; the model is loaded whenever a fresh one is wanted.
+
+    `check` looks at the dense model first: it raises CompactMindError if what is to be done to it cannot be done.
+    """
     source, device = source_of(config), "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_as_released(source)
+    check(model)
     released = model.dtype
     del model
     text = read_dataset_description(config.text_dir)["source"]["source"]
@@ -127,43 +155,81 @@ def context_of(config: SearchConfig) -> dict:
 
 def cache_of(config: SearchConfig) -> PrefixCache:
     """Return the models half way through pipelines that this and earlier runs have made."""
-    return PrefixCache(config.results_dir / "search" / "cache", context_of(config), int(config.cache_gb * 1e9))
+    context = {**context_of(config), "code": code_version(__file__)}
+    return PrefixCache(config.results_dir / "search" / "cache", context, int(config.cache_gb * 1e9))
 
 
 # ----------------------------------------------------------------------------------------------------------- one pipeline
-def make_and_save(config: SearchConfig, steps: list[Step], output: Path, strategy: str, extra: dict | None = None) -> None:
-    """Run a pipeline, save its model with the error of every step, and print them; nothing to do if that model is there.
+@contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Inside the `with` block no other process of this machine writes `directory`; one that does is waited for."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock_directory(directory, wait_seconds=1))
+        except CompactMindError as busy:
+            print(f"{busy}; waiting ...", flush=True)
+            stack.enter_context(lock_directory(directory, wait_seconds=PATIENCE_SECONDS))
+        yield
 
-    What another pipeline has begun with is taken from the cache, unless --force True.
+
+def diagnosed(what: str, measure: Callable[[], Any]) -> Any:
+    """Return what `measure` does; None and a printed line if it fails: nothing is lost for what is only to be known of a model."""
+    try:
+        return measure()
+    except Exception as error:  # noqa: BLE001  whatever it is, the model is there
+        print(f"{what} could not be measured and is left out: {type(error).__name__}: {first_line(error)}", flush=True)
+        return None
+
+
+def make_and_save(
+    config: SearchConfig, steps: list[Step], output: Path, strategy: str, study: dict | None = None, extra: dict | None = None
+) -> None:
+    """Run a pipeline, save its model, then measure the error of every step, and print all; nothing to do if that model is there.
+
+    `study` says which study and trial the pipeline is from. What another pipeline has begun with is taken from the cache, unless
+    --force True.
     """
     context = context_of(config)
     stage = {
         "script": "5_bayesian_search.py",
-        "config": {"strategy": strategy, **context, "pipeline": [step.described() for step in steps]},
+        "code": code_version(__file__),
+        "config": {
+            "strategy": strategy, "eval_windows": config.eval_windows, **context, "pipeline": [step.described() for step in steps],
+            "study": study,
+        },
         "inputs": {"model": context["model"]},
-    }
-    if not config.force and is_up_to_date(output, stage):
-        print(f"{output} is up to date: skipped (--force True makes it again)")
-        return
-    material = read_material(config)
-    resources = material.resources
-    if sum(step.method.kind == "retrain" for step in steps) == 1:  # two could not tell their states apart
-        resources.resume = TrainingState(output, stage)
-    found = run_pipeline(steps, resources, material.on_test, cache=None if config.force else cache_of(config))
-    together = interaction(steps, resources, material.on_test, found.steps)
-    errors = layer_errors(resources.teacher(), found.model, resources.held_out[:ERROR_WINDOWS])
-    dense_losses = found.steps[0]["losses"]
-    for row in found.steps:
-        row["against_dense"] = paired_ratio(row.pop("losses"), dense_losses)
-    record = {"pipeline": found.steps, "interaction": together, "layer_errors": errors, **(extra or {})}
-    store_as_released(found, resources.released)
-    save_checkpoint(
-        output, found.model, material.tokenizer, kind=found.kind, parent=material.source.name, stage=stage,
-        quantization=found.quantization, data_fingerprint=material.fingerprint, extra=record,
-        dtype=str(resources.released).removeprefix("torch."),
-    )  # fmt: skip
-    if resources.resume:
-        resources.resume.clear()
+    }  # fmt: skip
+    check_outputs([output], "5_bayesian_search.py", [source_of(config)], config.models_dir)
+    with only_writer(output):
+        if not config.force and is_up_to_date(output, stage, config.verify):
+            print(f"{output} is up to date: skipped (--force True makes it again)")
+            return
+        material = read_material(config, lambda dense: check_steps(steps, dense))
+        resources = material.resources
+        if sum(step.method.kind == "retrain" for step in steps) == 1:  # two could not tell their states apart
+            resources.resume = TrainingState(output, stage)
+        found = run_pipeline(steps, resources, material.on_test, cache=None if config.force else cache_of(config))
+        dense_losses = found.steps[0]["losses"]
+        for row in found.steps:
+            row["against_dense"] = paired_ratio(row.pop("losses"), dense_losses)
+        record = {"pipeline": found.steps, "interaction": None, "layer_errors": None, **(extra or {})}
+        with store_as_released(found, resources.released):
+            save_checkpoint(
+                output, found.model, material.tokenizer, kind=found.kind, parent=material.source.name, stage=stage,
+                quantization=found.quantization, data_fingerprint=material.fingerprint, extra=record,
+                dtype=str(resources.released).removeprefix("torch."), beside=material.source,
+            )  # fmt: skip
+        if resources.resume:
+            resources.resume.clear()
+
+        # ---- the model is safe: what else there is to know of it
+        errors = diagnosed(
+            "the error of every layer",
+            lambda: layer_errors(resources.teacher(), found.model, resources.held_out[:ERROR_WINDOWS]),
+        )
+        together = diagnosed("the interaction", lambda: interaction(steps, resources, material.on_test, found.steps))
+        record |= {"interaction": together, "layer_errors": errors}
+        add_to_manifest(output, record)
     path = config.results_dir / f"pipeline_{output.name}.json"
     write_json_atomically(path, record)
     print(f"\n{'step':<12}{'perplexity':>12}{'against dense [95%, paired]':>32}{'seconds':>10}")
@@ -193,35 +259,85 @@ def space_of(config: SearchConfig):
     return make_space(methods, mode=config.mode, max_length=config.max_length, max_repeats=config.max_repeats, choices=choices)
 
 
-def study_of(config: SearchConfig, space):
-    """Return the study these constants belong to, new or with the trials it has."""
-    folder = config.results_dir / "search"
-    folder.mkdir(parents=True, exist_ok=True)
-    described = json.loads(
-        json.dumps(
-            {
-                **context_of(config), "space": space.described(), "objectives": list(config.objectives),
-                "target_compression": config.target_compression, "few_windows": config.few_windows,
-            }
+def study_name_of(config: SearchConfig) -> str:
+    """Return the name of the study; directories are named for it. Raises CompactMindError on one that cannot be a directory's."""
+    if not config.study_name:  # of a folder that may be called anything
+        return re.sub(r"[^\w.-]+", "_", f"{Path(os.path.abspath(source_of(config))).name}-{config.strategy}")
+    files = ("cache", "study.db", "summary.json", "trials.csv", "best_pipeline.json")
+    if (
+        not re.fullmatch(r"\w[\w.-]*", config.study_name)
+        or config.study_name.lower() in files
+        or config.study_name.endswith(".png")
+    ):
+        raise CompactMindError(
+            f"study_name {config.study_name!r} cannot be the name of a directory in {config.results_dir / 'search'}: use letters, digits, "
+            "'-', '_' and '.', for example --study_name narrow"
         )
-    )  # fmt: skip
-    storage = config.storage or f"sqlite:///{folder / 'study.db'}"
-    name = config.study_name or f"{source_of(config).name}-{config.strategy}"
-    return open_study(name, storage, described, ["minimize"] * len(config.objectives)), storage
+    return config.study_name
+
+
+def place_of_study(config: SearchConfig, prefix: Path, between: str) -> Path:
+    """Return `prefix` for the first study, and for every other one a path of its own: `prefix`, `between` and the study's name."""
+    name = study_name_of(config)
+    return prefix if name == FIRST_STUDY else Path(f"{prefix}{between}{name}")
+
+
+def study_of(config: SearchConfig, space: Space) -> tuple[optuna.Study, str, dict]:
+    """Return the study these constants belong to, new or with the trials it has, where it is kept, and what its findings depend on."""
+    (config.results_dir / "search").mkdir(parents=True, exist_ok=True)
+    described = {
+        **context_of(config), "space": space.described(), "objectives": list(config.objectives),
+        "target_compression": config.target_compression, "few_windows": config.few_windows,
+        "search_windows": config.search_windows,
+    }  # fmt: skip
+    described = json.loads(json.dumps(described))
+    storage = config.storage or f"sqlite:///{config.results_dir / 'search' / 'study.db'}"
+    study, code = open_study(study_name_of(config), storage, described, ["minimize"] * len(config.objectives)), code_version(__file__)
+    if "code" not in study.user_attrs:
+        study.set_user_attr("code", code)
+    elif study.user_attrs["code"] != code:
+        print(f"study {study.study_name} was begun by another version of the code, which may measure otherwise: ", end="")
+        print("another --study_name begins anew")
+    return study, storage, {**described, "storage": without_password(storage), "top": config.top}
+
+
+def origin(config: SearchConfig, study: optuna.Study, storage: str, trial: int) -> dict:
+    """Return what the record of a model says of the study its pipeline is from."""
+    return {
+        "name": study.study_name, "storage": without_password(storage), "trial": trial,
+        **config.relevant("target_compression", "objectives"),
+    }  # fmt: skip
+
+
+def replay_command(config: SearchConfig, trial: int) -> str:
+    """Return the command that makes the model of a trial of this very study again: with every setting that is not the default."""
+    usual = SearchConfig.for_profile(config.profile)
+    command = ["python", "5_bayesian_search.py"]
+    if config.profile != PROFILE:
+        command += ["--profile", config.profile]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in NOT_THE_STUDYS and value != getattr(usual, field.name):
+            command += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join([*command, "--replay", str(trial)])
+
+
+NOT_THE_STUDYS = ("profile", "force", "verify", "replay", "output", "pipeline", "n_trials", "top")
+"""Settings that do not tell one study from another, nor decide what a trial's model is."""
 
 
 def run_search(config: SearchConfig, output: Path) -> None:
-    space = space_of(config)
-    study, storage = study_of(config, space)
-    print(f"study {study.study_name} in {storage}; {len(space.orders)} orders of methods, {space.size()} pipelines; ", end="")
+    space, folder = space_of(config), place_of_study(config, config.results_dir / "search", os.sep)
+    check_outputs([output], "5_bayesian_search.py", [source_of(config)], config.models_dir)
+    study, storage, depends_on = study_of(config, space)
+    print(f"study {study.study_name} in {without_password(storage)}; findings go to {folder}, the best model to {output}")
+    print(f"{len(space.orders)} orders of methods, {space.size()} pipelines; ", end="")
     print(f"{len(counted_trials(study))} of {config.n_trials} trials are there")
-    summary = config.results_dir / "search" / "summary.json"
-    if not config.force and len(counted_trials(study)) >= config.n_trials and summary.is_file():
-        known = json.loads(summary.read_text(encoding="utf-8"))
-        if known["trials"] == len(counted_trials(study)) and known["best"]:
-            make_and_save(config, read_pipeline(known["best"]["pipeline"]), output, config.strategy, {"search": known["best"]})
-            return
-    material = read_material(config)
+    known = known_findings(study, folder, depends_on)
+    if not config.force and known and len(counted_trials(study)) >= config.n_trials:
+        save_best(config, study, storage, known["best"], output)
+        return
+    material = read_material(config, lambda dense: check_space(space, dense))
     cache = cache_of(config)
     runner = TrialRunner(
         material.resources, material.choose[: config.search_windows], config.few_windows,
@@ -241,74 +357,88 @@ def run_search(config: SearchConfig, output: Path) -> None:
     # ---- the best few, on all windows
     best = best_trials(study, config.target_compression, config.top)
     if not best:
-        highest = max((trial.user_attrs["measured"]["compression_ratio"] for trial in counted_trials(study)
-                       if "measured" in trial.user_attrs), default=0.0)  # fmt: skip
-        expected = max((trial.user_attrs.get("expected_ratio", 0.0) for trial in study.get_trials(deepcopy=False)), default=0.0)
-        write_findings(study, config.results_dir / "search", config.target_compression, {})
-        raise CompactMindError(
-            f"none of {len(study.get_trials(deepcopy=False))} trials is {config.target_compression:g} times smaller: the highest ratio "
-            f"measured is {highest:.2f}, the highest expected {expected:.2f}; choose a smaller --target_compression, more trials or "
-            "other --methods"
-        )
+        with only_writer(folder):
+            write_findings(study, folder, config.target_compression, {}, depends_on)
+        raise CompactMindError(nothing_reached(study, config.target_compression, folder))
     runner.windows, runner.objectives = material.choose, ("perplexity",)
-    confirmed = {int(number): found for number, found in study.user_attrs.get("confirmed", {}).items()}
-    for trial in best:
-        if trial.number in confirmed:
-            continue
-        steps = read_pipeline(trial.user_attrs["pipeline"])
-        print(f"confirming trial {trial.number} on {len(material.choose)} windows: {pipeline_name(steps)} ...", flush=True)
-        compressed = runner.run(steps)
-        confirmed[trial.number] = {
-            **runner.measure(compressed), "steps": brief(compressed.steps),
-            "interaction": interaction(steps, material.resources, runner.first_look, compressed.steps),
-        }  # fmt: skip
-        del compressed
-        study.set_user_attr("confirmed", confirmed)
-    summary = write_findings(study, config.results_dir / "search", config.target_compression, confirmed)
+    with only_writer(folder):  # another worker at its end finds what this one has confirmed
+        for trial in best:
+            confirmed = {int(number): found for number, found in study.user_attrs.get("confirmed", {}).items()}
+            if trial.number in confirmed:
+                continue
+            steps = read_pipeline(trial.user_attrs["pipeline"])
+            print(f"confirming trial {trial.number} on {len(material.choose)} windows: {pipeline_name(steps)} ...", flush=True)
+            compressed = runner.run(steps)
+            together = diagnosed(
+                "the interaction",
+                lambda steps=steps, rows=compressed.steps: interaction(steps, material.resources, runner.first_look, rows),
+            )
+            confirmed[trial.number] = {**runner.measure(compressed), "steps": brief(compressed.steps), "interaction": together}
+            del compressed
+            study.set_user_attr("confirmed", confirmed)
+        confirmed = {int(number): found for number, found in study.user_attrs["confirmed"].items()}
+        summary = write_findings(study, folder, config.target_compression, confirmed, depends_on)
     print(trials_table(study, config.target_compression, confirmed))
-    chosen = summary["best"]["trial"]
-    print(f"\nbest: trial {chosen}; any of them again: python 5_bayesian_search.py --replay {chosen}")
+    print(f"\nbest: trial {summary['best']['trial']}; any of them again: {replay_command(config, summary['best']['trial'])}")
     print(f"to look into the study: optuna-dashboard {storage}")
-    make_and_save(config, read_pipeline(summary["best"]["pipeline"]), output, config.strategy, {"search": summary["best"]})
+    save_best(config, study, storage, summary["best"], output)
+
+
+def nothing_reached(study: optuna.Study, target: float, folder: Path) -> str:
+    """Return why a search has found nothing, and what to do."""
+    everything = study.get_trials(deepcopy=False)
+    measured = [trial.user_attrs["measured"]["compression_ratio"] for trial in everything if "measured" in trial.user_attrs]
+    expected = [trial.user_attrs["expected_ratio"] for trial in everything if "expected_ratio" in trial.user_attrs]
+    if measured:
+        return (
+            f"none of {len(everything)} trials is {target:g} times smaller: the highest ratio measured is {max(measured):.2f}, the "
+            f"highest expected {max(expected):.2f}; choose a smaller --target_compression, more trials or other --methods"
+        )
+    run = counted_trials(study)
+    failed = [trial for trial in run if trial.state == TrialState.FAIL]
+    if failed:
+        last = failed[-1]
+        return (
+            f"no trial ran to its end, {len(failed)} failed; the last one, trial {last.number} ({SEPARATOR.join(methods_of(last))}): "
+            f"{last.user_attrs.get('reason')}; all of them: {folder / 'trials.csv'}. Mend that, then try them again with another "
+            "--study_name, or others with a larger --n_trials"
+        )
+    if run:
+        return f"no trial ran to its end ({folder / 'trials.csv'} says why): run the same command with a larger --n_trials"
+    return (
+        f"nothing was run: no pipeline is expected to be {target:g} times smaller, the highest expected is "
+        f"{max(expected, default=math.nan):.2f}; choose a smaller --target_compression or other --methods"
+    )
+
+
+def save_best(config: SearchConfig, study: optuna.Study, storage: str, best: dict, output: Path) -> None:
+    steps = read_pipeline(best["pipeline"])
+    make_and_save(config, steps, output, config.strategy, origin(config, study, storage, best["trial"]), {"search": best})
 
 
 def replay(config: SearchConfig, output: Path) -> None:
-    study, storage = study_of(config, space_of(config))
+    study, storage, _ = study_of(config, space_of(config))
     numbers = {trial.number: trial for trial in counted_trials(study) if "pipeline" in trial.user_attrs}
     if config.replay not in numbers:
         raise CompactMindError(
-            f"the study {study.study_name} in {storage} has no trial {config.replay} with a pipeline: choose one of "
+            f"the study {study.study_name} in {without_password(storage)} has no trial {config.replay} with a pipeline: choose one of "
             f"{', '.join(map(str, numbers)) or 'none, it is empty'}"
         )
-    make_and_save(config, read_pipeline(numbers[config.replay].user_attrs["pipeline"]), output, f"trial {config.replay}")
+    steps = read_pipeline(numbers[config.replay].user_attrs["pipeline"])
+    make_and_save(config, steps, output, "replay", origin(config, study, storage, config.replay))
 
 
 # ------------------------------------------------------------------------------------------------------------------- main
-def check(config: SearchConfig) -> None:
-    """Raise CompactMindError on a setting that makes no sense, before anything is loaded."""
-    for name, least in (
-        ("calibration_windows", 1), ("train_windows", 0), ("seq_len", 2), ("eval_windows", 0), ("held_out_windows", 1),
-        ("confirm_windows", 1), ("search_windows", 1), ("few_windows", 1), ("n_trials", 1), ("top", 1), ("max_length", 1),
-        ("max_repeats", 1),
-    ):  # fmt: skip
-        if getattr(config, name) < least:
-            raise CompactMindError(f"{name} {getattr(config, name)} is not at least {least}: for example --{name} 16")
-    if not 0 < config.target_compression < math.inf:
-        raise CompactMindError(f"target_compression {config.target_compression} is not above 0: for example 2.5")
-    if len(set(config.objectives)) < len(config.objectives) or not config.objectives:
-        raise CompactMindError(f"objectives {config.objectives}: name each once, for example --objectives perplexity bytes")
-
-
 def main(config: SearchConfig) -> None:
-    check(config)
+    if len(set(config.objectives)) < len(config.objectives):
+        raise CompactMindError(f"objectives {config.objectives}: name each once, for example --objectives perplexity bytes")
+    given, models = Path(config.output) if config.output else None, config.models_dir
     if config.replay >= 0:
-        output = Path(config.output) if config.output else config.models_dir / f"llama_trial_{config.replay}"
-        replay(config, output)
+        replay(config, given or place_of_study(config, models / f"llama_trial_{config.replay}", "_"))
     elif config.strategy == "fixed":
-        output = Path(config.output) if config.output else config.models_dir / "llama_pruned"
-        make_and_save(config, read_pipeline(config.pipeline), output, "fixed")
+        make_and_save(config, read_pipeline(config.pipeline), given or models / "llama_pruned", "fixed")
     else:
-        run_search(config, Path(config.output) if config.output else config.models_dir / "llama_searched")
+        run_search(config, given or place_of_study(config, models / "llama_searched", "_"))
 
 
 if __name__ == "__main__":

@@ -248,7 +248,8 @@ class SearchConfig(StageConfig):
     model_path: str = ""
     """The dense Llama, any local Hugging Face folder of a Llama-like causal LM; empty: <models_dir>/llama."""
     output: str = ""
-    """Directory for the result; empty: <models_dir>/llama_searched, llama_pruned (fixed) or llama_trial_<N> (replay)."""
+    """Directory for the result; empty: <models_dir>/llama_searched, llama_pruned (fixed) or llama_trial_<N> (replay), with _<study>
+    behind the name for any study but llama-bayesian."""
     strategy: Literal["bayesian", "random", "grid", "fixed"] = "bayesian"
     """bayesian, random, grid: search over the space below; fixed: run the one pipeline given."""
     pipeline: str = PRUNE_AND_RETRAIN
@@ -278,7 +279,7 @@ class SearchConfig(StageConfig):
     storage: str = ""
     """Where the study is kept: any Optuna URL, or the path of a journal file (*.log); empty: <results_dir>/search/study.db."""
     study_name: str = ""
-    """Name of the study; empty: <model>-<strategy>."""
+    """Name of the study; empty: <model>-<strategy>. Its findings go to <results_dir>/search/<study>, those of llama-bayesian to search."""
     cache_gb: float = 12.0
     """Disk for models half way through a pipeline, in 1e9 bytes (one of SmolLM2 takes 0.2, smoothed 0.4)."""
     top: int = 3

@@ -1,13 +1,14 @@
 """Kill every stage at random moments, start two of each at once, fill the disk, forbid writing: what is lost, what is half-written?
 
 Run:    python benchmarks/faults.py             (Linux; root for the disks it mounts; --kills 5, --stages 1_distill.py, --seed 7)
-Prints: a row per stage and fault: runs, lost (a model or trial that was finished is gone), half-written (a checkpoint that does not verify),
-        different (the result after starting again is not that of an unbroken run), unclear (more or less than one line that says why)
+Prints: a row per stage and fault: runs, lost (a finished model is gone), half-written (a checkpoint that does not verify),
+        different (the result after starting again is not that of an unbroken run), unclear (not just one line that says why)
 Time:   about 20 minutes on 2 CPU cores.
 
 Works in temporary copies of a tiny workspace (profile smoke, models of tests/helpers.py). A stage runs in a forked process that has
-everything imported, so that a kill hits its work and not its start; the process that forks computes nothing itself, for a pool of threads
-does not survive a fork. SIGKILL cannot show a power cut: that content reaches the disk before its name does is tested in tests/test_files.py.
+everything imported, so that a kill hits its work and not its start; the process that forks computes nothing itself, for a pool of
+threads does not survive a fork. SIGKILL cannot show a power cut: that content reaches the disk before its name does is tested in
+tests/test_files.py.
 """
 
 import argparse

@@ -432,6 +432,14 @@ def _copy_what_travels(source: Path | None, target: Path, model: PreTrainedModel
         write_json_atomically(target / GENERATION, model.generation_config.to_diff_dict())
 
 
+def add_to_manifest(directory: Path | str, extra: dict[str, Any]) -> None:
+    """Add keys, or other values of keys that `extra` of `save_checkpoint` had, to a finished checkpoint's manifest: all or none.
+
+    For what can be said of a model only when it is safe. Raises CompactMindError if there is no whole checkpoint.
+    """
+    write_json_atomically(Path(directory) / MANIFEST, read_manifest(directory) | extra)
+
+
 def bytes_to_save(model: PreTrainedModel) -> int:
     """Return the bytes of the tensors `save_checkpoint` would write."""
     return sum(tensor.numel() * tensor.element_size() for tensor in _without_tied_copies(model.state_dict()).values())

@@ -20,6 +20,7 @@ from compactmind.checkpoint import (
     KINDS,
     MANIFEST,
     WEIGHTS,
+    add_to_manifest,
     check_outputs,
     check_parent,
     check_tokenizer,
@@ -65,6 +66,16 @@ def rewrite_manifest(directory, change) -> None:
     manifest = helpers.read_json(directory / MANIFEST)
     change(manifest)
     (directory / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def test_what_is_said_of_a_model_later_is_added_to_its_manifest(tmp_path, tokenizer):
+    directory = save(tmp_path / "model", helpers.make_bert(), tokenizer, extra={"errors": None})
+    before = read_manifest(directory)
+    add_to_manifest(directory, {"errors": [1.0, 2.0], "interaction": 0.5})
+    assert read_manifest(directory) == before | {"errors": [1.0, 2.0], "interaction": 0.5}
+    assert is_up_to_date(directory, STAGE)
+    with pytest.raises(CompactMindError, match="not found"):
+        add_to_manifest(tmp_path / "other", {})
 
 
 # ----------------------------------------------------------------------------------------------------------- round trip

@@ -1,5 +1,7 @@
 """The compressor: what is legal, what is measured after each step, and how the errors of two steps add up."""
 
+import copy
+
 import helpers
 import pytest
 import torch
@@ -21,6 +23,7 @@ from compactmind.search.compressor import (
     store_as_released,
     stored_bytes,
 )
+from compactmind.search.space import make_space
 
 PRUNE = {"method": "prune", "params": {"sparsity": 0.3, "round_to": 8}}
 RETRAIN = {"method": "retrain", "params": {"tokens": 96}}
@@ -133,17 +136,65 @@ def test_what_is_measured_is_what_is_saved(resources, windows, measure, last, sc
     }
     prune["params"]["round_to"] = 8 if scope == "uniform" else 4
     found = run_pipeline(read_pipeline([prune, *last]), resources, measure)
-    store_as_released(found, resources.released)
-    assert stored_bytes(found, resources.released) == bytes_to_save(found.model)
-    save_checkpoint(
-        tmp_path / "small", found.model, helpers.make_byte_tokenizer(), kind=found.kind, parent="x",
-        stage={"script": "x", "config": {}, "inputs": {}}, quantization=found.quantization,
-    )  # fmt: skip
+    size = stored_bytes(found, resources.released)
+    with store_as_released(found, resources.released):
+        assert size == bytes_to_save(found.model)
+        save_checkpoint(
+            tmp_path / "small", found.model, helpers.make_byte_tokenizer(), kind=found.kind, parent="x",
+            stage={"script": "x", "config": {}, "inputs": {}}, quantization=found.quantization,
+        )  # fmt: skip
     again = load_checkpoint(tmp_path / "small")
     assert perplexity(again.model, windows, "x")["loss"] == pytest.approx(found.steps[-1]["loss"], rel=1e-5)
     widths = {shape["intermediate_size"] for shape in again.manifest["layers"]}
     assert max(widths) <= 48 and again.manifest["layers"] == llama_shapes(again.model)
     assert any(isinstance(module, W8A8Linear) for module in again.model.modules()) == (last == [W8A8])
+
+
+ORDERS = make_space(tuple(METHODS), max_length=4).orders
+SETTINGS = {
+    "prune": {"sparsity": 0.3, "round_to": 8},
+    "retrain": {"tokens": 96, "lr": 0.01},
+    "smooth": {"alpha": 0.8},
+    "w8a8": {"embeddings": "int8"},
+}
+"""Retraining at a rate at which it changes the weights; a smoothing that is far from 1."""
+
+
+def check_that_the_file_holds_what_is_measured(steps, resources, windows, folder):
+    measured = []
+
+    def logits_of(model) -> torch.Tensor:
+        with torch.no_grad():
+            return model(windows).logits
+
+    look = Measure("logits", lambda model: measured.append(logits_of(model)) or {})
+    found = run_pipeline(steps, resources, look, show=False)
+    with store_as_released(found, resources.released):
+        save_checkpoint(
+            folder, found.model, helpers.make_byte_tokenizer(), kind=found.kind, parent="x", quantization=found.quantization,
+            stage={"script": "x", "config": {}, "inputs": {}},
+        )  # fmt: skip
+    assert torch.equal(logits_of(load_checkpoint(folder).model), measured[-1])
+    assert torch.equal(logits_of(found.model), measured[-1])  # and what is in memory is as it was
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("order", ORDERS, ids=" > ".join)
+def test_the_file_of_every_legal_pipeline_gives_the_very_logits_that_were_measured(windows, order, tied, tmp_path):
+    dense = helpers.released_llama(helpers.make_llama(tie_word_embeddings=tied, attention_bias=True, scale=0.5)).float
+    resources = Resources(windows, windows, windows[:2], lambda: copy.deepcopy(dense()), torch.bfloat16)
+    steps = read_pipeline([{"method": name, "params": SETTINGS.get(name, {})} for name in order])
+    check_that_the_file_holds_what_is_measured(steps, resources, windows, tmp_path / "small")
+
+
+@pytest.mark.parametrize("activations", ["per_token", "per_tensor", "per_tensor_static"])
+@pytest.mark.parametrize("embeddings", ["as_released", "int8"])
+@pytest.mark.parametrize("before", [["smooth"], ["prune"]], ids=str)
+def test_the_file_of_every_w8a8_gives_the_very_logits_that_were_measured(windows, before, embeddings, activations, tmp_path):
+    resources = Resources(windows, windows, windows[:2], lambda: helpers.released_llama().float(), torch.bfloat16)
+    last = {"method": "w8a8", "params": {"embeddings": embeddings, "activations": activations, "alpha": 0.6}}
+    steps = read_pipeline([*({"method": name, "params": SETTINGS[name]} for name in before), last])
+    check_that_the_file_holds_what_is_measured(steps, resources, windows, tmp_path / "small")
 
 
 def test_retraining_is_given_the_dense_model_and_never_makes_it_worse(resources, measure):

@@ -5,12 +5,23 @@ import gc
 import subprocess
 import sys
 import weakref
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import helpers
 import pytest
 import torch
-from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.errors import CompactMindError
@@ -21,6 +32,7 @@ from compactmind.methods.pruning.llama_pruning import (
     BlockByBlock,
     DenseStates,
     PruneRecipe,
+    check_prunable,
     choose_masks,
     prune_llama,
     refit,
@@ -37,6 +49,8 @@ from compactmind.methods.pruning.llama_structure import (
     silence_hidden_channels,
 )
 from compactmind.methods.pruning.modeling_pruned_llama import PrunedLlamaForCausalLM
+from compactmind.methods.registry import Resources
+from compactmind.search.compressor import Measure, read_pipeline, run_pipeline
 
 STAGE = {"script": "test", "config": {}, "inputs": {}}
 
@@ -85,6 +99,12 @@ CASES = {
     "no grouped queries": ({"num_key_value_heads": 4}, 30, 3, MistralForCausalLM),
     "tied": ({"tie_word_embeddings": True}, 24, 1, LlamaForCausalLM),
     "biases": ({"attention_bias": True, "mlp_bias": True}, 24, 1, LlamaForCausalLM),
+    "three groups of four, biases": (
+        {"num_attention_heads": 8, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
+        40,
+        3,
+        PrunedLlamaForCausalLM,
+    ),
     "unequal": ({}, [48, 8, 24], [1, 2, 1], PrunedLlamaForCausalLM),
     "unequal, biases": ({"attention_bias": True, "mlp_bias": True}, [48, 8, 24], [1, 2, 1], PrunedLlamaForCausalLM),
 }
@@ -140,7 +160,7 @@ def save(model, directory):
     save_checkpoint(directory, model, helpers.make_byte_tokenizer(), kind="pruned", parent="x", stage=STAGE)
 
 
-@pytest.mark.parametrize("case", ["both", "three groups of four", "tied", "unequal"])
+@pytest.mark.parametrize("case", ["both", "three groups of four", "three groups of four, biases", "tied", "unequal"])
 def test_a_process_without_this_package_reloads_it(case, tmp_path):
     changes, channels, groups, expected = CASES[case]
     model = make(**changes)
@@ -149,7 +169,7 @@ def test_a_process_without_this_package_reloads_it(case, tmp_path):
     again = load_checkpoint(tmp_path / "small")
     assert type(again.model) is expected and torch.equal(logits_of(again.model), logits_of(small))
     torch.save(helpers.example_windows(), tmp_path / "windows.pt")
-    trusted = ", trust_remote_code=True" if case == "unequal" else ""
+    trusted = ", trust_remote_code=True" if expected is PrunedLlamaForCausalLM else ""
     code = (
         "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
         f"model = AutoModelForCausalLM.from_pretrained('small', dtype=torch.float32{trusted})\n"
@@ -497,6 +517,8 @@ def test_a_recipe_outside_its_range_is_refused(settings, expected):
         ({"sparsity": 0.95, "round_to": 8}, "sparsity 0.95 cannot be met.*without emptying a block"),
         ({"sparsity": 0.3, "structures": ("groups",), "round_to": 8}, "sparsity 0.3 cannot be met"),
         ({"sparsity": 0.9, "scope": "global", "protect": 1, "round_to": 8}, "cannot be met"),
+        ({"sparsity": 0.9, "scope": "global", "rounds": 2, "round_to": 8}, "cannot be met"),
+        ({"sparsity": 0.9, "rounds": 3, "round_to": 8, "hidden_sparsity": 0.25}, "cannot be met"),
         (
             {"sparsity": 0.0, "hidden_sparsity": 0.9, "round_to": 24},
             "hidden_sparsity 0.9 would leave less than round_to 24 of 32",
@@ -505,9 +527,71 @@ def test_a_recipe_outside_its_range_is_refused(settings, expected):
     ],
     ids=str,
 )
-def test_a_recipe_that_does_not_fit_the_model_is_refused(windows, settings, expected):
+def test_a_recipe_that_does_not_fit_the_model_is_refused_before_anything_is_computed(windows, settings, expected):
+    model = make()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    model.model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
     with pytest.raises(CompactMindError, match=expected):
-        prune_llama(make(), PruneRecipe(**settings), windows)
+        prune_llama(model, PruneRecipe(**settings), windows)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("structures", [("channels",), ("channels", "groups")], ids=str)
+@pytest.mark.parametrize("scope", ["uniform", "global"])
+def test_what_can_be_met_is_not_refused_beforehand(windows, scope, structures, rounds):
+    """Whatever `choose_masks` finds possible when it comes to it is possible beforehand too."""
+    for sparsity in (0.05, 0.2, 0.35, 0.5, 0.55, 0.6, 0.7, 0.9):
+        recipe = PruneRecipe(sparsity, "l2", scope, structures, round_to=1, rounds=rounds, compensate=False)
+        try:
+            model, checked = make(num_key_value_heads=4), True
+            check_prunable(model, recipe)
+        except CompactMindError:
+            checked = False
+        try:
+            with monkeypatched(llama_pruning, "check_prunable", lambda *_: None):
+                prune_llama(model, recipe, windows)
+            done = True
+        except CompactMindError:
+            done = False
+        assert checked == done or (checked and scope == "global")  # there it depends on the scores too
+
+
+@contextmanager
+def monkeypatched(module, name, value):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, value)
+        yield
+
+
+UNPRUNABLE = {
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, "uniform", "'qwen2' cannot be pruned.*leave prune out.*--methods smooth w8a8 nf4"),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, "global", "'qwen3' cannot be pruned.*leave prune out.*--methods smooth w8a8 nf4"),
+    "mistral": (MistralForCausalLM, MistralConfig, "global", "'mistral' cannot be pruned with scope global.*use scope uniform"),
+}
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["alone", "after another step"])
+@pytest.mark.parametrize("kind", UNPRUNABLE)
+def test_a_model_type_without_a_class_for_it_is_refused_before_anything_is_computed(windows, kind, whole):
+    model_class, config_class, scope, expected = UNPRUNABLE[kind]
+    model = helpers.randomize(model_class(config_class(**helpers.llama_settings(head_dim=8))))
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    model.model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    prune = {"method": "prune", "params": {"sparsity": 0.2, "scope": scope, "round_to": 8}}
+    with pytest.raises(CompactMindError, match=expected):
+        prune_llama(model, PruneRecipe(0.2, scope=scope, round_to=8), windows)
+    resources = Resources(windows, windows, windows[:2], lambda: model)
+    steps = read_pipeline([prune] if whole else [{"method": "smooth"}, prune, {"method": "nf4"}])
+    with pytest.raises(CompactMindError, match=expected):
+        run_pipeline(steps, resources, Measure("none", lambda _: pytest.fail("it was measured")), show=False)
+
+
+def test_a_mistral_can_be_pruned_with_equal_widths(windows):
+    model = helpers.randomize(MistralForCausalLM(MistralConfig(**helpers.llama_settings(head_dim=8))))
+    assert (
+        type(prune_llama(model, PruneRecipe(0.2, round_to=8, structures=("channels", "groups")), windows)[0])
+        is MistralForCausalLM
+    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"compensate": False}, {"criterion": "l2"}], ids=str)
@@ -520,12 +604,6 @@ def test_l2_without_compensation_needs_no_text():
     assert prune_llama(make(), PruneRecipe(0.3, "l2", round_to=8, compensate=False))[1]["sparsity"] == pytest.approx(
         0.3, abs=0.01
     )
-
-
-def test_a_mistral_cannot_have_unequal_widths(windows):
-    model = helpers.randomize(MistralForCausalLM(MistralConfig(**helpers.llama_settings(head_dim=8))))
-    with pytest.raises(ValueError, match="use scope uniform"):
-        prune_llama(model, PruneRecipe(0.2, scope="global", round_to=8, compensate=False), windows)
 
 
 def test_damaged_weights_are_named(windows):

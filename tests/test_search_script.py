@@ -2,17 +2,25 @@
 
 import csv
 import json
+import shlex
 import shutil
 
 import helpers
+import optuna
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from compactmind.checkpoint import load_checkpoint, read_manifest
+from compactmind.search import compressor, findings
+from compactmind.search.findings import known_findings, write_findings
 
 SCRIPT = "5_bayesian_search.py"
+
+
+def models_in(folder) -> list[str]:
+    return sorted(path.name for path in (folder / "models").iterdir() if path.name != ".locks")
 
 
 @pytest.fixture
@@ -47,10 +55,7 @@ def test_the_default_pipeline_prunes_and_retrains(finished):
     with torch.no_grad():
         assert torch.equal(model(helpers.example_windows()).logits, plain(helpers.example_windows()).logits)
     assert AutoModelForCausalLM.from_pretrained(folder / "models" / "llama_pruned").dtype == torch.bfloat16  # as released
-    assert sorted(path.name for path in (folder / "models").glob("[!.]*")) == [
-        "llama",
-        "llama_pruned",
-    ]  # no state of retraining
+    assert models_in(folder) == ["llama", "llama_pruned"]  # no state of retraining
 
 
 def test_a_second_run_has_nothing_to_do(finished, run_here):
@@ -148,6 +153,101 @@ def test_any_trial_can_be_made_again(searched, run_here):
     assert status == 1 and "no trial 99" in output and str(number) in output
 
 
+NARROW = (
+    "--study_name", "narrow", "--target_compression", 1.04, "--n_trials", 2, "--methods", "prune", "nf4",
+    "--choices", '{"prune.round_to": [8], "prune.sparsity": [0.2, 0.3]}', "--storage", "sqlite:///own.db",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_studies(searched, tmp_path_factory):
+    """Return a directory in which a second study with another target has run after the first, and what it printed."""
+    folder = tmp_path_factory.mktemp("two") / "copy"
+    shutil.copytree(searched[0], folder)
+    done = helpers.run_script(SCRIPT, *NARROW, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+def state_of(folder) -> dict[str, bytes]:
+    """Return what lies in a directory, but for locks, the databases and what is half way through a pipeline."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not {".locks", "cache"} & set(path.parts)]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.suffix != ".db"}
+
+
+def test_two_studies_have_places_of_their_own(searched, two_studies, run_here):
+    before, now = state_of(searched[0]), state_of(two_studies[0])
+    assert {name: now[name] for name in before} == before
+    mine = ("results/search/narrow/", "models/llama_searched_narrow/", "results/pipeline_llama_searched_narrow.json")
+    assert now.keys() > before.keys() and all(name.startswith(mine) for name in now.keys() - before.keys())
+    summary = helpers.read_json(two_studies[0] / "results" / "search" / "narrow" / "summary.json")
+    assert summary["study"] == "narrow" and summary["target_compression"] == 1.04 and summary["trials"] == 2
+    assert "findings go to results/search/narrow, the best model to models/llama_searched_narrow" in two_studies[1]
+    status, output = run_here("--n_trials", 7, "--target_compression", 1.05, cwd=two_studies[0])
+    assert status == 0 and "models/llama_searched is up to date" in output, output
+    status, output = run_here(*NARROW, cwd=two_studies[0])
+    assert status == 0 and "models/llama_searched_narrow is up to date" in output, output
+    assert state_of(two_studies[0]) == now
+
+
+def test_the_printed_command_makes_that_very_trial_again(two_studies, run_here):
+    folder, output = two_studies
+    command = output.split("any of them again: ")[1].splitlines()[0]
+    status, output = run_here(*shlex.split(command)[2:], cwd=folder)
+    assert status == 0, output
+    best = helpers.read_json(folder / "results" / "search" / "narrow" / "summary.json")["best"]
+    name = f"llama_trial_{best['trial']}_narrow"
+    stage = read_manifest(folder / "models" / name)["stage"]
+    assert stage["config"]["study"]["name"] == "narrow" and stage["config"]["study"]["trial"] == best["trial"]
+    assert stage["config"]["study"] | {"storage": "sqlite:///own.db", "target_compression": 1.04} == stage["config"]["study"]
+    again, searched = (load_checkpoint(folder / "models" / each).model for each in (name, "llama_searched_narrow"))
+    with torch.no_grad():
+        assert torch.equal(again(helpers.example_windows()).logits, searched(helpers.example_windows()).logits)
+
+
+def test_an_output_that_two_studies_write_is_that_of_the_last_one_asked_for(two_studies, run_here, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(two_studies[0], folder)
+    first = ("--n_trials", 7, "--target_compression", 1.05, "--output", "models/mine")
+    for arguments, study in (
+        (first, "llama-bayesian"),
+        ((*NARROW, "--output", "models/mine"), "narrow"),
+        (first, "llama-bayesian"),
+    ):
+        status, output = run_here(*arguments, cwd=folder)
+        assert status == 0 and "models/mine is up to date" not in output, output
+        assert read_manifest(folder / "models" / "mine")["stage"]["config"]["study"]["name"] == study
+
+
+def test_findings_are_known_only_for_what_they_depend_on(tmp_path):
+    study = optuna.create_study(study_name="one")
+    trial = study.ask()
+    measured = {"perplexity": 9.0, "compression_ratio": 2.0, "loss": 2.0}
+    for name, value in {
+        "measured": measured,
+        "pipeline": [{"method": "nf4", "params": {}}],
+        "seconds": 1.0,
+        "steps": [],
+    }.items():
+        trial.set_user_attr(name, value)
+    study.tell(trial, 9.0)
+    depends_on = {"storage": "here", "objectives": ("perplexity",), "top": 3}
+    summary = write_findings(study, tmp_path, 1.5, {0: {"perplexity": 9.0, "loss": 2.0}}, depends_on)
+    assert known_findings(study, tmp_path, depends_on) == summary
+    assert known_findings(study, tmp_path, depends_on | {"storage": "there"}) is None
+    assert known_findings(study, tmp_path, depends_on | {"objectives": ("perplexity", "bytes")}) is None
+    assert known_findings(optuna.create_study(study_name="two"), tmp_path, depends_on) is None
+    assert known_findings(study, tmp_path / "nowhere", depends_on) is None
+    running = study.ask()
+    assert known_findings(study, tmp_path, depends_on) is None
+    write_findings(study, tmp_path, 1.5, {0: {"perplexity": 9.0, "loss": 2.0}}, depends_on)
+    assert known_findings(study, tmp_path, depends_on) is None  # somebody is still at it
+    study.tell(running, state=optuna.trial.TrialState.FAIL)
+    assert known_findings(study, tmp_path, depends_on) is None
+    (tmp_path / "summary.json").write_text("cut o", encoding="utf-8")
+    assert known_findings(study, tmp_path, depends_on) is None
+
+
 def test_another_space_is_another_study(searched, run_here):
     status, output = run_here("--target_compression", 1.05, "--methods", "nf4", "--choices", "{}", cwd=searched[0])
     assert status == 1 and "made for something else" in output and "--study_name" in output
@@ -159,6 +259,57 @@ def test_a_target_out_of_reach_says_what_was_reached(tmp_path, run_here):
     assert status == 1 and "50 times smaller" in output and "the highest expected" in output, output
     assert not (tmp_path / "models" / "llama_searched").exists()
     assert (tmp_path / "results" / "search" / "trials.csv").is_file()
+
+
+def test_a_search_whose_only_trial_failed_says_why(tmp_path, run_here):
+    helpers.add_llama(tmp_path)
+    choices = '{"prune.round_to": [8], "prune.sparsity": [0.95], "prune.scope": ["uniform"]}'
+    settings = ("--methods", "prune", "--choices", choices, "--target_compression", 1.01)
+    status, output = run_here(*settings, "--n_trials", 1)
+    assert status == 1 and "0.00" not in output, output
+    assert (
+        "no trial ran to its end, 1 failed; the last one, trial 0 (prune): CompactMindError: sparsity 0.95 cannot be met"
+        in output
+    )
+    assert "results/search/trials.csv" in output and "another --study_name" in output
+    rows = (tmp_path / "results" / "search" / "trials.csv").read_text(encoding="utf-8")
+    assert "cannot be met" in rows
+
+
+def test_a_model_that_cannot_be_pruned_is_refused_before_the_first_trial(tmp_path, run_here):
+    helpers.add_llama(tmp_path)
+    model = helpers.randomize(Qwen2ForCausalLM(Qwen2Config(**helpers.llama_settings())))
+    model.save_pretrained(tmp_path / "qwen")
+    helpers.make_byte_tokenizer().save_pretrained(tmp_path / "qwen")
+    status, output = run_here("--model_path", "qwen")
+    assert status == 1 and "'qwen2' cannot be pruned" in output and "--methods smooth w8a8 nf4" in output, output
+    study = optuna.load_study(study_name="qwen-bayesian", storage=f"sqlite:///{tmp_path}/results/search/study.db")
+    assert study.trials == [] and models_in(tmp_path) == ["llama"]
+    status, output = run_here(
+        "--model_path", "qwen", "--methods", "nf4", "--choices", "{}", "--n_trials", 1, "--study_name", "q"
+    )
+    assert status == 0 and (tmp_path / "models" / "llama_searched_q").is_dir(), output
+
+
+def test_no_model_is_lost_for_what_is_only_to_be_known_of_it(tmp_path, run_here, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no memory left\nand more")
+
+    helpers.add_llama(tmp_path)
+    for name in ("interaction", "layer_errors"):
+        monkeypatch.setattr(compressor, name, broken)
+    monkeypatch.setitem(findings.SEARCH_FIGURES, "pareto", broken)
+    status, output = run_here(
+        "--methods", "prune", "nf4", "--mode", "hybrid", "--n_trials", 2, "--target_compression", 1.2,
+        "--choices", '{"prune.round_to": [8], "prune.sparsity": [0.2, 0.3]}',
+    )  # fmt: skip
+    assert status == 0, output
+    for what in ("the interaction", "the error of every layer"):
+        assert f"{what} could not be measured and is left out: RuntimeError: no memory left\n" in output
+    assert "pareto.png could not be drawn: RuntimeError" in output
+    manifest = load_checkpoint(tmp_path / "models" / "llama_searched").manifest
+    assert manifest["interaction"] is None and manifest["layer_errors"] is None and manifest["search"]
+    assert (tmp_path / "results" / "search" / "convergence.png").is_file()
 
 
 def test_several_objectives_are_measured(tmp_path, run_here):
@@ -177,7 +328,7 @@ def test_several_objectives_are_measured(tmp_path, run_here):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--n_trials", 0), ("n_trials 0", "at least 1")),
+        (("--n_trials", 0), ("n_trials 0", "[1, inf)")),
         (("--target_compression", 0), ("target_compression 0", "2.5")),
         (("--methods", "retrain", "--choices", "{}"), ("no legal pipeline",)),
         (("--methods", "prune", "--mode", "hybrid", "--choices", "{}"), ("no legal pipeline", "hybrid")),
@@ -186,6 +337,11 @@ def test_several_objectives_are_measured(tmp_path, run_here):
         (("--choices", '{"prune.sparsity": [7]}'), ("sparsity 7",)),
         (("--storage", "sqlite:////nowhere/at/all/study.db"), ("cannot be opened",)),
         (("--objectives", "perplexity", "perplexity"), ("name each once",)),
+        (("--study_name", "a/b"), ("study_name 'a/b'", "for example --study_name narrow")),
+        (("--study_name", ".."), ("study_name '..'",)),
+        (("--study_name", "cache"), ("study_name 'cache'",)),
+        (("--study_name", "summary.json"), ("study_name 'summary.json'",)),
+        (("--output", "models/llama"), ("it is the model that is read",)),
     ],
     ids=str,
 )
@@ -194,7 +350,7 @@ def test_a_search_that_makes_no_sense_is_refused(tmp_path, run_here, arguments, 
     status, output = run_here(*arguments)
     assert status == 1 and all(part in output for part in expected), output
     assert "Traceback" not in output
-    assert [path.name for path in (tmp_path / "models").iterdir()] == ["llama"]
+    assert models_in(tmp_path) == ["llama"]
 
 
 @pytest.mark.parametrize(
@@ -206,8 +362,11 @@ def test_a_search_that_makes_no_sense_is_refused(tmp_path, run_here, arguments, 
         (("--pipeline", '[{"method": "prune", "params": {"sparsity": 0.99, "round_to": 8}}]'), ("0.99 cannot be met",)),
         (("--pipeline", '[{"method": "prune", "params": {"round_to": 64}}]'), ("round_to 64", "48")),
         (("--seq_len", 4096), ("less than one window of 4096",)),
-        (("--calibration_windows", 0), ("calibration_windows 0", "at least 1")),
+        (("--calibration_windows", 0), ("calibration_windows 0", "[1, inf)")),
         (("--model_path", "nowhere"), ("nowhere", "python download_model.py")),
+        (("--output", "models"), ("models cannot be written to",)),
+        (("--output", "."), ("cannot be written to",)),
+        (("--output", "models/llama"), ("models/llama cannot be written to", "it is the model that is read")),
     ],
     ids=str,
 )
@@ -216,5 +375,5 @@ def test_bad_input_is_named_and_leaves_nothing_behind(tmp_path, run_here, argume
     status, output = run_here("--strategy", "fixed", *arguments)
     assert status == 1 and all(part in output for part in expected), output
     assert "Traceback" not in output
-    assert [path.name for path in (tmp_path / "models").iterdir()] == ["llama"]
+    assert models_in(tmp_path) == ["llama"]
     assert not (tmp_path / "results").exists() or not list((tmp_path / "results").iterdir())

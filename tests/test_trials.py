@@ -11,6 +11,7 @@ import optuna
 import pytest
 import torch
 
+from compactmind.checkpoint import bytes_to_save
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.perplexity import perplexity
 from compactmind.methods.registry import METHODS, Resources
@@ -54,7 +55,8 @@ def test_the_bytes_that_are_expected_are_about_those_that_come(windows, pipeline
     found = run_pipeline(steps, runner.resources, runner.first_look, show=False)
     assert value == measured["perplexity"] == pytest.approx(perplexity(found.model, windows, "x")["perplexity"], rel=1e-6)
     assert [row["method"] for row in trial.user_attrs["steps"]] == ["dense", *(step.method.name for step in steps)]
-    store_as_released(found, torch.bfloat16)
+    with store_as_released(found, torch.bfloat16):
+        assert bytes_to_save(found.model) == measured["bytes"]
     assert trial.constraints == {"compression": pytest.approx(1.0 - measured["compression_ratio"])}
 
 

@@ -13,7 +13,7 @@ from optuna import Trial
 from transformers import PreTrainedModel
 
 from compactmind.methods.pruning.llama_importance import score
-from compactmind.methods.pruning.llama_pruning import DenseStates, PruneRecipe, prune_llama
+from compactmind.methods.pruning.llama_pruning import DenseStates, PruneRecipe, check_prunable, prune_llama
 from compactmind.methods.quantization.calibration import SITES
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama
@@ -86,6 +86,8 @@ class Method:
     """Kind of checkpoint the result is, None for the kind it was."""
     bits: Callable[[Any], tuple[float, float | None]] | None = None
     """recipe -> bits of a weight of the blocks and of the others, scales included (None: as before); to tell bytes before running."""
+    check: Callable[[PreTrainedModel, Any, bool], None] | None = None
+    """(dense model, recipe, whether it is done to this very model) raises CompactMindError if it cannot be done; it computes nothing."""
 
     def suggest(
         self, trial: Trial, label: str | None = None, choices: dict[str, Sequence[Any]] | None = None
@@ -180,6 +182,7 @@ METHODS: dict[str, Method] = {
     "prune": Method(
         "prune", "prune", ("llm",), ("calibration",), PruneRecipe, _prune,
         {"sparsity": SPARSITIES, "criterion": ("taylor", "activation", "variance", "l2"), "scope": ("uniform", "global")}, "pruned",
+        check=check_prunable,
     ),
     "retrain": Method(
         "retrain", "retrain", ("llm",), ("text",), RetrainRecipe, _retrain,

@@ -8,7 +8,8 @@ retrained, and is quantized once; retraining wants something to recover from; sm
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -103,6 +104,15 @@ def read_pipeline(pipeline: str | Sequence[dict[str, Any]]) -> list[Step]:
     return steps
 
 
+def check_steps(steps: Sequence[Step], dense: PreTrainedModel) -> None:
+    """Raise CompactMindError if a step cannot be done to this model, as far as the models' shapes tell: nothing is computed."""
+    shapes_are_known = True
+    for step in steps:
+        if step.method.check:
+            step.method.check(dense, step.recipe, shapes_are_known)
+        shapes_are_known = shapes_are_known and step.method.kind != "prune"
+
+
 def pipeline_name(steps: Sequence[Step]) -> str:
     """Return the methods of a pipeline in order, e.g. `prune > retrain > w8a8`."""
     return " > ".join(step.method.name for step in steps)
@@ -120,7 +130,8 @@ def run_pipeline(
 ) -> Compressed:
     """Run checked steps on a fresh copy of the dense model and `measure` after each; the text it reads must be none that a method sees.
 
-    With a cache the longest beginning of the pipeline that has been run before is not run again; its rows are those of then,
+    What cannot be done to this model is refused before anything is computed. With a cache the longest beginning of the pipeline that has
+    been run before is not run again; its rows are those of then,
     marked `cached`. `check` gets the number of steps that are done and their rows; what it raises ends the pipeline there, with those steps
     in the cache.
     """
@@ -128,9 +139,10 @@ def run_pipeline(
     model, rows = _recall(steps, identities, measure, cache, resources.device) if cache else (None, [])
     done = len(rows)
     resources.before = ()
-    measured = resources.remember(measure.name, lambda: measure.of(resources.dense()))
     if model is None:
         model = resources.dense()
+        check_steps(steps, model)
+    measured = resources.remember(measure.name, lambda: measure.of(resources.dense() if done else model))
     rows = [{"method": "dense", "params": {}, "done": {}, "seconds": 0.0, **measured}, *rows]
     if done:
         check(done, rows)
@@ -145,8 +157,8 @@ def run_pipeline(
         kind = step.method.result or kind
         if step.method.kind == "quantize":
             quantization = description
-        elif step.method.kind != "smooth":
-            _round(model, resources.released)
+        if step.method.kind != "smooth":  # what is smoothed waits for the next step: rounding it would be a loss of its own
+            _round(model, kind, resources.released)
         seconds = time.perf_counter() - started
         row, measured = {**step.described(), "done": description, "seconds": seconds}, measure.of(model)
         rows.append(row | measured)
@@ -195,10 +207,11 @@ def interaction(steps: Sequence[Step], resources: Resources, measure: Measure, r
     return (whole - dense) - ((before - dense) + (alone - dense))
 
 
-def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give, in place, every weight a value that `dtype` holds: what is measured is what a file in that dtype will be."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+def _round(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
+    """Give, in place, every weight the value that the file will hold: what is measured is what is saved."""
+    for name, parameter in model.named_parameters():
+        if _stored_in_half(kind, name, parameter):
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
 def _stored_in_half(kind: str, name: str, parameter: torch.Tensor) -> bool:
@@ -206,11 +219,21 @@ def _stored_in_half(kind: str, name: str, parameter: torch.Tensor) -> bool:
     return parameter.is_floating_point() and not (kind == "w8a8" and name.startswith("model.layers."))
 
 
-def store_as_released(compressed: Compressed, dtype: torch.dtype) -> None:
-    """Cast, in place, the weights to what the file will hold; the values stay, as every step rounded them."""
-    for name, parameter in compressed.model.named_parameters():
-        if _stored_in_half(compressed.kind, name, parameter):
-            parameter.data = parameter.data.to(dtype)
+@contextmanager
+def store_as_released(compressed: Compressed, dtype: torch.dtype) -> Iterator[None]:
+    """Inside the `with` block the weights are of the dtype that the file will hold; the values stay, as every step rounded them."""
+    stored = [
+        (parameter, parameter.dtype)
+        for name, parameter in compressed.model.named_parameters()
+        if _stored_in_half(compressed.kind, name, parameter)
+    ]
+    for parameter, _ in stored:
+        parameter.data = parameter.data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, before in stored:
+            parameter.data = parameter.data.to(before)
 
 
 def stored_bytes(compressed: Compressed, dtype: torch.dtype) -> int:

@@ -5,10 +5,19 @@ ask for what has been run already (the sampler is told what is known of it), pip
 worker was faster with, and trials whose process died; these are asked for once more. Before each trial the sampler is seeded with the
 number of trials so far, so that an interrupted search goes on as an unbroken one would.
 
+Who runs a pipeline that two workers ask for? A storage has no lock to offer, but the numbers of its trials are one order for all. So a
+worker writes down which pipeline its trial is (`key`), then waits until every trial before it that is running has done so too, which takes
+milliseconds, then looks: what runs or has run is not run again, and of those that have not begun the lowest number begins (`runs`). Whoever
+comes later finds what was written. This is Lamport's bakery (1974, https://doi.org/10.1145/361082.361093).
+
+Whether a worker is dead can only be guessed. A trial that is taken from one that lives after all ends once, as the storage sees to; what
+that worker has measured then goes to the trial that was queued instead, if nobody has begun it.
+
 Optuna: Akiba et al. 2019 (https://arxiv.org/abs/1907.10902). TPE with constraints: Watanabe & Hutter 2023
 (https://arxiv.org/abs/2211.14411).
 """
 
+import math
 import os
 import socket
 import threading
@@ -20,12 +29,14 @@ from typing import Any
 
 import optuna
 import psutil
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from compactmind.errors import CompactMindError
 from compactmind.search.compressor import Step, read_pipeline
 from compactmind.search.space import Space
+from compactmind.search.storage import open_storage, without_password
 
 SAMPLERS = ("tpe", "gp")
 HEARTBEAT_SECONDS = 20
@@ -35,6 +46,10 @@ STARTUP_TRIALS = 8
 """Random trials before the sampler begins to learn."""
 REPEATS = 100
 """Trials in a row that are set aside before the search ends: there is nothing new to find."""
+POLL_SECONDS = 1.0
+"""Between two looks at what another worker does; shorter at first."""
+PATIENCE_SECONDS = 6 * 3600
+"""So long the end of a search waits for the trials that other workers are still running."""
 
 
 class Stopped(Exception):
@@ -57,29 +72,20 @@ def open_study(name: str, storage: str, described: dict[str, Any], directions: S
     cannot be reached or the study was made for something else.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        place = storage
-        if storage.endswith(".log"):
-            from optuna.storages import JournalStorage
-            from optuna.storages.journal import JournalFileBackend
-
-            place = JournalStorage(JournalFileBackend(storage))
-        study = optuna.create_study(study_name=name, storage=place, directions=list(directions), load_if_exists=True)
-        known = study.user_attrs.get("described")
-    except Exception as error:  # noqa: BLE001  every database driver has its own way to say "not there"
-        raise CompactMindError(
-            f"the study's storage {storage!r} cannot be opened: {str(error).strip().splitlines()[0]}; for example sqlite:///study.db, a "
-            "journal file study.log, or postgresql://user:password@host/database"
-        ) from None
+    place = open_storage(storage)
+    study = optuna.create_study(study_name=name, storage=place, directions=list(directions), load_if_exists=True)
+    known = study.user_attrs.get("described")
     if known is None:
         study.set_user_attr("described", described)
-    elif known != described:
-        different = sorted(key for key in described.keys() | known.keys() if described.get(key) != known.get(key))
+    elif different := sorted(
+        key for key in known if described.get(key) != known[key]
+    ):  # what an earlier version did not note is not asked
         details = "; ".join(
             f"{key}: {str(known.get(key))[:200]} there, {str(described.get(key))[:200]} here" for key in different
         )
         raise CompactMindError(
-            f"the study {name!r} in {storage} was made for something else ({details}): choose another --study_name, or delete it"
+            f"the study {name!r} in {without_password(storage)} was made for something else ({details}): choose another --study_name, "
+            "or delete it"
         )
     return study
 
@@ -97,7 +103,8 @@ def make_sampler(strategy: str, sampler: str, seed: int) -> BaseSampler:
 
 def is_counted(trial: FrozenTrial) -> bool:
     """Tell whether a trial was really run, or is being run."""
-    return trial.state != TrialState.WAITING and "set_aside" not in trial.user_attrs
+    interrupted = trial.state == TrialState.FAIL and "queued_again" in trial.user_attrs
+    return trial.state != TrialState.WAITING and "set_aside" not in trial.user_attrs and not interrupted
 
 
 def counted_trials(study: optuna.Study) -> list[FrozenTrial]:
@@ -125,22 +132,23 @@ def is_alive(trial: FrozenTrial) -> bool:
 
 def retry_interrupted(study: optuna.Study) -> int:
     """Set trials aside whose worker is gone and queue each once more; return how many."""
-    count = 0
-    for frozen in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        if is_alive(frozen):
-            continue
-        trial, again = Trial(study, frozen._trial_id), "retry_of" not in frozen.user_attrs
-        try:
-            trial.set_user_attr("reason", "interrupted: its process is gone")
-            if again:
-                trial.set_user_attr("set_aside", "asked for once more")
-            study.tell(frozen.number, state=TrialState.FAIL)
-        except (ValueError, RuntimeError, optuna.exceptions.OptunaError):
-            continue  # another worker was faster
+    running = study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
+    return sum(_interrupt(study, frozen) for frozen in running if not is_alive(frozen))
+
+
+def _interrupt(study: optuna.Study, frozen: FrozenTrial) -> bool:
+    """Let a trial end that nobody runs any more and queue it once more; tell whether it had not ended yet."""
+    trial, again = Trial(study, frozen._trial_id), "retry_of" not in frozen.user_attrs
+    try:
+        trial.set_user_attr("reason", "interrupted: its process is gone")
         if again:
-            study.enqueue_trial(frozen.params, user_attrs={"retry_of": frozen.number})
-        count += 1
-    return count
+            trial.set_user_attr("queued_again", True)  # means nothing unless the trial ends here
+        study.tell(frozen.number, state=TrialState.FAIL)
+    except (ValueError, UpdateFinishedTrialError):
+        return False  # another worker was faster
+    if again:
+        study.enqueue_trial(frozen.params, user_attrs={"retry_of": frozen.number})
+    return True
 
 
 @contextmanager
@@ -150,7 +158,7 @@ def sign_of_life(trial: Trial) -> Iterator[None]:
 
     def beat() -> None:
         while not ended.wait(HEARTBEAT_SECONDS):
-            with suppress(Exception):  # a storage that is away for a moment must not end the trial
+            with suppress(Exception):  # a storage that is away must not end the trial
                 trial.set_user_attr("alive_at", time.time())
 
     thread = threading.Thread(target=beat, daemon=True)
@@ -163,52 +171,101 @@ def sign_of_life(trial: Trial) -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------------------------------------- loop
+class Notes:
+    """What is said of a trial while it is run, as on an Optuna trial; it is written to the study when the trial has ended, in one place."""
+
+    def __init__(self, study: optuna.Study, number: int):
+        self.study, self.number = study, number
+        self.user_attrs: dict[str, Any] = {}
+        self.constraints: dict[str, float] = {}
+        self.value: float | None = None
+
+    def set_user_attr(self, name: str, value: Any) -> None:
+        """Note an attribute."""
+        self.user_attrs[name] = value
+
+    def set_constraint(self, name: str, value: float) -> None:
+        """Note a constraint: what is above 0 is too much."""
+        self.constraints[name] = value
+
+    def write(self, trial: Trial) -> None:
+        """Put everything on a trial of the study."""
+        for name, value in self.constraints.items():
+            trial.set_constraint(name, value)
+        if self.value is not None:
+            trial.report(self.value, 0)
+        for name, value in self.user_attrs.items():
+            trial.set_user_attr(name, value)
+
+
 def search(
     study: optuna.Study,
     space: Space,
     n_trials: int,
-    evaluate: Callable[[Trial, list[Step]], Sequence[float]],
+    evaluate: Callable[[Notes, list[Step]], Sequence[float]],
     *,
     strategy: str,
     sampler: str = "tpe",
     seed: int = 0,
     first: Sequence[dict[str, Any]] = (),
     finished: Callable[[FrozenTrial], None] = lambda _: None,
+    patience: float = PATIENCE_SECONDS,
 ) -> None:
     """Run trials until the study has `n_trials` of them that count, those of other workers and earlier runs included.
 
-    `evaluate` gets the running trial, on which it may set attributes and constraints, and the checked pipeline, and returns the values of
-    the objectives. It may raise Stopped; any other error but an interrupt is the trial's reason to have failed, and the search goes on.
+    `evaluate` gets the notes of the trial, on which it may set attributes and constraints, and the checked pipeline, and returns the values
+    of the objectives. It may raise Stopped; any other error but an interrupt is the trial's reason to have failed, and the search goes on.
     `first` are the parameters of trials a new study begins with; the last third of the trials is the sampler's in any case.
-    `finished` is called with every trial that counts.
+    `finished` is called with every trial that counts. At the end the trials that other workers are still running are waited for, as long
+    as these live and at most `patience` seconds. Raises CompactMindError if the storage does not answer for minutes.
     """
     if n_trials < 1:
         raise CompactMindError(f"n_trials {n_trials} is not at least 1: for example --n_trials 30")
     if not study.get_trials(deepcopy=False):
         for point in shuffled_points(space, seed)[:n_trials] if strategy == "grid" else first[: n_trials - n_trials // 3]:
             study.enqueue_trial(point)
-    repeats, how = 0, strategy
+    repeats, how, waiting_since = 0, strategy, None
     while True:
-        retry_interrupted(study)
+        if retry_interrupted(study):
+            repeats = 0
         trials = study.get_trials(deepcopy=False)
         waiting = any(trial.state == TrialState.WAITING for trial in trials)
         if sum(map(is_counted, trials)) >= n_trials or repeats >= REPEATS or (strategy == "grid" and not waiting):
-            return
+            running = [trial.number for trial in trials if trial.state == TrialState.RUNNING]
+            waiting_since = waiting_since or _say_waiting(running)
+            if not running or time.monotonic() - waiting_since >= patience:
+                if running:
+                    print(f"trials {running} of other workers are still running: going on without them", flush=True)
+                return
+            _pause(POLL_SECONDS)
+            continue
         study.sampler = make_sampler(how, sampler, seed + len(trials))
-        trial = study.ask()
-        trial.set_user_attr("worker", this_worker())
-        pipeline = space.suggest(trial)
-        steps = read_pipeline(pipeline)
-        trial.set_user_attr("key", " ".join(step.identity() for step in steps))
-        trial.set_user_attr("pipeline", [step.described() for step in steps])
-        if _set_aside(study, trial, n_trials):
+        trial, steps, waiting_since = study.ask(), None, None
+        try:
+            steps = _prepare(study, space, trial, n_trials)
+            number = None if steps is None else _run(study, space, trial, steps, evaluate)
+        except UpdateFinishedTrialError:
+            number = None  # this worker was taken for dead before it had begun: the trial is queued once more
+        except (KeyboardInterrupt, SystemExit):
+            _interrupt(study, study.get_trials(deepcopy=False)[trial.number])
+            raise
+        if steps is None:
             repeats, how = repeats + 1, "random"  # who proposes what is known is not asked again at once
             continue
-        _run(study, trial, steps, evaluate)
-        how, ended = strategy, study.get_trials(deepcopy=False)[trial.number]
-        repeats = 0 if is_counted(ended) else repeats + 1
-        if is_counted(ended):
+        how, ended = strategy, None if number is None else study.get_trials(deepcopy=False)[number]
+        repeats = 0 if ended is not None and is_counted(ended) else repeats + 1
+        if ended is not None and is_counted(ended):
             finished(ended)
+
+
+def _say_waiting(running: list[int]) -> float:
+    if running:
+        print(f"waiting for trials {running} of other workers ...", flush=True)
+    return time.monotonic()
+
+
+def _pause(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 def shuffled_points(space: Space, seed: int) -> list[dict[str, Any]]:
@@ -220,55 +277,128 @@ def shuffled_points(space: Space, seed: int) -> list[dict[str, Any]]:
     return points
 
 
+def _prepare(study: optuna.Study, space: Space, trial: Trial, n_trials: int) -> list[Step] | None:
+    """Say who runs a trial and which pipeline it is; return its steps, or None if it need not be run and was set aside.
+
+    Raises UpdateFinishedTrialError if another worker has taken this one for dead.
+    """
+    trial.set_user_attr("alive_at", time.time())  # before the worker: of one elsewhere nothing else tells that it lives
+    trial.set_user_attr("worker", this_worker())
+    pipeline = space.suggest(trial)
+    steps = read_pipeline(pipeline)
+    trial.set_user_attr("pipeline", [step.described() for step in steps])
+    trial.set_user_attr("key", " ".join(step.identity() for step in steps))
+    if _set_aside(study, trial, n_trials):
+        return None
+    trial.set_user_attr("runs", True)
+    return steps
+
+
+def _others_decided(study: optuna.Study, trial: Trial) -> list[FrozenTrial]:
+    """Return the other trials that count, once it is settled which of them run the pipeline of this one: see the top of this file."""
+    key, pause, left_out = trial.user_attrs["key"], 0.01, (trial.number, trial.user_attrs.get("retry_of"))
+    while True:
+        others = [other for other in counted_trials(study) if other.number not in left_out]
+        undecided = [
+            other
+            for other in others
+            if other.state == TrialState.RUNNING
+            and ("key" not in other.user_attrs if other.number < trial.number else
+                 other.user_attrs.get("key") == key and "runs" not in other.user_attrs)
+        ]  # fmt: skip
+        if not undecided:
+            return others
+        _pause(pause)
+        pause = min(2 * pause, POLL_SECONDS)
+        retry_interrupted(study)
+
+
 def _set_aside(study: optuna.Study, trial: Trial, n_trials: int) -> bool:
     """Set a trial aside that need not be run, telling the sampler what is known of its pipeline; tell whether it was."""
     key, reason, twin = trial.user_attrs["key"], None, None
-    others = [other for other in counted_trials(study) if other.number != trial.number]
+    others = _others_decided(study, trial)
     for other in others:
         same = other.user_attrs.get("key") == key
         if same and other.state in (TrialState.COMPLETE, TrialState.PRUNED):
             reason, twin = f"the same pipeline as trial {other.number}", other
-        elif same and (other.state == TrialState.FAIL or other.number < trial.number):
+        elif same and (other.state == TrialState.FAIL or other.number < trial.number or "runs" in other.user_attrs):
             reason = f"the same pipeline as trial {other.number}"
     if sum(other.number < trial.number for other in others) >= n_trials:  # two workers asked for the last one
         reason = reason or f"{n_trials} trials are enough"
     if reason is None:
         return False
-    trial.set_user_attr("set_aside", reason)
-    if twin is None:
-        study.tell(trial, state=TrialState.FAIL)
-        return True
-    for name, value in twin.constraints.items():
-        trial.set_constraint(name, value)
-    if twin.state == TrialState.PRUNED:
-        for step, value in twin.intermediate_values.items():
-            trial.report(value, step)
-        study.tell(trial, state=TrialState.PRUNED)
-    else:
-        study.tell(trial, twin.values)
+    notes = Notes(study, trial.number)
+    notes.set_user_attr("set_aside", reason)
+    if twin is not None:
+        notes.constraints = dict(twin.constraints)
+        notes.value = next(iter(twin.intermediate_values.values()), None) if twin.state == TrialState.PRUNED else None
+    _told(study, trial, notes, None if twin is None else twin.values, TrialState.FAIL if twin is None else twin.state)
     return True
 
 
-def _run(study: optuna.Study, trial: Trial, steps: list[Step], evaluate) -> None:
+def _run(study: optuna.Study, space: Space, trial: Trial, steps: list[Step], evaluate) -> int | None:
+    """Run a trial and write down what came of it; return its number, or that of the trial its result went to, None if it is not needed."""
     started = time.perf_counter()
-    values, state, reason = None, TrialState.COMPLETE, None
+    values, state, reason, notes = None, TrialState.COMPLETE, None, Notes(study, trial.number)
     try:
         with sign_of_life(trial):
-            values = list(evaluate(trial, steps))
+            values = list(evaluate(notes, steps))
             if not all(value == value for value in values):
                 raise CompactMindError(f"the objectives are {values}")
     except Stopped as stop:
         reason, state = str(stop), TrialState.FAIL if len(study.directions) > 1 else TrialState.PRUNED
-        if state == TrialState.PRUNED and stop.value is not None:
-            trial.report(stop.value, 0)
+        if state == TrialState.PRUNED:
+            notes.value = stop.value
         if isinstance(stop, Skipped):
-            trial.set_user_attr("set_aside", reason)
+            notes.set_user_attr("set_aside", reason)
     except Exception as error:  # noqa: BLE001  out of memory, NaN, a recipe that does not fit: one trial, not the search
         reason, state = f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:500], TrialState.FAIL
-    trial.set_user_attr("seconds", time.perf_counter() - started)
-    trial.set_user_attr(
-        "memory_mb", psutil.Process().memory_info().rss / 1e6
-    )  # of the worker: it must not grow with the trials
-    if reason is not None:
-        trial.set_user_attr("reason", reason)
-    study.tell(trial, values if state == TrialState.COMPLETE else None, state=state)
+    notes.set_user_attr("seconds", time.perf_counter() - started)
+    memory = psutil.Process().memory_info().rss / 1e6  # of the worker: it must not grow with the trials
+    notes.set_user_attr("memory_mb", memory)
+    notes.set_user_attr("reason", reason)
+    values = values if state == TrialState.COMPLETE else None
+    if _told(study, trial, notes, values, state):
+        return trial.number
+    return _hand_over(study, space, trial, notes, values, state)
+
+
+def _told(study: optuna.Study, trial: Trial, notes: Notes, values: Sequence[float] | None, state: TrialState) -> bool:
+    """Write down how a trial ended; tell whether it ended like that, and not before because its worker was taken for dead."""
+    try:
+        notes.write(trial)
+        study.tell(trial, values if state == TrialState.COMPLETE else None, state=state)
+    except (ValueError, UpdateFinishedTrialError):
+        ended = study.get_trials(deepcopy=False)[trial.number].state
+        if not ended.is_finished():
+            raise
+        return ended == state
+    return True
+
+
+def _hand_over(
+    study: optuna.Study, space: Space, trial: Trial, notes: Notes, values: Sequence[float] | None, state: TrialState
+) -> int | None:
+    """Give what was measured for a trial that was taken away to the one queued instead; return its number, None if it is being run."""
+    while True:
+        for other in study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+            if other.user_attrs.get("retry_of") == trial.number and _taken(study, other):
+                again = Trial(study, other._trial_id)
+                if _prepare(study, space, again, math.inf) is None:
+                    return None
+                print(f"trial {trial.number} was taken for dead: what it measured is trial {again.number} now", flush=True)
+                return again.number if _told(study, again, notes, values, state) else None
+        others = [other for other in counted_trials(study) if other.number != trial.number and other.state != TrialState.FAIL]
+        same = ((other.user_attrs.get("key"), other.user_attrs.get("retry_of")) for other in others)
+        if any(key == trial.user_attrs["key"] or retry_of == trial.number for key, retry_of in same):
+            print(f"trial {trial.number} was taken for dead: another worker runs it, and this result is not needed", flush=True)
+            return None
+        study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})  # it had its second chance, and has a result
+
+
+def _taken(study: optuna.Study, waiting: FrozenTrial) -> bool:
+    """Take a trial that waits, as `ask` does; tell whether no other worker did."""
+    try:
+        return study._storage.set_trial_state_values(waiting._trial_id, state=TrialState.RUNNING)
+    except UpdateFinishedTrialError:
+        return False

@@ -71,7 +71,7 @@ class SearchProgress:
             found = f"{measured['perplexity']:>9.3f} {measured['compression_ratio']:>5.2f}x"
             found += "" if measured["compression_ratio"] >= self.target else " too large"
         else:
-            found = f"{trial.state.name.lower()}: {trial.user_attrs.get('reason', '')[:70]}"
+            found = f"{trial.state.name.lower()}: {(trial.user_attrs.get('reason') or '')[:70]}"
         so_far = f"best {best[0].user_attrs['measured']['perplexity']:.3f} (trial {best[0].number})" if best else "best -"
         print(
             f"trial {trial.number:>3} ({done}/{self.n_trials}) {SEPARATOR.join(methods_of(trial)):<34}{found:<28} "
@@ -145,16 +145,32 @@ def trials_table(study: optuna.Study, target: float, confirmed: dict[int, dict[s
     return "\n".join(lines)
 
 
-def write_findings(study: optuna.Study, folder: Path, target: float, confirmed: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Write tables, plots and the summary, which is returned; `confirmed`: trial -> what it gave on all windows."""
+def states_of(study: optuna.Study) -> dict[str, int]:
+    """Return how many of the trials that count are in which state."""
+    trials = counted_trials(study)
+    return {state.name: sum(trial.state == state for trial in trials) for state in TrialState}
+
+
+def write_findings(
+    study: optuna.Study,
+    folder: Path,
+    target: float,
+    confirmed: dict[int, dict[str, Any]],
+    depends_on: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write tables, plots and the summary, which is returned; `confirmed`: trial -> what it gave on all windows.
+
+    `depends_on` is what else the findings depend on, beside the trials: `known_findings` compares it. A plot that cannot be drawn costs a
+    line, not the search.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     trials = {trial.number: trial for trial in counted_trials(study)}
     hybrids, singles = [], []
     for trial in best_trials(study, target, len(trials)):
         (hybrids if is_hybrid([METHODS[name] for name in methods_of(trial)]) else singles).append(trial)
     summary: dict[str, Any] = {
-        "study": study.study_name, "target_compression": target, "trials": len(trials),
-        "states": {state.name: sum(trial.state == state for trial in trials.values()) for state in TrialState},
+        "study": study.study_name, "target_compression": target, "depends_on": depends_on, "trials": len(trials),
+        "states": states_of(study),
         "best": None, "confirmed": confirmed, "importances": importances(study), "retraining": retraining_gains(study),
         "best_hybrid": _row(hybrids[0]) if hybrids else None, "best_single": _row(singles[0]) if singles else None,
         "points": [_point(trial, target) for trial in trials.values()],
@@ -167,8 +183,23 @@ def write_findings(study: optuna.Study, folder: Path, target: float, confirmed: 
     summary = json.loads(json.dumps(summary))
     write_json_atomically(folder / "summary.json", summary)
     for name, draw in SEARCH_FIGURES.items():
-        save_figure(draw(summary), folder / f"{name}.png")
+        try:
+            save_figure(draw(summary), folder / f"{name}.png")
+        except Exception as error:  # noqa: BLE001  whatever a plot stumbles over: what it shows is in the summary
+            print(f"{folder / name}.png could not be drawn: {type(error).__name__}: {error}", flush=True)
     return summary
+
+
+def known_findings(study: optuna.Study, folder: Path, depends_on: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the summary in a folder if it is of this study as it is now and of nothing else, and names a best pipeline; else None."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        found = {name: summary[name] for name in ("study", "depends_on", "states", "best")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    wanted = {"study": study.study_name, "depends_on": json.loads(json.dumps(depends_on)), "states": states_of(study)}
+    running = found["states"].get("RUNNING")
+    return summary if found == wanted | {"best": found["best"]} and found["best"] and not running else None
 
 
 def _row(trial: FrozenTrial) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optuna import Trial
+from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
 from compactmind.methods.registry import METHODS, Method
@@ -179,6 +180,14 @@ def make_space(
             "allow more methods or steps"
         )
     return Space(orders, found)
+
+
+def check_space(space: Space, dense: PreTrainedModel) -> None:
+    """Raise CompactMindError if a choice of the space can never be made with this model, rather than trial by trial."""
+    for name in dict.fromkeys(name for order in space.orders for name in order):
+        method, choices = METHODS[name], space.choices[name]
+        for values in itertools.product(*choices.values()) if method.check else ():
+            method.check(dense, method.parameters(dict(zip(choices, values, strict=True))), False)
 
 
 def is_hybrid(methods: Sequence[Method]) -> bool:

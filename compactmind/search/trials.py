@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from optuna import Study, Trial
+from optuna import Study
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compactmind.checkpoint import save_checkpoint
@@ -26,7 +26,7 @@ from compactmind.methods.pruning.llama_structure import prunable_parameters
 from compactmind.methods.registry import Resources
 from compactmind.search.cache import PrefixCache
 from compactmind.search.compressor import Compressed, Measure, Step, run_pipeline, store_as_released, stored_bytes
-from compactmind.search.engine import Skipped, Stopped
+from compactmind.search.engine import Notes, Skipped, Stopped
 
 OBJECTIVES = ("perplexity", "bytes", "latency", "memory")
 SIMULATED = "simulated"
@@ -114,7 +114,7 @@ class TrialRunner:
                 bits_of_others = of_others or bits_of_others
         return self.released_bytes / (blocks * bits_of_blocks / 8 + others * bits_of_others / 8)
 
-    def evaluate(self, trial: Trial, steps: list[Step]) -> list[float]:
+    def evaluate(self, trial: Notes, steps: list[Step]) -> list[float]:
         """Return the values of the objectives of a pipeline and describe it on the trial.
 
         Raises Stopped where it is not worth going on, Skipped before anything is run.
@@ -136,7 +136,7 @@ class TrialRunner:
         trial.set_user_attr("steps", brief(compressed.steps))
         return [measured[name] for name in self.objectives]
 
-    def run(self, steps: Sequence[Step], trial: Trial | None = None) -> Compressed:
+    def run(self, steps: Sequence[Step], trial: Notes | None = None) -> Compressed:
         """Run a pipeline, measuring the first few windows after every step; with a trial, stop where it is hopeless.
 
         Among several objectives nothing is: what is far behind in perplexity may be ahead in another one.
@@ -178,12 +178,12 @@ class TrialRunner:
             found["latency"] = times["model"]["prefill"]["median_ms"]
         if "memory" in self.objectives:
             with TemporaryDirectory() as folder:
-                store_as_released(compressed, self.resources.released)
                 place = Path(folder) / "model"
-                save_checkpoint(
-                    place, compressed.model, self.tokenizer, kind=compressed.kind, parent=None, stage={},
-                    quantization=compressed.quantization, dtype=str(self.resources.released).removeprefix("torch."),
-                )  # fmt: skip
+                with store_as_released(compressed, self.resources.released):
+                    save_checkpoint(
+                        place, compressed.model, self.tokenizer, kind=compressed.kind, parent=None, stage={},
+                        quantization=compressed.quantization, dtype=str(self.resources.released).removeprefix("torch."),
+                    )  # fmt: skip
                 found["memory"] = peak_memory(place, 1, self.prompt_tokens)
         return found
 

@@ -40,6 +40,7 @@ from compactmind.methods.pruning.llama_structure import (
     rebuilt,
     remove_blocks,
     remove_hidden_channels,
+    require_class,
     shrink_block,
 )
 
@@ -99,43 +100,100 @@ class PruneRecipe:
             raise ValueError(f"protect {self.protect} leaves some blocks wider than others: it needs scope global")
 
 
-# ------------------------------------------------------------------------------------------------------- how much where
-def choose_masks(model: PreTrainedModel, scores: list[BlockScores], recipe: PruneRecipe) -> list[BlockMask]:
-    """Return what each block keeps. Raises CompactMindError if the recipe would empty a block or cannot meet its sparsity."""
-    blocks = llama_blocks(model)
+# --------------------------------------------------------------------------------------------- what can be told beforehand
+def check_prunable(model: PreTrainedModel, recipe: PruneRecipe, as_it_is: bool = True) -> None:
+    """Raise CompactMindError if a recipe cannot be carried out on a model, as far as its shapes tell: nothing is computed.
+
+    Not `as_it_is`: other steps come before, so that only what they cannot change is looked at: the type of the model.
+    """
+    require_class(model, unequal=recipe.scope == "global" and recipe.sparsity > 0)
+    if not as_it_is:
+        return
+    blocks, hidden = llama_blocks(model), model.config.hidden_size
+    block, count = blocks[0], len(blocks)
+    removable = max(0, count - 2 * recipe.protect)
+    if recipe.blocks and recipe.blocks >= removable:
+        raise CompactMindError(f"blocks {recipe.blocks} would leave none of the {removable} that may be removed")
+    gone = hidden - _hidden_channels_to_keep(hidden, recipe)
+    if recipe.scope == "uniform":
+        _check_equal(blocks)
+    if not recipe.sparsity:
+        return
+    _check_bundles(blocks, recipe)
+    per_channel = channel_parameters(block) - 3 * gone
+    per_group = group_parameters(block) - block.head_dim * 2 * (block.groups + 1) * gone
+    if recipe.scope == "uniform":
+        width, groups = block.up.out_features, block.k.out_features // block.head_dim
+        whole = width * per_channel + groups * per_group
+        for number in range(1, recipe.rounds + 1):
+            before = width * per_channel + groups * per_group
+            sparsity = max(0.0, 1 - (1 - recipe.sparsity * number / recipe.rounds) * whole / before)
+            width, groups = _uniform_widths((width, groups), (per_channel, per_group), replace(recipe, sparsity=sparsity))
+            _check_met(replace(recipe, sparsity=sparsity), 1 - (width * per_channel + groups * per_group) / before)
+    elif not recipe.blocks:  # else it depends on which ones go
+        free = blocks[recipe.protect : count - recipe.protect] if removable else []
+        most = total = 0
+        for each in blocks:
+            total += each.up.out_features * per_channel + each.k.out_features // each.head_dim * per_group
+        for each in free:  # the best bundle and the best group of each stay
+            most += max(0, each.up.out_features - recipe.round_to) * per_channel * ("channels" in recipe.structures)
+            most += (each.k.out_features // each.head_dim - 1) * per_group * ("groups" in recipe.structures)
+        if most / total < recipe.sparsity:
+            _check_met(recipe, most / total)
+
+
+def _check_bundles(blocks: list[LlamaBlock], recipe: PruneRecipe) -> None:
     narrowest = min(block.up.out_features for block in blocks)
     if recipe.round_to > narrowest and recipe.sparsity and "channels" in recipe.structures:
         raise CompactMindError(f"round_to {recipe.round_to} is more than the FFN width {narrowest}: choose a smaller multiple")
-    choose = _uniform_masks if recipe.scope == "uniform" else _global_masks
-    masks = choose(blocks, scores, recipe)
-    total = prunable_parameters(model)
-    found = 1 - sum(kept_parameters(block, mask) for block, mask in zip(blocks, masks, strict=True)) / total
+
+
+def _check_equal(blocks: list[LlamaBlock]) -> None:
+    if len({(block.up.out_features, block.k.out_features) for block in blocks}) > 1:
+        raise CompactMindError("scope uniform needs blocks of equal widths: use scope global")
+
+
+def _check_met(recipe: PruneRecipe, found: float) -> None:
+    """Raise CompactMindError if the share that is removed is not the sparsity of the recipe."""
     if abs(found - recipe.sparsity) > TOLERANCE:
         raise CompactMindError(
             f"sparsity {recipe.sparsity:.4g} cannot be met: {'/'.join(recipe.structures)} in steps of round_to {recipe.round_to} give "
             f"{found:.3f} at the closest without emptying a block; use other structures, a smaller round_to or scope global"
         )
+
+
+def _hidden_channels_to_keep(size: int, recipe: PruneRecipe) -> int:
+    """Return how many channels of the residual stream stay. Raises CompactMindError if round_to does not allow so few."""
+    if not recipe.hidden_sparsity:
+        return size
+    multiple = recipe.round_to
+    kept = min(size, max(multiple, round((1 - recipe.hidden_sparsity) * size / multiple) * multiple))
+    if abs(1 - kept / size - recipe.hidden_sparsity) > multiple / size / 2 + 1e-9:
+        raise CompactMindError(
+            f"hidden_sparsity {recipe.hidden_sparsity} would leave less than round_to {multiple} of {size} hidden channels: "
+            "choose a smaller one"
+        )
+    return kept
+
+
+# ------------------------------------------------------------------------------------------------------- how much where
+def choose_masks(model: PreTrainedModel, scores: list[BlockScores], recipe: PruneRecipe) -> list[BlockMask]:
+    """Return what each block keeps. Raises CompactMindError if the recipe would empty a block or cannot meet its sparsity."""
+    blocks = llama_blocks(model)
+    _check_bundles(blocks, recipe)
+    choose = _uniform_masks if recipe.scope == "uniform" else _global_masks
+    masks = choose(blocks, scores, recipe)
+    total = prunable_parameters(model)
+    _check_met(recipe, 1 - sum(kept_parameters(block, mask) for block, mask in zip(blocks, masks, strict=True)) / total)
     return masks
 
 
 def _uniform_masks(blocks: list[LlamaBlock], scores: list[BlockScores], recipe: PruneRecipe) -> list[BlockMask]:
     block, whole = blocks[0], full_mask(blocks[0])
     width, count = len(whole.channels), len(whole.groups)
-    if any((x.up.out_features, x.k.out_features) != (block.up.out_features, block.k.out_features) for x in blocks):
-        raise CompactMindError("scope uniform needs blocks of equal widths: use scope global")
-    all_of_it = width * channel_parameters(block) + count * group_parameters(block)
-    kept_groups = count
-    if "groups" in recipe.structures:
-        kept_groups = max(1, round(count * (1 - recipe.sparsity)))
-    kept_channels = width
-    if "channels" in recipe.structures:
-        wanted = ((1 - recipe.sparsity) * all_of_it - kept_groups * group_parameters(block)) / channel_parameters(block)
-        multiple = recipe.round_to
-        while multiple >= 1:
-            kept_channels = min(width, max(multiple, round(wanted / multiple) * multiple))
-            if abs(kept_channels - wanted) * channel_parameters(block) <= TOLERANCE * all_of_it or multiple == 1:
-                break
-            multiple //= 2
+    _check_equal(blocks)
+    each = channel_parameters(block), group_parameters(block)
+    kept_channels, kept_groups = _uniform_widths((width, count), each, recipe)
     masks = []
     for found in scores:
         mask = BlockMask(torch.zeros(width, dtype=torch.bool), torch.zeros(count, dtype=torch.bool))
@@ -143,6 +201,24 @@ def _uniform_masks(blocks: list[LlamaBlock], scores: list[BlockScores], recipe: 
         mask.groups[found.groups.topk(kept_groups).indices] = True
         masks.append(mask)
     return masks
+
+
+def _uniform_widths(widths: tuple[int, int], each: tuple[int, int], recipe: PruneRecipe) -> tuple[int, int]:
+    """Return how many channels and groups every block keeps; `each`: the parameters a channel and a group own."""
+    (width, count), (per_channel, per_group) = widths, each
+    all_of_it = width * per_channel + count * per_group
+    kept_channels, kept_groups = width, count
+    if "groups" in recipe.structures:
+        kept_groups = max(1, round(count * (1 - recipe.sparsity)))
+    if "channels" in recipe.structures:
+        wanted = ((1 - recipe.sparsity) * all_of_it - kept_groups * per_group) / per_channel
+        multiple = recipe.round_to
+        while multiple >= 1:
+            kept_channels = min(width, max(multiple, round(wanted / multiple) * multiple))
+            if abs(kept_channels - wanted) * per_channel <= TOLERANCE * all_of_it or multiple == 1:
+                break
+            multiple //= 2
+    return kept_channels, kept_groups
 
 
 def _global_masks(blocks: list[LlamaBlock], scores: list[BlockScores], recipe: PruneRecipe) -> list[BlockMask]:
@@ -340,8 +416,9 @@ def prune_llama(
     `windows` (windows, seq_len) of text are needed unless the criterion is l2 or random, nothing is compensated and no block
     or hidden channel is removed. `scores` spares scoring `model` if what the recipe asks for is known already, `states` running it on the
     windows if another pruning of it has; only the first round uses them, and only if no block or hidden channel goes before it. Raises
-    CompactMindError on a recipe that does not fit the model.
+    CompactMindError on a recipe that does not fit the model, before anything is computed wherever that can be told.
     """
+    check_prunable(model, recipe)
     if (windows is None or len(windows) == 0) and (recipe.compensate or recipe.blocks or recipe.hidden_sparsity):
         raise CompactMindError(
             "compensation and the removal of blocks or hidden channels need calibration text: use more text or a smaller --seq_len"
@@ -354,8 +431,6 @@ def prune_llama(
         ends = range(recipe.protect), range(len(influence) - recipe.protect, len(influence))
         for index in (*ends[0], *ends[1]):
             influence[index] = float("inf")
-        if recipe.blocks >= int(torch.isfinite(influence).sum()):
-            raise CompactMindError(f"blocks {recipe.blocks} would leave none of the {len(influence)} that may be removed")
         removed = set(influence.argsort()[: recipe.blocks].tolist())
         remove_blocks(model, removed)
     without_blocks = prunable_parameters(model)
@@ -375,15 +450,8 @@ def prune_llama(
 
 
 def _kept_hidden_channels(model: PreTrainedModel, recipe: PruneRecipe, windows: torch.Tensor) -> torch.Tensor:
-    size, multiple = model.config.hidden_size, recipe.round_to
-    kept = min(size, max(multiple, round((1 - recipe.hidden_sparsity) * size / multiple) * multiple))
-    if abs(1 - kept / size - recipe.hidden_sparsity) > multiple / size / 2 + 1e-9:
-        raise CompactMindError(
-            f"hidden_sparsity {recipe.hidden_sparsity} would leave less than round_to {multiple} of {size} hidden channels: "
-            "choose a smaller one"
-        )
-    keep = torch.zeros(size, dtype=torch.bool)
-    keep[hidden_importance(model, windows).topk(kept).indices] = True
+    keep = torch.zeros(model.config.hidden_size, dtype=torch.bool)
+    keep[hidden_importance(model, windows).topk(_hidden_channels_to_keep(len(keep), recipe)).indices] = True
     return keep
 
 

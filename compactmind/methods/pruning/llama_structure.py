@@ -10,7 +10,8 @@ hidden channel h               column h of the embeddings, of the head and of ev
                                linear that writes to it, weight h of every norm
 
 A model of equal widths is a Llama again, or, where the hidden size is no multiple of the heads that are left, a Mistral without
-sliding window, which computes the same (LlamaConfig refuses such a number of heads). Unequal widths need modeling_pruned_llama.py.
+sliding window, which computes the same (LlamaConfig refuses such a number of heads). Unequal widths, and biases beside such a number of
+heads, need modeling_pruned_llama.py.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from compactmind.errors import CompactMindError
 from compactmind.methods.llama import LINEARS, LlamaBlock, llama_blocks, stream_norms
 from compactmind.methods.pruning.modeling_pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM
 
@@ -155,17 +157,34 @@ def silence_hidden_channels(model: PreTrainedModel, keep: torch.Tensor) -> None:
                 linear.bias[gone] = 0
 
 
+def require_class(model: PreTrainedModel, unequal: bool) -> None:
+    """Raise CompactMindError unless a class describes a smaller version of a model; `unequal`: blocks may differ in their widths.
+
+    It is the model type that decides, so that this can be asked before anything is pruned.
+    """
+    kind = model.config.model_type
+    if kind not in PRUNABLE_TYPES:
+        raise CompactMindError(
+            f"a model of type {kind!r} cannot be pruned: no class describes its smaller version (those of {', '.join(PRUNABLE_TYPES)} "
+            "have one): leave prune out and quantize it, for example a search with --methods smooth w8a8 nf4"
+        )
+    if kind == "mistral" and unequal:
+        raise CompactMindError(
+            "a model of type 'mistral' cannot be pruned with scope global: no class describes a Mistral whose blocks differ in their "
+            """widths: use scope uniform, in a search --choices '{"prune.scope": ["uniform"]}'"""
+        )
+
+
 def rebuilt(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model whose class and configuration say what the blocks of `model`, whose weights it takes, have become.
 
-    Raises ValueError for model types that have no class for it.
+    Raises CompactMindError for model types that have no class for it, see `require_class`.
     """
-    config = model.config
-    if config.model_type not in PRUNABLE_TYPES:
-        raise ValueError(f"cannot rebuild a {config.model_type!r}: expected one of {', '.join(PRUNABLE_TYPES)}")
-    blocks = llama_blocks(model)
+    config, blocks = model.config, llama_blocks(model)
     key_value_heads = [block.k.out_features // block.head_dim for block in blocks]
     widths = [block.up.out_features for block in blocks]
+    uniform = len(set(key_value_heads)) == 1 and len(set(widths)) == 1
+    require_class(model, unequal=not uniform)
     groups, head_dim = blocks[0].groups, blocks[0].head_dim
     settings = config.to_dict()
     for name in (
@@ -178,22 +197,14 @@ def rebuilt(model: PreTrainedModel) -> PreTrainedModel:
     ):
         settings.pop(name, None)
     settings |= {"head_dim": head_dim, "num_hidden_layers": len(blocks), "intermediate_size": widths[0]}
-    uniform = len(set(key_value_heads)) == 1 and len(set(widths)) == 1
-    if uniform:
-        settings |= {"num_key_value_heads": key_value_heads[0], "num_attention_heads": groups * key_value_heads[0]}
-        fits_llama = config.hidden_size % settings["num_attention_heads"] == 0
-        if fits_llama and config.model_type != "mistral":
-            config_class, model_class = LlamaConfig, LlamaForCausalLM
-        else:
-            config_class, model_class = MistralConfig, MistralForCausalLM
+    heads = groups * key_value_heads[0]
+    fits_llama = config.hidden_size % heads == 0 and config.model_type != "mistral"
+    biased = any(linear.bias is not None for block in blocks for linear in (block.q, block.gate))  # a Mistral has none
+    if uniform and (fits_llama or not biased):
+        settings |= {"num_key_value_heads": key_value_heads[0], "num_attention_heads": heads}
+        config_class, model_class = (LlamaConfig, LlamaForCausalLM) if fits_llama else (MistralConfig, MistralForCausalLM)
+        if not fits_llama:
             settings["sliding_window"] = getattr(config, "sliding_window", None)
-            biased = any(linear.bias is not None for block in blocks for linear in (block.q, block.gate))
-            if biased:
-                raise ValueError(
-                    "a Llama with biases and this number of heads has no class in transformers: prune channels only"
-                )
-    elif config.model_type == "mistral":
-        raise ValueError("unequal widths of a Mistral have no class: use scope uniform")
     else:
         config_class, model_class = PrunedLlamaConfig, PrunedLlamaForCausalLM
         settings |= {"layer_num_key_value_heads": key_value_heads, "layer_intermediate_sizes": widths}
