@@ -18,18 +18,27 @@ from pathlib import Path
 import torch
 
 from common import PROFILE, QuantizeConfig, parse_command_line, run_stage
-from compactmind.checkpoint import is_up_to_date, load_checkpoint, read_manifest, save_checkpoint, weights_fingerprint
+from compactmind.checkpoint import (
+    check_outputs,
+    check_parent,
+    check_tokenizer,
+    is_up_to_date,
+    load_checkpoint,
+    read_manifest,
+    save_checkpoint,
+    weights_fingerprint,
+)
+from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import accuracy_of, predict_logits
-from compactmind.methods.quantization.packed_model import QUANTIZED_KINDS, quantize_model
+from compactmind.files import lock_directory
+from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
 
 # ------------------------------------------------------------------------------------------------------------ constants
 # Every field, its reason and its range: common.QuantizeConfig. For example: for_profile(PROFILE, method="int8")
 CONFIG = QuantizeConfig.for_profile(PROFILE)
-
-METHODS = (*QUANTIZED_KINDS, "w8a8")
 
 RELOAD_TOLERANCE = 0.0
 """Largest allowed difference of any logit between the quantized model and the same model loaded from its file."""
@@ -49,17 +58,15 @@ def quantize(name: str, method: str, config: QuantizeConfig, device: str) -> Non
         settings += ["double_quantization", "calibration_sentences"]
     stage = {
         "script": "3_quantize.py",
+        "code": code_version(__file__),
         "config": {"method": method, **config.relevant(*settings), "data": data_fingerprint(config.data_dir)},
         "inputs": {name: weights_fingerprint(source)},
     }
-    if not config.force and is_up_to_date(directory, stage):
+    if not config.force and is_up_to_date(directory, stage, config.verify):
         print(f"{directory} is up to date: skipped (--force True quantizes again)")
         return
     parent = load_checkpoint(source, device)
-    if parent.manifest["kind"] in METHODS:
-        raise CompactMindError(
-            f"{source} is quantized already ({parent.manifest['kind']}): name its parent in --parents instead"
-        )
+    check_tokenizer(parent.model, parent.tokenizer, source, padding=True)
 
     # ---- quantize and measure on the validation sentences
     validation = EncodedSentences(parent.tokenizer, load_split(config.data_dir, "validation"), config.max_length)
@@ -99,6 +106,7 @@ def quantize(name: str, method: str, config: QuantizeConfig, device: str) -> Non
     save_checkpoint(
         directory, parent.model, parent.tokenizer, kind=method, parent=name, stage=stage, metrics=metrics,
         quantization=description, data_fingerprint=data_fingerprint(config.data_dir), check=check,
+        beside=source,
     )  # fmt: skip
 
     size = {path: read_manifest(path)["files"]["model.safetensors"]["bytes"] / 1e6 for path in (source, directory)}
@@ -112,12 +120,18 @@ def quantize(name: str, method: str, config: QuantizeConfig, device: str) -> Non
 
 # ----------------------------------------------------------------------------------------------------------------- main
 def main(config: QuantizeConfig) -> None:
-    if config.method not in METHODS:
-        raise CompactMindError(f"unknown method {config.method!r}: choose one of {', '.join(METHODS)}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted = [(name, config.method) for name in config.parents] + [(name, "w8a8") for name in config.w8a8_parents]
-    for name, method in dict.fromkeys(wanted):
-        quantize(name, method, config, device)
+    device, models = "cuda" if torch.cuda.is_available() else "cpu", config.models_dir
+    asked = {"--parents": (config.method, config.parents), "--w8a8_parents": ("w8a8", config.w8a8_parents)}
+    for option, (_, names) in asked.items():
+        for name in names:
+            check_parent(models / name, option, "classifier", ("dense", "pruned"))
+    wanted = list(dict.fromkeys((name, method) for method, names in asked.values() for name in names))
+    check_outputs(
+        [models / f"{name}_{method}" for name, method in wanted], "3_quantize.py", [models / name for name, _ in wanted], models
+    )
+    for name, method in wanted:
+        with lock_directory(models / f"{name}_{method}"):
+            quantize(name, method, config, device)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ Time:  about 2.5 minutes on 2 CPU cores (embedded profile).
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,6 +23,8 @@ import torch
 
 from common import PROFILE, SmoothQuantConfig, parse_command_line, run_stage
 from compactmind.checkpoint import (
+    check_outputs,
+    check_released,
     identity_of,
     is_up_to_date,
     load_as_released,
@@ -30,12 +33,12 @@ from compactmind.checkpoint import (
     save_checkpoint,
     weights_fingerprint,
 )
+from compactmind.code_version import code_version
 from compactmind.data import data_fingerprint, read_dataset_description
-from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import weight_bytes
 from compactmind.evaluation.language import kernel_of
 from compactmind.evaluation.perplexity import paired_ratio, perplexity
-from compactmind.files import write_json_atomically
+from compactmind.files import lock_directory, write_json_atomically
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_model import PER_LAYER, W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama
 from compactmind.report.figures import save_figure
@@ -47,20 +50,6 @@ CONFIG = SmoothQuantConfig.for_profile(PROFILE)
 
 VALIDATION_WINDOWS = 8
 """Windows of validation text on which values of alpha are compared."""
-
-
-# ---------------------------------------------------------------------------------------------------------------- checks
-def check(config: SmoothQuantConfig) -> None:
-    """Raise CompactMindError on a setting that makes no sense, before anything is loaded."""
-    numbers = config.alpha_grid if isinstance(config.alpha, str) else (config.alpha,)
-    for alpha in numbers:
-        if not 0 <= alpha <= 1:
-            raise CompactMindError(f"alpha {alpha:g} is not in [0, 1]: for example --alpha 0.7, or --alpha per_layer")
-    if not numbers:
-        raise CompactMindError("alpha_grid is empty: for example --alpha_grid 0.5 0.7 0.9")
-    for name, least in (("calibration_windows", 1), ("seq_len", 2), ("eval_windows", 0)):
-        if getattr(config, name) < least:
-            raise CompactMindError(f"{name} {getattr(config, name)} is not at least {least}: for example --{name} 64")
 
 
 # ------------------------------------------------------------------------------------------------------------------ plot
@@ -89,8 +78,18 @@ def plot_alphas(description: dict, table: list[dict], path: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------- main
 def main(config: SmoothQuantConfig) -> None:
-    check(config)
     source = Path(config.model_path) if config.model_path else config.models_dir / "llama"
+    check_released(source)
+    names = [config.output_dir, f"{config.output_dir}_naive", config.nf4_dir] + [config.smoothed_dir] * config.save_smoothed
+    check_outputs([config.models_dir / name for name in names], "4_smoothquant_llama.py", [source], config.models_dir)
+    with ExitStack() as locks:
+        for name in sorted(names):
+            locks.enter_context(lock_directory(config.models_dir / name))
+        make_and_measure(config, source)
+
+
+def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
+    """Make what is not up to date of the models at the top of this file, then measure all."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     text = read_dataset_description(config.text_dir)["source"]["source"]
     report_path, plot_path = config.results_dir / "smoothquant.json", config.results_dir / "smoothquant.png"
@@ -98,14 +97,10 @@ def main(config: SmoothQuantConfig) -> None:
     # ---- what each output depends on: if none of it changed, the output is up to date
     settings = ("profile", "calibration_windows", "seq_len", "activations", "embeddings")
     fingerprint = data_fingerprint(config.text_dir)
-    inputs = {"model": identity_of(source)}
+    made_by = {"script": "4_smoothquant_llama.py", "code": code_version(__file__), "inputs": {"model": identity_of(source)}}
 
     def stage(*names: str, **more) -> dict:
-        return {
-            "script": "4_smoothquant_llama.py",
-            "config": {**config.relevant(*names), "text": fingerprint, **more},
-            "inputs": inputs,
-        }
+        return {**made_by, "config": {**config.relevant(*names), "text": fingerprint, **more}}
 
     smoothed_stage = stage(*settings, "alpha", "alpha_grid", "sites", "rotations")
     stages = {
@@ -119,12 +114,14 @@ def main(config: SmoothQuantConfig) -> None:
     def measured() -> dict:
         """Return what the numbers of the report depend on."""
         weights = {name: weights_fingerprint(config.models_dir / name) for name in stages}
-        return {"weights": {**inputs, **weights}, "text": fingerprint, **config.relevant("seq_len", "eval_windows")}
+        weights["model"] = made_by["inputs"]["model"]
+        return {"weights": weights, "text": fingerprint, "code": made_by["code"], **config.relevant("seq_len", "eval_windows")}
 
-    due = [name for name, wanted in stages.items() if config.force or not is_up_to_date(config.models_dir / name, wanted)]
+    places = {name: config.models_dir / name for name in stages}
+    due = [name for name, wanted in stages.items() if config.force or not is_up_to_date(places[name], wanted, config.verify)]
     for name in stages:
         if name not in due:
-            print(f"{config.models_dir / name} is up to date: skipped (--force True makes it again)")
+            print(f"{places[name]} is up to date: skipped (--force True makes it again)")
     if not due and plot_path.is_file() and measured_before(report_path) == measured():
         return
 
@@ -173,7 +170,7 @@ def main(config: SmoothQuantConfig) -> None:
     def save(name: str, model, kind: str, **manifest) -> None:
         save_checkpoint(
             config.models_dir / name, model, tokenizer, kind=kind, parent=source.name, stage=stages[name],
-            data_fingerprint=fingerprint, **manifest,
+            data_fingerprint=fingerprint, beside=source, **manifest,
         )  # fmt: skip
 
     for name in due:

@@ -544,11 +544,7 @@ def load_as_released(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
 
     Raises CompactMindError saying what is wrong with it.
     """
-    if not (path / "config.json").is_file():
-        raise CompactMindError(f"{path} holds no model (no config.json): run `python download_model.py`, or give --model_path")
-    if (path / MANIFEST).is_file():
-        check_parent(path, "--model_path", "language model", ("dense", "pruned"))
-    _refuse_quantized(path)
+    check_released(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True).eval()
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -559,8 +555,12 @@ def load_as_released(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     return model, tokenizer
 
 
-def _refuse_quantized(path: Path) -> None:
-    """Raise CompactMindError for the folder of a model that is quantized already, whoever made it."""
+def check_released(path: Path) -> None:
+    """Raise CompactMindError, before it is loaded, if a folder holds no dense causal LM: nothing, a classifier, a quantized model."""
+    if not (path / "config.json").is_file():
+        raise CompactMindError(f"{path} holds no model (no config.json): run `python download_model.py`, or give --model_path")
+    if (path / MANIFEST).is_file():
+        check_parent(path, "--model_path", "language model", ("dense", "pruned"))
     try:
         quantized = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError) as error:

@@ -94,11 +94,19 @@ def require_free_space(directory: Path, needed_bytes: int) -> None:
         )
 
 
-def why_unwritable(error: BaseException) -> str | None:
-    """Return in words why the operating system refused to write, None if this error is about something else."""
-    reason = UNWRITABLE.get(getattr(error, "errno", None))
-    # safetensors reports a failed write as an exception of its own, so the text is looked at too.
-    return UNWRITABLE[errno.ENOSPC] if reason is None and "No space left" in str(error) else reason
+def why_unwritable(error: BaseException | None) -> str | None:
+    """Return in words why the operating system refused to write, None if this error is about something else.
+
+    Libraries report a failed write as an exception of their own: safetensors says why in its text, torch.save raised it while it
+    handled the system's.
+    """
+    while error is not None:
+        if reason := UNWRITABLE.get(getattr(error, "errno", None)):
+            return reason
+        if "No space left" in str(error):
+            return UNWRITABLE[errno.ENOSPC]
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextlib.contextmanager

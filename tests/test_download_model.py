@@ -59,7 +59,9 @@ def smoke(**changes) -> DownloadConfig:
 
 def written(folder) -> set[str]:
     """Return what a run has written: the names in models/ and the sentence files."""
-    models = {path.name for path in (folder / "models").iterdir() if path.name != LOCKS} if (folder / "models").exists() else set()
+    models = (
+        {path.name for path in (folder / "models").iterdir() if path.name != LOCKS} if (folder / "models").exists() else set()
+    )
     return models | {path.name for path in (folder / "sst2_data").iterdir() if path.is_file()}
 
 

@@ -6,7 +6,12 @@ from compactmind.report.goals import goals
 
 
 def classifier(
-    name: str, accuracy: float, size: float = 80.0, milliseconds: float = 300.0, gflops: float = 2.0, made_from: str | None = None
+    name: str,
+    accuracy: float,
+    size: float = 80.0,
+    milliseconds: float = 300.0,
+    gflops: float = 2.0,
+    made_from: str | None = None,
 ) -> dict:
     latency = {
         "batch_1": {"median_ms": 1.0, "speedup": 9.0},

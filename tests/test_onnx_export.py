@@ -1,6 +1,7 @@
 """Classifiers as ONNX: equal logits for any shape, the int8 product as such in the file, a clear word where the packages are missing."""
 
 import os
+import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_the_file_is_the_same_whatever_machine_writes_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize("earlier", [b"an earlier export", None])
 def test_a_file_that_fails_its_check_never_takes_the_place_of_another(tmp_path, earlier):
     path, checked = tmp_path / FILE, []
-    left_by_a_kill = tmp_path / f".{FILE}.tmp-{2**22 + 1}-x"  # the process is gone: no system has so many
+    left_by_a_kill = tmp_path / f".{FILE}.tmp-{socket.gethostname()}-{2**22 + 1}-x"  # the process is gone: no system has so many
     left_by_a_kill.write_bytes(b"half")
     os.utime(left_by_a_kill, (0, 0))
     if earlier:

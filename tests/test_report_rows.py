@@ -93,7 +93,9 @@ def workspace(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("rows")
     sentences = helpers.make_sentences(60)
     write_dataset(
-        folder / "sst2_data", {"train": sentences[:20], "validation": sentences[20:30], "test": sentences[30:]}, {"source": "made up"}
+        folder / "sst2_data",
+        {"train": sentences[:20], "validation": sentences[20:30], "test": sentences[30:]},
+        {"source": "made up"},
     )
     helpers.add_llama(folder)
     models = folder / "models"
@@ -207,7 +209,11 @@ def test_an_onnx_file_that_is_none_costs_its_own_numbers_only(reported):
     pytest.importorskip("onnxruntime")
     _, _, rows = reported
     row = rows["student_distilled"]
-    assert "onnx_latency" not in row and list(row["not_measured"]) == ["onnx_latency"] and row["latency"]["batch_1"]["speedup"] == 1
+    assert (
+        "onnx_latency" not in row
+        and list(row["not_measured"]) == ["onnx_latency"]
+        and row["latency"]["batch_1"]["speedup"] == 1
+    )
 
 
 def test_only_what_lacks_something_is_measured_again(reported):
@@ -267,7 +273,9 @@ def test_what_is_measured_survives_what_comes_after_it(workspace, tmp_path):
 
     status, output, rows = run(folder, measure_language_models=interrupted)
     assert status == 1 and "stopped" in output
-    assert rows["student_distilled"]["status"] == "measured" and rows["student_distilled"]["latency"]["batch_32"]["median_ms"] > 0
+    assert (
+        rows["student_distilled"]["status"] == "measured" and rows["student_distilled"]["latency"]["batch_32"]["median_ms"] > 0
+    )
     assert (rows["llama"]["status"], rows["llama"]["command"]) == ("not run", "python 6_evaluate_report.py")
     status, output, rows = run(folder)
     assert status == 0 and rows["llama"]["status"] == "measured", output
@@ -352,7 +360,9 @@ def drawn(report) -> str:
     for draw in (latency, perplexity_against_size):
         for axes in draw(report).axes:
             legend = axes.get_legend()
-            words += [label.get_text().split(":")[0] for label in (*axes.get_yticklabels(), *(legend.get_texts() if legend else ()))]
+            words += [
+                label.get_text().split(":")[0] for label in (*axes.get_yticklabels(), *(legend.get_texts() if legend else ()))
+            ]
     return "".join(f">{word}<" for word in words)
 
 

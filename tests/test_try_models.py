@@ -141,7 +141,9 @@ def test_the_labels_are_the_model_s_own(run, tmp_path, tokenizer, labels, expect
         inputs = tokenizer(text, return_tensors="pt")
         chances = helpers.logits_of(model, {key: inputs[key] for key in ("input_ids", "attention_mask")}).softmax(-1)[0]
         found = json.loads(line)
-        assert found["label"] == expected[int(chances.argmax())] and found["score"] == pytest.approx(chances.max().item(), abs=1e-5)
+        assert found["label"] == expected[int(chances.argmax())] and found["score"] == pytest.approx(
+            chances.max().item(), abs=1e-5
+        )
         assert ("positive" in found) == (len(labels) == 2)
         if "positive" in expected and len(labels) == 2:
             assert found["positive"] == pytest.approx(chances[expected.index("positive")].item(), abs=1e-5)
@@ -227,7 +229,10 @@ def test_a_base_model_of_this_project_is_no_classifier(run, folder, tokenizer):
 # ------------------------------------------------------------------------------------------------------------- odd texts
 def test_lines_that_are_not_utf_8_are_named(run):
     status, output, error = run("classify.py", "--batch_size", "1", stdin=b"good\n\xef\xbb\xbf\nun caf\xe9\nbad\n")
-    assert status == 1 and error == "error: line 3 of standard input is not UTF-8: convert it, for example with `iconv -f latin1 -t utf-8`"
+    assert (
+        status == 1
+        and error == "error: line 3 of standard input is not UTF-8: convert it, for example with `iconv -f latin1 -t utf-8`"
+    )
     assert [line.split("\t")[2] for line in output.splitlines()] == ["good", "\ufeff"]
     assert run("classify.py", stdin="\ufeffgood\n")[1].endswith("\tgood\n")  # a file of Windows begins so
     assert "text 1 is not UTF-8" in run("classify.py", "un caf\udce9")[2]  # as Python gives such an argument
