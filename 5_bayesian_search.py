@@ -42,6 +42,8 @@ from compactmind.checkpoint import (
     identity_of,
     is_up_to_date,
     load_as_released,
+    load_checkpoint,
+    read_manifest,
     save_checkpoint,
 )
 from compactmind.code_version import code_version
@@ -200,46 +202,51 @@ def make_and_save(
         "inputs": {"model": context["model"]},
     }  # fmt: skip
     check_outputs([output], "5_bayesian_search.py", [source_of(config)], config.models_dir)
+    path = config.results_dir / f"pipeline_{output.name}.json"
     with only_writer(output):
-        if not config.force and is_up_to_date(output, stage, config.verify):
+        made = not config.force and is_up_to_date(output, stage, config.verify)
+        record = read_manifest(output) if made else {}
+        if "layer_errors" in record and path.is_file():
             print(f"{output} is up to date: skipped (--force True makes it again)")
             return
         material = read_material(config, lambda dense: check_steps(steps, dense))
         resources = material.resources
-        if sum(step.method.kind == "retrain" for step in steps) == 1:  # two could not tell their states apart
-            resources.resume = TrainingState(output, stage)
-        found = run_pipeline(steps, resources, material.on_test, cache=None if config.force else cache_of(config))
-        dense_losses = found.steps[0]["losses"]
-        for row in found.steps:
-            row["against_dense"] = paired_ratio(row.pop("losses"), dense_losses)
-        record = {"pipeline": found.steps, "interaction": None, "layer_errors": None, **(extra or {})}
-        with store_as_released(found, resources.released):
-            save_checkpoint(
-                output, found.model, material.tokenizer, kind=found.kind, parent=material.source.name, stage=stage,
-                quantization=found.quantization, data_fingerprint=material.fingerprint, extra=record,
-                dtype=str(resources.released).removeprefix("torch."), beside=material.source,
-            )  # fmt: skip
-        if resources.resume:
-            resources.resume.clear()
+        if made:  # and this process was killed before it had measured the rest
+            record = {name: record[name] for name in ("pipeline", *(extra or {}))}
+            model = load_checkpoint(output, resources.device).model
+        else:
+            if sum(step.method.kind == "retrain" for step in steps) == 1:  # two could not tell their states apart
+                resources.resume = TrainingState(output, stage)
+            found = run_pipeline(steps, resources, material.on_test, cache=None if config.force else cache_of(config))
+            model, dense_losses = found.model, found.steps[0]["losses"]
+            for row in found.steps:
+                row["against_dense"] = paired_ratio(row.pop("losses"), dense_losses)
+            record = {"pipeline": found.steps, **(extra or {})}
+            with store_as_released(found, resources.released):
+                save_checkpoint(
+                    output, model, material.tokenizer, kind=found.kind, parent=material.source.name, stage=stage,
+                    quantization=found.quantization, data_fingerprint=material.fingerprint, extra=record,
+                    dtype=str(resources.released).removeprefix("torch."), beside=material.source,
+                )  # fmt: skip
+            if resources.resume:
+                resources.resume.clear()
 
         # ---- the model is safe: what else there is to know of it
         errors = diagnosed(
-            "the error of every layer",
-            lambda: layer_errors(resources.teacher(), found.model, resources.held_out[:ERROR_WINDOWS]),
+            "the error of every layer", lambda: layer_errors(resources.teacher(), model, resources.held_out[:ERROR_WINDOWS])
         )
-        together = diagnosed("the interaction", lambda: interaction(steps, resources, material.on_test, found.steps))
+        together = diagnosed("the interaction", lambda: interaction(steps, resources, material.on_test, record["pipeline"]))
         record |= {"interaction": together, "layer_errors": errors}
         add_to_manifest(output, record)
-    path = config.results_dir / f"pipeline_{output.name}.json"
-    write_json_atomically(path, record)
+        write_json_atomically(path, record)
     print(f"\n{'step':<12}{'perplexity':>12}{'against dense [95%, paired]':>32}{'seconds':>10}")
-    for row in found.steps:
+    for row in record["pipeline"]:
         low, high = (bound - 1 for bound in row["against_dense"]["interval"])
         against = f"{row['against_dense']['ratio'] - 1:+.2%} [{low:+.2%}, {high:+.2%}]"
         print(f"{row['method']:<12}{row['perplexity']:>12.3f}{against:>32}{row['seconds']:>10.0f}")
     if together is not None:
         print(f"interaction of quantization with the rest: {together:+.4f} nats")
-    print(f"{json.dumps(found.steps[0]['protocol'])}\nsaved to {output}, steps in {path}")
+    print(f"{json.dumps(record['pipeline'][0]['protocol'])}\nsaved to {output}, steps in {path}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- search

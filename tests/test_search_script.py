@@ -63,6 +63,26 @@ def test_a_second_run_has_nothing_to_do(finished, run_here):
     assert status == 0 and "up to date" in output
 
 
+def test_what_a_kill_left_unmeasured_of_a_finished_model_is_measured_by_the_next_run(finished, run_here, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    place, path = folder / "models" / "llama_pruned", folder / "results" / "pipeline_llama_pruned.json"
+    manifest, written, weights = (
+        read_manifest(place),
+        path.read_text(encoding="utf-8"),
+        (place / "model.safetensors").stat().st_mtime_ns,
+    )
+    left = {name: value for name, value in manifest.items() if name not in ("interaction", "layer_errors")}
+    for cut in (True, False):  # before the manifest was complete, and before the file was written
+        if cut:
+            (place / "manifest.json").write_text(json.dumps(left), encoding="utf-8")
+        path.unlink()
+        status, output = run_here("--strategy", "fixed", cwd=folder)
+        assert status == 0 and "prune {" not in output, output
+        assert read_manifest(place) == manifest and path.read_text(encoding="utf-8") == written
+        assert (place / "model.safetensors").stat().st_mtime_ns == weights  # nothing was made again
+
+
 def test_a_pipeline_that_begins_like_another_takes_that_beginning_over(finished, run_here, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(finished[0], folder)
