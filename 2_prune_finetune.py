@@ -15,6 +15,7 @@ speed.
 """
 
 import datetime
+import json
 import math
 import time
 from pathlib import Path
@@ -31,6 +32,7 @@ from compactmind.checkpoint import (
     check_tokenizer,
     is_up_to_date,
     load_checkpoint,
+    read_manifest,
     save_checkpoint,
     weights_fingerprint,
 )
@@ -109,8 +111,12 @@ def compact_and_compare(model: torch.nn.Module, masks: list[LayerMask], validati
 
 
 # ----------------------------------------------------------------------------------------------------------------- plot
-def plot_history(history: list[dict], title: str, path: Path) -> None:
-    """Draw validation accuracy and sparsity over epochs, phases shaded."""
+def plot_history(directory: Path, path: Path) -> None:
+    """Draw validation accuracy and sparsity of a checkpoint over its epochs, phases shaded."""
+    manifest = read_manifest(directory)
+    history = json.loads((directory / "training_history.json").read_text(encoding="utf-8"))
+    title = f"{manifest['experiment_name']}: {manifest['stage']['config']['criterion']}"
+    title += f", {manifest['metrics']['sparsity']:.0%} of heads + FFN removed"
     colours = {"warmup": "#fff3d6", "pruning": "#fbdcd5", "recovery": "#dcefe0"}
     epochs = [row["epoch"] for row in history]
     figure, left = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
@@ -151,11 +157,16 @@ def main(config: PruneConfig) -> None:
             **({"teacher": weights_fingerprint(teacher)} if config.alpha > 0 else {}),
         },
     }  # fmt: skip
+    plot = config.results_dir / f"{config.output_dir}_history.png"
     with only_writer(directory, accelerator):
-        if config.force or not is_up_to_date(directory, stage, config.verify):
+        due = config.force or not is_up_to_date(directory, stage, config.verify)
+        if due:
             prune(config, accelerator, stage)
         else:
             accelerator.print(f"{directory} is up to date: skipped (--force True prunes again)")
+        if accelerator.is_main_process and (due or not plot.is_file()):
+            plot_history(directory, plot)
+            print(f"plot {plot}")
 
 
 def prune(config: PruneConfig, accelerator: Accelerator, stage: dict) -> None:
@@ -359,11 +370,9 @@ def prune(config: PruneConfig, accelerator: Accelerator, stage: dict) -> None:
         beside=config.models_dir / config.parent,
     )  # fmt: skip
     resume.clear()
-    plot = config.results_dir / f"{config.output_dir}_history.png"
-    plot_history(history, f"{name}: {config.criterion}, {sparsity:.0%} of heads + FFN removed", plot)
     print(
         f"{config.output_dir}: {1 - prunable_parameters(model) / dense_parameters:.1%} of the prunable parameters removed, "
-        f"validation accuracy {best['accuracy']:.2%} (epoch {best['epoch']})\nsaved to {directory}, plot {plot}"
+        f"validation accuracy {best['accuracy']:.2%} (epoch {best['epoch']})\nsaved to {directory}"
     )
     warn_of_chance(config.output_dir, best["accuracy"], splits["validation"].labels, accelerator)
 

@@ -387,7 +387,7 @@ def run_search(config: SearchConfig, output: Path) -> None:
         summary = write_findings(study, folder, config.target_compression, confirmed, depends_on)
     print(trials_table(study, config.target_compression, confirmed))
     print(f"\nbest: trial {summary['best']['trial']}; any of them again: {replay_command(config, summary['best']['trial'])}")
-    print(f"to look into the study: optuna-dashboard {storage}")
+    print(f"to look into the study: optuna-dashboard {without_password(storage)}")
     save_best(config, study, storage, summary["best"], output)
 
 

@@ -531,4 +531,5 @@ def show(config: StageConfig) -> None:
     """Print the resolved settings of a stage."""
     print(f"# {Path(sys.argv[0]).name}, profile {config.profile}")
     changed = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("profile", "force", "verify")}
-    print("# " + ", ".join(f"{name}={value}" for name, value in changed.items()))
+    line = ", ".join(f"{name}={value}" for name, value in changed.items())
+    print("# " + re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", line))  # no password of a database

@@ -179,6 +179,14 @@ def test_the_plot_is_a_picture(finished):
     assert len({tuple(pixel) for pixel in picture[::7, ::7].reshape(-1, picture.shape[2]).tolist()}) > 5  # not blank
 
 
+def test_a_plot_that_a_killed_run_has_not_drawn_is_drawn_by_the_next(copy, run_here):
+    plot, before = copy / "results" / "student_pruned_history.png", digest(copy, "student_pruned")
+    plot.unlink()
+    status, output = run_here("2_prune_finetune.py", cwd=copy)
+    assert status == 0 and "is up to date" in output and "plot results/student_pruned_history.png" in output, output
+    assert matplotlib.image.imread(plot).shape[0] > 300 and digest(copy, "student_pruned") == before
+
+
 def test_training_learns_what_the_words_say(copy, run_here):
     assert run_here("download_model.py", "--max_rows", 400, cwd=copy)[0] == 0
     learning = ("--freeze_word_embeddings", False, "--log_every", 50)  # the words of the tiny BERT are random numbers
@@ -205,7 +213,7 @@ def test_scripts_print_their_settings_their_progress_and_where_the_result_is(fin
         assert f"{name}: saved to models/{name}" in outputs["1_distill.py"]
     assert re.search(r"student_distilled +step +16/16 \| loss .* \| lr .* sentences/s \| left 0:00", outputs["1_distill.py"])
     assert re.search(r"student_pruned +compacted: .* heads \[\d\], FFN \[\d+\]", outputs["2_prune_finetune.py"])
-    assert "saved to models/student_pruned, plot results/student_pruned_history.png" in outputs["2_prune_finetune.py"]
+    assert outputs["2_prune_finetune.py"].endswith("saved to models/student_pruned\nplot results/student_pruned_history.png\n")
 
 
 # --------------------------------------------------------------------------------------------------- up to date or again
