@@ -248,6 +248,32 @@ def _run(command: list[str], cwd: Path, processes: int) -> subprocess.CompletedP
     return subprocess.run(command, cwd=cwd, env=environment(cwd), stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
 
+NEXT = "----8<----"
+IN_TURN = f"""
+import json, runpy, sys
+for command in json.loads(sys.argv[1]):
+    print({NEXT!r}, end="", flush=True)
+    sys.path[0], sys.argv = {str(REPOSITORY)!r}, command
+    runpy.run_path(command[0], run_name="__main__")
+"""
+
+
+def run_scripts(*runs: tuple, cwd: Path) -> list[str]:
+    """Run scripts one after the other in one process beside this one, as `run_script` does in one each, and return what each printed.
+
+    A run is (name, *arguments). Raises AssertionError with everything that was printed if one fails.
+    """
+    commands = [_command(name, arguments)[1:] for name, *arguments in runs]
+    result = subprocess.run(
+        [sys.executable, "-c", IN_TURN, json.dumps(commands)], cwd=cwd, env=environment(cwd), stdin=subprocess.DEVNULL,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    outputs = result.stdout.split(NEXT)[1:]
+    assert len(outputs) == len(runs)
+    return outputs
+
+
 def _heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell makes its background jobs ignore it, and children inherit that
 

@@ -10,6 +10,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, MistralConfig, MistralFo
 
 from compactmind.checkpoint import MANIFEST, WEIGHTS, is_up_to_date, load_checkpoint, read_manifest, save_checkpoint
 from compactmind.errors import CompactMindError
+from compactmind.files import sha256_of
 from compactmind.methods.llama import LINEARS, is_llama, llama_blocks, llama_shapes
 
 STAGE = {"script": "download_model.py", "config": {"source": "made up"}, "inputs": {"weights": "abc"}}
@@ -178,7 +179,7 @@ def test_a_tensor_that_does_not_fit_is_refused_with_the_command_that_makes_the_m
         tensors["model.layers.2.mlp.up_proj.weight"] = tensors[name].clone()
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     manifest = helpers.read_json(directory / MANIFEST)
-    manifest["files"][WEIGHTS]["bytes"] = (directory / WEIGHTS).stat().st_size
+    manifest["files"][WEIGHTS] = {"bytes": (directory / WEIGHTS).stat().st_size, "sha256": sha256_of(directory / WEIGHTS)}
     (directory / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CompactMindError, match="llama could not be loaded (.|\n)*python download_model.py"):
         load_checkpoint(directory)

@@ -55,12 +55,9 @@ def ran(tmp_path_factory):
         text = "".join(f" = Article {n} = \n {s.text} . \n\n" for n, s in enumerate(helpers.make_sentences(400, seed=seed)))
         (folder / "wikitext_data" / f"wiki.{name}.raw").write_text(text, encoding="utf-8")
 
-    output = []
-    for name, *arguments in RUNS:
-        result = helpers.run_script(name, "--profile", "paper", *arguments, cwd=folder)
-        assert result.returncode == 0, f"{name}\n{result.stdout}\n{result.stderr}"
-        assert f"# {name}, profile paper" in result.stdout
-        output.append(result.stdout)
+    output = helpers.run_scripts(*((name, "--profile", "paper", *arguments) for name, *arguments in RUNS), cwd=folder)
+    for (name, *_), printed in zip(RUNS, output, strict=True):
+        assert f"# {name}, profile paper" in printed
     return folder, output
 
 

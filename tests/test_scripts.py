@@ -33,11 +33,8 @@ LONG_PRUNE = ("--epochs", 9, "--prune_end_epoch", 5, "--patience", 9)
 def finished(tmp_path_factory):
     """A directory in which download_model.py, 1_distill.py and 2_prune_finetune.py have run, and what each printed."""
     folder = helpers.make_workspace(tmp_path_factory.mktemp("finished"))
-    outputs = {}
-    for name in ("download_model.py", "1_distill.py", "2_prune_finetune.py"):
-        result = helpers.run_script(name, cwd=folder)
-        assert result.returncode == 0, f"{name}\n{result.stdout}\n{result.stderr}"
-        outputs[name] = result.stdout
+    names = ("download_model.py", "1_distill.py", "2_prune_finetune.py")
+    outputs = dict(zip(names, helpers.run_scripts(*((name,) for name in names), cwd=folder), strict=True))
     return folder, outputs
 
 
@@ -213,7 +210,8 @@ def test_scripts_print_their_settings_their_progress_and_where_the_result_is(fin
         assert f"{name}: saved to models/{name}" in outputs["1_distill.py"]
     assert re.search(r"student_distilled +step +16/16 \| loss .* \| lr .* sentences/s \| left 0:00", outputs["1_distill.py"])
     assert re.search(r"student_pruned +compacted: .* heads \[\d\], FFN \[\d+\]", outputs["2_prune_finetune.py"])
-    assert outputs["2_prune_finetune.py"].endswith("saved to models/student_pruned\nplot results/student_pruned_history.png\n")
+    assert "saved to models/student_pruned\n" in outputs["2_prune_finetune.py"]
+    assert outputs["2_prune_finetune.py"].endswith("plot results/student_pruned_history.png\n")
 
 
 # --------------------------------------------------------------------------------------------------- up to date or again

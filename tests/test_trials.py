@@ -239,10 +239,10 @@ def test_memory_does_not_grow_with_the_trials(windows, tmp_path):
     space = make_space(("prune", "retrain", "smooth", "w8a8", "nf4"), choices=choices)
     runner, kept = make_runner(windows, tmp_path, target=0.1), []
     study = open_study("memory", f"sqlite:///{tmp_path / 'study.db'}", {})
-    search(study, space, 30, runner.evaluate, strategy="random", seed=3, finished=lambda _: kept.append(tensor_bytes()))
-    assert len(kept) == 30 and len({trial.user_attrs["key"] for trial in counted_trials(study)}) == 30
+    search(study, space, 18, runner.evaluate, strategy="random", seed=3, finished=lambda _: kept.append(tensor_bytes()))
+    assert len(kept) == 18 and len({trial.user_attrs["key"] for trial in counted_trials(study)}) == 18
     model = sum(weight.numel() * 4 for weight in helpers.make_llama().parameters())
     assert (
-        max(kept[20:]) < max(kept[:20]) + model
+        max(kept[10:]) < max(kept[:10]) + model
     )  # what is remembered of the dense model comes early; no trial leaves its own behind
     assert all(trial.user_attrs["memory_mb"] > 0 for trial in counted_trials(study))
