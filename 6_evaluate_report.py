@@ -292,7 +292,7 @@ def protocols(config: ReportConfig, description: dict) -> dict[str, str]:
         "gmacs_thop": f"thop's multiply-accumulates / 1e9, batch 1, {length} tokens, attention matmuls not included",
         "size_mb": "1e6 bytes of the weight files",
         "parameters": "counted before packing",
-        "load_seconds": "median of 3 loads from a warm page cache, tokenizer included",
+        "load_seconds": "median of 3 loads from a warm page cache, tokenizer and the check of what is read included",
         "latency": f"forward pass, {length} tokens, {where}, median of {config.latency_repeats} rounds after 2 of warm-up, 10th to "
         f"90th percentile; all models take turns in each round; speed-up = median ratio to {config.reference} within a round",
         "peak_memory_mb": f"1e6 bytes a fresh process adds when it loads the model and runs batch {max(config.latency_batches)} of "
