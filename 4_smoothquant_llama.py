@@ -64,7 +64,9 @@ def plot_alphas(description: dict, table: list[dict], path: Path) -> None:
     for (name, level), style, colour in zip(levels, ("-", "--", ":"), ("#4d4d4d", "#b03a2e", "#2e7d32"), strict=False):
         left.axhline(level, ls=style, color=colour, label=name)
     left.set(
-        xlabel="alpha", ylabel="KL to the dense model (nats a token)", title=f"Alpha, {VALIDATION_WINDOWS} windows of validation text"
+        xlabel="alpha",
+        ylabel="KL to the dense model (nats a token)",
+        title=f"Alpha, {VALIDATION_WINDOWS} windows of validation text",
     )
     left.legend(frameon=False)
     for site, marker in zip(description["sites"], "osv^", strict=False):

@@ -198,8 +198,14 @@ def test_the_same_data_and_protocol_can_be_compared(report):
 def make_llama_2(report, perplexity: float = 5.472, **protocol) -> None:
     dense = report["models"][3]
     dense |= {"model_name": "hub meta-llama/Llama-2-7b-hf", "perplexity": perplexity}
-    dense["protocol"] = {"text": "hub Salesforce/wikitext, test", "join": "\n\n", "seq_len": 2048, "windows": 166, "windows_from": "spread",
-                         **protocol}
+    dense["protocol"] = {
+        "text": "hub Salesforce/wikitext, test",
+        "join": "\n\n",
+        "seq_len": 2048,
+        "windows": 166,
+        "windows_from": "spread",
+        **protocol,
+    }
     report["settings"]["eval_windows"] = 0
 
 
@@ -257,7 +263,13 @@ def test_the_page_stands_alone_and_holds_every_number(report, tmp_path):
     rows = {row[0]: row for row in reversed(page.rows)}
     assert rows["<b>pruned & co</b>"][1] == "89.3% [88.0%, 92.0%]" and "<b>pruned" not in text
     assert rows["teacher"] == ["teacher", "not run: run `python 1_distill.py`"]
-    assert rows["llama_w8a8"][1:6] == ["40.80 [37.74, 43.86]", "+2.00% [+1.00%, +3.00%]", "0.0200 [0.0180, 0.0220]", "1.80", "95.1%"]
+    assert rows["llama_w8a8"][1:6] == [
+        "40.80 [37.74, 43.86]",
+        "+2.00% [+1.00%, +3.00%]",
+        "0.0200 [0.0180, 0.0220]",
+        "1.80",
+        "95.1%",
+    ]
     assert all(sentence in html.unescape(text) for sentence in (*sentences(report), *warnings(report)))
 
 

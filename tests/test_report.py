@@ -166,7 +166,11 @@ def test_the_table_for_spreadsheets_agrees_with_the_report(reported):
         if row["track"] == "llm":
             assert float(line["perplexity"]) == row["perplexity"] and line["accuracy"] == ""
             kl = row["divergence"]
-            assert [float(line[name]) for name in ("kl_mean", "kl_p999", "same_top")] == [kl["mean"], kl["p999"], kl["same_top"]]
+            assert [float(line[name]) for name in ("kl_mean", "kl_p999", "same_top")] == [
+                kl["mean"],
+                kl["p999"],
+                kl["same_top"],
+            ]
             assert [float(line["kl_low"]), float(line["kl_high"])] == kl["interval"]
             assert float(line["decode_ms"]) == row["generation"]["decode"]["median_ms"]
             continue

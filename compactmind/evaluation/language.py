@@ -82,7 +82,7 @@ def measure_language_models(
             row["protocol"] = {**row["protocol"], "tokenizer": "its own"}
         comparable = base is not None and torch.equal(windows_of(name), windows_of(base["name"]))
         row["against_dense"] = paired_ratio(row["losses"], base["losses"]) if comparable else None
-        row["divergence"] = row["divergence"] if comparable else None  # a base that turned out to be damaged is nothing to be near to
+        row["divergence"] = row["divergence"] if comparable else None  # its base may have turned out to be damaged
         row["compression_ratio"] = base["size_mb"] / row["size_mb"] if base else None
         with cell_fails_alone(row, "load_seconds"):
             print(f"{name:<24} load time ...", flush=True)
@@ -132,9 +132,8 @@ def _measure_quality(
             groups.setdefault(base["name"] if comparable else name, []).append(row)
     for base_name, group in groups.items():
         names, windows = [row["name"] for row in group], windows_of(base_name)
-        print(
-            f"{', '.join(names)}: perplexity and KL to {base_name} on {len(windows)} windows of {windows.shape[1]} tokens ...", flush=True
-        )
+        what = f"perplexity and KL to {base_name} on {len(windows)} windows of {windows.shape[1]} tokens"
+        print(f"{', '.join(names)}: {what} ...", flush=True)
         errors: dict[str, Exception] = {}
         models = {name: checkpoints[name].model for name in dict.fromkeys([base_name, *names])}
         found = measure_windows(models, windows, base_name, errors)

@@ -227,7 +227,9 @@ def divergence_against_size(report: dict[str, Any]) -> Figure | None:
     axes.set(
         xlabel="size of the weight file (MB)", ylabel="KL to dense (nats a token), 95% interval", xlim=(0, None), yscale="log"
     )
-    axes.set_title(f"How far from the dense model, on {next(iter(points.values()))['protocol']['windows']} windows of held-out text")
+    axes.set_title(
+        f"How far from the dense model, on {next(iter(points.values()))['protocol']['windows']} windows of held-out text"
+    )
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14))
     return figure
@@ -252,7 +254,10 @@ def alpha_curve(report: dict[str, Any]) -> Figure | None:
         axes.axhline(
             row["divergence"], color=colour, ls="--", label=f"{row['alpha'].replace('_', ' ')}: {row['divergence']:.3g}"
         )
-    axes.set(xlabel="alpha: share of the difficulty moved into the weights", ylabel="KL of W8A8 to dense (nats a token), validation text")
+    axes.set(
+        xlabel="alpha: share of the difficulty moved into the weights",
+        ylabel="KL of W8A8 to dense (nats a token), validation text",
+    )
     axes.set_title("SmoothQuant: how much to smooth")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

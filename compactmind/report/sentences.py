@@ -103,7 +103,8 @@ def language_sentence(row: dict[str, Any], dense: dict[str, Any]) -> str:
     )
     far = ""
     if kl := row["divergence"]:
-        far = f"; KL {kl['mean']:.2g} nats a token, {kl['p999']:.2g} at the worst of 1000, same top token at {kl['same_top']:.1%}"
+        far = f"; KL {kl['mean']:.2g} nats a token, {kl['p999']:.2g} at the worst of 1000, "
+        far += f"same top token at {kl['same_top']:.1%}"
     return (
         f"{row['name']}: {row['compression_ratio']:.2f}x smaller than {dense['name']} as released, perplexity "
         f"{against['ratio'] - 1:+.1%} [{low - 1:+.1%}, {high - 1:+.1%}]{sure} ({row['perplexity']:.2f} and "
