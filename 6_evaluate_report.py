@@ -49,7 +49,7 @@ MODELS_TO_EVALUATE: dict[str, str] = {}
 """Your own models, name -> folder: any Hugging Face sequence classifier of two classes or causal language model becomes a row. For example
 {"my-bert": "/models/my-bert"}; also on the command line: --models my-bert=/models/my-bert."""
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 ENCODER_ROWS = (
     "teacher", "student_finetuned", "student_distilled", "student_pruned", "student_distilled_nf4", "student_pruned_nf4",
@@ -62,7 +62,7 @@ DENSE_LANGUAGE_MODEL = "llama"
 TASKS = {"encoder": "SequenceClassification", "llm": "CausalLM"}
 """Track -> how the architectures end that belong to it."""
 ENCODER_SETTINGS = ("max_length", "eval_batch_size", "cost_length", "latency_batches", "latency_repeats")
-LANGUAGE_SETTINGS = ("seq_len", "eval_windows", "prompt_tokens", "latency_repeats", "gsm8k_problems")
+LANGUAGE_SETTINGS = ("seq_len", "eval_windows", "window_choice", "prompt_tokens", "latency_repeats", "gsm8k_problems")
 """Settings a track's measurements depend on."""
 
 
@@ -257,10 +257,10 @@ def measure_track(
         return
 
     def windows_for(tokenizer):
-        return token_windows(tokenizer, held_out, config.seq_len, config.eval_windows)
+        return token_windows(tokenizer, held_out, config.seq_len, config.eval_windows, config.window_choice)
 
     measure_language_models(
-        needed, checkpoints, windows_for, f"{text}, test", reference=there.get(reference),
+        needed, checkpoints, windows_for, f"{text}, test", config.window_choice, reference=there.get(reference),
         bases={row["name"]: there[row["compared_with"]] for row in needed if row["compared_with"] in there},
         prompt_tokens=config.prompt_tokens, repeats=config.latency_repeats,
     )  # fmt: skip
@@ -298,8 +298,11 @@ def protocols(config: ReportConfig, description: dict) -> dict[str, str]:
         "peak_memory_mb": f"1e6 bytes a fresh process adds when it loads the model and runs batch {max(config.latency_batches)} of "
         f"{length} tokens, a language model one prompt (resident memory on a CPU, allocated memory on a GPU)",
         "perplexity": "exp of the mean loss over predicted tokens, non-overlapping windows of the documents joined by a blank line; "
-        "every row carries text, seq_len, windows and tokens; interval: bootstrap over windows, paired against the model it was "
-        "made from",
+        "every row carries text, seq_len, windows, where in the text they are (spread over it, or its first) and tokens; 95% interval of "
+        "neighbouring windows from equal-weighted cosines (Lazarus et al. 2018), paired against the model it was made from",
+        "divergence": "KL(model it was made from || row) in nats over the predicted tokens of the same windows, float32 logits: mean with "
+        "the interval of perplexity, 99.9th percentile of the tokens, share of equal top tokens; none where tokens or vocabulary are "
+        "others. Between quantizations of one model it is what to choose by: far less noise than in a ratio of perplexities",
         "gsm8k": "lm-eval, gsm8k_cot (8 worked examples), greedy, the first problems of the test split; strict: the answer where the "
         "examples put it, flexible: the last number; 95% Wilson interval",
         "compression_ratio": "bytes of the weight files of the model it was made from, as released / bytes of the row's",

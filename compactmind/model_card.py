@@ -101,6 +101,10 @@ def _numbers(manifest: dict[str, Any], row: dict[str, Any] | None) -> list[str]:
             protocol = row["protocol"]
             on = f"{protocol['text']}, {protocol['windows']} windows of {protocol['seq_len']}"
             shown = {"perplexity": f"{row['perplexity']:.2f} [{low:.2f}, {high:.2f}] ({on})", **shown}
+            if kl := row["divergence"]:
+                low, high = kl["interval"]
+                shown[f"KL to {row['compared_with']}, nats a token"] = f"{kl['mean']:.4f} [{low:.4f}, {high:.4f}]"
+                shown["same top token"] = f"{kl['same_top']:.1%}"
             shown |= {f"{phase}, ms": times["median_ms"] for phase, times in (row["generation"] or {}).items()}
     shown = {name: value for name, value in shown.items() if value is not None}  # what could not be measured
     if not shown:

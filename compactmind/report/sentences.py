@@ -101,10 +101,14 @@ def language_sentence(row: dict[str, Any], dense: dict[str, Any]) -> str:
         if prefill and decode
         else ""
     )
+    far = ""
+    if kl := row["divergence"]:
+        far = f"; KL {kl['mean']:.2g} nats a token, {kl['p999']:.2g} at the worst of 1000, "
+        far += f"same top token at {kl['same_top']:.1%}"
     return (
         f"{row['name']}: {row['compression_ratio']:.2f}x smaller than {dense['name']} as released, perplexity "
         f"{against['ratio'] - 1:+.1%} [{low - 1:+.1%}, {high - 1:+.1%}]{sure} ({row['perplexity']:.2f} and "
-        f"{dense['perplexity']:.2f} on {row['protocol']['windows']} windows){times}."
+        f"{dense['perplexity']:.2f} on {row['protocol']['windows']} windows){far}{times}."
     )
 
 
@@ -245,6 +249,8 @@ def _too_wide_to_rank(report: dict[str, Any], rows: dict[str, dict[str, Any]]) -
 
 def _languages(rows: dict[str, dict[str, Any]]) -> list[str]:
     found = []
+    if any(row["protocol"]["windows"] == 1 for row in rows.values()):
+        found.append("One window of text says nothing of the spread: the intervals of perplexity and KL have no width.")
     for name, row in rows.items():
         if "simulated" in row["kernel"]:
             found.append(
