@@ -95,7 +95,9 @@ def list_rows(config: ReportConfig) -> list[dict[str, Any]]:
     for manifest in sorted(config.models_dir.glob(f"[!.]*/{MANIFEST}")):
         places.setdefault(manifest.parent.name, manifest.parent)
     if AS_SHIPPED in places:
-        raise CompactMindError(f"{places[AS_SHIPPED]} has the name of the file that {DENSE_LANGUAGE_MODEL} was published as: rename it")
+        raise CompactMindError(
+            f"{places[AS_SHIPPED]} has the name of the file that {DENSE_LANGUAGE_MODEL} was published as: rename it"
+        )
     rows, own = [], own_models(config)
     for name, directory in {**places, **own}.items():
         row = {"name": name, "track": "llm" if name in LANGUAGE_ROWS else "encoder", "directory": str(directory)}
