@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from compactmind.report import search_figures  # noqa: E402
+from compactmind.report.as_shipped import KIND  # noqa: E402
 from compactmind.report.sentences import largest_batch, measured, speedup  # noqa: E402
 
 COLOURS = ("#4d4d4d", "#9a6fb0", "#1f5fa8", "#b03a2e", "#5aa1d8", "#e08e79", "#2e7d32", "#c79a00", "#00838f", "#6d4c41")
@@ -194,7 +195,8 @@ def perplexity_against_size(report: dict[str, Any]) -> Figure | None:
             low, high = (dense * bound for bound in row["against_dense"]["interval"])
         axes.errorbar(
             row["size_mb"], row["perplexity"], yerr=[[max(0, row["perplexity"] - low)], [max(0, high - row["perplexity"])]],
-            fmt="o", ms=8, capsize=3, color=colour, label=f"{name}: {row['perplexity']:.2f}, {row['size_mb']:.0f} MB",
+            fmt="*" if row["kind"] == KIND else "o", ms=15 if row["kind"] == KIND else 8, capsize=3, color=colour,
+            label=f"{name}: {row['perplexity']:.2f}, {row['size_mb']:.0f} MB" + (", the point to beat" if row["kind"] == KIND else ""),
         )  # fmt: skip
     axes.set(
         xlabel="size of the weight file (MB)", ylabel="perplexity; bars: 95% interval of the ratio to dense", xlim=(0, None)

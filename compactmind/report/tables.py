@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compactmind.report.as_shipped import as_shipped
 from compactmind.report.literature import beside_the_literature
 from compactmind.report.sentences import largest_batch, speedup
 
@@ -128,6 +129,11 @@ def language_table(report: dict[str, Any]) -> Table:
             f"{protocol['text']}; {windows}; KL of every token's prediction from that of the model it was made from; prefill of "
             f"{report['settings']['prompt_tokens']} tokens."
         )
+    if file := as_shipped(report):
+        note += (
+            f" {file['name']}: the bytes of {file['published_as']['file']} and the quality of {file['compared_with']}, whose weights are "
+            "that file's, rounded to bfloat16."
+        )
     return Table("LLM track", header, lines, note)
 
 
@@ -190,7 +196,8 @@ def goals_table(report: dict[str, Any]) -> Table:
     for goal in report["goals"]:
         form, scale, unit = forms[goal["unit"]]
         shown = [number(None if value is None else scale * value, form, unit) for value in (goal["value"], goal["measured"])]
-        rows.append([goal["goal"], f"{goal['bound']} {shown[0]}", shown[1], VERDICTS[goal["met"]]])
+        beaten = f", but {goal['beaten_by']} is smaller and no worse" if goal["met"] and goal.get("beaten_by") else ""
+        rows.append([goal["goal"], f"{goal['bound']} {shown[0]}", shown[1], VERDICTS[goal["met"]] + beaten])
     return Table("Goals", ["goal", "wanted", "measured", "verdict"], rows)
 
 
