@@ -318,7 +318,7 @@ def main(config: DistillConfig) -> None:
             name, student, teacher.tokenizer, data, config, accelerator, stage,
             epochs=config.student_epochs, lr=config.student_lr, lr_name="student_lr",
             parent="student_base" if "student_base" in inputs else "teacher",
-            teacher_logits=cached_teacher_logits(models / "teacher", teacher.model, data["train"], config.eval_batch_size,
+            teacher_logits=cached_teacher_logits(teacher.model, teacher.fingerprint, data["train"], config.eval_batch_size,
                                                  config.models_dir, accelerator) if distilled else None,
             teacher=teacher.model if distilled else None,
             layer_map=matching_layers(teacher_layers, layer_map),

@@ -39,7 +39,8 @@ from compactmind.checkpoint import (
 from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.accuracy import accuracy_of, predict_logits
+from compactmind.evaluation.accuracy import accuracy_of
+from compactmind.forward import predict_logits
 from compactmind.methods.distillation.soft_targets import distillation_loss
 from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only
@@ -186,8 +187,8 @@ def prune(config: PruneConfig, accelerator: Accelerator, stage: dict) -> None:
     if config.alpha > 0:
         teacher = load_checkpoint(config.models_dir / "teacher", accelerator.device)
         teacher_logits = cached_teacher_logits(
-            config.models_dir / "teacher", teacher.model, splits["train"], config.eval_batch_size, config.models_dir, accelerator
-        )  # fmt: skip
+            teacher.model, teacher.fingerprint, splits["train"], config.eval_batch_size, config.models_dir, accelerator
+        )
         del teacher
     if config.freeze_word_embeddings:
         freeze_word_embeddings(model)

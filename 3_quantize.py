@@ -31,8 +31,9 @@ from compactmind.checkpoint import (
 from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.accuracy import accuracy_of, predict_logits
+from compactmind.evaluation.accuracy import accuracy_of
 from compactmind.files import lock_directory
+from compactmind.forward import predict_logits
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
 

@@ -113,6 +113,11 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
     manifest: dict[str, Any]
 
+    @property
+    def fingerprint(self) -> str:
+        """The `weights_fingerprint` of the file that was loaded."""
+        return self.manifest["files"][WEIGHTS]["sha256"]
+
 
 def how_to_make(directory: Path) -> str | None:
     """Return the command that makes a checkpoint directory, None for names of the user's own."""

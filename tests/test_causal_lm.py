@@ -13,7 +13,7 @@ from helpers import REPOSITORY
 from safetensors.torch import load_file
 
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.perplexity import window_losses
+from compactmind.forward import window_losses
 from compactmind.methods.distillation.soft_targets import distillation_loss
 from compactmind.methods.retraining import causal_lm
 from compactmind.methods.retraining.causal_lm import (

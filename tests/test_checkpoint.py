@@ -124,7 +124,7 @@ def test_a_checkpoint_holds_no_pickle_and_knows_its_files(tmp_path, tokenizer, d
     assert set(manifest["files"]) == names - {MANIFEST, CARD}  # the card grows when the model is measured
     for name, recorded in manifest["files"].items():
         assert recorded == {"bytes": (directory / name).stat().st_size, "sha256": sha256_of(directory / name)}
-    assert weights_fingerprint(directory) == sha256_of(directory / WEIGHTS)
+    assert weights_fingerprint(directory) == load_checkpoint(directory).fingerprint == sha256_of(directory / WEIGHTS)
     assert helpers.read_json(directory / "training_history.json") == [{"epoch": 1}]
     assert {"python", "torch", "transformers", "bitsandbytes", "compactmind"} <= set(manifest["versions"])
 

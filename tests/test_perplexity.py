@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.perplexity import bootstrap_interval, paired_ratio, perplexity, window_losses
+from compactmind.evaluation.perplexity import bootstrap_interval, paired_ratio, perplexity
+from compactmind.forward import window_losses
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from compactmind.checkpoint import Checkpoint, load_any
 from compactmind.evaluation.capability import gsm8k
 from compactmind.evaluation.cost import NEW_TOKENS, measure_generation, measure_load_time, peak_memory, weight_bytes
 from compactmind.evaluation.failures import cell_fails_alone, leave_out, row_fails_alone
-from compactmind.evaluation.limits import positions_of, require_known_ids, require_positions
 from compactmind.evaluation.perplexity import paired_ratio, perplexity
+from compactmind.limits import positions_of, require_known_ids, require_positions
 from compactmind.methods.quantization.packed_model import QUANTIZED_KINDS
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 

@@ -10,30 +10,13 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
+from compactmind.forward import LARGEST_LOSS, window_losses
 
 RESAMPLES = 2000
 """Bootstrap resamples of the windows for the 95% interval."""
-LARGEST_LOSS = 700.0
-"""Nats per token above which a model counts as damaged: guessing evenly costs 11, and exp(710) is no number any more."""
-
-
-@torch.inference_mode()
-def window_losses(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
-    """Return the mean negative log-likelihood in nats of each window's predicted tokens.
-
-    `windows`: (windows, seq_len) token ids; the result is float64 of shape (windows,). One window at a time: the logits of a
-    large vocabulary are the largest tensor of the whole pass.
-    """
-    losses = []
-    for window in windows:
-        ids = window[None].to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        losses.append(F.cross_entropy(logits, ids[0, 1:]).double().cpu())
-    return torch.stack(losses)
 
 
 def perplexity(model: PreTrainedModel, windows: torch.Tensor, text: str) -> dict[str, Any]:

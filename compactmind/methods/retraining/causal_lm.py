@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.perplexity import LARGEST_LOSS, window_losses
+from compactmind.forward import LARGEST_LOSS, window_losses
 from compactmind.methods.distillation.soft_targets import hidden_state_loss
 from compactmind.methods.distillation.student import alternate_layers, matching_layers
 from compactmind.methods.llama import LINEARS, llama_blocks
