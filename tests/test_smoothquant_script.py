@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
-from compactmind.checkpoint import load_checkpoint, read_manifest
+from compactmind.checkpoint import load_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.evaluation import language
 from compactmind.files import sha256_of
+from compactmind.manifest import read_manifest
 from compactmind.methods.quantization.w8a8_block import W8A8Block
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 from compactmind.methods.quantization.w8a8_model import Int8Embedding
