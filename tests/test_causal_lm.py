@@ -529,6 +529,24 @@ def test_gradient_checkpointing_computes_twice_and_gives_the_same_model(mode):
     assert not models[1].get_input_embeddings()._forward_hooks
 
 
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_step_that_raises_leaves_a_plain_model(monkeypatch, mode):
+    model = helpers.make_llama()
+    model.lm_head.weight.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    incoming = cpu_copy(model.state_dict())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        fail_at(patch, "token_loss", 2, interrupt)
+        recipe = make_recipe(6, mode=mode, gradient_checkpointing=True)
+        retrain_causal_lm(model, pattern_windows(), pattern_windows(2), recipe)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert not model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert not any(layer.gradient_checkpointing for layer in model.model.layers)
+    assert not model.get_input_embeddings()._forward_hooks  # nor the one that checkpointing put there
+    if mode == "lora":
+        assert_equal_weights(model, incoming)
+
+
 # ---------------------------------------------------------------------------------------------------------- distillation
 def make_logits(tokens: int = 11, vocabulary: int = 13) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
