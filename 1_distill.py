@@ -26,20 +26,13 @@ from transformers import (
 )
 
 from common import PROFILE, DistillConfig, parse_command_line, run_stage
-from compactmind.checkpoint import (
-    check_outputs,
-    check_tokenizer,
-    first_not_finite,
-    is_up_to_date,
-    load_checkpoint,
-    read_manifest,
-    save_checkpoint,
-    weights_fingerprint,
-)
+from compactmind.checkpoint import first_not_finite, load_checkpoint, save_checkpoint
 from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import accuracy_of, standard_error
+from compactmind.guards import check_outputs, check_tokenizer
+from compactmind.manifest import is_up_to_date, read_manifest, weights_fingerprint
 from compactmind.methods.distillation.schedules import linear_anneal
 from compactmind.methods.distillation.soft_targets import distillation_loss, hidden_state_loss
 from compactmind.methods.distillation.student import alternate_layers, matching_layers, student_from_teacher
@@ -318,7 +311,7 @@ def main(config: DistillConfig) -> None:
             name, student, teacher.tokenizer, data, config, accelerator, stage,
             epochs=config.student_epochs, lr=config.student_lr, lr_name="student_lr",
             parent="student_base" if "student_base" in inputs else "teacher",
-            teacher_logits=cached_teacher_logits(models / "teacher", teacher.model, data["train"], config.eval_batch_size,
+            teacher_logits=cached_teacher_logits(teacher.model, teacher.fingerprint, data["train"], config.eval_batch_size,
                                                  config.models_dir, accelerator) if distilled else None,
             teacher=teacher.model if distilled else None,
             layer_map=matching_layers(teacher_layers, layer_map),

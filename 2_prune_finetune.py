@@ -26,20 +26,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from common import PROFILE, PruneConfig, parse_command_line, run_stage
-from compactmind.checkpoint import (
-    check_outputs,
-    check_parent,
-    check_tokenizer,
-    is_up_to_date,
-    load_checkpoint,
-    read_manifest,
-    save_checkpoint,
-    weights_fingerprint,
-)
+from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.accuracy import accuracy_of, predict_logits
+from compactmind.evaluation.accuracy import accuracy_of
+from compactmind.forward import predict_logits
+from compactmind.guards import check_outputs, check_parent, check_tokenizer
+from compactmind.manifest import is_up_to_date, read_manifest, weights_fingerprint
 from compactmind.methods.distillation.soft_targets import distillation_loss
 from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only
@@ -142,7 +136,7 @@ def main(config: PruneConfig) -> None:
     accelerator = make_accelerator()
     directory, source, teacher = (config.models_dir / name for name in (config.output_dir, config.parent, "teacher"))
     check_outputs([directory], "2_prune_finetune.py", [source, teacher], config.models_dir)
-    check_parent(source, "--parent", "classifier", ("dense", "pruned"))
+    check_parent(source, "--parent", "classifier")
     stage = {
         "script": "2_prune_finetune.py",
         "code": code_version(__file__),
@@ -186,8 +180,8 @@ def prune(config: PruneConfig, accelerator: Accelerator, stage: dict) -> None:
     if config.alpha > 0:
         teacher = load_checkpoint(config.models_dir / "teacher", accelerator.device)
         teacher_logits = cached_teacher_logits(
-            config.models_dir / "teacher", teacher.model, splits["train"], config.eval_batch_size, config.models_dir, accelerator
-        )  # fmt: skip
+            teacher.model, teacher.fingerprint, splits["train"], config.eval_batch_size, config.models_dir, accelerator
+        )
         del teacher
     if config.freeze_word_embeddings:
         freeze_word_embeddings(model)

@@ -18,21 +18,15 @@ from pathlib import Path
 import torch
 
 from common import PROFILE, QuantizeConfig, parse_command_line, run_stage
-from compactmind.checkpoint import (
-    check_outputs,
-    check_parent,
-    check_tokenizer,
-    is_up_to_date,
-    load_checkpoint,
-    read_manifest,
-    save_checkpoint,
-    weights_fingerprint,
-)
+from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.accuracy import accuracy_of, predict_logits
+from compactmind.evaluation.accuracy import accuracy_of
 from compactmind.files import lock_directory
+from compactmind.forward import predict_logits
+from compactmind.guards import check_outputs, check_parent, check_tokenizer
+from compactmind.manifest import is_up_to_date, read_manifest, weights_fingerprint
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
 
@@ -124,7 +118,7 @@ def main(config: QuantizeConfig) -> None:
     asked = {"--parents": (config.method, config.parents), "--w8a8_parents": ("w8a8", config.w8a8_parents)}
     for option, (_, names) in asked.items():
         for name in names:
-            check_parent(models / name, option, "classifier", ("dense", "pruned"))
+            check_parent(models / name, option, "classifier")
     wanted = list(dict.fromkeys((name, method) for method, names in asked.values() for name in names))
     check_outputs(
         [models / f"{name}_{method}" for name, method in wanted], "3_quantize.py", [models / name for name, _ in wanted], models

@@ -21,24 +21,17 @@ import matplotlib.pyplot as plt
 import torch
 
 from common import PROFILE, SmoothQuantConfig, parse_command_line, run_stage
-from compactmind.checkpoint import (
-    check_outputs,
-    check_released,
-    identity_of,
-    is_up_to_date,
-    load_as_released,
-    load_checkpoint,
-    read_manifest,
-    save_checkpoint,
-    weights_fingerprint,
-)
+from compactmind.checkpoint import load_as_released, load_checkpoint, save_checkpoint
 from compactmind.code_version import code_version
 from compactmind.data import data_fingerprint, read_dataset_description
 from compactmind.evaluation.cost import weight_bytes
 from compactmind.evaluation.divergence import measure_windows
-from compactmind.evaluation.language import kernel_of
-from compactmind.evaluation.perplexity import next_token_logits, paired_ratio, perplexity_of
+from compactmind.evaluation.perplexity import paired_ratio, perplexity_of
 from compactmind.files import lock_directory, write_json_atomically
+from compactmind.formats.table import kernel_of
+from compactmind.forward import next_token_logits
+from compactmind.guards import check_outputs, check_released
+from compactmind.manifest import identity_of, is_up_to_date, read_manifest, weights_fingerprint
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_model import PER_LAYER, W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama
 from compactmind.report.figures import save_figure
@@ -222,7 +215,7 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
         report["protocol"], far = result.pop("protocol"), found[name]["divergence"]
         first = report["models"][0] if report["models"] else result
         ratio = paired_ratio(result["losses"], first["losses"])
-        kernel = kernel_of(model, "nf4" if name == config.nf4_dir else "dense")
+        kernel = kernel_of(model, read_manifest(config.models_dir / name)["kind"] if name in stages else "dense")
         size = weight_bytes(source if name == source.name else config.models_dir / name)
         row = {"name": name, **result, "against_dense": ratio, "divergence": far, "bytes": size, "kernel": kernel}
         report["models"].append(row)

@@ -36,22 +36,15 @@ import torch
 from optuna.trial import TrialState
 
 from common import PROFILE, SearchConfig, parse_command_line, run_stage
-from compactmind.checkpoint import (
-    add_to_manifest,
-    check_outputs,
-    identity_of,
-    is_up_to_date,
-    load_as_released,
-    load_checkpoint,
-    read_manifest,
-    save_checkpoint,
-)
+from compactmind.checkpoint import load_as_released, load_checkpoint, save_checkpoint
 from compactmind.code_version import code_version
 from compactmind.data import data_fingerprint, read_dataset_description
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import weight_bytes
 from compactmind.evaluation.perplexity import paired_ratio, perplexity
 from compactmind.files import lock_directory, write_json_atomically
+from compactmind.guards import check_outputs
+from compactmind.manifest import add_to_manifest, identity_of, is_up_to_date, read_manifest
 from compactmind.methods.registry import METHODS, Resources
 from compactmind.search.cache import PrefixCache
 from compactmind.search.compressor import (

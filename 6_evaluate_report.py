@@ -26,13 +26,14 @@ import psutil
 import torch
 
 from common import PROFILE, ReportConfig, parse_command_line, run_stage
-from compactmind.checkpoint import CARD, MADE_BY, MANIFEST, identity_of, load_any, read_manifest, versions
+from compactmind.checkpoint import load_any
 from compactmind.data import data_fingerprint, load_split, read_dataset_description
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.classifiers import measure_classifiers
 from compactmind.evaluation.failures import fail, row_fails_alone
 from compactmind.evaluation.language import measure_gsm8k, measure_language_models
 from compactmind.files import sha256_of, write_json_atomically, write_text_atomically
+from compactmind.manifest import CARD, MADE_BY, MANIFEST, identity_of, read_manifest, versions
 from compactmind.model_card import model_card
 from compactmind.onnx_export import FILE
 from compactmind.report import tables

@@ -18,9 +18,9 @@ from compactmind.checkpoint import silence_libraries
 from compactmind.console import errors_in_one_line, open_model, texts_of
 from compactmind.data import EncodedSentences, Sentence
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.accuracy import predict_logits
 from compactmind.evaluation.classifiers import class_names, positive_class
-from compactmind.evaluation.limits import positions_of
+from compactmind.forward import predict_logits
+from compactmind.limits import positions_of
 
 
 def classify(model, tokenizer, texts: list[str], max_length: int) -> list[dict[str, object]]:

@@ -33,7 +33,7 @@ from huggingface_hub.errors import GatedRepoError
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from common import PROFILE, DownloadConfig, parse_command_line, run_stage
-from compactmind.checkpoint import MANIFEST, MANIFEST_VERSION, is_up_to_date, read_manifest, save_checkpoint
+from compactmind.checkpoint import save_checkpoint
 from compactmind.data import (
     DESCRIPTION,
     READABLE,
@@ -51,6 +51,7 @@ from compactmind.data import (
 )
 from compactmind.errors import CompactMindError
 from compactmind.files import lock_directory, sha256_of
+from compactmind.manifest import MANIFEST, MANIFEST_VERSION, is_up_to_date, read_manifest
 from compactmind.methods.llama import llama_blocks
 from compactmind.published import published_as
 from compactmind.text import read_documents, write_text

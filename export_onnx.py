@@ -14,6 +14,7 @@ from common import PROFILE, ExportConfig, parse_command_line, run_stage
 from compactmind.checkpoint import load_checkpoint
 from compactmind.data import EncodedSentences, load_split
 from compactmind.errors import CompactMindError
+from compactmind.formats.table import FORMATS
 from compactmind.onnx_export import FILE, OnnxClassifier, export_classifier, require_onnx
 
 # ------------------------------------------------------------------------------------------------------------ constants
@@ -26,13 +27,13 @@ def export(name: str, config: ExportConfig) -> None:
     directory = config.models_dir / name
     checkpoint = load_checkpoint(directory)
     kind, architecture = checkpoint.manifest["kind"], checkpoint.manifest["architecture"]
-    if "SequenceClassification" not in architecture or kind in ("nf4", "int8"):
+    if "SequenceClassification" not in architecture or "onnx" not in FORMATS[kind].exports:
         raise CompactMindError(
             f"{directory} is a {architecture} ({kind}): classifiers in full precision or W8A8 can be exported"
         )
     path = directory / FILE
     sentences = EncodedSentences(checkpoint.tokenizer, load_split(config.data_dir, "validation")[: config.sentences], 128)
-    tolerance = config.int8_tolerance if kind == "w8a8" else config.tolerance
+    tolerance = config.int8_tolerance if FORMATS[kind].quantized else config.tolerance
     largest = 0.0
 
     def check(exported: OnnxClassifier) -> None:

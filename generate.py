@@ -21,7 +21,7 @@ from transformers import TextStreamer, set_seed
 from compactmind.checkpoint import silence_libraries
 from compactmind.console import errors_in_one_line, open_model, texts_of
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.limits import positions_of, require_known_ids
+from compactmind.limits import positions_of, require_known_ids
 
 
 @torch.inference_mode()

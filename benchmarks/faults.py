@@ -32,8 +32,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREA
 
 import helpers  # noqa: E402
 
-from compactmind.checkpoint import MANIFEST, read_manifest  # noqa: E402
 from compactmind.errors import CompactMindError  # noqa: E402
+from compactmind.manifest import MANIFEST, read_manifest  # noqa: E402
 
 STAGES = (
     ("download_model.py",),

@@ -29,8 +29,9 @@ from compactmind.checkpoint import load_as_released  # noqa: E402
 from compactmind.data import read_dataset_description  # noqa: E402
 from compactmind.errors import CompactMindError  # noqa: E402
 from compactmind.evaluation.cost import resident_bytes  # noqa: E402
-from compactmind.evaluation.perplexity import paired_ratio, perplexity, window_losses  # noqa: E402
+from compactmind.evaluation.perplexity import paired_ratio, perplexity  # noqa: E402
 from compactmind.files import write_json_atomically  # noqa: E402
+from compactmind.forward import window_losses  # noqa: E402
 from compactmind.methods.llama import llama_blocks  # noqa: E402
 from compactmind.methods.pruning.llama_importance import CRITERIA, score  # noqa: E402
 from compactmind.methods.pruning.llama_pruning import PruneRecipe, prune_llama  # noqa: E402

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DistillConfig, parse_command_line, run_stage  # noqa: E402
 from compactmind.checkpoint import load_checkpoint  # noqa: E402
 from compactmind.data import EncodedSentences, load_split  # noqa: E402
-from compactmind.evaluation.accuracy import predict_logits  # noqa: E402
 from compactmind.files import write_json_atomically  # noqa: E402
+from compactmind.forward import predict_logits  # noqa: E402
 from compactmind.methods.distillation.soft_targets import distillation_loss  # noqa: E402
 from compactmind.methods.distillation.student import alternate_layers, student_from_teacher  # noqa: E402
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only  # noqa: E402

@@ -13,8 +13,11 @@ from pathlib import Path
 PACKAGE = "compactmind"
 LEFT_OUT = ("compactmind.report", "compactmind.model_card", "compactmind.errors")
 """Modules, with all below them, that have no say in what a model's file holds."""
-NOT_FOLLOWED = ("compactmind.checkpoint", "compactmind.files")
-"""Modules that count, but not what they import: a checkpoint can load every kind, most of which a stage has nothing to do with."""
+NOT_FOLLOWED = ("compactmind.checkpoint", "compactmind.manifest", "compactmind.guards", "compactmind.files")
+"""Modules that count, but not what they import: a checkpoint can be of every kind, most of which a stage has nothing to do with."""
+FORMATS, STORED = "compactmind.formats", "compactmind.methods.quantization"
+"""Who makes a quantized model also has it written as its format is: a module of the first counts where one of the second that it stores
+does, and those that store none (the table of all) wherever any counts."""
 
 
 def code_version(script: str | Path) -> str:
@@ -22,22 +25,42 @@ def code_version(script: str | Path) -> str:
     digest, waiting, seen = hashlib.sha256(), [Path(script).resolve()], set()
     root = Path(__file__).resolve().parent.parent
     found = {}
+
+    def add(path: Path) -> tuple[str, ...]:
+        text, imported = _read(path, path.stat().st_mtime_ns)
+        name = path.name if path.parent == root else str(path.relative_to(root))
+        found[name.replace("\\", "/")] = text
+        return imported
+
     while waiting:
         path = waiting.pop()
         if path in seen:
             continue
         seen.add(path)
-        text, imported = _read(path, path.stat().st_mtime_ns)
-        name = path.name if path.parent == root else str(path.relative_to(root))
-        found[name.replace("\\", "/")] = text
+        imported = add(path)
         if _matches(_module_of(path, root), NOT_FOLLOWED):
             continue
         for module in imported:
             if not _matches(module, LEFT_OUT) and (file := _file_of(module, root)):
                 waiting.append(file)
+    for path in _formats(seen, root):
+        add(path)
     for name in sorted(found):
         digest.update(f"{name}\0{found[name]}\0".encode())
     return digest.hexdigest()[:16]
+
+
+def _formats(seen: set[Path], root: Path) -> list[Path]:
+    """Return the files of FORMATS that count where the files `seen` do."""
+    shared, storing = [], []
+    for path in root.joinpath(*FORMATS.split(".")).glob("*.py"):
+        _, imported = _read(path, path.stat().st_mtime_ns)
+        stored = {_file_of(module, root) for module in imported if _matches(module, (STORED,))} - {None}
+        if not stored:
+            shared.append(path)
+        elif stored & seen:
+            storing.append(path)
+    return storing and [*storing, *shared]
 
 
 @functools.cache

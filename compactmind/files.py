@@ -23,6 +23,8 @@ import psutil
 
 from compactmind.errors import CompactMindError
 
+WEIGHTS = "model.safetensors"
+"""The weight file of a checkpoint of this project."""
 LOCK_WAIT_SECONDS = 5.0
 """How long a writer waits for another one: long enough for one that only looks whether its output is up to date."""
 UNWRITABLE = {
@@ -60,7 +62,7 @@ def weight_files(directory: Path) -> list[Path]:
     A whole file goes before an index of shards, safetensors before pickles. What lies beside them (the same weights in another
     format, adapters) does not count. Raises CompactMindError if there are none or if a shard of the index is missing.
     """
-    for whole in ("model.safetensors", "pytorch_model.bin"):
+    for whole in (WEIGHTS, "pytorch_model.bin"):
         if (directory / whole).is_file():
             return [directory / whole]
         index = directory / f"{whole}.index.json"

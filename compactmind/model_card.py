@@ -2,16 +2,8 @@
 
 from typing import Any
 
+from compactmind.formats.table import FORMATS
 from compactmind.published import in_words, is_rounded
-
-WORDS = {
-    "dense": "full precision, nothing removed",
-    "pruned": "structurally pruned: physically smaller",
-    "nf4": "NF4 4-bit weights (bitsandbytes)",
-    "int8": "LLM.int8() weights (bitsandbytes)",
-    "w8a8": "int8 weights and activations (compressed-tensors layout)",
-}
-"""Kind of checkpoint -> what that means."""
 
 
 def model_card(name: str, manifest: dict[str, Any], report_row: dict[str, Any] | None = None) -> str:
@@ -20,7 +12,7 @@ def model_card(name: str, manifest: dict[str, Any], report_row: dict[str, Any] |
     own_class = manifest["architecture"].startswith("Pruned")
     published = manifest.get("published_as")
     rounded = published is not None and is_rounded(published)
-    what = "dequantized, nothing removed" if rounded else WORDS.get(manifest["kind"], manifest["kind"])
+    what = "dequantized, nothing removed" if rounded else FORMATS[manifest["kind"]].words
     lines = [
         "---",
         "library_name: transformers",
@@ -47,12 +39,12 @@ def model_card(name: str, manifest: dict[str, Any], report_row: dict[str, Any] |
         "",
     ]
     auto = "AutoModelForCausalLM" if language else "AutoModelForSequenceClassification"
-    rotations = (manifest["quantization"] or {}).get("rotations", {})
-    rotated = ", ".join(site for site in rotations if site != "o")  # o's is folded into the weights
-    if manifest["kind"] in ("dense", "pruned", "w8a8") and not rotated:
+    form = FORMATS[manifest["kind"]]
+    if caveat := form.caveat(manifest["quantization"] or {}):
+        lines += [caveat, ""]
+    elif form.libraries:
         trust = ", trust_remote_code=True" if own_class else ""
-        packages = "transformers and compressed-tensors" if manifest["kind"] == "w8a8" else "transformers alone"
-        lines += [f"With {packages}" + (" (its code lies beside the weights):" if own_class else ":"), ""]
+        lines += [f"With {form.libraries}" + (" (its code lies beside the weights):" if own_class else ":"), ""]
         lines += [
             "```python",
             f"from transformers import {auto}",
@@ -61,15 +53,6 @@ def model_card(name: str, manifest: dict[str, Any], report_row: dict[str, Any] |
             "```",
             "",
         ]
-    elif rotated:
-        lines += [
-            f"The layout is that of compressed-tensors, and the inputs of {rotated} are rotated while the model runs "
-            "(`transform_config` in config.json). **transformers 5.23 leaves that out, and its logits are wrong then**; docs/methods.md of "
-            "the project says how to apply the rotation. A file made with `--rotations o` needs none.",
-            "",
-        ]
-    elif manifest["kind"] == "int8":
-        lines += ["transformers alone takes the int8 numbers of this file for weights: its logits are wrong.", ""]
     command = "generate.py" if language else "classify.py"
     lines += ["To try it:", "", "```bash", f'python {command} --model models/{name} "a text"', "```", ""]
     return "\n".join(lines)

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from compactmind.data import EncodedSentences
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.accuracy import predict_logits
 from compactmind.files import lock_directory, remove_stale_temporaries, replace_file
+from compactmind.forward import predict_logits
 
 PRECISIONS = ("no", "bf16", "fp16")
 

@@ -2,12 +2,11 @@
 
 import math
 
-import helpers
 import numpy
 import pytest
 import torch
 
-from compactmind.evaluation.accuracy import accuracy_of, classification_metrics, mcnemar, predict_logits, standard_error
+from compactmind.evaluation.accuracy import accuracy_of, classification_metrics, mcnemar, standard_error
 
 LABELS = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0, 0, 0])
 SCORES = torch.tensor([0.9, 0.8, 0.6, -0.3, 0.7, -0.1, -0.2, -0.5, -0.6, -0.9])  # label 1 is predicted where positive
@@ -73,18 +72,6 @@ def test_mcnemar_against_a_binomial_sum(wins, losses, both, neither):
 def test_mcnemar_refuses_different_rows():
     with pytest.raises(ValueError, match="different rows"):
         mcnemar(numpy.array([True]), numpy.array([True, False]))
-
-
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_logits_come_back_in_the_order_of_the_sentences(distilbert, encoded, batch_size):
-    distilbert.train()  # dropout must be off all the same
-    logits = predict_logits(distilbert, encoded, batch_size)
-    assert logits.shape == (len(encoded), 2) and logits.dtype == torch.float32
-    for row in range(len(encoded)):
-        alone = encoded.collate([row])
-        expected = helpers.logits_of(distilbert, {key: alone[key] for key in ("input_ids", "attention_mask")})
-        torch.testing.assert_close(logits[row], expected[0], atol=1e-4, rtol=1e-4)
-    assert logits.std(dim=0).min() > 0.01  # rows differ, so a wrong order would show
 
 
 def test_the_standard_error_is_the_spread_of_a_share():

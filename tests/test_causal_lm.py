@@ -13,7 +13,7 @@ from helpers import REPOSITORY
 from safetensors.torch import load_file
 
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.perplexity import window_losses
+from compactmind.forward import window_losses
 from compactmind.methods.distillation.soft_targets import distillation_loss
 from compactmind.methods.retraining import causal_lm
 from compactmind.methods.retraining.causal_lm import (
@@ -527,6 +527,24 @@ def test_gradient_checkpointing_computes_twice_and_gives_the_same_model(mode):
     assert_equal_weights(models[1], models[0].state_dict())
     assert not models[1].model.layers[0].gradient_checkpointing
     assert not models[1].get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_step_that_raises_leaves_a_plain_model(monkeypatch, mode):
+    model = helpers.make_llama()
+    model.lm_head.weight.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    incoming = cpu_copy(model.state_dict())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        fail_at(patch, "token_loss", 2, interrupt)
+        recipe = make_recipe(6, mode=mode, gradient_checkpointing=True)
+        retrain_causal_lm(model, pattern_windows(), pattern_windows(2), recipe)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert not model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert not any(layer.gradient_checkpointing for layer in model.model.layers)
+    assert not model.get_input_embeddings()._forward_hooks  # nor the one that checkpointing put there
+    if mode == "lora":
+        assert_equal_weights(model, incoming)
 
 
 # ---------------------------------------------------------------------------------------------------------- distillation

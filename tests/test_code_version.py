@@ -52,6 +52,15 @@ def test_a_change_of_the_formula_counts_for_those_who_use_it(project):
     assert project("compactmind/checkpoint.py", "tensor.detach().cpu().contiguous()", "tensor.detach().cpu()") == set(STAGES)
 
 
+def test_a_format_counts_for_those_who_make_what_it_stores(project):
+    quantizing = {"3_quantize.py", "4_smoothquant_llama.py", "5_bayesian_search.py"}
+    assert project("compactmind/formats/bitsandbytes.py", '"load_in_4bit": True', '"load_in_4bit": False') == quantizing
+    assert project("compactmind/formats/w8a8.py", "if not is_llama(model)", "if is_llama(model)") == quantizing
+    assert project("compactmind/formats/compressed_tensors.py", '"num_bits": 8', '"num_bits": 7') == quantizing
+    assert project("compactmind/formats/table.py", "as_released=w8a8.as_released,", "") == quantizing
+    assert project("compactmind/manifest.py", "MANIFEST_VERSION = 2", "MANIFEST_VERSION = 3") == set(STAGES)
+
+
 def test_words_constants_to_edit_and_plots_do_not_count(project):
     assert project("compactmind/methods/distillation/soft_targets.py", "Hinton et al.", "Somebody") == set()
     assert project("compactmind/training.py", "import sys", "# a comment\n\nimport sys") == set()

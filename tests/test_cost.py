@@ -7,10 +7,12 @@ import subprocess
 import helpers
 import pytest
 
-from compactmind.checkpoint import identity_of, load_checkpoint, parameters_before_packing, save_checkpoint
+from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import gflops, gmacs_thop, measure_latency, peak_memory, summaries, weight_bytes
 from compactmind.files import sha256_of, weight_files
+from compactmind.formats.table import parameters_of
+from compactmind.manifest import identity_of
 from compactmind.methods.pruning.encoder import encoder_layers
 from compactmind.methods.pruning.masks import compact, full_masks
 from compactmind.methods.quantization.packed_model import quantize_model
@@ -183,10 +185,10 @@ def same_count_once_packed(model, pack, folder, kind: str, tokenizer) -> None:
     """Pack a model, save it and load it: each time it has as many parameters as before."""
     expected = sum(parameter.numel() for parameter in model.parameters())
     description = pack(model)
-    assert parameters_before_packing(model) == expected
+    assert parameters_of(model) == expected
     save_checkpoint(folder, model, tokenizer, kind=kind, parent=None, stage={}, quantization=description)
     found = load_checkpoint(folder)
-    assert found.manifest["parameters"] == parameters_before_packing(found.model) == expected
+    assert found.manifest["parameters"] == parameters_of(found.model) == expected
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)

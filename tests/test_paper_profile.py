@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import BertForMaskedLM, DistilBertForMaskedLM
 
-from compactmind.checkpoint import load_checkpoint, read_manifest
+from compactmind.checkpoint import load_checkpoint
+from compactmind.manifest import read_manifest
 
 ENCODERS = {"google-bert/bert-base-uncased": BertForMaskedLM, "distilbert/distilbert-base-uncased": DistilBertForMaskedLM}
 LLAMA = "meta-llama/Llama-2-7b-hf"

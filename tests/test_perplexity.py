@@ -9,7 +9,8 @@ import torch
 
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.intervals import mean_interval
-from compactmind.evaluation.perplexity import paired_ratio, perplexity, perplexity_interval, window_losses
+from compactmind.evaluation.perplexity import paired_ratio, perplexity, perplexity_interval
+from compactmind.forward import window_losses
 
 
 @pytest.fixture(scope="module")

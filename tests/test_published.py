@@ -10,8 +10,8 @@ import pytest
 
 import download_model
 from common import DownloadConfig
-from compactmind.checkpoint import read_manifest
 from compactmind.errors import CompactMindError
+from compactmind.manifest import read_manifest
 from compactmind.published import in_words, is_rounded, published_as
 
 

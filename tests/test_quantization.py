@@ -8,13 +8,15 @@ import torch
 from bitsandbytes import functional as bnb_functional
 from torch import nn
 
-from compactmind.checkpoint import WEIGHTS, load_checkpoint, parameters_before_packing, save_checkpoint
+from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.errors import CompactMindError
+from compactmind.files import WEIGHTS
+from compactmind.formats.table import parameters_of
 from compactmind.methods.pruning.masks import compact
 from compactmind.methods.quantization.error_compensation import compensate_rounding, input_second_moments
 from compactmind.methods.quantization.packed_linear import NF4Linear, compute_dtype_for
 from compactmind.methods.quantization.packed_model import (
-    QUANTIZED_KINDS,
+    PACKINGS,
     HalfEmbedding,
     linears_to_quantize,
     quantize_model,
@@ -75,7 +77,7 @@ def test_nf4_stays_within_its_bound(architecture, widths, double_quantization):
         assert torch.equal(packed[name].bias, biases[name])
 
 
-@pytest.mark.parametrize("method", QUANTIZED_KINDS)
+@pytest.mark.parametrize("method", PACKINGS)
 @pytest.mark.parametrize("architecture", sorted(helpers.MAKERS))
 def test_heads_and_norms_are_not_quantized(architecture, method):
     model = helpers.MAKERS[architecture]()
@@ -116,18 +118,18 @@ def test_embeddings_stay_as_they_are_when_asked(bert):
     assert torch.equal(bert.bert.embeddings.word_embeddings.weight, table)
 
 
-@pytest.mark.parametrize("method", QUANTIZED_KINDS)
+@pytest.mark.parametrize("method", PACKINGS)
 def test_the_file_of_a_model_of_mostly_embeddings_is_half_as_large(tmp_path, tokenizer, method):
     def size(model, kind, description=None) -> int:
         save_checkpoint(tmp_path / kind, model, tokenizer, kind=kind, parent=None, stage={}, quantization=description)
         return (tmp_path / kind / WEIGHTS).stat().st_size
 
     model = helpers.make_distilbert(vocab_size=4000, dim=64, hidden_dim=256)
-    parameters = parameters_before_packing(model)
+    parameters = parameters_of(model)
     dense = size(model, "dense")
     description = quantize_model(model, method)
     assert dense >= 2 * size(model, method, description)
-    assert parameters_before_packing(model) == parameters
+    assert parameters_of(model) == parameters
 
 
 def test_int8_is_close_to_the_dense_model(distilbert):
@@ -151,14 +153,14 @@ def test_int8_rounds_each_row_to_its_own_scale(distilbert):
 def test_nf4_costs_more_than_int8_and_less_than_everything():
     expected = helpers.logits_of(helpers.make_distilbert(scale=0.05))
     errors = {}
-    for method in QUANTIZED_KINDS:
+    for method in PACKINGS:
         model = helpers.make_distilbert(scale=0.05)
         quantize_model(model, method)
         errors[method] = (helpers.logits_of(model) - expected).abs().max().item()
     assert errors["int8"] < errors["nf4"] < 0.5 * expected.abs().max().item()
 
 
-@pytest.mark.parametrize("method", QUANTIZED_KINDS)
+@pytest.mark.parametrize("method", PACKINGS)
 def test_widths_that_kernels_do_not_like_work_all_the_same(tmp_path, tokenizer, method):
     model = helpers.make_distilbert(dim=24, n_heads=3, hidden_dim=44)
     masks = helpers.uneven_masks(model)

@@ -10,11 +10,12 @@ import matplotlib.image
 import pytest
 from tokenizers import normalizers, pre_tokenizers
 
-from compactmind.checkpoint import load_checkpoint, read_manifest
+from compactmind.checkpoint import load_checkpoint
 from compactmind.data import EncodedSentences, load_split
-from compactmind.evaluation.accuracy import predict_logits
 from compactmind.evaluation.divergence import divergence
 from compactmind.evaluation.perplexity import perplexity
+from compactmind.forward import predict_logits
+from compactmind.manifest import read_manifest
 from compactmind.report.figures import FIGURES
 from compactmind.report.search_figures import SEARCH_FIGURES
 from compactmind.text import load_documents, token_windows

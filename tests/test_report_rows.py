@@ -21,12 +21,13 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from compactmind.checkpoint import identity_of, save_checkpoint
+from compactmind.checkpoint import save_checkpoint
 from compactmind.data import write_dataset
 from compactmind.errors import CompactMindError
 from compactmind.evaluation import classifiers, language
-from compactmind.evaluation.accuracy import predict_logits
 from compactmind.evaluation.cost import measure_generation, measure_latency
+from compactmind.forward import predict_logits
+from compactmind.manifest import identity_of
 from compactmind.report.documents import write_documents
 from compactmind.report.figures import latency, model_comparison, perplexity_against_size
 from compactmind.report.sentences import sentences, warnings

@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 import compactmind.training
-from compactmind.checkpoint import load_checkpoint, read_manifest
+from compactmind.checkpoint import load_checkpoint
 from compactmind.data import EncodedSentences, load_split
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.accuracy import accuracy_of, predict_logits
+from compactmind.evaluation.accuracy import accuracy_of
+from compactmind.forward import predict_logits
+from compactmind.manifest import read_manifest
 from compactmind.methods.pruning.importance import CRITERIA
 from compactmind.methods.pruning.masks import apply_masks
 from compactmind.methods.retraining.causal_lm import RetrainingLoss

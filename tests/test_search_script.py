@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from compactmind.checkpoint import load_checkpoint, read_manifest
+from compactmind.checkpoint import load_checkpoint
+from compactmind.manifest import read_manifest
 from compactmind.search import compressor, findings
 from compactmind.search.findings import known_findings, write_findings
 

@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
-from compactmind.checkpoint import load_checkpoint, read_manifest
+from compactmind.checkpoint import load_checkpoint
 from compactmind.errors import CompactMindError
-from compactmind.evaluation import language
-from compactmind.evaluation.perplexity import window_losses
 from compactmind.files import sha256_of
+from compactmind.formats import table
+from compactmind.forward import window_losses
+from compactmind.manifest import read_manifest
 from compactmind.methods.quantization.w8a8_block import W8A8Block
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 from compactmind.methods.quantization.w8a8_model import Int8Embedding
@@ -160,7 +161,7 @@ def test_a_measurement_that_fails_loses_no_model_and_leaves_no_numbers_of_others
         raise CompactMindError("not today")
 
     with monkeypatch.context() as broken:
-        broken.setattr(language, "kernel_of", fail)
+        broken.setattr(table, "kernel_of", fail)
         status, output = run_here("--alpha", "0.9", "--alpha_grid", "0.5")
         assert status == 1 and "not today" in output
     made = read_manifest(tmp_path / "models" / "llama_w8a8")

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 
 import compactmind.training
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.accuracy import predict_logits
 from compactmind.files import replace_file
+from compactmind.forward import predict_logits
 from compactmind.training import (
     Progress,
     TrainingState,

@@ -7,12 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from compactmind.checkpoint import load_checkpoint, parameters_before_packing, save_checkpoint
+from compactmind.checkpoint import load_checkpoint, save_checkpoint
+from compactmind.formats import w8a8
+from compactmind.formats.table import parameters_of
 from compactmind.methods.pruning.encoder import encoder_layers
 from compactmind.methods.pruning.masks import compact
 from compactmind.methods.quantization import w8a8_encoder
 from compactmind.methods.quantization.packed_model import linears_to_quantize
-from compactmind.methods.quantization.w8a8_encoder import load_w8a8_encoder, quantize_encoder
+from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 
 
@@ -31,7 +33,7 @@ def test_every_linear_of_the_blocks_is_int8_and_no_head_is(model):
     names = {name for name, module in small.named_modules() if isinstance(module, W8A8Linear)}
     assert len(names) == 6 * len(encoder_layers(small)) and not any("classifier" in name or "pooler" in name for name in names)
     assert description["bits"] == 8 and description["granularity"]["activations"] == "per_token"
-    assert parameters_before_packing(small) == parameters_before_packing(model)
+    assert parameters_of(small) == parameters_of(model)
 
 
 @pytest.mark.parametrize("tokens", [3, 512])
@@ -79,7 +81,7 @@ def test_it_reloads_with_equal_logits_and_the_names_of_its_parent(model, tokeniz
         state = load_file(weights)
         state.pop(sorted(added)[0])
         save_file(state, weights)
-        load_w8a8_encoder(weights, type(model), description)
+        w8a8.load(weights.parent, type(model), description)
 
 
 def test_a_copy_and_a_move_take_the_joined_weights_along(model):
@@ -116,7 +118,7 @@ def test_compressed_tensors_reads_the_file(model, tokenizer, tmp_path, pruned, h
 
 
 def test_a_plain_reader_is_told_that_the_weights_are_integers(model):
-    small, _ = quantized(model)
-    config = small.config.quantization_config
+    small, description = quantized(model)
+    config = w8a8.quantization_config(small, description)
     heads = {name for name, module in small.named_modules() if isinstance(module, torch.nn.Linear)}
     assert config["quant_method"] == "compressed-tensors" and set(config["ignore"]) == heads != set()

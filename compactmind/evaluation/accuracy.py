@@ -7,33 +7,6 @@ import numpy
 import torch
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, roc_auc_score
-from torch import nn
-
-from compactmind.data import EncodedSentences
-from compactmind.errors import CompactMindError
-from compactmind.evaluation.limits import require_known_ids, rows_at_a_time
-
-
-@torch.inference_mode()
-def predict_logits(model: nn.Module, sentences: EncodedSentences, batch_size: int) -> torch.Tensor:
-    """Return the logits of every sentence in its original order, float32 on the CPU: (rows, classes).
-
-    The model is put into evaluation mode and left there. Sentences go one at a time where padding would change the answer. Raises
-    CompactMindError on a sentence without tokens or with one that the model does not know.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    logits = None
-    for batch in sentences.evaluation_batches(rows_at_a_time(model, sentences.pad_token_id, batch_size)):
-        empty = batch["rows"][batch["attention_mask"].sum(1) == 0].tolist()
-        if empty:
-            raise CompactMindError(f"sentence {empty[0] + 1} of {len(sentences)} has no tokens")
-        require_known_ids(model, batch["input_ids"])
-        inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-        out = model(**inputs).logits.float().cpu()
-        logits = out.new_empty(len(sentences), out.shape[1]) if logits is None else logits
-        logits[batch["rows"]] = out
-    return logits
 
 
 def accuracy_of(logits: torch.Tensor, labels: torch.Tensor) -> float:

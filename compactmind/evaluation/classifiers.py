@@ -15,10 +15,11 @@ import torch
 from compactmind.checkpoint import Checkpoint, load_any
 from compactmind.data import EncodedSentences, Sentence
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.accuracy import classification_metrics, mcnemar, predict_logits
+from compactmind.evaluation.accuracy import classification_metrics, mcnemar
 from compactmind.evaluation.cost import gflops, gmacs_thop, measure_latency, measure_load_time, peak_memory, weight_bytes
 from compactmind.evaluation.failures import cell_fails_alone, leave_out, row_fails_alone
-from compactmind.evaluation.limits import positions_of, require_positions
+from compactmind.forward import predict_logits
+from compactmind.limits import positions_of, require_positions
 from compactmind.onnx_export import FILE, OnnxClassifier
 
 

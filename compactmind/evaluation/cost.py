@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.limits import vocabulary_of
 from compactmind.files import weight_files
+from compactmind.limits import vocabulary_of
 
 NEW_TOKENS = 8
 """Tokens whose mean time is that of decoding one."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from compactmind.evaluation.intervals import mean_interval
-from compactmind.evaluation.perplexity import loss_of, next_token_logits
+from compactmind.forward import loss_of, next_token_logits
 
 CHUNK = 64
 """Tokens whose probabilities are looked at in one go: 64 of a vocabulary of 128,000 take 33 MB a tensor."""

@@ -16,25 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from compactmind.checkpoint import Checkpoint, load_any
 from compactmind.evaluation.capability import gsm8k
 from compactmind.evaluation.cost import NEW_TOKENS, measure_generation, measure_load_time, peak_memory, weight_bytes
 from compactmind.evaluation.divergence import measure_windows
 from compactmind.evaluation.failures import cell_fails_alone, leave_out, row_fails_alone
-from compactmind.evaluation.limits import positions_of, require_known_ids, require_positions
 from compactmind.evaluation.perplexity import paired_ratio, perplexity_of
-from compactmind.methods.quantization.packed_model import QUANTIZED_KINDS
-from compactmind.methods.quantization.w8a8_linear import W8A8Linear
-
-
-def kernel_of(model: PreTrainedModel, kind: str) -> str:
-    """Return what multiplies the matrices of a model's blocks: int8 kernels by name, bitsandbytes, or the float dtype."""
-    kernels = {module.kernel for module in model.modules() if isinstance(module, W8A8Linear)}
-    if kernels:
-        return ", ".join(sorted(kernels))
-    return "bitsandbytes" if kind in QUANTIZED_KINDS else str(next(model.parameters()).dtype).removeprefix("torch.")
+from compactmind.formats.table import kernel_of
+from compactmind.limits import positions_of, require_known_ids, require_positions
 
 
 def measure_language_models(

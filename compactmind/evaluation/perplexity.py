@@ -10,35 +10,11 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.intervals import mean_interval
-
-LARGEST_LOSS = 700.0
-"""Nats per token above which a model counts as damaged: guessing evenly costs 11, and exp(710) is no number any more."""
-
-
-@torch.inference_mode()
-def window_losses(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
-    """Return the mean negative log-likelihood in nats of each window's predicted tokens.
-
-    `windows`: (windows, seq_len) token ids; the result is float64 of shape (windows,). One window at a time: the logits of a
-    large vocabulary are the largest tensor of the whole pass.
-    """
-    return torch.stack([loss_of(next_token_logits(model, window), window) for window in windows])
-
-
-@torch.inference_mode()
-def next_token_logits(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
-    """Return the logits that predict every token but the first of a window (seq_len,): (seq_len - 1, vocabulary), on the model's device."""
-    return model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
-
-
-def loss_of(logits: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
-    """Return the mean negative log-likelihood in nats of a window's predicted tokens, a float64 number on the CPU."""
-    return F.cross_entropy(logits.float(), window[1:].to(logits.device)).double().cpu()
+from compactmind.forward import LARGEST_LOSS, window_losses
 
 
 def perplexity(model: PreTrainedModel, windows: torch.Tensor, text: str, windows_from: str = "first") -> dict[str, Any]:

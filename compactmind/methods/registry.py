@@ -73,9 +73,6 @@ class Method:
     name: str
     kind: str
     """prune, retrain, smooth or quantize: what decides which order is legal."""
-    tracks: tuple[str, ...]
-    needs: tuple[str, ...]
-    """calibration, text."""
     recipe: type
     """A frozen dataclass: the parameters of the method with their defaults; it refuses values outside their range."""
     apply: Callable[[PreTrainedModel, Resources, Any], tuple[PreTrainedModel, dict[str, Any]]]
@@ -180,22 +177,22 @@ def _nf4(model, resources: Resources, recipe: NF4Recipe):
 SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
 METHODS: dict[str, Method] = {
     "prune": Method(
-        "prune", "prune", ("llm",), ("calibration",), PruneRecipe, _prune,
+        "prune", "prune", PruneRecipe, _prune,
         {"sparsity": SPARSITIES, "criterion": ("taylor", "activation", "variance", "l2"), "scope": ("uniform", "global")}, "pruned",
         check=check_prunable,
     ),
     "retrain": Method(
-        "retrain", "retrain", ("llm",), ("text",), RetrainRecipe, _retrain,
+        "retrain", "retrain", RetrainRecipe, _retrain,
         {"tokens": (4096, 8192), "lr": (5e-5, 1e-4, 2e-4), "distillation": (True, False), "evaluations": (1,)},
     ),
-    "smooth": Method("smooth", "smooth", ("llm",), ("calibration",), SmoothRecipe, _smooth, {"alpha": (0.5, 0.6, 0.7, 0.8, 0.9)}),
+    "smooth": Method("smooth", "smooth", SmoothRecipe, _smooth, {"alpha": (0.5, 0.6, 0.7, 0.8, 0.9)}),
     "w8a8": Method(
-        "w8a8", "quantize", ("llm",), ("calibration",), W8A8Recipe, _w8a8,
+        "w8a8", "quantize", W8A8Recipe, _w8a8,
         {"alpha": (0.4, 0.5, 0.6, 0.7, 0.8), "activations": ("per_token", "per_tensor"), "embeddings": ("as_released", "int8")}, "w8a8",
         bits=lambda recipe: (8.05, 8.06 if recipe.embeddings == "int8" else None),
     ),
     "nf4": Method(
-        "nf4", "quantize", ("llm",), (), NF4Recipe, _nf4, {"double_quantization": (True, False)}, "nf4",
+        "nf4", "quantize", NF4Recipe, _nf4, {"double_quantization": (True, False)}, "nf4",
         bits=lambda recipe: (4.13 if recipe.double_quantization else 4.5, None),
     ),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from compactmind.formats.table import is_quantized
 from compactmind.report.as_shipped import as_shipped, compressed, is_better, is_dominated, is_smaller
 
 DISTINGUISHABLE = 0.05
@@ -233,7 +234,7 @@ def _slower_than_parent(rows: dict[str, dict[str, Any]]) -> list[str]:
     found = []
     for name, row in rows.items():
         parent = rows.get(row["made_from"])
-        if parent is None or row["kind"] not in ("nf4", "int8", "w8a8"):
+        if parent is None or not is_quantized(row["kind"]):
             continue
         ratios = {batch: times_as_fast(parent, row, batch) for batch in row["latency"]}
         slower = [f"{ratio:.2f}x at {batch.replace('_', ' ')}" for batch, ratio in ratios.items() if ratio and ratio > FASTER]

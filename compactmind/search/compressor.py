@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from compactmind.checkpoint import bytes_to_save
 from compactmind.errors import CompactMindError
+from compactmind.formats.table import FORMATS
 from compactmind.methods.registry import Method, Resources, method_named
 from compactmind.search.cache import PrefixCache
 
@@ -56,7 +57,7 @@ class Compressed:
 
     model: PreTrainedModel
     kind: str
-    """Kind of checkpoint: dense, pruned, w8a8 or nf4."""
+    """Kind of checkpoint: a key of FORMATS."""
     quantization: dict[str, Any] | None
     steps: list[dict[str, Any]]
     """A row per step, the dense model first: method, params, what was done, seconds, and what was measured."""
@@ -210,13 +211,8 @@ def interaction(steps: Sequence[Step], resources: Resources, measure: Measure, r
 def _round(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
     """Give, in place, every weight the value that the file will hold: what is measured is what is saved."""
     for name, parameter in model.named_parameters():
-        if _stored_in_half(kind, name, parameter):
+        if FORMATS[kind].as_released(name, parameter):
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
-
-
-def _stored_in_half(kind: str, name: str, parameter: torch.Tensor) -> bool:
-    """Tell whether a weight is stored in the dtype of the release; of a W8A8 model those outside the blocks (smoothed norms stay exact)."""
-    return parameter.is_floating_point() and not (kind == "w8a8" and name.startswith("model.layers."))
 
 
 @contextmanager
@@ -225,7 +221,7 @@ def store_as_released(compressed: Compressed, dtype: torch.dtype) -> Iterator[No
     stored = [
         (parameter, parameter.dtype)
         for name, parameter in compressed.model.named_parameters()
-        if _stored_in_half(compressed.kind, name, parameter)
+        if FORMATS[compressed.kind].as_released(name, parameter)
     ]
     for parameter, _ in stored:
         parameter.data = parameter.data.to(dtype)
@@ -240,7 +236,7 @@ def stored_bytes(compressed: Compressed, dtype: torch.dtype) -> int:
     """Return the bytes of the tensors the weight file will hold."""
     saved = bytes_to_save(compressed.model)
     for name, parameter in compressed.model.named_parameters():  # tied ones once
-        if _stored_in_half(compressed.kind, name, parameter):
+        if FORMATS[compressed.kind].as_released(name, parameter):
             saved -= parameter.numel() * (parameter.element_size() - dtype.itemsize)
     return saved
 

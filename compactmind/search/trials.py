@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compactmind.checkpoint import save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import measure_generation, peak_memory
-from compactmind.evaluation.language import kernel_of
-from compactmind.evaluation.perplexity import LARGEST_LOSS, window_losses
+from compactmind.formats.table import kernel_of
+from compactmind.forward import LARGEST_LOSS, window_losses
 from compactmind.methods.pruning.llama_structure import prunable_parameters
 from compactmind.methods.registry import Resources
 from compactmind.search.cache import PrefixCache

@@ -12,16 +12,15 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from compactmind.checkpoint import weights_fingerprint
 from compactmind.data import EncodedSentences
-from compactmind.evaluation.accuracy import predict_logits
 from compactmind.files import remove_stale_temporaries, replace_file
+from compactmind.forward import predict_logits
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only
 
 
 def cached_teacher_logits(
-    teacher_directory: Path,
     teacher: torch.nn.Module,
+    fingerprint: str,
     sentences: EncodedSentences,
     batch_size: int,
     cache_directory: Path,
@@ -29,10 +28,11 @@ def cached_teacher_logits(
 ) -> torch.Tensor:
     """Return the teacher's logits of every sentence, (rows, classes) float32, from the cache if they are there.
 
-    The cache file is named by hashes of the teacher's weights and of the token ids, so it can never be the wrong one. Those of
-    other teachers are swept when one is written; a file that another run sweeps or has damaged is computed again.
+    `fingerprint` identifies the teacher's weights. The cache file is named by hashes of it and of the token ids, so it can never be
+    the wrong one. Those of other teachers are swept when one is written; a file that another run sweeps or has damaged is computed
+    again. The teacher reads all tokens afterwards, whatever was raised.
     """
-    teacher_key = hashlib.sha256(weights_fingerprint(teacher_directory).encode()).hexdigest()[:16]
+    teacher_key = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
     rows_key = hashlib.sha256()
     for ids in sentences.input_ids:
         rows_key.update(torch.tensor(ids, dtype=torch.int32).numpy().tobytes() + b";")
@@ -42,8 +42,10 @@ def cached_teacher_logits(
         if logits is None:
             accelerator.print(f"computing the teacher's logits of {len(sentences)} sentences once ...")
             read_first_token_only(teacher)
-            logits = predict_logits(teacher, sentences, batch_size)
-            read_all_tokens(teacher)
+            try:
+                logits = predict_logits(teacher, sentences, batch_size)
+            finally:
+                read_all_tokens(teacher)
             if accelerator.is_main_process:
                 for other in cache_directory.glob(".teacher_logits_*.safetensors"):
                     if not other.name.startswith(f".teacher_logits_{teacher_key}_"):

@@ -1,4 +1,4 @@
-"""Replace the block linears of a model by packed ones (NF4 4-bit or LLM.int8()), and rebuild such a model from its file.
+"""Replace the block linears of a model by packed ones (NF4 4-bit or LLM.int8()).
 
 NF4: Dettmers et al. 2023 (https://arxiv.org/abs/2305.14314). LLM.int8(): Dettmers et al. 2022
 (https://arxiv.org/abs/2208.07339). bitsandbytes does the arithmetic; this file decides what is packed (never a classifier
@@ -6,19 +6,16 @@ head) and keeps the embedding tables in half precision.
 """
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
 from compactmind.methods.quantization.error_compensation import input_second_moments
 
-QUANTIZED_KINDS = ("nf4", "int8")
+PACKINGS = ("nf4", "int8")
 SKIPPED_MODULES = ("classifier", "pre_classifier", "pooler", "score", "lm_head")
 """Heads and what feeds them: a few thousand weights that decide the answer (transformers#29701, #24037)."""
 
@@ -72,8 +69,8 @@ def quantize_model(
     `method` is nf4 or int8. With `calibration` batches (`input_ids`, `attention_mask`), NF4 rounding errors are compensated
     (error_compensation.py). Raises ValueError on another method and CompactMindError, see `require_finite`, before anything is changed.
     """
-    if method not in QUANTIZED_KINDS:
-        raise ValueError(f"unknown quantization method {method!r}, expected one of {', '.join(QUANTIZED_KINDS)}")
+    if method not in PACKINGS:
+        raise ValueError(f"unknown quantization method {method!r}, expected one of {', '.join(PACKINGS)}")
     require_quantizable(
         model, half_precision_embeddings, method == "int8"
     )  # bitsandbytes rounds to float16 before it rounds to int8
@@ -93,7 +90,7 @@ def quantize_model(
         ],
         "half_precision_embeddings": half_precision_embeddings,
     }
-    _replace_by_packed_modules(model, description, device)
+    replace_by_packed_modules(model, description, device)
     for name, linear in plain.items():
         packed = model.get_submodule(name)
         packed.bias = linear.bias
@@ -101,55 +98,7 @@ def quantize_model(
     if half_precision_embeddings:
         for name, table in tables.items():
             model.get_submodule(name).weight = nn.Parameter(table.half(), requires_grad=False)
-    if method == "nf4" and all(linear.padding == 0 for _, linear in linears_to_quantize(model)):
-        # With this entry transformers reads the checkpoint too (half-precision tables first need `.embeddings.float()`).
-        model.config.quantization_config = {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": double_quantization,
-            "bnb_4bit_compute_dtype": "float32" if device.type == "cpu" else "bfloat16",
-            "llm_int8_skip_modules": description["skipped_modules"],
-        }
     return description
-
-
-def load_quantized(
-    weights_file: Path, model_class: type[PreTrainedModel], description: dict[str, Any], device: torch.device | str = "cpu"
-) -> PreTrainedModel:
-    """Rebuild a packed model from its weight file and the description `quantize_model` returned.
-
-    The configuration is read from the directory of `weights_file`. Raises ValueError or KeyError if a tensor is missing or
-    left over.
-    """
-    config = model_class.config_class.from_pretrained(weights_file.parent)
-    model = uninitialized_model(model_class, config)
-    _replace_by_packed_modules(model, description, device)
-    state = load_file(weights_file)
-    for name, linear in linears_to_quantize(model):
-        packed = state.pop(f"{name}.weight")
-        if description["method"] == "nf4":
-            prefix = f"{name}.weight."
-            statistics = {key.removeprefix(f"{name}."): state.pop(key) for key in list(state) if key.startswith(prefix)}
-            linear.load_packed(packed, statistics, device)
-        else:
-            state.pop(f"{name}.weight_format")
-            linear.load_packed(packed, state.pop(f"{name}.SCB"))
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    packed_weights = {f"{name}.weight" for name, _ in linears_to_quantize(model)}
-    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()  # a head that is the embedding table
-    missing = [name for name in missing if name not in packed_weights | tied]
-    if missing or unexpected:
-        raise ValueError(f"tensors do not fit {model_class.__name__}: missing {missing}, unexpected {unexpected}")
-    return model
-
-
-def uninitialized_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """Return a model to load weights into: what its tensors hold is undefined, so no time and no memory is spent on random numbers."""
-    with no_init_weights():
-        model = model_class(config)
-    model.tie_weights()  # a part of the initialization that was left out
-    return model
 
 
 def linears_to_quantize(model: PreTrainedModel) -> list[tuple[str, nn.Linear]]:
@@ -166,7 +115,7 @@ def embedding_tables(model: PreTrainedModel) -> list[tuple[str, nn.Embedding]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
 
 
-def _replace_by_packed_modules(model: PreTrainedModel, description: dict[str, Any], device: torch.device | str) -> None:
+def replace_by_packed_modules(model: PreTrainedModel, description: dict[str, Any], device: torch.device | str) -> None:
     """Put, in place, modules of the packed types where the plain ones were; their weights are still empty."""
     from compactmind.methods.quantization.packed_linear import packed_linear_like  # bitsandbytes takes seconds to import
 

@@ -1,18 +1,16 @@
-"""Turn the blocks of a BERT or DistilBERT into W8A8: int8 weights and activations on a real int8 kernel, and rebuild such a model.
+"""Turn the blocks of a BERT or DistilBERT into W8A8: int8 weights and activations on a real int8 kernel.
 
 Nothing is smoothed: these blocks normalize behind the addition, so what a linear reads is the residual stream itself, and dividing
 its channels would need a multiplication on the way around. A scale per token is enough for them. The forward pass quantizes
 every input once, takes q, k and v as one product, and handles so few tokens at a time that what lies between two products stays in
-the processor's cache: in a batch of 32 sentences passes over memory would otherwise take longer than the products. The file is in the
-layout of compressed-tensors (compressed_tensors.py).
+the processor's cache: in a batch of 32 sentences passes over memory would otherwise take longer than the products. What
+the file looks like: compactmind/formats/w8a8.py.
 """
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -20,13 +18,11 @@ from transformers.models.bert.modeling_bert import BertLayer, eager_attention_fo
 from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 
 from compactmind.methods.pruning.encoder import EncoderLayer, encoder_layers
-from compactmind.methods.quantization.compressed_tensors import quantization_config
 from compactmind.methods.quantization.packed_model import (
     HalfEmbedding,
     embedding_tables,
     linears_to_quantize,
     require_quantizable,
-    uninitialized_model,
 )
 from compactmind.methods.quantization.w8a8_block import joined
 from compactmind.methods.quantization.w8a8_linear import Int8Parts, W8A8Linear
@@ -113,7 +109,7 @@ def fuse_encoder(model: PreTrainedModel) -> None:
         block.fuse(layer, attention, activation)
 
 
-# -------------------------------------------------------------------------------------------------- quantizing, rebuilding
+# ---------------------------------------------------------------------------------------------------------- quantizing
 @torch.no_grad()
 def quantize_encoder(model: PreTrainedModel, half_precision_embeddings: bool = True) -> dict[str, Any]:
     """Make, in place, every linear of the blocks W8A8, a scale per token and per output channel; heads stay in full precision.
@@ -129,32 +125,9 @@ def quantize_encoder(model: PreTrainedModel, half_precision_embeddings: bool = T
             half.weight = nn.Parameter(table.weight.half(), requires_grad=False)
             model.set_submodule(name, half)
     fuse_encoder(model)
-    heads = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    model.config.quantization_config = quantization_config({"group_0": ("Linear", "per_token")}, ignore=heads)
     return {
         "method": "w8a8",
         "bits": 8,
         "granularity": {"weights": "per output channel", "activations": "per_token"},
         "half_precision_embeddings": half_precision_embeddings,
     }
-
-
-def load_w8a8_encoder(weights_file: Path, model_class: type[PreTrainedModel], description: dict[str, Any]) -> PreTrainedModel:
-    """Rebuild a model from its weight file and the description `quantize_encoder` returned.
-
-    Raises ValueError if a tensor is missing or left over.
-    """
-    model = uninitialized_model(model_class, model_class.config_class.from_pretrained(weights_file.parent))
-    for name, linear in linears_to_quantize(model):
-        model.set_submodule(name, W8A8Linear(linear.in_features, linear.out_features, linear.bias is not None))
-    if description["half_precision_embeddings"]:
-        for name, table in embedding_tables(model):
-            model.set_submodule(name, HalfEmbedding(table.num_embeddings, table.embedding_dim, table.padding_idx))
-    missing, unexpected = model.load_state_dict(load_file(weights_file), strict=False)
-    if missing or unexpected:
-        raise ValueError(f"tensors do not fit {model_class.__name__}: missing {missing}, unexpected {unexpected}")
-    for module in model.modules():
-        if isinstance(module, W8A8Linear):
-            module.prepare()
-    fuse_encoder(model)
-    return model

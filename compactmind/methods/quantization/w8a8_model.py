@@ -1,30 +1,24 @@
-"""Turn the blocks of a Llama into W8A8, one after the other, smoothed and rotated before it or not; write and rebuild such a model.
+"""Turn the blocks of a Llama into W8A8, one after the other, smoothed and rotated before it or not.
 
-The files follow the compressed-tensors layout `int-quantized` (int8 `weight`, `weight_scale` per output channel, `input_scale`
-if static), which vLLM and transformers with compressed-tensors read; a rotation of down_proj's input is a `transform_config`, which
-vLLM and compressed-tensors know and transformers 5.23 leaves out. One block at a time is in float32; all others wait in the
-dtype they were released in, and every quantized block frees its float weights.
+One block at a time is in float32; all others wait in the dtype they were released in, and every quantized block frees its float
+weights. compactmind/formats/w8a8.py says what the file looks like.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from compactmind.methods.llama import LINEARS, LlamaBlock, llama_blocks
 from compactmind.methods.quantization.calibration import SITES, InputStatistics, calibrate, readers_of
-from compactmind.methods.quantization.compressed_tensors import quantization_config
 from compactmind.methods.quantization.packed_model import require_finite
 from compactmind.methods.quantization.rotation import (
     FOLDED_SITE,
-    InputRotation,
     fold_rotation,
     hadamard,
     rotate,
@@ -43,8 +37,6 @@ from compactmind.methods.quantization.w8a8_linear import (
 PER_LAYER = "per_layer"
 EMBEDDINGS = ("as_released", "int8")
 SITE_OF = {linear: site for site, readers in SITES.items() for linear in readers}
-TRANSFORM = "hadamard"
-"""Name of the rotation in the files: compressed-tensors expects its matrix as <linear>.<name>_input.weight."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +223,6 @@ def quantize_llama(
         "rotations": rotations,
         "embeddings": recipe.embeddings,
     }
-    model.config.quantization_config = compressed_tensors_config(description)
     fuse_blocks(model)
     return description
 
@@ -259,67 +250,3 @@ def _quantize_embeddings(model: PreTrainedModel, activations: str) -> None:
         quantized.prepare()
     model.set_input_embeddings(small)
     model.set_output_embeddings(quantized)
-
-
-def compressed_tensors_config(description: dict[str, Any]) -> dict[str, Any]:
-    """Return the `quantization_config` with which compressed-tensors reads the file."""
-    activations = description["granularity"]["activations"]
-    groups: dict[str, tuple[str, str | None]] = {"group_0": ("Linear", activations)}
-    small_tables = description["embeddings"] == "int8"
-    if small_tables:
-        groups |= {"head": ("re:.*lm_head$", dynamic(activations)), "embeddings": ("Embedding", None)}
-    config = quantization_config(groups, ignore=[] if small_tables else ["lm_head"])
-    running = {site: size for site, size in description["rotations"].items() if site != FOLDED_SITE}
-    if running:
-        where = {"targets": [f"re:.*{LINEARS[field]}$" for site in running for field in SITES[site]], "ignore": []}
-        applied = [{**where, "location": "input", "inverse": False}, {**where, "location": "weight_input", "inverse": True}]
-        (size,) = set(running.values())
-        transform = {"type": "hadamard", "head_dim": size, "precision": "torch.float32", "apply": applied}
-        config["transform_config"] = {"config_groups": {TRANSFORM: transform}}
-    return config
-
-
-# --------------------------------------------------------------------------------------------------------------- rebuilding
-def load_w8a8(
-    weights_file: Path, model_class: type[PreTrainedModel], description: dict[str, Any], dtype: torch.dtype = torch.float32
-) -> PreTrainedModel:
-    """Rebuild a W8A8 model from its weight file and the description `quantize_llama` returned; the rest is of `dtype`.
-
-    Raises ValueError if a tensor is missing or left over.
-    """
-    config = model_class.config_class.from_pretrained(weights_file.parent)
-    activations = description["granularity"]["activations"]
-    with torch.device("meta"):
-        model = model_class(config)
-    for block in llama_blocks(model):
-        for field, path in LINEARS.items():
-            linear, rotation = getattr(block, field), running_rotation(description["rotations"], field)
-            empty = W8A8Linear(
-                linear.in_features, linear.out_features, linear.bias is not None, activations, rotation, device="meta"
-            )
-            model.set_submodule(f"{block.name}.{path}", empty)
-    tied = config.tie_word_embeddings
-    if description["embeddings"] == "int8":
-        table = model.get_input_embeddings()
-        model.set_input_embeddings(Int8Embedding(table.num_embeddings, table.embedding_dim))
-        head = W8A8Linear(table.embedding_dim, table.num_embeddings, False, dynamic(activations), device="meta")
-        model.set_output_embeddings(head)
-    state = load_file(weights_file)
-    packed = {name for name, module in model.named_modules() if isinstance(module, (W8A8Linear, InputRotation, Int8Embedding))}
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and name.rpartition(".")[0] not in packed:
-            state[name] = tensor.to(dtype)
-        if name.endswith(".input_scale"):
-            state[name] = tensor.reshape(1)  # (1, 1) in files written before
-    if tied:
-        for name in [name for name in model.state_dict() if name.startswith("lm_head.") and name not in state]:
-            state[name] = state[name.replace("lm_head.", "model.embed_tokens.")]
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    if missing or unexpected:
-        raise ValueError(f"tensors do not fit {model_class.__name__}: missing {missing}, unexpected {unexpected}")
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # computed, not stored: the one on meta is empty
-    for module in model.modules():
-        if isinstance(module, W8A8Linear):
-            module.prepare()
-    fuse_blocks(model)
-    return model

@@ -14,7 +14,8 @@ import logging
 import math
 import time
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.perplexity import LARGEST_LOSS, window_losses
+from compactmind.forward import LARGEST_LOSS, window_losses
 from compactmind.methods.distillation.soft_targets import hidden_state_loss
 from compactmind.methods.distillation.student import alternate_layers, matching_layers
 from compactmind.methods.llama import LINEARS, llama_blocks
@@ -319,6 +320,29 @@ def set_gradient_checkpointing(model: PreTrainedModel, enable: bool) -> None:
         model.disable_input_require_grads()  # the hook on the embeddings that enabling put there
 
 
+@contextmanager
+def ready_to_train(model: PreTrainedModel, recipe: RetrainRecipe) -> Iterator[nn.Module | None]:
+    """Give, in place, a model the adapters and the gradient checkpointing of a recipe; take both away at the end of the `with` block.
+
+    So it is whatever was raised inside. Yields peft's wrapper, or None without adapters; those not merged until the end are lost.
+    """
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    adapters = add_adapters(model, recipe.lora_rank, recipe.lora_alpha) if recipe.mode == "lora" else None
+    try:
+        if recipe.gradient_checkpointing:
+            set_gradient_checkpointing(model, True)
+        yield adapters
+    finally:
+        if recipe.gradient_checkpointing:
+            set_gradient_checkpointing(model, False)
+        if adapters is not None:
+            adapters.unload()
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(trainable[name])
+        model.zero_grad()
+        model.eval()
+
+
 # ----------------------------------------------------------------------------------------------------------------- loop
 def check_inputs(
     model: PreTrainedModel,
@@ -425,98 +449,89 @@ def retrain_causal_lm(
     if not loss_before < LARGEST_LOSS:
         raise CompactMindError(f"the held-out loss before retraining is {loss_before}: the model that came in is damaged")
     set_seed(recipe.seed)
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    adapters = add_adapters(model, recipe.lora_rank, recipe.lora_alpha) if recipe.mode == "lora" else None
-    if recipe.gradient_checkpointing:
-        set_gradient_checkpointing(model, True)
-    optimizer = make_optimizer(model, recipe.lr, recipe.weight_decay)
-    scheduler = cosine_decay_with_warmup(optimizer, int(recipe.warmup_ratio * total_steps), total_steps)
+    with ready_to_train(model, recipe) as adapters:
+        optimizer = make_optimizer(model, recipe.lr, recipe.weight_decay)
+        scheduler = cosine_decay_with_warmup(optimizer, int(recipe.warmup_ratio * total_steps), total_steps)
 
-    # ---- resume: the state of the last evaluation, if this very run was interrupted
-    step, seconds, history, losses, stopped = 0, 0.0, [], [], None
-    kept = {"loss": loss_before, "step": 0, "weights": trainable_copy(model)}
-    if saved:
-        load_trainable(model, saved["weights"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scheduler.load_state_dict(saved["scheduler"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(saved["scaler"])
-        step, seconds, history, kept = saved["step"], saved["seconds"], saved["history"], saved["kept"]
-        accelerator.print(f"{label}: going on after step {step} of {total_steps}")
-    objective, optimizer = accelerator.prepare(RetrainingLoss(model, teacher, recipe, teacher_states), optimizer)
+        # ---- resume: the state of the last evaluation, if this very run was interrupted
+        step, seconds, history, losses, stopped = 0, 0.0, [], [], None
+        kept = {"loss": loss_before, "step": 0, "weights": trainable_copy(model)}
+        if saved:
+            load_trainable(model, saved["weights"])
+            optimizer.load_state_dict(saved["optimizer"])
+            scheduler.load_state_dict(saved["scheduler"])
+            if accelerator.scaler is not None:
+                accelerator.scaler.load_state_dict(saved["scaler"])
+            step, seconds, history, kept = saved["step"], saved["seconds"], saved["history"], saved["kept"]
+            accelerator.print(f"{label}: going on after step {step} of {total_steps}")
+        objective, optimizer = accelerator.prepare(RetrainingLoss(model, teacher, recipe, teacher_states), optimizer)
 
-    # ---- steps
-    progress = Progress(label, total_steps, log_every, step, accelerator.is_main_process, unit="tokens")
-    for number in range(step + 1, total_steps + 1):
-        model.train()
-        set_seed(recipe.seed + number, device_specific=True)  # dropout, if the model has any, depends on the step alone
-        rows = batch_rows(len(windows), number, windows_per_step, recipe.seed)
-        batches = rows.view(recipe.accumulation, processes, recipe.batch_size)[:, accelerator.process_index]
-        loss = torch.zeros((), device=accelerator.device)
-        for index, batch in enumerate(batches, start=1):
-            with nullcontext() if index == recipe.accumulation else accelerator.no_sync(objective):
-                share = objective(windows[batch].to(accelerator.device)) / recipe.accumulation
-                accelerator.backward(share)
-            loss += share.detach()
-        loss = accelerator.reduce(loss, reduction="mean").item()
-        if not math.isfinite(loss):  # before the step: its gradients never reach the weights
-            stopped = f"loss became {loss} at step {number}"
-            break
-        accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-        lr = scheduler.get_last_lr()[0]
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        step = number
-        losses.append(loss)
-        progress.update(loss, lr, windows_per_step * windows.shape[1])
+        # ---- steps
+        progress = Progress(label, total_steps, log_every, step, accelerator.is_main_process, unit="tokens")
+        for number in range(step + 1, total_steps + 1):
+            model.train()
+            set_seed(recipe.seed + number, device_specific=True)  # dropout, if the model has any, depends on the step alone
+            rows = batch_rows(len(windows), number, windows_per_step, recipe.seed)
+            batches = rows.view(recipe.accumulation, processes, recipe.batch_size)[:, accelerator.process_index]
+            loss = torch.zeros((), device=accelerator.device)
+            for index, batch in enumerate(batches, start=1):
+                with nullcontext() if index == recipe.accumulation else accelerator.no_sync(objective):
+                    share = objective(windows[batch].to(accelerator.device)) / recipe.accumulation
+                    accelerator.backward(share)
+                loss += share.detach()
+            loss = accelerator.reduce(loss, reduction="mean").item()
+            if not math.isfinite(loss):  # before the step: its gradients never reach the weights
+                stopped = f"loss became {loss} at step {number}"
+                break
+            accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+            lr = scheduler.get_last_lr()[0]
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            step = number
+            losses.append(loss)
+            progress.update(loss, lr, windows_per_step * windows.shape[1])
 
-        if step not in evaluation_steps:
-            continue
-        held_out_now = held_out_loss(model, held_out, accelerator)
-        if not math.isfinite(held_out_now):
-            stopped = f"held-out loss became {held_out_now} at step {step}"
-            break
-        # A weight that no held-out text reaches can be no number while the loss is one.
-        if held_out_now < kept["loss"] and are_finite(weights := trainable_copy(model)):
-            kept = {"loss": held_out_now, "step": step, "weights": weights}
-        now = time.perf_counter()
-        row = {
-            "step": step,
-            "phase": "retrain",
-            "loss": sum(losses) / len(losses),
-            "held_out_loss": held_out_now,
-            "perplexity": math.exp(min(held_out_now, LARGEST_LOSS)),  # no float beyond that, and no use either
-            "lr": lr,
-            "seconds": now - mark,
-        }
-        history, losses, mark = [*history, row], [], now
-        progress.write(
-            f"{label:<18} step {step:>5}/{total_steps} | loss {row['loss']:7.4f} | held-out loss {held_out_now:7.4f} | "
-            f"perplexity {row['perplexity']:8.4g} | {row['seconds']:.0f} s"
-        )
-        if resume and accelerator.is_main_process:
-            resume.save(
-                plan=plan, step=step, seconds=seconds + now - started, history=history, kept=kept, loss_before=loss_before,
-                weights=trainable_copy(model), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
-                scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
-            )  # fmt: skip
-    progress.close()
+            if step not in evaluation_steps:
+                continue
+            held_out_now = held_out_loss(model, held_out, accelerator)
+            if not math.isfinite(held_out_now):
+                stopped = f"held-out loss became {held_out_now} at step {step}"
+                break
+            # A weight that no held-out text reaches can be no number while the loss is one.
+            if held_out_now < kept["loss"] and are_finite(weights := trainable_copy(model)):
+                kept = {"loss": held_out_now, "step": step, "weights": weights}
+            now = time.perf_counter()
+            row = {
+                "step": step,
+                "phase": "retrain",
+                "loss": sum(losses) / len(losses),
+                "held_out_loss": held_out_now,
+                "perplexity": math.exp(min(held_out_now, LARGEST_LOSS)),  # no float beyond that, and no use either
+                "lr": lr,
+                "seconds": now - mark,
+            }
+            history, losses, mark = [*history, row], [], now
+            progress.write(
+                f"{label:<18} step {step:>5}/{total_steps} | loss {row['loss']:7.4f} | held-out loss {held_out_now:7.4f} | "
+                f"perplexity {row['perplexity']:8.4g} | {row['seconds']:.0f} s"
+            )
+            if resume and accelerator.is_main_process:
+                resume.save(
+                    plan=plan, step=step, seconds=seconds + now - started, history=history, kept=kept, loss_before=loss_before,
+                    weights=trainable_copy(model), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
+                    scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
+                )  # fmt: skip
+        progress.close()
 
-    # ---- the best weights, in a plain model
-    if stopped:
-        accelerator.print(f"{label}: stopped: {stopped}")
-    origin = f"step {kept['step']}" if kept["step"] else "before retraining: no step was better on held-out text"
-    accelerator.print(f"{label}: kept the weights of {origin}")
-    load_trainable(model, kept["weights"])
-    if recipe.gradient_checkpointing:
-        set_gradient_checkpointing(model, False)
-    if adapters is not None:
-        adapters.merge_and_unload() if kept["step"] else adapters.unload()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trainable[name])
-    model.zero_grad()
-    model.eval()
+        # ---- the best weights, in a plain model
+        if stopped:
+            accelerator.print(f"{label}: stopped: {stopped}")
+        origin = f"step {kept['step']}" if kept["step"] else "before retraining: no step was better on held-out text"
+        accelerator.print(f"{label}: kept the weights of {origin}")
+        load_trainable(model, kept["weights"])
+        if adapters is not None and kept["step"]:
+            adapters.merge_and_unload()
     accelerator.free_memory()
     accelerator.wait_for_everyone()
     return {

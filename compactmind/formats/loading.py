@@ -1,0 +1,20 @@
+"""What the loaders of several formats share: a model that waits for its tensors, and the rule that each of them must fit."""
+
+from collections.abc import Sequence
+
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+
+def uninitialized_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """Return a model to load weights into: what its tensors hold is undefined, so no time and no memory is spent on random numbers."""
+    with no_init_weights():
+        model = model_class(config)
+    model.tie_weights()  # a part of the initialization that was left out
+    return model
+
+
+def require_every_tensor(model_class: type[PreTrainedModel], missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """Raise ValueError if a tensor of the model was not in the file, or one of the file not in the model."""
+    if missing or unexpected:
+        raise ValueError(f"tensors do not fit {model_class.__name__}: missing {missing}, unexpected {unexpected}")
