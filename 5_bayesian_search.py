@@ -131,7 +131,8 @@ def read_material(config: SearchConfig, check: Callable[[Any], None]) -> Materia
     held_out = min(config.held_out_windows, len(validation) // 2)  # a short text is shared
     resources = Resources(
         calibration=train[: config.calibration_windows], train=train, held_out=validation[:held_out],
-        dense=lambda: load_as_released(source)[0].to(device).float(), released=released, device=device,
+        dense=lambda: load_as_released(source)[0].to(device).float(), released=released, released_bytes=weight_bytes(source),
+        device=device,
     )  # fmt: skip
     print(f"{len(train)} windows of {config.seq_len} tokens to train on, {len(resources.calibration)} of them to calibrate on")
     fingerprint = data_fingerprint(config.text_dir)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compactmind.formats import bitsandbytes, dense, w8a8
+from compactmind.formats import bitsandbytes, dense, grouped, w8a8
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,10 @@ FORMATS: dict[str, Format] = {
         "w8a8", "int8 weights and activations (compressed-tensors layout)", w8a8.load, quantization_config=w8a8.quantization_config,
         weights=w8a8.weights, kernel=w8a8.kernel, as_released=w8a8.as_released,
         libraries="transformers and compressed-tensors", caveat=w8a8.caveat, exports=("onnx",),
+    ),
+    "grouped": Format(
+        "grouped", "integers of 2 to 8 bits, a scale for every group of a row", grouped.load,
+        weights=grouped.weights, kernel=grouped.kernel,
     ),
 }  # fmt: skip
 """Kind -> format."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from compactmind.methods.pruning.llama_importance import score
 from compactmind.methods.pruning.llama_pruning import DenseStates, PruneRecipe, check_prunable, prune_llama
 from compactmind.methods.quantization.calibration import SITES
+from compactmind.methods.quantization.gptq_model import GPTQRecipe, quantize_gptq
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama
 from compactmind.methods.retraining.causal_lm import RetrainRecipe, TeacherStates, retrain_causal_lm
@@ -35,6 +36,8 @@ class Resources:
     """Makes a fresh copy of the dense model in float32: the teacher."""
     released: torch.dtype = torch.float32
     """What the dense model's file is in, and the result's will be."""
+    released_bytes: int = 0
+    """Bytes of that file, which a target compression is a ratio of; 0: of the weights of the model a method is given."""
     device: str = "cpu"
     """Where `dense` puts its model."""
     resume: TrainingState | None = None
@@ -83,6 +86,8 @@ class Method:
     """Kind of checkpoint the result is, None for the kind it was."""
     bits: Callable[[Any], tuple[float, float | None]] | None = None
     """recipe -> bits of a weight of the blocks and of the others, scales included (None: as before); to tell bytes before running."""
+    ratio: Callable[[Any], float | None] | None = None
+    """recipe -> the compression ratio it makes by itself, whatever was done before; None: `bits` tells."""
     check: Callable[[PreTrainedModel, Any, bool], None] | None = None
     """(dense model, recipe, whether it is done to this very model) raises CompactMindError if it cannot be done; it computes nothing."""
 
@@ -174,6 +179,13 @@ def _nf4(model, resources: Resources, recipe: NF4Recipe):
     return model, quantize_model(model, "nf4", double_quantization=recipe.double_quantization, half_precision_embeddings=False)
 
 
+def _gptq(model, resources: Resources, recipe: GPTQRecipe):
+    description = quantize_gptq(
+        model, resources.calibration, recipe, released_bytes=resources.released_bytes, released=resources.released
+    )
+    return model, description
+
+
 SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
 METHODS: dict[str, Method] = {
     "prune": Method(
@@ -194,6 +206,12 @@ METHODS: dict[str, Method] = {
     "nf4": Method(
         "nf4", "quantize", NF4Recipe, _nf4, {"double_quantization": (True, False)}, "nf4",
         bits=lambda recipe: (4.13 if recipe.double_quantization else 4.5, None),
+    ),
+    "gptq": Method(
+        "gptq", "quantize", GPTQRecipe, _gptq,
+        {"bits": (3, 4, 5, 6), "group_size": (32, 64, 128), "embeddings": ("int8", "int6", "int4")}, "grouped",
+        bits=lambda recipe: recipe.bits_per_weight,
+        ratio=lambda recipe: recipe.target_compression or None,
     ),
 }  # fmt: skip
 """Name -> method."""

@@ -109,6 +109,8 @@ class TrialRunner:
                 blocks *= 1 - step.recipe.sparsity
             elif step.method.kind == "prune":
                 return math.inf  # its bytes are known when it has run
+            if step.method.ratio and (ratio := step.method.ratio(step.recipe)):
+                return ratio
             if step.method.bits is not None:
                 bits_of_blocks, of_others = step.method.bits(step.recipe)
                 bits_of_others = of_others or bits_of_others

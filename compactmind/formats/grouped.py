@@ -1,0 +1,65 @@
+"""Weights as integers of 2 to 8 bits with a scale for every group (methods/quantization/grouped.py), each tensor on a grid of its own.
+
+The layout of a weight is that of compressed-tensors `pack-quantized`, which stores widths of 4 and 8 bits like this; other widths and
+float zeros are packed alike, and read by this project alone.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from compactmind.files import WEIGHTS
+from compactmind.formats.loading import require_every_tensor
+from compactmind.methods.quantization.grid import Grid
+from compactmind.methods.quantization.grouped import TENSORS, GroupedEmbedding, GroupedLinear, GroupedWeight, tied_head
+
+
+def load(
+    directory: Path,
+    model_class: type[PreTrainedModel],
+    quantization: dict[str, Any],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """Rebuild a model from the description `quantize_gptq` returned, whose `tensors` say the grid of each; the rest is of `dtype`.
+
+    Raises ValueError or KeyError if a tensor is missing or left over.
+    """
+    config, state = model_class.config_class.from_pretrained(directory), load_file(directory / WEIGHTS)
+    with torch.device("meta"):
+        model = model_class(config)
+    for name, grid in quantization["tensors"].items():
+        found = {each: state.pop(f"{name}.{each}") for each in TENSORS if f"{name}.{each}" in state}
+        weight = GroupedWeight.from_tensors(found, Grid(**grid))
+        parts = weight.q, weight.scale, weight.zero, weight.grid
+        if isinstance(model.get_submodule(name), nn.Embedding):
+            model.set_submodule(name, GroupedEmbedding(*parts))
+        else:
+            model.set_submodule(name, GroupedLinear(*parts, state.pop(f"{name}.bias", None)))
+    table = model.get_input_embeddings()
+    if config.tie_word_embeddings:
+        if isinstance(table, GroupedEmbedding):
+            model.set_output_embeddings(tied_head(table))
+        else:
+            state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    grouped = {name for name, module in model.named_modules() if isinstance(module, GroupedWeight)}
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    missing = [name for name in missing if name.rpartition(".")[0] not in grouped]
+    require_every_tensor(model_class, missing, unexpected)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # computed, not stored: the one on meta is empty
+    return model
+
+
+def weights(module: nn.Module) -> list[tuple[torch.Tensor, int]]:
+    """Return the integers of a layer, a buffer, and how many weights they are."""
+    return [(module.q, module.q.numel())] if isinstance(module, GroupedWeight) else []
+
+
+def kernel(model: PreTrainedModel) -> str:
+    """Return what multiplies: integers made floating-point for every product."""
+    return "dequantized"

@@ -1,0 +1,136 @@
+"""Weights as integers of 2 to 8 bits, a scale for every group of a row: how a group is rounded, and what it costs.
+
+A group of a row is `group_size` neighbouring inputs of one output (the last one of a row may be shorter; -1: the whole row). With the
+integers q from 0 to 2^bits - 1 and everything float in fp16, as it is stored, a group is one of ZEROS:
+
+symmetric    scale * (q - 2^(bits - 1)): nothing beside the scale; the scale may be negative, so that the longer side is used
+integer      scale * (q - zero_point): a zero point of `bits` bits
+float        scale * q + minimum: a minimum in fp16; what llama.cpp calls Q4_1 and Q5_1
+
+Scales are chosen by error instead of by extremes: of several ranges, each smaller than the last, the one that leaves the smallest weighted
+squared error, fitted to its integers by least squares (as `make_qx_quants` of llama.cpp; weighted as in AWQ and GPTQ).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+BITS = (2, 3, 4, 5, 6, 8)
+ZEROS = ("symmetric", "integer", "float")
+SHRINK = {2: 16, 3: 12, 4: 10, 5: 6, 6: 4, 8: 2}
+"""Bits -> how many ranges are tried, from the extremes down in steps of 1 / 20: fewer levels gain more from leaving outliers out."""
+SMALLEST = 2.0**-24
+"""The smallest number of fp16: no scale is 0."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The levels that a weight may have. Raises ValueError on a value outside its range."""
+
+    bits: int
+    group_size: int
+    zero: str = "symmetric"
+
+    def __post_init__(self):
+        if self.bits not in BITS:
+            raise ValueError(f"bits {self.bits!r}: choose one of {', '.join(map(str, BITS))}")
+        if self.zero not in ZEROS:
+            raise ValueError(f"zero {self.zero!r}: choose one of {', '.join(ZEROS)}")
+        if self.group_size != -1 and not (isinstance(self.group_size, int) and self.group_size >= 8):
+            raise ValueError(f"group_size {self.group_size!r}: choose 32, 64, 128, or -1 for a whole row")
+
+    @property
+    def levels(self) -> int:
+        """The number of levels."""
+        return 2**self.bits
+
+    def groups(self, in_features: int) -> list[slice]:
+        """Return the columns of each group of a row."""
+        size = in_features if self.group_size == -1 else self.group_size
+        return [slice(start, min(start + size, in_features)) for start in range(0, in_features, size)]
+
+    def stored_bits(self, in_features: int) -> int:
+        """Return the bits that a row of a weight takes, scales and zeros included; integers fill words of 32 bits."""
+        groups = len(self.groups(in_features))
+        zeros = {"symmetric": 0, "integer": self.bits, "float": 16}[self.zero]
+        return -(-in_features * self.bits // 32) * 32 + groups * (16 + zeros)
+
+    def __str__(self) -> str:
+        group = "row" if self.group_size == -1 else f"g{self.group_size}"
+        return f"{self.bits}b {group} {self.zero}"
+
+
+def _half(x: torch.Tensor) -> torch.Tensor:
+    """Return what fp16 keeps of x."""
+    return x.clamp(-65504, 65504).half().float()
+
+
+def _nonzero(scale: torch.Tensor) -> torch.Tensor:
+    scale = _half(scale)
+    return torch.where(scale == 0, torch.full_like(scale, SMALLEST), scale)
+
+
+def to_integers(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return the integers q nearest to a weight, in its dtype; scale and zero, as `fit` returns them, broadcast."""
+    q = (weight - zero) / scale if grid.zero == "float" else weight / scale + zero
+    return q.round_().clamp_(0, grid.levels - 1)
+
+
+def from_integers(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return the weights that integers q stand for; scale and zero broadcast."""
+    return torch.addcmul(zero, q, scale) if grid.zero == "float" else (q - zero) * scale
+
+
+def fit(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scale and zero of each group of a weight (..., size), both (..., 1) in float32 with values that are stored exactly.
+
+    Zero is the integer zero point, or the minimum in fp16 with a float zero. Of the ranges tried the one with the smallest squared error,
+    each weight's counted by its `importance` (broadcasts; None: all alike).
+    """
+    weight = weight.float()
+    importance = torch.ones_like(weight) if importance is None else importance.float().expand_as(weight)
+    found: tuple[torch.Tensor, ...] = ()
+    for scale, zero in _ranges(weight, grid):
+        for _ in range(2):  # as tried, then fitted to the integers that gives
+            q = to_integers(weight, scale, zero, grid)
+            error = ((from_integers(q, scale, zero, grid) - weight).square() * importance).sum(-1, keepdim=True)
+            tried = (error, scale, zero)
+            better = error < found[0] if found else None
+            found = tuple(torch.where(better, *pair) for pair in zip(tried, found, strict=True)) if found else tried
+            scale, zero = _least_squares(weight, importance, q, zero, grid)
+    return found[1], found[2]
+
+
+def _ranges(weight: torch.Tensor, grid: Grid) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield scale and zero, (..., 1) each, of ranges to try for groups (..., size), the extremes first."""
+    top, half = grid.levels - 1, grid.levels // 2
+    low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
+    longer = torch.where(high > -low, high, low)
+    for step in range(SHRINK[grid.bits]):
+        share = 1 - step / 20
+        if grid.zero == "symmetric":
+            for reach in (-half, half - 1):  # -half has an integer of its own, half has none
+                yield _nonzero(share * longer / reach), torch.full_like(longer, half)
+        elif grid.zero == "integer":
+            least, most = share * low.clamp(max=0), share * high.clamp(min=0)
+            scale = _nonzero((most - least) / top)
+            yield scale, (-least / scale).round().clamp(0, top)
+        else:
+            middle, width = (low + high) / 2, share * (high - low)
+            yield _nonzero(width / top), _half(middle - width / 2)
+
+
+def _least_squares(
+    weight: torch.Tensor, importance: torch.Tensor, q: torch.Tensor, zero: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scale, and with a float zero the minimum too, that fit the integers best."""
+    if grid.zero == "float":
+        total = importance.sum(-1, keepdim=True).clamp_min(1e-30)
+        mean_q, mean_w = ((importance * each).sum(-1, keepdim=True) / total for each in (q, weight))
+        spread = (importance * (q - mean_q).square()).sum(-1, keepdim=True).clamp_min(1e-30)
+        scale = _nonzero((importance * (q - mean_q) * (weight - mean_w)).sum(-1, keepdim=True) / spread)
+        return scale, _half(mean_w - scale * mean_q)
+    step = q - zero
+    spread = (importance * step.square()).sum(-1, keepdim=True).clamp_min(1e-30)
+    return _nonzero((importance * step * weight).sum(-1, keepdim=True) / spread), zero

@@ -1,0 +1,152 @@
+"""Layers whose weights are integers of 2 to 8 bits with a scale for every group of a row, and how such integers are packed.
+
+A linear and a table each know their own grid (grid.py), so that one model may have many. In memory an integer has a byte; in a file it has
+its bits, and nothing between them:
+
+weight_packed      int32 (out, ceil(in * bits / 32)): of a row one integer behind the other, the first in the lowest bits
+weight_scale       fp16 (out, groups)
+weight_zero_point  int32 (ceil(out * bits / 32), groups), packed along the rows: with an integer zero
+weight_minimum     fp16 (out, groups): with a float zero
+weight_shape       int64 (2,): out, in
+
+With 4 and 8 bits, without a minimum, that is the layout `pack-quantized` of compressed-tensors to the bit.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from compactmind.methods.quantization.grid import Grid, from_integers
+
+TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_minimum", "weight_shape")
+"""What a file may hold of a weight."""
+
+
+# ------------------------------------------------------------------------------------------------------------------ packing
+def pack(q: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return integers (rows, width), uint8 below 2^bits, without gaps: int32 (rows, ceil(width * bits / 32)), lowest bits first."""
+    words = -(-q.shape[1] * bits // 32)
+    bytes_of = np.zeros((len(q), words * 4), dtype=np.uint8)
+    source = q.cpu().numpy()
+    for start in range(0, len(q), 1024):  # a byte for every bit: some rows at a time
+        rows = np.unpackbits(source[start : start + 1024, :, None], axis=2, count=bits, bitorder="little")
+        packed = np.packbits(rows.reshape(len(rows), -1), axis=1, bitorder="little")
+        bytes_of[start : start + 1024, : packed.shape[1]] = packed
+    return torch.from_numpy(bytes_of.view("<i4").astype(np.int32, copy=False)).to(q.device)
+
+
+def unpack(packed: torch.Tensor, bits: int, width: int) -> torch.Tensor:
+    """Return the integers (rows, width) that `pack` was given, uint8."""
+    bytes_of = np.ascontiguousarray(packed.cpu().numpy().astype("<i4", copy=False)).view(np.uint8)
+    result = np.empty((len(packed), width), dtype=np.uint8)
+    for start in range(0, len(packed), 1024):
+        rows = np.unpackbits(bytes_of[start : start + 1024], axis=1, count=width * bits, bitorder="little")
+        result[start : start + 1024] = np.packbits(rows.reshape(len(rows), width, bits), axis=2, bitorder="little")[..., 0]
+    return torch.from_numpy(result).to(packed.device)
+
+
+# ------------------------------------------------------------------------------------------------------------------- layers
+class GroupedWeight(nn.Module):
+    """A weight (rows, width) on a grid: `q` uint8 (rows, width), `scale` and `zero` (rows, groups) in fp16 or, to be trained, float32.
+
+    `state_dict` holds the tensors at the top of this file. Follows a model to another device, never to another dtype.
+    """
+
+    def __init__(self, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid):
+        super().__init__()
+        self.grid, self.shape = grid, tuple(q.shape)
+        self.register_buffer("q", q, persistent=False)
+        self.register_buffer("scale", scale.half(), persistent=False)
+        self.register_buffer("zero", zero.half() if grid.zero == "float" else zero.to(torch.uint8), persistent=False)
+
+    def _apply(self, function, recurse: bool = True):
+        return super()._apply(lambda tensor: tensor.to(function(tensor.new_empty(0)).device), recurse)
+
+    def dequantize(self, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the weights that the integers stand for in float32, (rows, width), or those of some `rows` (any shape)."""
+        q, scale, zero = (each if rows is None else each[rows] for each in (self.q, self.scale, self.zero))
+        size, width = self.grid.group_size, self.shape[1]
+        if size == -1 or width % size:  # one group, or a shorter last one
+            spans = [(columns.stop - columns.start) for columns in self.grid.groups(width)]
+            spans = torch.tensor(spans, device=q.device)
+            scale, zero = (each.float().repeat_interleave(spans, dim=-1) for each in (scale, zero))
+            return from_integers(q.float(), scale, zero, self.grid)
+        parts = q.float().unflatten(-1, (-1, size)), scale.float().unsqueeze(-1), zero.float().unsqueeze(-1)
+        return from_integers(*parts, self.grid).flatten(-2)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return what a file holds, see the top of this file."""
+        found = {
+            "weight_packed": pack(self.q, self.grid.bits), "weight_scale": self.scale.detach().half(),
+            "weight_shape": torch.tensor(self.shape),
+        }  # fmt: skip
+        if self.grid.zero == "integer":
+            found["weight_zero_point"] = pack(self.zero.t().contiguous(), self.grid.bits).t().contiguous()
+        if self.grid.zero == "float":
+            found["weight_minimum"] = self.zero.detach().half()
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor], grid: Grid) -> "GroupedWeight":
+        """Rebuild a weight from what `tensors` returned. Raises KeyError if one is missing, ValueError if they do not fit the grid."""
+        rows, width = tensors["weight_shape"].tolist()
+        packed, scale, groups = tensors["weight_packed"], tensors["weight_scale"], len(grid.groups(width))
+        if packed.shape != (rows, -(-width * grid.bits // 32)) or scale.shape != (rows, groups):
+            raise ValueError(f"a weight of {rows} x {width} in {grid} has other tensors: {packed.shape}, {scale.shape}")
+        if grid.zero == "float":
+            zero = tensors["weight_minimum"]
+        elif grid.zero == "integer":
+            zero = unpack(tensors["weight_zero_point"].t().contiguous(), grid.bits, rows).t().contiguous()
+        else:
+            zero = torch.full_like(scale, grid.levels // 2, dtype=torch.uint8)
+        return cls(unpack(packed, grid.bits, width), scale, zero, grid)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, tensor in self.tensors().items():
+            destination[prefix + name] = tensor
+
+    def extra_repr(self) -> str:
+        """Return what print(model) shows of it."""
+        return f"{self.shape[0]}, {self.shape[1]}, {self.grid}"
+
+
+class GroupedLinear(GroupedWeight):
+    """y = x W^T + b with W on a grid; the weight is made floating-point for every product, which is computed in x's dtype."""
+
+    def __init__(self, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, bias: torch.Tensor | None = None):
+        super().__init__(q, scale, zero, grid)
+        self.out_features, self.in_features = self.shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., in_features) -> (..., out_features), in x's dtype."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.dequantize().to(x.dtype), bias)
+
+
+class GroupedEmbedding(GroupedWeight):
+    """A table on a grid; its output is float32."""
+
+    def __init__(self, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, padding_idx: int | None = None):
+        super().__init__(q, scale, zero, grid)
+        self.num_embeddings, self.embedding_dim = self.shape
+        self.padding_idx = padding_idx
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens) ids -> (batch, tokens, embedding_dim) float32."""
+        return self.dequantize(input)
+
+
+def tied_head(table: GroupedEmbedding) -> GroupedLinear:
+    """Return a head that reads the integers, scales and zeros of a table; all are the same memory."""
+    head = GroupedLinear(table.q, table.scale, table.zero, table.grid)
+    head.q, head.scale, head.zero = table.q, table.scale, table.zero
+    return head
