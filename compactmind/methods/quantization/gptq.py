@@ -12,7 +12,7 @@ import torch
 
 from compactmind.methods.quantization.grid import Grid, fit, from_integers, to_integers
 
-ORDERS = ("index", "activation")
+ORDERS = ("activation", "index")
 COLUMNS_AT_ONCE = 128
 """Columns whose errors are gathered before those behind them are shifted."""
 
@@ -32,6 +32,19 @@ class Rounded:
         return result
 
 
+def columns_in_order(moment: torch.Tensor, grid: Grid, order: str) -> torch.Tensor:
+    """Return the columns (in,) in the order in which they are rounded, the columns of a group together.
+
+    index: as they stand. activation: the group with the largest input first, and in a group the largest first: an error that is made early
+    has many columns to make up for it, and what makes up for the error of a large input is changed little where it is small.
+    """
+    width, squares = len(moment), moment.diagonal()
+    if order == "index":
+        return torch.arange(width, device=moment.device)
+    groups = [columns.start + squares[columns].argsort(descending=True, stable=True) for columns in grid.groups(width)]
+    return torch.cat(sorted(groups, key=lambda columns: -float(squares[columns[0]])))
+
+
 def inverse_factor(moment: torch.Tensor, damping: float) -> torch.Tensor:
     """Return the upper Cholesky factor of the inverse of H + damping * mean diagonal, float32 (in, in); dead inputs have a 1 there."""
     moment = moment.double().clone()
@@ -42,60 +55,36 @@ def inverse_factor(moment: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def round_compensated(
-    weight: torch.Tensor,
-    moment: torch.Tensor,
-    grid: Grid,
-    damping: float = 0.01,
-    *,
-    ordered: bool = False,
-    factor: torch.Tensor | None = None,
-) -> Rounded:
-    """Return weight (out, in) on its grid, rounded column by column; `moment` (in, in) is the mean of x x^T of its inputs.
+def round_compensated(weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, grid: Grid) -> Rounded:
+    """Return weight (out, in) on its grid, rounded column by column.
 
-    The scales of a group are chosen when its turn comes, from the weights as the errors before have shifted them; `ordered`: the inputs of
-    the largest mean square go first and all scales are chosen before (act-order with static groups), so that groups stay in place.
-    `factor`: what `inverse_factor` returns of `moment`, if it is known; not with `ordered`.
+    `order` (in,) comes from `columns_in_order`, and `factor` from `inverse_factor` of the moment whose rows and columns are in that order.
+    The scales of a group are chosen when its turn comes, from the weights as the errors before have shifted them.
     """
-    weight = weight.detach().float().clone()
+    weight = weight.detach().float()[:, order]
     rows, width = weight.shape
     groups = grid.groups(width)
-    group_of = torch.repeat_interleave(torch.tensor([columns.stop - columns.start for columns in groups])).tolist()
-    order = moment.diagonal().argsort(descending=True, stable=True) if ordered else torch.arange(width, device=weight.device)
-    if ordered or factor is None:
-        factor = inverse_factor(moment[order][:, order] if ordered else moment, damping)
-    importance = torch.empty(width, device=weight.device)
-    importance[order] = factor.diagonal().reciprocal().square()
-    scales, zeros = (torch.empty(len(groups), rows, device=weight.device) for _ in range(2))
-    if ordered:
-        for number, columns in enumerate(groups):
-            scale, zero = fit(weight[:, columns], grid, importance[columns])
-            scales[number], zeros[number] = scale[:, 0], zero[:, 0]
-        weight = weight[:, order]
+    importance = factor.diagonal().reciprocal().square()
+    scales, zeros = (torch.empty(rows, len(groups), device=weight.device) for _ in range(2))
     q = torch.empty(rows, width, dtype=torch.uint8, device=weight.device)
-    spans = (
-        [slice(start, min(start + COLUMNS_AT_ONCE, width)) for start in range(0, width, COLUMNS_AT_ONCE)] if ordered else groups
-    )
-    for number, columns in enumerate(spans):
-        if not ordered:
-            scale, zero = fit(weight[:, columns], grid, importance[columns])
-            scales[number], zeros[number] = scale[:, 0], zero[:, 0]
-        for start in range(columns.start, columns.stop, COLUMNS_AT_ONCE):
-            end = min(start + COLUMNS_AT_ONCE, columns.stop)
-            block, own = (
-                weight[:, start:end].t().contiguous(),
-                factor[start:end, start:end],
-            )  # (columns, out): a column is contiguous
+    start = 0
+    while start < width:
+        number = int(order[start]) // len(range(width)[groups[0]])
+        stop = start + len(range(width)[groups[number]])
+        scale, zero = fit(weight[:, start:stop], grid, importance[start:stop])
+        scales[:, number], zeros[:, number] = scale[:, 0], zero[:, 0]
+        for first in range(start, stop, COLUMNS_AT_ONCE):
+            last = min(first + COLUMNS_AT_ONCE, stop)
+            block, own = weight[:, first:last].t().contiguous(), factor[first:last, first:last]  # (columns, out)
             errors = torch.empty_like(block)
-            for column in range(end - start):
-                place = int(order[start + column])
-                scale, zero = scales[group_of[place]], zeros[group_of[place]]
-                found = to_integers(block[column], scale, zero, grid)
-                errors[column] = (block[column] - from_integers(found, scale, zero, grid)) / own[column, column]
+            for column in range(last - first):
+                found = to_integers(block[column], scale[:, 0], zero[:, 0], grid)
+                errors[column] = (block[column] - from_integers(found, scale[:, 0], zero[:, 0], grid)) / own[column, column]
                 block[column:].addr_(own[column, column:], errors[column], alpha=-1)
-                q[:, place] = found.to(torch.uint8)
-            weight[:, end:].addmm_(errors.t(), factor[start:end, end:], alpha=-1)
-    return Rounded(q, scales.t().contiguous(), zeros.t().contiguous(), grid)
+                q[:, order[first + column]] = found.to(torch.uint8)
+            weight[:, last:].addmm_(errors.t(), factor[first:last, last:], alpha=-1)
+        start = stop
+    return Rounded(q, scales, zeros, grid)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Turn a Llama into integers of 2 to 8 bits, block by block, every tensor in as many bits as a byte target leaves it.
 
-1. sensitivity  one pass forward and back: on which tokens an error matters, and at which outputs (sensitivity.py)
-2. allocation   with a target: the cost of every tensor on every grid, then an integer program (allocation.py)
+1. sensitivity  with a target: what it costs to round each tensor, measured one after the other (sensitivity.py)
+2. allocation   the grid of every tensor, by an integer program (allocation.py)
 3. rounding     each block reads what the quantized blocks before it write, and its weights are rounded on that (gptq.py)
 
 Memory is one block in float32; all others wait in the dtype they were released in, or as integers.
@@ -9,7 +9,7 @@ Memory is one block in float32; all others wait in the dtype they were released 
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +18,22 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
-from compactmind.methods.llama import LINEARS, LlamaBlock, llama_blocks
+from compactmind.methods.llama import LINEARS, llama_blocks
 from compactmind.methods.quantization.allocation import Choice, allocate
-from compactmind.methods.quantization.blockwise import block_inputs, in_float32, run_block
-from compactmind.methods.quantization.calibration import SITES, readers_of
-from compactmind.methods.quantization.gptq import ORDERS, Rounded, inverse_factor, round_compensated, round_nearest
+from compactmind.methods.quantization.blockwise import walk_blocks
+from compactmind.methods.quantization.calibration import SITES
+from compactmind.methods.quantization.gptq import ORDERS, columns_in_order, inverse_factor, round_compensated, round_nearest
 from compactmind.methods.quantization.grid import BITS, Grid
 from compactmind.methods.quantization.grouped import GroupedEmbedding, GroupedLinear, tied_head
 from compactmind.methods.quantization.packed_model import require_finite
-from compactmind.methods.quantization.sensitivity import SHARPNESS, Sensitivity, cost_of, measure_sensitivity
+from compactmind.methods.quantization.sensitivity import (
+    SHARPNESS,
+    gradient_costs,
+    measure_gradients,
+    measured_costs,
+    measured_table_cost,
+    table_errors,
+)
 
 EMBEDDINGS = ("as_released", "int8", "int6", "int5", "int4")
 """What tables and heads may be stored in."""
@@ -38,8 +45,11 @@ GRIDS = [Grid(bits, size) for bits in BITS for size in (32, 64, 128)] + [Grid(bi
 weights lie already (models published as Q4_1)."""
 TABLE_GRIDS = [Grid(bits, size) for bits in (4, 5, 6, 8) for size in (32, 64, -1)]
 """... and for tables and heads."""
-SENSITIVITY_WINDOWS = 8
-"""Windows of the calibration text whose gradients are looked at."""
+TABLE_REFERENCE = Grid(4, 64)
+"""What a table is rounded to when its cost is measured."""
+SENSITIVITIES = ("measured", "gradients")
+SENSITIVITY_WINDOWS = 4
+"""Windows of the calibration text that costs are measured on."""
 HEADER = 90
 """Bytes that a tensor takes in the head of a safetensors file, beside its name, at most."""
 TENSORS_OF_A_WEIGHT = 4
@@ -64,16 +74,18 @@ class GPTQRecipe:
     """Bytes of the dense weight file as released / bytes of the result, at least; bits are chosen tensor by tensor. 0: `bits` for all."""
     compensation: bool = True
     """Let the columns that follow make up for the error (GPTQ), or round every weight to its nearest level."""
-    order: str = "index"
-    """Of the columns: index, each group's scale chosen when its turn comes; activation, the largest inputs first."""
+    order: str = "activation"
+    """Of the columns: activation, groups and columns with the largest inputs first; index, as they stand."""
     damping: float = 0.01
     """Share of the mean diagonal added to H, in (0, 1]."""
-    weigh_tokens: bool = True
-    """Count every token of the calibration text by how much an error matters there, or all alike."""
+    weigh_tokens: bool = False
+    """Count every token of the calibration text by its gradients (sensitivity.py), or all alike."""
+    sensitivity: str = "measured"
+    """What a target goes by: measured (KL with one tensor after the other rounded) or gradients (an estimate)."""
 
     def __post_init__(self):
         Grid(self.bits, self.group_size, self.zero)
-        choices = {"embeddings": (AUTO, *EMBEDDINGS), "order": ORDERS}
+        choices = {"embeddings": (AUTO, *EMBEDDINGS), "order": ORDERS, "sensitivity": SENSITIVITIES}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
@@ -99,64 +111,6 @@ def table_grid(embeddings: str) -> Grid | None:
     return None if embeddings == "as_released" else Grid(int(embeddings.removeprefix("int")), TABLE_GROUP)
 
 
-# ------------------------------------------------------------------------------------------------------------ block by block
-Moments = dict[str, torch.Tensor]
-"""Site of SITES -> weighted mean of x x^T of what its linears read, float32 (in, in)."""
-
-
-@torch.no_grad()
-def walk_blocks(
-    model: PreTrainedModel, windows: torch.Tensor, tokens: Sequence[dict[str, torch.Tensor]] | None
-) -> Iterator[tuple[int, LlamaBlock, Moments]]:
-    """Yield every block in float32 with the moments of its inputs over `windows`; the next one reads what it then computes.
-
-    Whoever walks may replace the linears of the block while it has it. `tokens`: weights, see `Sensitivity`; None: all tokens alike.
-    Raises CompactMindError naming the layer if an input is NaN or infinite.
-    """
-    model.eval()
-    states, arguments = block_inputs(model, windows)
-    for index, others in enumerate(arguments):
-        block = llama_blocks(model)[index]
-        with in_float32(block.module):
-            moments = _moments(block, states, others, None if tokens is None else tokens[index])
-            yield index, block, moments
-            del moments
-            for number, each in enumerate(states):
-                states[number] = run_block(block.module, each, others)
-
-
-def _moments(block: LlamaBlock, states: list[torch.Tensor], arguments: dict, tokens: dict[str, torch.Tensor] | None) -> Moments:
-    sums: Moments = {}
-    window, total = 0, sum(each.shape[1] for each in states)
-
-    def watch(site: str):
-        def see(_, inputs) -> None:
-            x = inputs[0][0].float()
-            if tokens is not None:
-                x = x * tokens[site][window].sqrt()[:, None].to(x.device)
-            if site in sums:
-                sums[site].addmm_(x.t(), x, alpha=1 / total)
-            else:
-                sums[site] = (x.t() @ x).div_(total)
-
-        return see
-
-    handles = [readers_of(block, site)[0].register_forward_pre_hook(watch(site)) for site in SITES]
-    try:
-        for window, each in enumerate(states):  # noqa: B007  the hooks read it
-            run_block(block.module, each, arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for site, moment in sums.items():
-        if not torch.isfinite(moment.diagonal()).all():
-            raise CompactMindError(
-                f"{block.name}: the input of {'/'.join(SITES[site])} is NaN or infinite on calibration text: the weights of this layer or "
-                "of one before it are damaged, download or make the model again"
-            )
-    return sums
-
-
 # ---------------------------------------------------------------------------------------------------------------- allocation
 def tables_of(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the embedding table and, where it has a table of its own, the head, by the names they have in a file."""
@@ -168,82 +122,62 @@ def tables_of(model: PreTrainedModel) -> dict[str, nn.Module]:
     return found
 
 
-def _table_metric(
-    model: PreTrainedModel, name: str, found: Sensitivity, damping: float
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return what an error of a table costs: pairs of a factor per row and one per column, whose products add up."""
-    head = found.head_rows, inverse_factor(found.head_moment, damping).diagonal().reciprocal().square()
-    embedding = found.frequency, found.embedding
-    if len(tables_of(model)) == 1:
-        return [head, embedding]
-    return [embedding] if tables_of(model)[name] is model.get_input_embeddings() else [head]
-
-
-def round_table(weight: torch.Tensor, grid: Grid, metric: list[tuple[torch.Tensor, torch.Tensor]] | None) -> Rounded:
-    """Return a table (rows, channels) on its grid, each weight at its nearest level; scales are chosen by the mean row's metric."""
-    importance = None if metric is None else sum(rows.mean() * columns for rows, columns in metric)
-    return round_nearest(weight, grid, importance)
-
-
-def _table_choices(weight: torch.Tensor, metric: list[tuple[torch.Tensor, torch.Tensor]]) -> list[Choice]:
-    sample = slice(None, None, max(1, len(weight) // 4096))
-    part, found = weight[sample].float(), []
-    for grid in TABLE_GRIDS:
-        error = (round_table(part, grid, metric).weight() - part).square()
-        cost = 0.0
-        for rows, columns in metric:
-            share = rows[sample] * (rows.sum() / rows[sample].sum().clamp_min(1e-30))
-            cost += 0.5 * float(share @ (error @ columns))
-        found.append(Choice(grid, grid.stored_bits(weight.shape[1]) * len(weight), cost))
-    return found
-
-
 def choose_grids(
-    model: PreTrainedModel, windows: torch.Tensor, recipe: GPTQRecipe, found: Sensitivity, budget_bytes: int,
-    released: torch.dtype, uncounted: Sequence[str] = (),
+    model: PreTrainedModel, windows: torch.Tensor, recipe: GPTQRecipe, budget_bytes: int, released: torch.dtype,
+    uncounted: Sequence[str] = (),
 ) -> tuple[dict[str, Grid], float]:  # fmt: skip
     """Return the grid of every tensor by the name it has in a file, tables included, and the cost to expect, in nats a token.
 
     The file keeps to `budget_bytes`, with what stays as it is in the dtype `released`; tables named in `uncounted` take what the counted
     one does and are free. Raises CompactMindError if no widths do.
     """
+    by_gradients = recipe.sensitivity == "gradients"
+    costs = gradient_costs(model, windows, GRIDS, recipe.damping) if by_gradients else measured_costs(model, windows, GRIDS)
     choices: dict[str, list[Choice]] = {}
-    for index, block, moments in walk_blocks(model, windows, found.tokens):
-        for site, readers in SITES.items():
-            for field in readers:
-                weight = getattr(block, field).weight
-                costs = cost_of(weight, moments[site], found.rows[index][field], GRIDS, recipe.damping)
-                choices[f"{block.name}.{LINEARS[field]}"] = [
-                    Choice(grid, grid.stored_bits(weight.shape[1]) * len(weight), cost)
-                    for grid, cost in zip(GRIDS, costs, strict=True)
-                ]
+    for index, block in enumerate(llama_blocks(model)):
+        for field, path in LINEARS.items():
+            weight = getattr(block, field).weight
+            choices[f"{block.name}.{path}"] = [
+                Choice(grid, grid.stored_bits(weight.shape[1]) * len(weight), cost)
+                for grid, cost in zip(GRIDS, costs[index, field], strict=True)
+            ]
     tables, fixed = tables_of(model), recipe.embeddings != AUTO
-    for name, module in tables.items():
-        if fixed or name in uncounted:
-            continue
-        choices[name] = _table_choices(module.weight, _table_metric(model, name, found, recipe.damping))
-        for other in uncounted:  # what it costs there counts too
-            more = _table_choices(tables[other].weight, _table_metric(model, other, found, recipe.damping))
-            choices[name] = [each._replace(cost=each.cost + its.cost) for each, its in zip(choices[name], more, strict=True)]
-    free = [name for name in tables if name in uncounted]
-    taken = _bytes_beside(model, [*choices, *free], tables if fixed else {}, recipe.table, released.itemsize)
+    counted = [name for name in tables if name not in uncounted]
+    for name in [] if fixed else counted:
+        together = (
+            [model.get_input_embeddings(), model.get_output_embeddings()] if uncounted or len(tables) == 1 else [tables[name]]
+        )
+        weight = tables[name].weight
+        found = measured_table_cost(model, windows, together, TABLE_REFERENCE)
+        of_reference, *errors = table_errors(weight, [TABLE_REFERENCE, *TABLE_GRIDS])
+        choices[name] = [
+            Choice(grid, grid.stored_bits(weight.shape[1]) * len(weight), found * error / max(of_reference, 1e-30))
+            for grid, error in zip(TABLE_GRIDS, errors, strict=True)
+        ]
+    taken = _bytes_beside(model, choices, uncounted, tables if fixed else {}, recipe.table, released.itemsize)
     picked = allocate(choices, int(budget_bytes - taken) * 8)
     grids = {name: choice.what for name, choice in picked.items()}
-    if fixed:
-        grids |= {name: recipe.table for name in tables if recipe.table}
-    elif free:
-        counted = next(name for name in tables if name not in uncounted)
-        grids |= dict.fromkeys(free, grids[counted])
+    if fixed and recipe.table:
+        grids |= dict.fromkeys(tables, recipe.table)
+    elif not fixed:
+        grids |= {name: grids[counted[0]] for name in uncounted}
     return grids, sum(choice.cost for choice in picked.values())
 
 
 def _bytes_beside(
-    model: PreTrainedModel, chosen: Sequence[str], fixed: dict[str, nn.Module], table: Grid | None, itemsize: int
+    model: PreTrainedModel,
+    chosen: Container[str],
+    free: Container[str],
+    fixed: dict[str, nn.Module],
+    table: Grid | None,
+    itemsize: int,
 ) -> int:
     """Return the bytes of the file that no choice decides: the head of the file, what stays as it is, tables of a fixed width."""
     size = 0
     for name, parameter in model.named_parameters():  # what is tied once
         owner, head = name.removesuffix(".weight"), HEADER + len(name)
+        if owner in free:
+            continue
         if owner in chosen:
             size += TENSORS_OF_A_WEIGHT * head
         elif owner in fixed and table:
@@ -274,12 +208,6 @@ def quantize_gptq(
     """
     tables = _check(model, windows)
     released = released or model.dtype
-    found = None
-    if recipe.target_compression or (recipe.weigh_tokens and recipe.compensation):
-        show("sensitivity ...")
-        found = measure_sensitivity(
-            model, windows if recipe.weigh_tokens and recipe.compensation else windows[:SENSITIVITY_WINDOWS]
-        )
     grid, predicted = Grid(recipe.bits, recipe.group_size, recipe.zero), None
     grids = {f"{block.name}.{path}": grid for block in llama_blocks(model) for path in LINEARS.values()}
     grids |= {name: recipe.table for name in tables if recipe.table}
@@ -287,25 +215,31 @@ def quantize_gptq(
         show("allocation ...")
         whole = released_bytes or sum(each.numel() * released.itemsize for each in model.parameters())
         budget = int(whole / recipe.target_compression)
-        grids, predicted = choose_grids(model, windows[:SENSITIVITY_WINDOWS], recipe, found, budget, released, uncounted)
-    metrics = {name: _table_metric(model, name, found, recipe.damping) if found else None for name in tables}
-    show("rounding ...")
+        grids, predicted = choose_grids(model, windows[:SENSITIVITY_WINDOWS], recipe, budget, released, uncounted)
     tokens = None
-    if found and recipe.weigh_tokens:
-        tokens = [{site: _sharpened(weights) for site, weights in each.items()} for each in found.tokens]
+    if recipe.weigh_tokens and recipe.compensation:
+        show("gradients ...")
+        tokens = [
+            {site: _sharpened(weights) for site, weights in each.items()} for each in measure_gradients(model, windows).tokens
+        ]
+    show("rounding ...")
     for _, block, moments in walk_blocks(model, windows, tokens):
-        for site, readers in SITES.items():
-            factors = inverse_factor(moments[site], recipe.damping) if recipe.compensation and recipe.order == "index" else None
-            for field in readers:
+        for site, fields in SITES.items():
+            moment, factors = moments[site], {}
+            for field in fields:
                 name, linear = f"{block.name}.{LINEARS[field]}", getattr(block, field)
-                if not recipe.compensation:
-                    rounded = round_nearest(linear.weight, grids[name], moments[site].diagonal())
-                elif factors is None:
-                    rounded = round_compensated(linear.weight, moments[site], grids[name], recipe.damping, ordered=True)
+                grid = grids[name]
+                if recipe.compensation:
+                    key = recipe.order == "activation" and grid.group_size  # what the order depends on
+                    if key not in factors:
+                        order = columns_in_order(moment, grid, recipe.order)
+                        factors[key] = order, inverse_factor(moment[order][:, order], recipe.damping)
+                    order, factor = factors[key]
+                    rounded = round_compensated(linear.weight, factor, order, grid)
                 else:
-                    rounded = round_compensated(linear.weight, moments[site], grids[name], recipe.damping, factor=factors)
+                    rounded = round_nearest(linear.weight, grid, moment.diagonal())
                 model.set_submodule(name, GroupedLinear(rounded.q, rounded.scale, rounded.zero, rounded.grid, linear.bias))
-    _replace_tables(model, grids, metrics)
+    _replace_tables(model, grids)
     return describe(recipe, grids, predicted)
 
 
@@ -335,13 +269,13 @@ def _sharpened(weights: torch.Tensor) -> torch.Tensor:
     return weights / weights.mean().clamp_min(1e-30)
 
 
-def _replace_tables(model: PreTrainedModel, grids: dict[str, Grid], metrics: dict[str, Any]) -> None:
+def _replace_tables(model: PreTrainedModel, grids: dict[str, Grid]) -> None:
     """Put, in place, integers where the table and the head were that have a grid; what is tied stays tied."""
     tables, embedding = tables_of(model), model.get_input_embeddings()
     for name, module in tables.items():
         if name not in grids:
             continue
-        rounded = round_table(module.weight, grids[name], metrics[name])
+        rounded = round_nearest(module.weight, grids[name])
         parts = rounded.q, rounded.scale, rounded.zero, rounded.grid
         if module is embedding:
             small = GroupedEmbedding(*parts)
@@ -365,6 +299,7 @@ def describe(recipe: GPTQRecipe, grids: dict[str, Grid], predicted: float | None
         "order": recipe.order,
         "damping": recipe.damping,
         "weigh_tokens": recipe.weigh_tokens,
+        "sensitivity": recipe.sensitivity if recipe.target_compression else None,
         "tensors": {
             name: {"bits": grid.bits, "group_size": grid.group_size, "zero": grid.zero} for name, grid in grids.items()
         },

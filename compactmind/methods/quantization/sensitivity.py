@@ -12,19 +12,25 @@ inputs hundreds of times as large as the others', and hardly any gradient.
 One pass forward and one backward, block by block: of the gradients sums are kept, of the states what each block reads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from compactmind.methods.llama import LINEARS, llama_blocks
-from compactmind.methods.quantization.blockwise import block_inputs, in_float32, run_block
-from compactmind.methods.quantization.calibration import SITES
+from compactmind.methods.quantization.blockwise import block_inputs, in_float32, run_block, walk_blocks
+from compactmind.methods.quantization.calibration import SITES, readers_of
 from compactmind.methods.quantization.gptq import inverse_factor, round_nearest
 from compactmind.methods.quantization.grid import Grid
 
 TOKENS_AT_ONCE = 64
 """Tokens whose logits exist at one time."""
+REFERENCE = Grid(3, 64)
+"""What a tensor is rounded to when its cost is measured: far enough that what is fragile shows, not so far that all is lost."""
+PROBE_TOKENS = 256
+"""Tokens on which that is measured."""
 ROWS = 128
 """Rows of a weight on which the cost of a grid is measured: an even sample tells the sum of all within a few percent."""
 SHARPNESS = 0.5
@@ -32,32 +38,23 @@ SHARPNESS = 0.5
 
 
 @dataclass
-class Sensitivity:
+class Gradients:
     """What the gradients of a model tell, over windows (windows, seq_len) of text."""
 
     tokens: list[dict[str, torch.Tensor]]
     """Per block and site of SITES: the weight of every token, float32 (windows, seq_len) with mean 1."""
     rows: list[dict[str, torch.Tensor]]
     """Per block and linear: mean squared gradient of every output, (out,)."""
-    head_rows: torch.Tensor
-    """The same of the logits, from the model's own probabilities: mean of p - p^2, (vocabulary,)."""
-    head_moment: torch.Tensor
-    """Mean of x x^T of what the head reads, (channels, channels)."""
-    embedding: torch.Tensor
-    """Mean squared gradient of the embeddings' output, (channels,)."""
-    frequency: torch.Tensor
-    """Share of every token among the windows', (vocabulary,)."""
 
 
 @torch.no_grad()
-def measure_sensitivity(model: PreTrainedModel, windows: torch.Tensor, seed: int = 0) -> Sensitivity:
-    """Return how sensitive a dense model is, from `windows` (windows, seq_len) of calibration text. The model stays as it is."""
+def measure_gradients(model: PreTrainedModel, windows: torch.Tensor, seed: int = 0) -> Gradients:
+    """Return how sensitive a dense model is by its gradients on `windows` (windows, seq_len) of text. The model stays as it is."""
     blocks, head = llama_blocks(model), model.get_output_embeddings().weight
     generator = torch.Generator(model.device).manual_seed(seed)
     names = list(LINEARS)
     energy = [{name: [] for name in names} for _ in blocks]
     rows: list[dict[str, torch.Tensor]] = [dict.fromkeys(names, 0.0) for _ in blocks]
-    head_rows, moment, embedding = torch.zeros(len(head), device=head.device), 0.0, 0.0
     model.eval()
     for window in windows:
         (states,), arguments = block_inputs(model, window[None])
@@ -75,23 +72,16 @@ def measure_sensitivity(model: PreTrainedModel, windows: torch.Tensor, seed: int
                 read = normed[0, start : start + TOKENS_AT_ONCE].detach()
                 p = (read @ head.float().t()).softmax(dim=-1)
                 drawn = torch.multinomial(p, 1, generator=generator)
-                head_rows += (p - p.square()).sum(dim=0)
                 gradient[start : start + TOKENS_AT_ONCE] = p.scatter_add_(1, drawn, -torch.ones_like(p[:, :1])) @ head.float()
-            moment = moment + normed[0].detach().t() @ normed[0].detach()
             (gradient,) = torch.autograd.grad(normed, last, gradient[None])
         for index in reversed(range(len(blocks))):
             gradient = _backward(blocks[index], reads.pop(), arguments[index], gradient, energy[index], rows[index])
-        embedding = embedding + gradient[0].square().sum(dim=0)
     count = windows.numel()
     tokens = []
     for seen in energy:
         sites = {site: sum(torch.stack(seen[name]) for name in readers) for site, readers in SITES.items()}
         tokens.append({site: weights / weights.mean().clamp_min(1e-30) for site, weights in sites.items()})
-    frequency = torch.bincount(windows.flatten(), minlength=len(head)).float() / count
-    return Sensitivity(
-        tokens, [{name: total / count for name, total in each.items()} for each in rows],
-        head_rows / count, moment / count, embedding / count, frequency.to(head.device),
-    )  # fmt: skip
+    return Gradients(tokens, [{name: total / count for name, total in each.items()} for each in rows])
 
 
 def _backward(block, read, arguments, gradient, energy, rows) -> torch.Tensor:
@@ -117,21 +107,145 @@ def _backward(block, read, arguments, gradient, energy, rows) -> torch.Tensor:
             handle.remove()
 
 
-# --------------------------------------------------------------------------------------------------------------- the cost
+# --------------------------------------------------------------------------------------------------------------- the costs
 def sampled_rows(count: int) -> slice:
     """Return an even sample of at most about ROWS rows."""
     return slice(None, None, max(1, count // ROWS))
 
 
-def cost_of(weight: torch.Tensor, moment: torch.Tensor, rows: torch.Tensor, grids: list[Grid], damping: float) -> list[float]:
-    """Return what each grid would cost for a weight (out, in), in nats a token, if the rounding is compensated.
+def _errors(weight: torch.Tensor, grids: Sequence[Grid], rows: torch.Tensor, columns: torch.Tensor) -> list[float]:
+    """Return the squared rounding error of a weight (out, in) on each grid, counted by a factor per row and one per column."""
+    chosen = sampled_rows(len(weight))
+    part, share = weight[chosen].float(), rows[chosen] * (rows.sum() / rows[chosen].sum().clamp_min(1e-30))
+    return [float(share @ ((round_nearest(part, grid, columns).weight() - part).square() @ columns)) for grid in grids]
+
+
+def gradient_cost(
+    weight: torch.Tensor, moment: torch.Tensor, rows: torch.Tensor, grids: Sequence[Grid], damping: float
+) -> list[float]:
+    """Return what each grid would cost for a weight (out, in), in nats a token, by the gradients and if the rounding is compensated.
 
     `moment` (in, in) is that of the inputs, `rows` (out,) the mean squared gradient. An error of column j that is compensated costs
     error^2 / U[j, j]^2 (gptq.py): only the rounding has to be tried, not the compensation.
     """
-    importance = inverse_factor(moment, damping).diagonal().reciprocal().square()
-    chosen = sampled_rows(len(weight))
-    part, share = weight[chosen].float(), rows[chosen] * (rows.sum() / rows[chosen].sum().clamp_min(1e-30))
-    return [
-        0.5 * float(share @ ((round_nearest(part, grid, importance).weight() - part).square() @ importance)) for grid in grids
-    ]
+    columns = inverse_factor(moment, damping).diagonal().reciprocal().square()
+    return [0.5 * error for error in _errors(weight, grids, rows, columns)]
+
+
+@torch.no_grad()
+def gradient_costs(
+    model: PreTrainedModel, windows: torch.Tensor, grids: Sequence[Grid], damping: float
+) -> dict[tuple[int, str], list[float]]:
+    """Return what `measured_costs` does, estimated by the gradients of `windows` (windows, seq_len)."""
+    found, costs = measure_gradients(model, windows), {}
+    for index, block, moments in walk_blocks(model, windows, found.tokens):
+        for site, fields in SITES.items():
+            for field in fields:
+                rows = found.rows[index][field]
+                costs[index, field] = gradient_cost(getattr(block, field).weight, moments[site], rows, grids, damping)
+    return costs
+
+
+class Probe:
+    """KL to the dense model on a few tokens of text when one tensor of it is rounded: the blocks before it need not run again."""
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, window: torch.Tensor):
+        """`window`: (tokens,) ids. The model stays as it is."""
+        self.model, self.blocks = model.eval(), llama_blocks(model)
+        (states,), self.arguments = block_inputs(model, window[None])
+        self.states = [states]
+        for block, others in zip(self.blocks, self.arguments, strict=True):
+            with in_float32(block.module):
+                self.states.append(run_block(block.module, self.states[-1], others))
+        self.wanted = self._log_probabilities(self.states[-1])
+
+    def _log_probabilities(self, states: torch.Tensor, head: torch.Tensor | None = None) -> torch.Tensor:
+        head = self.model.get_output_embeddings().weight if head is None else head
+        with in_float32(self.model.model.norm):
+            return (self.model.model.norm(states)[0] @ head.float().t()).log_softmax(dim=-1)
+
+    @torch.no_grad()
+    def divergence(self, states: torch.Tensor, index: int, head: torch.Tensor | None = None) -> float:
+        """Return the KL in nats a token if block `index` reads `states` (1, tokens, channels); `head`: other weights of the head."""
+        for block, others in zip(self.blocks[index:], self.arguments[index:], strict=True):
+            with in_float32(block.module):
+                states = run_block(block.module, states, others)
+        found = self._log_probabilities(states, head)
+        return max(float(torch.nn.functional.kl_div(found, self.wanted, log_target=True, reduction="sum")) / len(found), 0.0)
+
+    @torch.no_grad()
+    def with_weight(self, index: int, field: str, weight: torch.Tensor) -> float:
+        """Return the KL with another weight (out, in) in one linear."""
+        linear = getattr(self.blocks[index], field)
+        before = linear.weight.data
+        linear.weight.data = weight.to(before.dtype)
+        try:
+            return self.divergence(self.states[index], index)
+        finally:
+            linear.weight.data = before
+
+
+@torch.no_grad()
+def measured_costs(
+    model: PreTrainedModel, windows: torch.Tensor, grids: Sequence[Grid], reference: Grid = REFERENCE
+) -> dict[tuple[int, str], list[float]]:
+    """Return what each grid would cost for every linear of the blocks, by block and field: KL in nats a token, measured.
+
+    One linear after the other is rounded to `reference`, and the first PROBE_TOKENS tokens of `windows` (windows, seq_len) are read; other
+    grids cost in proportion to their squared error. That an error is the same at every token, that it meets a softmax and that it is not
+    small are in it, which an estimate by gradients does not know.
+    """
+    squares: list[dict[str, torch.Tensor]] = []
+    states, arguments = block_inputs(model, windows)
+    for block, others in zip(llama_blocks(model), arguments, strict=True):
+        seen: dict[str, torch.Tensor] = {}
+        handles = [readers_of(block, site)[0].register_forward_pre_hook(_squares_watcher(seen, site)) for site in SITES]
+        try:
+            with in_float32(block.module):
+                states = [run_block(block.module, each, others) for each in states]
+        finally:
+            for handle in handles:
+                handle.remove()
+        squares.append({site: total / windows.numel() for site, total in seen.items()})
+    probe, costs = Probe(model, windows.flatten()[:PROBE_TOKENS]), {}
+    for index, block in enumerate(probe.blocks):
+        for site, fields in SITES.items():
+            for field in fields:
+                weight, columns = getattr(block, field).weight, squares[index][site]
+                found = probe.with_weight(index, field, round_nearest(weight, reference, columns).weight())
+                rows = torch.ones(len(weight), device=weight.device)
+                of_reference, *errors = _errors(weight, [reference, *grids], rows, columns)
+                costs[index, field] = [found * error / max(of_reference, 1e-30) for error in errors]
+    return costs
+
+
+@torch.no_grad()
+def measured_table_cost(model: PreTrainedModel, windows: torch.Tensor, tables: Sequence[nn.Module], reference: Grid) -> float:
+    """Return the KL in nats a token, measured as in `measured_costs`, if `tables`, of the embeddings or the head or both, are rounded."""
+    probe = Probe(model, windows.flatten()[:PROBE_TOKENS])
+    before = [(table, table.weight.data) for table in tables]
+    rounded = {data.data_ptr(): data for _, data in before}
+    rounded = {place: round_nearest(data, reference).weight().to(data.dtype) for place, data in rounded.items()}
+    try:
+        for table, data in before:
+            table.weight.data = rounded[data.data_ptr()]
+        (states,), _ = block_inputs(model, windows.flatten()[None, :PROBE_TOKENS])
+        return probe.divergence(states, 0)
+    finally:
+        for table, data in before:
+            table.weight.data = data
+
+
+def table_errors(weight: torch.Tensor, grids: Sequence[Grid]) -> list[float]:
+    """Return the squared rounding error of a table (rows, channels) on each grid, on an even sample of its rows."""
+    part = weight[:: max(1, len(weight) // 4096)].float()
+    return [float((round_nearest(part, grid).weight() - part).square().sum()) for grid in grids]
+
+
+def _squares_watcher(seen: dict[str, torch.Tensor], site: str):
+    def watch(_, inputs) -> None:
+        total = inputs[0][0].float().square().sum(dim=0)
+        seen[site] = seen[site] + total if site in seen else total
+
+    return watch
