@@ -7,18 +7,14 @@ import subprocess
 import helpers
 import pytest
 
-from compactmind.checkpoint import load_checkpoint, save_checkpoint
+from compactmind.checkpoint import save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import gflops, gmacs_thop, measure_latency, peak_memory, summaries, weight_bytes
 from compactmind.files import sha256_of, weight_files
-from compactmind.formats.table import parameters_of
 from compactmind.manifest import identity_of
 from compactmind.methods.pruning.encoder import encoder_layers
 from compactmind.methods.pruning.masks import compact, full_masks
 from compactmind.methods.quantization.packed_model import quantize_model
-from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
-from compactmind.methods.quantization.w8a8_linear import ACTIVATIONS
-from compactmind.methods.quantization.w8a8_model import EMBEDDINGS, W8A8Recipe, calibrate_llama, quantize_llama
 
 
 def macs_by_hand(model, length: int, attention: bool) -> int:
@@ -178,48 +174,3 @@ def test_the_percentiles_are_as_far_from_both_ends(rounds):
 def test_the_percentiles_of_six_rounds_lie_between_ranks():
     found = summaries({"a": [0.001, 0.002, 0.003, 0.004, 0.005, 0.006]}, {})["a"]
     assert (found["low_ms"], found["high_ms"]) == (pytest.approx(1.5), pytest.approx(5.5))
-
-
-# ----------------------------------------------------------------------------------------------------------- parameters
-def same_count_once_packed(model, pack, folder, kind: str, tokenizer) -> None:
-    """Pack a model, save it and load it: each time it has as many parameters as before."""
-    expected = sum(parameter.numel() for parameter in model.parameters())
-    description = pack(model)
-    assert parameters_of(model) == expected
-    save_checkpoint(folder, model, tokenizer, kind=kind, parent=None, stage={}, quantization=description)
-    found = load_checkpoint(folder)
-    assert found.manifest["parameters"] == parameters_of(found.model) == expected
-
-
-@pytest.mark.parametrize("activations", ACTIVATIONS)
-@pytest.mark.parametrize("embeddings", EMBEDDINGS)
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_w8a8_llama_has_the_parameters_of_the_dense_one(tmp_path, tied, embeddings, activations):
-    model = helpers.make_llama(tie_word_embeddings=tied, attention_bias=True)
-    statistics = calibrate_llama(model, helpers.example_windows())
-    recipe = W8A8Recipe(activations=activations, embeddings=embeddings)
-    same_count_once_packed(
-        model, lambda model: quantize_llama(model, statistics, recipe), tmp_path / "m", "w8a8", helpers.make_byte_tokenizer()
-    )
-
-
-@pytest.mark.parametrize("method", ["nf4", "int8"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_packed_llama_has_the_parameters_of_the_dense_one(tmp_path, tied, method):
-    same_count_once_packed(
-        helpers.make_llama(tie_word_embeddings=tied),
-        lambda model: quantize_model(model, method, half_precision_embeddings=False),
-        tmp_path / "m", method, helpers.make_byte_tokenizer(),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("half_precision", [False, True])
-@pytest.mark.parametrize("method", ["nf4", "int8", "w8a8"])
-@pytest.mark.parametrize("architecture", sorted(helpers.MAKERS))
-def test_a_packed_classifier_has_the_parameters_of_the_pruned_one(tmp_path, tokenizer, architecture, method, half_precision):
-    def pack(model):
-        if method == "w8a8":
-            return quantize_encoder(model, half_precision)
-        return quantize_model(model, method, half_precision_embeddings=half_precision)
-
-    same_count_once_packed(pruned(helpers.MAKERS[architecture]()), pack, tmp_path / "m", method, tokenizer)

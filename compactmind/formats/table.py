@@ -17,7 +17,10 @@ from compactmind.formats import bitsandbytes, dense, grouped, w8a8
 
 @dataclass(frozen=True)
 class Format:
-    """One entry of FORMATS. `quantization` is what the method that made the model says it did, kept in its manifest."""
+    """One entry of FORMATS; the linears of its models have `in_features` and `out_features`, as those of torch.
+
+    `quantization` is what the method that made the model says it did, kept in its manifest.
+    """
 
     name: str
     """The `kind` of a manifest."""

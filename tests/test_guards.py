@@ -1,0 +1,122 @@
+"""What a stage may replace and what it takes, by what lies there: nothing is lost, and what does not fit is named before it is loaded."""
+
+import json
+from pathlib import Path
+
+import helpers
+import pytest
+from transformers import BertModel
+
+from compactmind.checkpoint import load_as_released, save_checkpoint
+from compactmind.errors import CompactMindError
+from compactmind.guards import check_outputs, check_parent, check_tokenizer
+from compactmind.manifest import MANIFEST
+from compactmind.methods.quantization.packed_model import quantize_model
+
+SCRIPT = "1_distill.py"
+
+
+def save(directory, model, tokenizer, kind="dense", **changes):
+    save_checkpoint(
+        directory, model, tokenizer, **{"kind": kind, "parent": "teacher_base", "stage": {"script": SCRIPT}} | changes
+    )
+    return directory
+
+
+@pytest.fixture
+def teacher(tmp_path, tokenizer, bert):
+    return save(tmp_path / "teacher", bert, tokenizer)
+
+
+def refused(*outputs, match: str, inputs=(), models_dir=None, script=SCRIPT) -> None:
+    with pytest.raises(CompactMindError, match=match):
+        check_outputs(outputs, script, inputs, models_dir)
+
+
+def test_an_empty_place_and_an_earlier_result_may_be_replaced(tmp_path, teacher):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(teacher)
+    check_outputs([tmp_path / "new", tmp_path / "empty", teacher], SCRIPT, [tmp_path / "teacher_base"], tmp_path)
+    check_outputs([tmp_path / "link"], SCRIPT, [], tmp_path)
+    (teacher / "model.onnx").touch(), (teacher / ".DS_Store").touch()  # made from it, and made by nobody
+    check_outputs([teacher], SCRIPT, [], tmp_path)
+    (teacher / MANIFEST).write_text("{")  # a damaged one is mended by making it again
+    check_outputs([teacher], SCRIPT, [], tmp_path)
+
+
+def test_nothing_else_is_replaced(tmp_path, teacher, monkeypatch):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "thesis.tex").touch()
+    refused(own, match="own cannot be written to: it holds files that are no checkpoint of this project .thesis.tex")
+    refused(own / "thesis.tex", match="it is a file")
+    refused(teacher, match="it is the model that is read", inputs=[teacher])
+    (tmp_path / "link").symlink_to(teacher)
+    refused(tmp_path / "link", match="it is the model that is read", inputs=[teacher])
+    refused(tmp_path, match="inside the other", inputs=[teacher])
+    refused(teacher / "new", match="inside the other", inputs=[teacher])
+    refused(tmp_path, match="the checkpoints lie in it", models_dir=tmp_path)
+    refused(tmp_path.parent, match="the checkpoints lie in it", models_dir=tmp_path)
+    refused(tmp_path / "a", tmp_path / "b" / ".." / "a", match="are one place, but two models are written")
+    refused(teacher, match="it is a checkpoint made by 1_distill.py", script="3_quantize.py")
+    refused(tmp_path / "llama", match="that is the name of what `python download_model.py` makes", models_dir=tmp_path)
+    (teacher / "notes.txt").touch()
+    refused(teacher, match="it holds files of your own .notes.txt., which would be lost")
+    monkeypatch.chdir(own)
+    for here in (".", "..", own, own.parent):
+        refused(Path(here), match="cannot be written to")
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory, tokenizer):
+    """A directory with a checkpoint of every kind a stage may be given by mistake."""
+    folder = tmp_path_factory.mktemp("zoo")
+    for method in ("nf4", "int8"):
+        model = helpers.make_distilbert()
+        save(
+            folder / f"student_{method}", model, tokenizer, method, quantization=quantize_model(model, method), parent="student"
+        )
+    save(folder / "student", helpers.make_distilbert(), tokenizer)
+    save(folder / "teacher_base", BertModel(helpers.bert_config()), tokenizer)
+    save(folder / "llama", helpers.make_llama(), helpers.make_byte_tokenizer())
+    return folder
+
+
+def test_what_a_stage_takes_is_checked_by_what_it_is(zoo):
+    assert check_parent(zoo / "student", "--parent", "classifier")["kind"] == "dense"
+    for name, match in {
+        "student_nf4": r"student_nf4 is quantized already \(nf4\): --parent takes a model that is dense or pruned, for example student",
+        "student_int8": r"is quantized already \(int8\)",
+        "llama": r"llama is a language model \(LlamaForCausalLM\): --parent takes a classifier",
+        "teacher_base": "teacher_base is a BertModel, a model without a head: --parent takes a classifier",
+    }.items():
+        with pytest.raises(CompactMindError, match=match):
+            check_parent(zoo / name, "--parent", "classifier")
+    with pytest.raises(CompactMindError, match="student is a classifier .*--model_path takes a language model"):
+        load_as_released(zoo / "student")
+
+
+def test_a_quantized_llama_is_not_called_damaged(tmp_path):
+    model = helpers.make_llama()
+    description = quantize_model(model, "nf4", half_precision_embeddings=False)
+    directory = save(
+        tmp_path / "llama_nf4", model, helpers.make_byte_tokenizer(), "nf4", quantization=description, parent="llama"
+    )
+    with pytest.raises(CompactMindError, match="llama_nf4 is quantized already .nf4.*for example llama"):
+        load_as_released(directory)
+    (directory / MANIFEST).unlink()  # somebody else's
+    config = helpers.read_json(directory / "config.json") | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CompactMindError, match="is quantized already .bitsandbytes.: give the dense model"):
+        load_as_released(directory)
+
+
+def test_a_tokenizer_of_another_model_and_one_without_padding_are_named(tmp_path, tokenizer):
+    check_tokenizer(helpers.make_bert(), tokenizer, tmp_path, padding=True)
+    with pytest.raises(CompactMindError, match=f"token ids up to {len(helpers.VOCABULARY) - 1}, the model knows 0 to 19"):
+        check_tokenizer(helpers.make_bert(vocab_size=20), tokenizer, tmp_path)
+    with pytest.raises(CompactMindError, match="its tokenizer has no pad token"):
+        check_tokenizer(helpers.make_llama(), helpers.make_byte_tokenizer(), tmp_path, padding=True)
+    directory = save(tmp_path / "llama", helpers.make_llama(vocab_size=100), helpers.make_byte_tokenizer())
+    with pytest.raises(CompactMindError, match="token ids up to 256, the model knows 0 to 99"):
+        load_as_released(directory)
