@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from compactmind.methods.pruning.llama_importance import score
 from compactmind.methods.pruning.llama_pruning import DenseStates, PruneRecipe, check_prunable, prune_llama
 from compactmind.methods.quantization.calibration import SITES
-from compactmind.methods.quantization.gptq_model import GPTQRecipe, quantize_gptq
+from compactmind.methods.quantization.gptq_model import GPTQRecipe, quantize_gptq, tensor_choices
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama
 from compactmind.methods.retraining.causal_lm import RetrainRecipe, TeacherStates, retrain_causal_lm
@@ -181,8 +181,12 @@ def _nf4(model, resources: Resources, recipe: NF4Recipe):
 
 def _gptq(model, resources: Resources, recipe: GPTQRecipe):
     description = quantize_gptq(
-        model, resources.calibration, recipe, released_bytes=resources.released_bytes, released=resources.released
-    )
+        model, resources.calibration, recipe, released_bytes=resources.released_bytes, released=resources.released,
+        teacher=resources.teacher,
+        choices=lambda: resources.remember(
+            ("choices", recipe.sensitivity), lambda: tensor_choices(model, resources.calibration, recipe)
+        ),
+    )  # fmt: skip
     return model, description
 
 

@@ -88,10 +88,20 @@ def round_compensated(weight: torch.Tensor, factor: torch.Tensor, order: torch.T
 
 
 @torch.no_grad()
-def round_nearest(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None) -> Rounded:
-    """Return weight (out, in) on its grid, every weight rounded by itself; `importance` (in,) of each input's error."""
+def round_nearest(
+    weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None, ranges: int | None = None
+) -> Rounded:
+    """Return weight (out, in) on its grid, each rounded by itself; `importance` (in,): of every input's error; `ranges`: see `fit`."""
+    groups = grid.groups(weight.shape[1])
+    size = groups[0].stop
+    whole = (
+        sum(columns.stop - columns.start == size for columns in groups) * size
+    )  # all groups of one size at once, then the rest
     parts = []
-    for columns in grid.groups(weight.shape[1]):
-        scale, zero = fit(weight[:, columns], grid, None if importance is None else importance[columns])
-        parts.append((to_integers(weight[:, columns].float(), scale, zero, grid).to(torch.uint8), scale, zero))
+    for columns in [slice(0, whole)] + [slice(whole, None)] * (whole < weight.shape[1]):
+        part = weight[:, columns].float()
+        part = part.unflatten(1, (-1, size if columns.start == 0 else part.shape[1]))  # (out, groups, size)
+        counts = None if importance is None else importance[columns].view(part.shape[1:])
+        scale, zero = fit(part, grid, counts, ranges)
+        parts.append((to_integers(part, scale, zero, grid).to(torch.uint8).flatten(1), scale[..., 0], zero[..., 0]))
     return Rounded(*(torch.cat(each, 1) for each in zip(*parts, strict=True)), grid)

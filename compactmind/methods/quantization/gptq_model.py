@@ -26,6 +26,7 @@ from compactmind.methods.quantization.gptq import ORDERS, columns_in_order, inve
 from compactmind.methods.quantization.grid import BITS, Grid
 from compactmind.methods.quantization.grouped import GroupedEmbedding, GroupedLinear, tied_head
 from compactmind.methods.quantization.packed_model import require_finite
+from compactmind.methods.quantization.scale_tuning import tune_scales
 from compactmind.methods.quantization.sensitivity import (
     SHARPNESS,
     gradient_costs,
@@ -76,8 +77,12 @@ class GPTQRecipe:
     """Let the columns that follow make up for the error (GPTQ), or round every weight to its nearest level."""
     order: str = "activation"
     """Of the columns: activation, groups and columns with the largest inputs first; index, as they stand."""
-    damping: float = 0.01
+    damping: float = 0.05
     """Share of the mean diagonal added to H, in (0, 1]."""
+    tuning_tokens: int = 0
+    """Tokens of the calibration text on which scales and norms then learn from the dense model (scale_tuning.py); 0: none."""
+    tuning_lr: float = 1e-3
+    """How far a scale moves in a step at most, as a share of its size."""
     weigh_tokens: bool = False
     """Count every token of the calibration text by its gradients (sensitivity.py), or all alike."""
     sensitivity: str = "measured"
@@ -91,8 +96,11 @@ class GPTQRecipe:
                 raise ValueError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
         if self.target_compression != 0 and not 1 < self.target_compression < 16:
             raise ValueError(f"target_compression {self.target_compression:g} is not in (1, 16), and not 0 for none")
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"damping {self.damping:g} is not in (0, 1]")
+        for name in ("damping", "tuning_lr"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name):g} is not in (0, 1]")
+        if self.tuning_tokens < 0:
+            raise ValueError(f"tuning_tokens {self.tuning_tokens} is not in [0, inf)")
 
     @property
     def bits_per_weight(self) -> tuple[float, float | None]:
@@ -122,18 +130,20 @@ def tables_of(model: PreTrainedModel) -> dict[str, nn.Module]:
     return found
 
 
-def choose_grids(
-    model: PreTrainedModel, windows: torch.Tensor, recipe: GPTQRecipe, budget_bytes: int, released: torch.dtype,
-    uncounted: Sequence[str] = (),
-) -> tuple[dict[str, Grid], float]:  # fmt: skip
-    """Return the grid of every tensor by the name it has in a file, tables included, and the cost to expect, in nats a token.
+Choices = dict[str, list[Choice]]
+"""Tensor by the name it has in a file -> its ways to be stored, with their bits and their cost."""
 
-    The file keeps to `budget_bytes`, with what stays as it is in the dtype `released`; tables named in `uncounted` take what the counted
-    one does and are free. Raises CompactMindError if no widths do.
+
+def tensor_choices(model: PreTrainedModel, windows: torch.Tensor, recipe: GPTQRecipe, uncounted: Sequence[str] = ()) -> Choices:
+    """Return what every tensor can be stored in and what that costs, tables too; the same for every target.
+
+    Costs are measured on the first SENSITIVITY_WINDOWS of `windows`. Tables named in `uncounted` take what the counted one does: what
+    they cost is in its costs.
     """
+    windows = windows[:SENSITIVITY_WINDOWS]
     by_gradients = recipe.sensitivity == "gradients"
     costs = gradient_costs(model, windows, GRIDS, recipe.damping) if by_gradients else measured_costs(model, windows, GRIDS)
-    choices: dict[str, list[Choice]] = {}
+    choices: Choices = {}
     for index, block in enumerate(llama_blocks(model)):
         for field, path in LINEARS.items():
             weight = getattr(block, field).weight
@@ -141,9 +151,10 @@ def choose_grids(
                 Choice(grid, grid.stored_bits(weight.shape[1]) * len(weight), cost)
                 for grid, cost in zip(GRIDS, costs[index, field], strict=True)
             ]
-    tables, fixed = tables_of(model), recipe.embeddings != AUTO
-    counted = [name for name in tables if name not in uncounted]
-    for name in [] if fixed else counted:
+    tables = tables_of(model)
+    for name in tables:
+        if name in uncounted:
+            continue
         together = (
             [model.get_input_embeddings(), model.get_output_embeddings()] if uncounted or len(tables) == 1 else [tables[name]]
         )
@@ -154,13 +165,32 @@ def choose_grids(
             Choice(grid, grid.stored_bits(weight.shape[1]) * len(weight), found * error / max(of_reference, 1e-30))
             for grid, error in zip(TABLE_GRIDS, errors, strict=True)
         ]
+    return choices
+
+
+def choose_grids(
+    model: PreTrainedModel,
+    choices: Choices,
+    recipe: GPTQRecipe,
+    budget_bytes: int,
+    released: torch.dtype,
+    uncounted: Sequence[str] = (),
+) -> tuple[dict[str, Grid], float]:
+    """Return the grid of every tensor and the cost to expect, in nats a token, so that the file keeps to `budget_bytes`.
+
+    What stays as it is is stored in the dtype `released`; tables named in `uncounted` are free. Raises CompactMindError if no widths do.
+    """
+    tables, fixed = tables_of(model), recipe.embeddings != AUTO
+    if fixed:
+        choices = {name: each for name, each in choices.items() if name not in tables}
     taken = _bytes_beside(model, choices, uncounted, tables if fixed else {}, recipe.table, released.itemsize)
     picked = allocate(choices, int(budget_bytes - taken) * 8)
     grids = {name: choice.what for name, choice in picked.items()}
     if fixed and recipe.table:
         grids |= dict.fromkeys(tables, recipe.table)
     elif not fixed:
-        grids |= {name: grids[counted[0]] for name in uncounted}
+        counted = next(name for name in tables if name not in uncounted)
+        grids |= {name: grids[counted] for name in uncounted}
     return grids, sum(choice.cost for choice in picked.values())
 
 
@@ -197,6 +227,8 @@ def quantize_gptq(
     released_bytes: int = 0,
     released: torch.dtype | None = None,
     uncounted: Sequence[str] = (),
+    teacher: Callable[[], PreTrainedModel] | None = None,
+    choices: Callable[[], Choices] | None = None,
     show: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Make, in place, the linears of the blocks, the table and the head of a Llama integers; return what a loader and a manifest need.
@@ -204,7 +236,8 @@ def quantize_gptq(
     `windows` (windows, seq_len): calibration text. `released_bytes`: what a target_compression is a ratio of (0: this model's bytes) and
     `released` the dtype in which the file will have what stays as it is (None: the model's). Tables named in `uncounted` are free in it.
     Raises CompactMindError before anything is changed: a weight that is NaN or infinite, too little text, a quantized model, a target that
-    no widths reach; a model whose quantization is interrupted is of no more use.
+    no widths reach. `teacher` makes the dense model that tuning_tokens learn from, `choices` what `tensor_choices`
+    returns, if that is known. A model whose quantization is interrupted is of no use.
     """
     tables = _check(model, windows)
     released = released or model.dtype
@@ -215,7 +248,8 @@ def quantize_gptq(
         show("allocation ...")
         whole = released_bytes or sum(each.numel() * released.itemsize for each in model.parameters())
         budget = int(whole / recipe.target_compression)
-        grids, predicted = choose_grids(model, windows[:SENSITIVITY_WINDOWS], recipe, budget, released, uncounted)
+        known = choices() if choices else tensor_choices(model, windows, recipe, uncounted)
+        grids, predicted = choose_grids(model, known, recipe, budget, released, uncounted)
     tokens = None
     if recipe.weigh_tokens and recipe.compensation:
         show("gradients ...")
@@ -240,7 +274,11 @@ def quantize_gptq(
                     rounded = round_nearest(linear.weight, grid, moment.diagonal())
                 model.set_submodule(name, GroupedLinear(rounded.q, rounded.scale, rounded.zero, rounded.grid, linear.bias))
     _replace_tables(model, grids)
-    return describe(recipe, grids, predicted)
+    description = describe(recipe, grids, predicted)
+    if recipe.tuning_tokens:
+        with torch.enable_grad():
+            description["tuning"] = tune_scales(model, teacher(), windows, recipe.tuning_tokens, recipe.tuning_lr, show)
+    return description
 
 
 def _check(model: PreTrainedModel, windows: torch.Tensor) -> dict[str, nn.Module]:

@@ -82,16 +82,18 @@ def from_integers(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid
     return torch.addcmul(zero, q, scale) if grid.zero == "float" else (q - zero) * scale
 
 
-def fit(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def fit(
+    weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None, ranges: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scale and zero of each group of a weight (..., size), both (..., 1) in float32 with values that are stored exactly.
 
     Zero is the integer zero point, or the minimum in fp16 with a float zero. Of the ranges tried the one with the smallest squared error,
-    each weight's counted by its `importance` (broadcasts; None: all alike).
+    each weight's counted by its `importance` (broadcasts; None: all alike). `ranges`: how many are tried at most (None: see SHRINK).
     """
     weight = weight.float()
     importance = torch.ones_like(weight) if importance is None else importance.float().expand_as(weight)
     found: tuple[torch.Tensor, ...] = ()
-    for scale, zero in _ranges(weight, grid):
+    for scale, zero in _ranges(weight, grid, ranges or SHRINK[grid.bits]):
         for _ in range(2):  # as tried, then fitted to the integers that gives
             q = to_integers(weight, scale, zero, grid)
             error = ((from_integers(q, scale, zero, grid) - weight).square() * importance).sum(-1, keepdim=True)
@@ -102,12 +104,12 @@ def fit(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None
     return found[1], found[2]
 
 
-def _ranges(weight: torch.Tensor, grid: Grid) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _ranges(weight: torch.Tensor, grid: Grid, most_steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield scale and zero, (..., 1) each, of ranges to try for groups (..., size), the extremes first."""
     top, half = grid.levels - 1, grid.levels // 2
     low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
     longer = torch.where(high > -low, high, low)
-    for step in range(SHRINK[grid.bits]):
+    for step in range(min(SHRINK[grid.bits], most_steps)):
         share = 1 - step / 20
         if grid.zero == "symmetric":
             for reach in (-half, half - 1):  # -half has an integer of its own, half has none

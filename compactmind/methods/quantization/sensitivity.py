@@ -27,11 +27,13 @@ from compactmind.methods.quantization.grid import Grid
 
 TOKENS_AT_ONCE = 64
 """Tokens whose logits exist at one time."""
+RANGES = 4
+"""Ranges tried for the scales of what is only measured."""
 REFERENCE = Grid(3, 64)
 """What a tensor is rounded to when its cost is measured: far enough that what is fragile shows, not so far that all is lost."""
-PROBE_TOKENS = 256
+PROBE_TOKENS = 128
 """Tokens on which that is measured."""
-ROWS = 128
+ROWS = 48
 """Rows of a weight on which the cost of a grid is measured: an even sample tells the sum of all within a few percent."""
 SHARPNESS = 0.5
 """Power of a token's weight in GPTQ: 1 trusts the gradients of few tokens too much, 0 looks at the largest inputs alone."""
@@ -117,7 +119,7 @@ def _errors(weight: torch.Tensor, grids: Sequence[Grid], rows: torch.Tensor, col
     """Return the squared rounding error of a weight (out, in) on each grid, counted by a factor per row and one per column."""
     chosen = sampled_rows(len(weight))
     part, share = weight[chosen].float(), rows[chosen] * (rows.sum() / rows[chosen].sum().clamp_min(1e-30))
-    return [float(share @ ((round_nearest(part, grid, columns).weight() - part).square() @ columns)) for grid in grids]
+    return [float(share @ ((round_nearest(part, grid, columns, RANGES).weight() - part).square() @ columns)) for grid in grids]
 
 
 def gradient_cost(
@@ -213,7 +215,7 @@ def measured_costs(
         for site, fields in SITES.items():
             for field in fields:
                 weight, columns = getattr(block, field).weight, squares[index][site]
-                found = probe.with_weight(index, field, round_nearest(weight, reference, columns).weight())
+                found = probe.with_weight(index, field, round_nearest(weight, reference, columns, RANGES).weight())
                 rows = torch.ones(len(weight), device=weight.device)
                 of_reference, *errors = _errors(weight, [reference, *grids], rows, columns)
                 costs[index, field] = [found * error / max(of_reference, 1e-30) for error in errors]
@@ -226,7 +228,7 @@ def measured_table_cost(model: PreTrainedModel, windows: torch.Tensor, tables: S
     probe = Probe(model, windows.flatten()[:PROBE_TOKENS])
     before = [(table, table.weight.data) for table in tables]
     rounded = {data.data_ptr(): data for _, data in before}
-    rounded = {place: round_nearest(data, reference).weight().to(data.dtype) for place, data in rounded.items()}
+    rounded = {place: round_nearest(data, reference, ranges=RANGES).weight().to(data.dtype) for place, data in rounded.items()}
     try:
         for table, data in before:
             table.weight.data = rounded[data.data_ptr()]
@@ -240,7 +242,7 @@ def measured_table_cost(model: PreTrainedModel, windows: torch.Tensor, tables: S
 def table_errors(weight: torch.Tensor, grids: Sequence[Grid]) -> list[float]:
     """Return the squared rounding error of a table (rows, channels) on each grid, on an even sample of its rows."""
     part = weight[:: max(1, len(weight) // 4096)].float()
-    return [float((round_nearest(part, grid).weight() - part).square().sum()) for grid in grids]
+    return [float((round_nearest(part, grid, ranges=RANGES).weight() - part).square().sum()) for grid in grids]
 
 
 def _squares_watcher(seen: dict[str, torch.Tensor], site: str):

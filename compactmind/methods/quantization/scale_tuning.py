@@ -1,0 +1,126 @@
+"""A short distillation after rounding: scales, float zeros and norms learn from the dense model's logits, the integers stay.
+
+What every layer was rounded for is its own output; what counts is the whole model's. The second phase of EfficientQAT (Chen et al. 2024,
+https://arxiv.org/abs/2407.11062) trains nothing but the step sizes for it: few numbers, no straight-through estimate, and the file keeps
+its size and its integers. The loss is KL(dense || model). Backward goes block by block, so that one block is floating-point at a time.
+Left out: weight decay, and training the integers.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from compactmind.errors import CompactMindError
+from compactmind.methods.llama import llama_blocks, stream_norms
+from compactmind.methods.quantization.blockwise import block_inputs, run_block
+from compactmind.methods.quantization.grouped import GroupedLinear, GroupedWeight
+
+TOKENS_AT_ONCE = 64
+"""Tokens whose logits exist at one time."""
+DECAY = (0.9, 0.95)
+"""Adam's averages: so few steps want short ones."""
+
+
+def tune_scales(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    windows: torch.Tensor,
+    tokens: int,
+    lr: float,
+    show: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Train, in place, a model's scales, float zeros and norms on `tokens` tokens of `windows` (windows, seq_len); returns what was done.
+
+    A step is one window; a number moves by at most about `lr` times the mean size of those beside it, and less from step to step (cosine).
+    Afterwards everything is of the dtype it was. Raises CompactMindError if the loss is no number.
+    """
+    steps, started = max(1, math.ceil(tokens / windows.shape[1])), time.perf_counter()
+    wanted_gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    places = [(norm, "weight") for norm in stream_norms(model)]
+    for module in model.modules():
+        if isinstance(module, GroupedLinear):
+            places += [(module, "scale")] + [(module, "zero")] * (module.grid.zero == "float")
+    if model.get_output_embeddings() in [
+        module for module, _ in places
+    ]:  # its scales are the table's, or nobody reads them here
+        places = [(module, name) for module, name in places if module is not model.get_output_embeddings()]
+    before = [(getattr(module, name), getattr(module, name).dtype) for module, name in places]
+    values = []
+    for (module, name), (tensor, _) in zip(places, before, strict=True):
+        if isinstance(tensor, nn.Parameter):
+            tensor.data = tensor.data.float()
+            values.append(tensor.requires_grad_())
+        else:
+            values.append(tensor.detach().float().clone().requires_grad_())
+            setattr(module, name, values[-1])
+    optimizer = torch.optim.Adam(
+        [{"params": [value], "lr": lr * float(value.detach().abs().mean().clamp_min(1e-12))} for value in values], betas=DECAY
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+    losses: list[float] = []
+    try:
+        for step in range(steps):
+            losses.append(_backward(model, teacher, windows[step % len(windows)]))
+            if not math.isfinite(losses[-1]):
+                raise CompactMindError(
+                    f"distilling after rounding has a loss of {losses[-1]} at step {step + 1}: a lower tuning_lr"
+                )
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            show(f"tuning {step + 1}/{steps} | KL {losses[-1]:.4f}")
+    finally:
+        for (module, name), (tensor, dtype), value in zip(places, before, values, strict=True):
+            if isinstance(tensor, nn.Parameter):
+                tensor.data, tensor.grad = tensor.data.to(dtype), None
+            else:
+                setattr(module, name, value.detach().to(dtype))
+        for parameter, wanted in wanted_gradients:
+            parameter.requires_grad_(wanted)
+    return {
+        "tokens": steps * windows.shape[1],
+        "steps": steps,
+        "lr": lr,
+        "losses": losses,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _backward(model: PreTrainedModel, teacher: PreTrainedModel, window: torch.Tensor) -> float:
+    """Return KL(teacher || model) in nats a token on a window (seq_len,), and add its gradients to what is trained, in place."""
+    (states,), arguments = block_inputs(model, window[None])
+    blocks, reads = llama_blocks(model), []
+    with torch.no_grad():
+        wanted = teacher.model(input_ids=window[None].to(teacher.device), use_cache=False).last_hidden_state[0].float()
+        for block, others in zip(blocks, arguments, strict=True):
+            reads.append(states)
+            states = run_block(block.module, states, others)
+    last = states.detach().requires_grad_()
+    normed = model.model.norm(last)
+    loss, gradient = 0.0, torch.empty_like(normed[0])
+    head, of_teacher = _head(model), _head(teacher)
+    with torch.no_grad():
+        for start in range(0, len(window), TOKENS_AT_ONCE):
+            part = slice(start, start + TOKENS_AT_ONCE)
+            found = (normed[0, part].float() @ head.t()).log_softmax(dim=-1)
+            target = (wanted[part] @ of_teacher.t()).log_softmax(dim=-1)
+            loss += float((target.exp() * (target - found)).sum())
+            gradient[part] = found.exp_().sub_(target.exp_()) @ head / len(window)
+    normed.backward(gradient[None])
+    gradient = last.grad
+    for block, others in zip(reversed(blocks), reversed(arguments), strict=True):
+        read = reads.pop().detach().requires_grad_()
+        run_block(block.module, read, others).backward(gradient)
+        gradient = read.grad
+    return loss / len(window)
+
+
+def _head(model: PreTrainedModel) -> torch.Tensor:
+    head = model.get_output_embeddings()
+    return head.dequantize() if isinstance(head, GroupedWeight) else head.weight.detach().float()
