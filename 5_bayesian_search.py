@@ -7,8 +7,10 @@ Run:   python 5_bayesian_search.py              (after python download_model.py;
        python 5_bayesian_search.py --replay 12                       (make the model of trial 12 again, into models/llama_trial_12)
        python 5_bayesian_search.py --strategy fixed --output models/llama_small --pipeline \\
            '[{"method": "prune", "params": {"sparsity": 0.3}}, {"method": "retrain"}, {"method": "w8a8"}]'
+       python 5_bayesian_search.py --strategy fixed --calibration_windows 32 --output models/llama_3x --pipeline \\
+           '[{"method": "gptq", "params": {"target_compression": 3}}]'             (3 times smaller, by integers alone)
 Reads: models/llama, wikitext_data/{train,validation,test}.jsonl     (test: only for the perplexity of what is saved)
-Writes: models/llama_searched      the best pipeline that reaches the target (--output), with perplexity after every step
+Writes: models/llama_searched      the best pipeline that reaches the target (--output), with perplexity and KL after every step
         results/search/            trials.csv, best_pipeline.json, summary.json and the plots; study.db, which may hold many studies
         models/llama_pruned, results/pipeline_llama_pruned.json      with --strategy fixed
         Any study but that of models/llama by Bayesian search has places of its own: results/search/<study>/,
@@ -41,7 +43,8 @@ from compactmind.code_version import code_version
 from compactmind.data import data_fingerprint, read_dataset_description
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import weight_bytes
-from compactmind.evaluation.perplexity import paired_ratio, perplexity
+from compactmind.evaluation.divergence import measure_windows
+from compactmind.evaluation.perplexity import paired_ratio, perplexity_of
 from compactmind.files import lock_directory, write_json_atomically
 from compactmind.guards import check_outputs
 from compactmind.manifest import add_to_manifest, identity_of, is_up_to_date, read_manifest
@@ -93,11 +96,15 @@ class Material:
 
     @property
     def on_test(self) -> Measure:
-        """Perplexity on test text: of what is saved, and of nothing that is chosen between."""
+        """Perplexity and KL to the dense model on test text: of what is saved, and of nothing that is chosen between."""
 
         def measure(model) -> dict:
-            found = perplexity(model, self.test, f"{self.text}, test", self.window_choice)
-            return {name: found[name] for name in ("perplexity", "loss", "losses", "protocol")}
+            dense = self.resources.teacher()
+            seen = measure_windows({"dense": dense} | ({} if model is dense else {"model": model}), self.test, "dense")
+            seen = seen["dense" if model is dense else "model"]
+            found = perplexity_of(seen["losses"], self.test.shape[1], f"{self.text}, test", self.window_choice)
+            far = {name: seen["divergence"][name] for name in ("mean", "interval", "p999", "same_top")}
+            return {**{name: found[name] for name in ("perplexity", "loss", "losses", "protocol")}, "divergence": far}
 
         return Measure(f"test, {len(self.test)} windows, {self.window_choice}", measure)
 
@@ -236,11 +243,12 @@ def make_and_save(
         record |= {"interaction": together, "layer_errors": errors}
         add_to_manifest(output, record)
         write_json_atomically(path, record)
-    print(f"\n{'step':<12}{'perplexity':>12}{'against dense [95%, paired]':>32}{'seconds':>10}")
+    print(f"\n{'step':<12}{'perplexity':>12}{'against dense [95%, paired]':>32}{'KL, nats':>12}{'same top':>10}{'seconds':>10}")
     for row in record["pipeline"]:
         low, high = (bound - 1 for bound in row["against_dense"]["interval"])
         against = f"{row['against_dense']['ratio'] - 1:+.2%} [{low:+.2%}, {high:+.2%}]"
-        print(f"{row['method']:<12}{row['perplexity']:>12.3f}{against:>32}{row['seconds']:>10.0f}")
+        far = f"{row['divergence']['mean']:>12.4f}{row['divergence']['same_top']:>10.1%}"
+        print(f"{row['method']:<12}{row['perplexity']:>12.3f}{against:>32}{far}{row['seconds']:>10.0f}")
     if together is not None:
         print(f"interaction of quantization with the rest: {together:+.4f} nats")
     print(f"{json.dumps(record['pipeline'][0]['protocol'])}\nsaved to {output}, steps in {path}")
@@ -260,7 +268,10 @@ def space_of(config: SearchConfig):
         raise CompactMindError(f'choices {config.choices} are no object: for example {{"prune.sparsity": [0.1, 0.2]}}')
     if not config.retrain:
         choices = {name: values for name, values in choices.items() if not name.startswith("retrain.")}
-    return make_space(methods, mode=config.mode, max_length=config.max_length, max_repeats=config.max_repeats, choices=choices)
+    target = config.target_compression if config.objectives == ("perplexity",) else None  # a front has models of all sizes
+    return make_space(
+        methods, mode=config.mode, max_length=config.max_length, max_repeats=config.max_repeats, choices=choices, target=target
+    )
 
 
 def study_name_of(config: SearchConfig) -> str:

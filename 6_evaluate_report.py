@@ -57,7 +57,9 @@ ENCODER_ROWS = (
     "teacher", "student_finetuned", "student_distilled", "student_pruned", "student_distilled_nf4", "student_pruned_nf4",
     "student_pruned_w8a8",
 )  # fmt: skip
-LANGUAGE_ROWS = ("llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_pruned", "llama_searched")
+LANGUAGE_ROWS = (
+    "llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_gptq_2.5x", "llama_gptq_3.5x", "llama_pruned", "llama_searched",
+)  # fmt: skip
 """The rows a complete run has, in this order; further checkpoints of the same track under models/ and your own models follow them."""
 DENSE_LANGUAGE_MODEL = "llama"
 """The language model that those made from it are compared with."""

@@ -255,7 +255,7 @@ class SearchConfig(StageConfig):
     strategy: Literal["bayesian", "random", "grid", "fixed"] = "bayesian"
     """bayesian, random, grid: search over the space below; fixed: run the one pipeline given."""
     pipeline: str = PRUNE_AND_RETRAIN
-    """fixed: JSON, a list of steps, each with method (prune, retrain, smooth, w8a8, nf4) and params."""
+    """fixed: JSON, a list of steps, each with method (prune, retrain, smooth, w8a8, nf4, gptq) and params."""
     replay: int = -1
     """Number of the trial of the study whose model to make again; -1 = search."""
     n_trials: int = 6
@@ -264,7 +264,7 @@ class SearchConfig(StageConfig):
     """Bytes of the dense weight file as released / bytes of the result: at least this."""
     mode: Literal["single", "hybrid", "both"] = "both"
     """single: one method that compresses, with retraining or smoothing beside it; hybrid: several; or both."""
-    methods: tuple[str, ...] = ("prune", "retrain", "smooth", "w8a8", "nf4")
+    methods: tuple[str, ...] = ("prune", "retrain", "smooth", "w8a8", "nf4", "gptq")
     """Methods a pipeline may be made of, in any legal order."""
     retrain: bool = True
     """Whether retraining may be part of a pipeline: most of the time goes there, and most of the gain comes from it."""

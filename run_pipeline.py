@@ -5,6 +5,7 @@ Every stage decides for itself whether its output is up to date; a finished one 
 edited at the top of the scripts. Stops at the first stage that fails.
 """
 
+import shlex
 import subprocess
 import sys
 import time
@@ -13,13 +14,26 @@ from pathlib import Path
 
 from common import PROFILE, PROFILES, StageConfig, parse_command_line, setting_problem
 
+MODELS = "<models_dir>"
+"""Stands for --models_dir in what a script is told."""
+FIXED = ("5_bayesian_search.py", "--strategy=fixed", "--calibration_windows=32")
+
+
+def gptq_run(times: str) -> tuple[str, ...]:
+    """Return the run that makes the Llama so many times smaller by integers alone."""
+    pipeline = f'[{{"method": "gptq", "params": {{"target_compression": {times}}}}}]'
+    return (*FIXED, f"--output={MODELS}/llama_gptq_{times}x", f"--pipeline={pipeline}")
+
+
 RUNS = (
     ("download_model.py",),
     ("1_distill.py",),
     ("2_prune_finetune.py",),
     ("3_quantize.py",),
     ("4_smoothquant_llama.py",),
-    ("5_bayesian_search.py", "--strategy=fixed", "--calibration_windows=32"),
+    FIXED,
+    gptq_run("2.5"),
+    gptq_run("3.5"),
     ("5_bayesian_search.py",),
     ("6_evaluate_report.py",),
 )
@@ -54,7 +68,8 @@ def main(config: PipelineConfig) -> None:
     runs = [run for run in RUNS if run[0] in config.only]
     durations = {}
     for number, (stage, *arguments) in enumerate(runs, start=1):
-        name = " ".join((stage, *arguments))
+        arguments = [argument.replace(MODELS, str(config.models_dir)) for argument in arguments]
+        name = shlex.join((stage, *arguments))
         print(f"\n=== [{number}/{len(runs)}] {name}, {(time.perf_counter() - begun) / 60:.1f} min so far", flush=True)
         if stage in LLAMA_STAGES and not (config.models_dir / "llama").is_dir():
             print(f"skipped: there is no {config.models_dir / 'llama'} (`python download_model.py` makes it)")

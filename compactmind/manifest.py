@@ -24,6 +24,9 @@ CARD = "README.md"
 ADDED_LATER = (MANIFEST, CARD, "model.onnx")
 """Files of a checkpoint that its manifest does not vouch for."""
 
+GPTQ = """python 5_bayesian_search.py --strategy fixed --calibration_windows 32 --output models/llama_gptq_{times}x \
+--pipeline '[{{"method": "gptq", "params": {{"target_compression": {times}}}}}]'"""
+
 MADE_BY = {
     "teacher_base": "python download_model.py",
     "student_base": "python download_model.py",
@@ -39,6 +42,8 @@ MADE_BY = {
     "llama_w8a8_naive": "python 4_smoothquant_llama.py",
     "llama_nf4": "python 4_smoothquant_llama.py",
     "llama_pruned": "python 5_bayesian_search.py --strategy fixed",
+    "llama_gptq_2.5x": GPTQ.format(times="2.5"),
+    "llama_gptq_3.5x": GPTQ.format(times="3.5"),
     "llama_searched": "python 5_bayesian_search.py",
     "llama_smoothed": "python 4_smoothquant_llama.py --save_smoothed True",
 }

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from compactmind.formats.grouped import by_bits
 from compactmind.formats.table import FORMATS
 from compactmind.published import in_words, is_rounded
 
@@ -28,6 +29,7 @@ def model_card(name: str, manifest: dict[str, Any], report_row: dict[str, Any] |
         "",
         *([in_words(f"`{name}`", published), ""] if published else []),
         *_made_with(manifest),
+        *_bits(manifest["quantization"]),
         *_numbers(manifest, report_row),
         "## How to load it",
         "",
@@ -65,12 +67,26 @@ def _made_with(manifest: dict[str, Any]) -> list[str]:
         lines += [f"Made by `{stage['script']}`; every setting is in `manifest.json`.", ""]
     steps = [step for step in manifest.get("pipeline", []) if step["method"] != "dense"]
     if steps:
-        lines += ["| step | settings | perplexity after it |", "| --- | --- | ---: |"]
+        lines += ["| step | settings | perplexity after it | KL to dense, nats |", "| --- | --- | ---: | ---: |"]
         for step in steps:
             settings = ", ".join(f"{key}={value}" for key, value in step["params"].items())
-            lines.append(f"| {step['method']} | {settings} | {step['perplexity']:.2f} |")
+            far = f"{step['divergence']['mean']:.4f}" if step.get("divergence") else "-"
+            lines.append(f"| {step['method']} | {settings} | {step['perplexity']:.2f} | {far} |")
         lines.append("")
     return lines
+
+
+def _bits(quantization: dict[str, Any] | None) -> list[str]:
+    """Return how many tensors have integers of which width, if they know their own."""
+    widths = by_bits(quantization)
+    if not widths:
+        return []
+    lines = ["| bits | tensors | weights that share a scale |", "| ---: | ---: | --- |"]
+    for bits, names in widths.items():
+        sizes = sorted({quantization["tensors"][name]["group_size"] for name in names})
+        groups = ", ".join(map(str, [size for size in sizes if size > 0] + ["a row"] * (-1 in sizes)))
+        lines.append(f"| {bits} | {len(names)} | {groups} |")
+    return [*lines, ""]
 
 
 def _numbers(manifest: dict[str, Any], row: dict[str, Any] | None) -> list[str]:

@@ -209,10 +209,10 @@ def released_llama(model: torch.nn.Module | None = None) -> torch.nn.Module:
     return model
 
 
-def add_llama(folder: Path) -> None:
-    """Write models/llama and the text for it, as download_model.py does with a larger one."""
+def add_llama(folder: Path, **changes) -> None:
+    """Write models/llama and the text for it, as download_model.py does with a larger one; `changes`: settings of the model."""
     stage = {"script": "download_model.py", "config": {}, "inputs": {}}
-    model, tokenizer = released_llama(), make_byte_tokenizer()
+    model, tokenizer = released_llama(make_llama(tie_word_embeddings=True, scale=0.5, **changes)), make_byte_tokenizer()
     save_checkpoint(folder / "models" / "llama", model, tokenizer, kind="dense", parent=None, stage=stage, dtype="bfloat16")
     add_text(folder)
 

@@ -62,6 +62,8 @@ def measure(windows):
         ([PRUNE, {"method": "w8a8", "params": {"alpha": 3}}], r"step 2.*alpha 3 is not in \[0, 1\]"),
         ([W8A8, PRUNE], "step 2, prune, comes after a quantization"),
         ([PRUNE, NF4, RETRAIN], "step 3, retrain, comes after a quantization"),
+        ([W8A8, {"method": "gptq"}], "step 2, gptq, comes after a quantization"),
+        ([{"method": "gptq"}, NF4], "step 2, nf4, comes after a quantization"),
         ([W8A8, NF4], "step 2, nf4, comes after a quantization"),
         ([RETRAIN], "step 1, retrain, has nothing to recover from"),
         ([RETRAIN, PRUNE], "step 1, retrain, has nothing to recover from"),

@@ -6,9 +6,11 @@ import re
 
 import pytest
 
+from compactmind.methods.llama import LINEARS
+from compactmind.model_card import model_card
 from compactmind.report import tables
 from compactmind.report.documents import escape_markdown, escape_tex, render, sections, write_documents
-from compactmind.report.figures import FIGURES
+from compactmind.report.figures import FIGURES, WIDTHS, tensor_bits
 from compactmind.report.literature import beside_the_literature, check_llama_2
 from compactmind.report.search_figures import front_line
 from compactmind.report.sentences import sentences, warnings
@@ -42,6 +44,19 @@ def language_model(name: str, ratio: float = 1.0, **changes) -> dict:
         "made_from": "llama", "compared_with": "llama",
     }  # fmt: skip
     return {**row, **changes}
+
+
+def grouped_model(name: str, ratio: float, **changes) -> dict:
+    """Return a row whose two blocks have linears of 3 to 8 bits and whose table has 6."""
+    bits = dict(zip(LINEARS.values(), (3, 3, 5, 5, 4, 4, 8), strict=True))
+    tensors = {f"model.layers.{layer}.{path}": grid(bits[path]) for layer in range(2) for path in LINEARS.values()}
+    quantization = {"target_compression": 2.5, "expected_kl": 0.0123, "tensors": tensors | {"model.embed_tokens": grid(6, -1)}}
+    row = {"kind": "grouped", "size_mb": 65.0, "compression_ratio": 2.5041, "quantization": quantization}
+    return language_model(name, ratio, **row | changes)
+
+
+def grid(bits: int, group_size: int = 32) -> dict:
+    return {"bits": bits, "group_size": group_size, "zero": "symmetric"}
 
 
 def search_summary(**changes) -> dict:
@@ -83,6 +98,7 @@ def report() -> dict:
             language_model("llama", kind="dense", kernel="float32", compression_ratio=1.0, parent=None, made_from=None,
                            generation={"prefill": times(950, 1.0), "decode": times(25, 1.0)}),
             language_model("llama_w8a8", 1.02),
+            grouped_model("llama_gptq_2.5x", 1.05),
         ],
     }  # fmt: skip
 
@@ -109,6 +125,19 @@ def test_a_language_model_in_one_sentence(report):
     assert found.endswith("; next to the dense model in float32 it reads a prompt 1.90x faster and generates 1.20x faster.")
     report["models"][4]["against_dense"] = {"ratio": 1.001, "interval": [0.999, 1.003]}
     assert "[-0.1%, +0.3%], not distinguishable from 0" in sentences(report)[1]
+
+
+def test_the_bits_of_a_model_in_one_sentence(report):
+    found = [line for line in sentences(report) if line.startswith("llama_gptq_2.5x:")]
+    assert found[0].startswith("llama_gptq_2.5x: 2.50x smaller than llama as released, perplexity +5.0%")
+    assert found[1:] == [
+        "llama_gptq_2.5x: 4.00 bits a weight, all of the file counted (4 of 3 bits, 4 of 4 bits, 4 of 5 bits, 1 of 6 bits, 2 of 8 bits); "
+        "2.5x smaller was asked for, 2.504x reached; KL 0.012 nats a token expected from calibration text, 0.05 measured."
+    ]
+    report["models"][5]["quantization"] |= {"target_compression": None, "expected_kl": None}
+    assert any(line.endswith("2 of 8 bits).") for line in sentences(report))
+    report["models"][5]["quantization"] = {"bits": 8}  # another format
+    assert sum(line.startswith("llama_gptq_2.5x:") for line in sentences(report)) == 1
 
 
 def test_what_the_search_found_in_sentences(report):
@@ -168,6 +197,52 @@ def test_a_warning_where_it_helps(report, index, changes, expected):
     report["models"][index] |= changes
     new = [line for line in warnings(report) if line not in before]
     assert len(new) == 1 and expected in new[0] and report["models"][index]["name"] in new[0]
+
+
+# ------------------------------------------------------------------------------------------------- pipelines, bits of tensors
+def test_the_table_of_steps_has_the_kl_where_it_was_measured(report):
+    against = {"ratio": 1.02, "interval": [1.01, 1.03]}
+    steps = [
+        {"method": name, "perplexity": 40.0, "against_dense": against, "seconds": 7.0, "divergence": kl}
+        for name, kl in (("dense", {"mean": 0.0, "interval": [0.0, 0.0]}), ("gptq", {"mean": 0.05, "interval": [0.04, 0.06]}))
+    ]
+    report["models"][5]["pipeline"] = [*steps, {name: value for name, value in steps[0].items() if name != "divergence"}]
+    table = tables.steps_table(report)
+    assert table.header[4] == "KL, nats [95%]" and [row[4] for row in table.rows] == ["0", "0.0500 [0.0400, 0.0600]", "-"]
+
+
+def test_the_picture_of_bits_has_a_panel_per_model_and_a_cell_per_tensor(report):
+    report["models"].append(grouped_model("untied", 1.1))
+    report["models"][-1]["quantization"]["tensors"] |= {"lm_head": grid(8), "model.layers.2.mlp.up_proj": grid(4)}
+    figure = tensor_bits(report)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["llama_gptq_2.5x: 65.0 MB, 4.00 bits a weight", "untied: 65.0 MB, 4.00 bits a weight"]
+    names = [[label.get_text() for label in axes.get_yticklabels()] for axes in figure.axes]
+    assert names == [[*LINEARS, "table"], [*LINEARS, "table", "head"]]
+    told = {(round(text.get_position()[0], 1), text.get_position()[1]): text.get_text() for text in figure.axes[1].texts}
+    assert [told[place] for place in ((0, 0), (1, 1), (1, 6), (2, 5), (1, 7), (1, 8))] == ["3", "3", "8", "4", "6", "8"]
+    assert len(told) == 2 * 7 + 1 + 2  # a block that lacks six linears leaves them empty
+    image = figure.axes[1].images[0]
+    assert image.cmap.colors[int(image.get_array()[6, 1])] == WIDTHS[8]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["3 bits", "4 bits", "5 bits", "6 bits", "8 bits"]
+    report["models"] = report["models"][:5]
+    assert tensor_bits(report) is None
+
+
+def test_the_card_counts_the_tensors_of_every_width(report):
+    manifest = {
+        "architecture": "LlamaForCausalLM", "kind": "grouped", "parameters": 1e6, "parent": "llama", "created": "2026-01-01", "metrics": {},
+        "stage": {}, "quantization": report["models"][5]["quantization"],
+        "pipeline": [
+            {"method": "dense", "params": {}, "perplexity": 40.0},
+            {"method": "gptq", "params": {"target_compression": 2.5}, "perplexity": 41.0, "divergence": {"mean": 0.05}},
+        ],
+    }  # fmt: skip
+    manifest["quantization"]["tensors"]["model.layers.0.mlp.down_proj"] = grid(8, 128)
+    card = model_card("llama_gptq_2.5x", manifest)
+    assert "| 3 | 4 | 32 |\n| 4 | 4 | 32 |\n| 5 | 4 | 32 |\n| 6 | 1 | a row |\n| 8 | 2 | 32, 128 |" in card
+    assert "| gptq | target_compression=2.5 | 41.00 | 0.0500 |" in card
+    assert "share a scale" not in model_card("other", manifest | {"kind": "dense", "quantization": None})
 
 
 # ------------------------------------------------------------------------------------------------------------ literature
@@ -328,7 +403,7 @@ def test_nothing_measured_is_still_a_report(report, tmp_path):
     report |= {"search": None, "smoothquant": None, "goals": []}
     write_documents(report, tmp_path)
     text = (tmp_path / "final_report.html").read_text(encoding="utf-8")
-    assert "Nothing has been measured yet" in text and text.count("run `python run_pipeline.py`") == 5
+    assert "Nothing has been measured yet" in text and text.count("run `python run_pipeline.py`") == 6
     assert "Warnings" not in [section.title for section in sections(report, {})]
 
 

@@ -19,6 +19,8 @@ RUNS = (
     ("3_quantize.py",),
     ("4_smoothquant_llama.py", "--calibration_windows", "2", "--eval_windows", "2", "--alpha_grid", "0.5", "0.8"),
     ("5_bayesian_search.py", "--strategy", "fixed", "--pipeline", f'[{PRUNE}, {{"method": "retrain", "params": {{"tokens": 512}}}}]'),
+    *(("5_bayesian_search.py", "--strategy", "fixed", "--calibration_windows", "2", "--output", f"models/llama_gptq_{times}x", "--pipeline",
+       f'[{{"method": "gptq", "params": {{"target_compression": {times}}}}}]') for times in (2.5, 3.5)),
     ("5_bayesian_search.py", "--n_trials", "2", "--target_compression", "1.1", "--mode", "hybrid", "--choices",
      '{"prune.round_to": [16], "prune.sparsity": [0.25], "retrain.tokens": [512]}'),
     ("6_evaluate_report.py", "--latency_repeats", "2"),
@@ -39,7 +41,7 @@ def ran(tmp_path_factory):
         )
         model_class(config).save_pretrained(folder / "local_assets" / name)
         tokenizer.save_pretrained(folder / "local_assets" / name)
-    llama = helpers.make_llama(num_key_value_heads=4, intermediate_size=64, max_position_embeddings=4096, eos_token_id=257)
+    llama = helpers.make_llama(num_key_value_heads=4, intermediate_size=256, max_position_embeddings=4096, eos_token_id=257)
     helpers.cast_parameters(llama, torch.float16).save_pretrained(folder / "local_assets" / LLAMA)
     helpers.make_byte_tokenizer().save_pretrained(folder / "local_assets" / LLAMA)
 

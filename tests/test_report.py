@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import runpy
+import shlex
 import shutil
 
 import helpers
@@ -15,23 +17,27 @@ from compactmind.data import EncodedSentences, load_split
 from compactmind.evaluation.divergence import divergence
 from compactmind.evaluation.perplexity import perplexity
 from compactmind.forward import predict_logits
-from compactmind.manifest import read_manifest
+from compactmind.manifest import MADE_BY, read_manifest
 from compactmind.report.figures import FIGURES
 from compactmind.report.search_figures import SEARCH_FIGURES
+from compactmind.search.compressor import read_pipeline
 from compactmind.text import load_documents, token_windows
 
 ROWS = ["teacher", "student_finetuned", "student_distilled", "student_pruned", "student_distilled_nf4", "student_pruned_nf4",
         "student_pruned_w8a8"]  # fmt: skip
-LANGUAGE_ROWS = ["llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_pruned", "llama_searched"]
-STAGES = ("download_model.py", "1_distill.py", "2_prune_finetune.py", "3_quantize.py", "4_smoothquant_llama.py",
-          "5_bayesian_search.py --strategy=fixed --calibration_windows=32", "5_bayesian_search.py,", "6_evaluate_report.py")  # fmt: skip
+LANGUAGE_ROWS = ["llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_gptq_2.5x", "llama_gptq_3.5x", "llama_pruned",
+                 "llama_searched"]  # fmt: skip
+FIXED = "5_bayesian_search.py --strategy=fixed --calibration_windows=32"
+STAGES = ("download_model.py", "1_distill.py", "2_prune_finetune.py", "3_quantize.py", "4_smoothquant_llama.py", f"{FIXED},",
+          f"{FIXED} --output=models/llama_gptq_2.5x", f"{FIXED} --output=models/llama_gptq_3.5x", "5_bayesian_search.py,",
+          "6_evaluate_report.py")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory):
     """A directory in which run_pipeline.py has run every stage, and what it printed."""
     folder = helpers.make_workspace(tmp_path_factory.mktemp("reported"), train_rows=300, dev_rows=50)
-    helpers.add_llama(folder)
+    helpers.add_llama(folder, hidden_size=64, intermediate_size=128)  # 3.5 times smaller and still more than names of tensors
     result = helpers.run_script("run_pipeline.py", cwd=folder)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return folder, result.stdout
@@ -47,9 +53,19 @@ def copy(reported, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- pipeline
 def test_the_pipeline_runs_every_stage_in_order_and_says_where_the_report_is(reported):
     _, output = reported
-    places = [output.index(f"[{number}/8] {name}") for number, name in enumerate(STAGES, start=1)]
+    places = [output.index(f"[{number}/10] {name}") for number, name in enumerate(STAGES, start=1)]
     assert places == sorted(places)
     assert output.rstrip().endswith("report: results/final_report.html")
+
+
+def test_the_command_of_every_fixed_row_is_what_the_pipeline_runs():
+    pipeline = runpy.run_path(str(helpers.REPOSITORY / "run_pipeline.py"))
+    runs = [[part.replace(pipeline["MODELS"], "models") for part in run] for run in pipeline["RUNS"]]
+    for name in ("llama_gptq_2.5x", "llama_gptq_3.5x"):
+        told = shlex.split(MADE_BY[name])[1:]
+        options = [f"{option}={value}" for option, value in zip(told[1::2], told[2::2], strict=True)]
+        assert [told[0], *options] in runs and options[-2] == f"--output=models/{name}"
+        read_pipeline(options[-1].removeprefix("--pipeline="))
 
 
 def test_a_second_pipeline_skips_what_is_finished(copy):
@@ -181,7 +197,7 @@ def test_the_table_for_spreadsheets_agrees_with_the_report(reported):
 
 def test_the_plots_are_pictures(reported):
     folder, _ = reported
-    names = ("final_report", "model_comparison", "perplexity_against_size", "divergence_against_size", "latency")
+    names = ("final_report", "model_comparison", "perplexity_against_size", "divergence_against_size", "tensor_bits", "latency")
     names += ("training_curves", "alpha_curve")
     summary = helpers.read_json(folder / "results" / "search" / "summary.json")
     empty = {"importance": not summary["importances"], "retraining_gain": not summary["retraining"]}
@@ -217,6 +233,16 @@ def test_language_models_are_measured_on_the_same_windows_and_against_the_dense_
     steps = rows["llama_pruned"]["pipeline"]
     assert [step["method"] for step in steps] == ["dense", "prune", "retrain"]
     assert steps[-1]["perplexity"] == pytest.approx(rows["llama_pruned"]["perplexity"], rel=1e-4)
+    for step in steps:  # measured as the report does
+        assert (step["divergence"]["mean"] == 0) == (step["method"] == "dense") and 0 <= step["divergence"]["same_top"] <= 1
+    assert steps[-1]["divergence"]["mean"] == pytest.approx(rows["llama_pruned"]["divergence"]["mean"], rel=1e-3)
+    for target in (2.5, 3.5):
+        row = rows[f"llama_gptq_{target}x"]
+        assert row["kind"] == "grouped" and row["compression_ratio"] >= target and row["interaction"] is None
+        assert row["quantization"]["target_compression"] == target and len(row["quantization"]["tensors"]) == 2 * 7 + 1
+        assert [step["method"] for step in row["pipeline"]] == ["dense", "gptq"]
+        assert row["pipeline"][-1]["divergence"]["mean"] == pytest.approx(row["divergence"]["mean"], rel=1e-3)
+        assert f"{target:g}x smaller was asked for, {row['compression_ratio']:.3f}x reached" in output
     goals = {goal["goal"]: goal for goal in report["goals"]}
     assert goals["llama_pruned perplexity, times dense"]["measured"] == rows["llama_pruned"]["against_dense"]["ratio"]
     assert goals["llama_pruned retraining"]["measured"] == pytest.approx(steps[-1]["seconds"] / 60)

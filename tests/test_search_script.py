@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from compactmind.checkpoint import load_checkpoint
+from compactmind.evaluation.divergence import divergence
+from compactmind.evaluation.perplexity import paired_ratio, perplexity
 from compactmind.manifest import read_manifest
 from compactmind.search import compressor, findings
 from compactmind.search.findings import known_findings, write_findings
+from compactmind.text import load_documents, token_windows
 
 SCRIPT = "5_bayesian_search.py"
 
@@ -127,7 +130,50 @@ def test_a_pipeline_of_the_users_own(tmp_path, run_here):
     ).shape == (1, 18)
 
 
+def test_a_quantization_alone_is_a_pipeline(tmp_path, run_here):
+    helpers.add_llama(tmp_path)
+    settings = ("--strategy", "fixed", "--output", "models/llama_1.6x", "--pipeline")
+    pipeline = '[{"method": "gptq", "params": {"target_compression": 1.6}}]'
+    status, output = run_here(*settings, pipeline)
+    assert status == 0 and "interaction" not in output and "KL, nats" in output, output
+    checkpoint = load_checkpoint(tmp_path / "models" / "llama_1.6x")
+    manifest, dense = checkpoint.manifest, load_checkpoint(tmp_path / "models" / "llama")
+    assert manifest["kind"] == "grouped" and manifest["interaction"] is None and len(manifest["layer_errors"]) == 2
+    size, whole = (each.manifest["files"]["model.safetensors"]["bytes"] for each in (checkpoint, dense))
+    assert whole / size >= 1.6
+    windows = token_windows(helpers.make_byte_tokenizer(), load_documents(tmp_path / "wikitext_data", "test"), 32, 4, "spread")
+    found = divergence(dense.model, checkpoint.model, windows)
+    losses = [perplexity(each.model, windows, "")["losses"] for each in (checkpoint, dense)]
+    before, row = manifest["pipeline"]
+    assert before["divergence"]["mean"] == 0 and before["against_dense"]["ratio"] == 1
+    assert row["divergence"]["mean"] == pytest.approx(found["mean"], rel=1e-3)
+    assert row["divergence"]["same_top"] == found["same_top"]
+    assert row["against_dense"]["ratio"] == pytest.approx(paired_ratio(*losses)["ratio"], rel=1e-4)
+    assert helpers.read_json(tmp_path / "results" / "pipeline_llama_1.6x.json")["pipeline"] == manifest["pipeline"]
+    status, output = run_here(*settings, pipeline)
+    assert status == 0 and "up to date" in output
+    status, output = run_here(*settings, '[{"method": "gptq", "params": {"target_compression": 9}}]')
+    assert status == 1 and "Traceback" not in output and read_manifest(tmp_path / "models" / "llama_1.6x") == manifest, output
+
+
 # ------------------------------------------------------------------------------------------------------------------ search
+def test_a_search_gives_gptq_its_target_and_any_of_its_trials_comes_again(tmp_path, run_here):
+    helpers.add_llama(tmp_path)
+    settings = ("--methods", "prune", "smooth", "gptq", "--target_compression", 1.5, "--n_trials", 3)
+    settings += ("--choices", '{"prune.round_to": [8], "prune.sparsity": [0.2, 0.3]}')
+    status, output = run_here(*settings)
+    assert status == 0, output
+    with open(tmp_path / "results" / "search" / "trials.csv", newline="", encoding="utf-8") as file:
+        rows = {row["pipeline"]: row for row in csv.DictReader(file)}
+    assert list(rows)[:2] == ["smooth > gptq", "gptq"]
+    assert all(float(row["compression_ratio"]) >= 1.5 for row in rows.values() if row["compression_ratio"])
+    status, output = run_here(*settings, "--replay", rows["gptq"]["trial"])
+    manifest = load_checkpoint(tmp_path / "models" / f"llama_trial_{rows['gptq']['trial']}").manifest
+    assert status == 0 and manifest["pipeline"][-1]["params"]["target_compression"] == 1.5, output
+    searched = read_manifest(tmp_path / "models" / "llama_searched")
+    assert searched["kind"] == "grouped" and "cached" not in searched["pipeline"][-1]
+
+
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
     """Return a directory in which a search has run once, and what it printed."""

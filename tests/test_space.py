@@ -21,8 +21,9 @@ def test_the_orders_are_the_legal_ones():
     everything = names(make_space(ALL, max_length=4))
     assert {"smooth > prune > nf4", "prune > smooth > nf4", "prune > retrain > smooth > w8a8"} <= everything
     assert not any(order.startswith("retrain") or order.endswith("smooth") or "w8a8 >" in order for order in everything)
-    # By hand: 2 quantizations, smoothed 2; prune, retrained; both with a quantization 2 + 2; with a smoothing before that, 2 and 3 places.
-    assert len(everything) == 2 + 2 + 1 + 1 + 2 + 2 + 2 * 2 + 2 * 3
+    assert {"gptq", "smooth > gptq", "prune > retrain > gptq", "prune > smooth > retrain > gptq"} <= everything
+    # By hand: 3 quantizations, smoothed 3; prune, retrained; both with a quantization 3 + 3; with a smoothing before that, 2 and 3 places.
+    assert len(everything) == 3 + 3 + 1 + 1 + 3 + 3 + 2 * 3 + 3 * 3
 
 
 def test_every_order_is_one_the_compressor_takes():
@@ -109,6 +110,39 @@ def test_the_first_guesses_are_the_least_sparse_pipelines_that_reach_the_target(
     assert space.first_guesses(ratio, 100.0) == []
     untrained = make_space(("prune", "smooth", "nf4"), choices={"prune.sparsity": [0.1, 0.3]})
     assert [guess["order"] for guess in untrained.first_guesses(ratio, 2.5)] == ["prune > smooth > nf4", "prune > nf4"]
+
+
+def test_a_first_guess_gives_away_no_more_bits_than_the_target_asks_for():
+    choices = {"gptq.bits": [3, 4, 6], "gptq.group_size": [32, 128], "gptq.embeddings": ["int8", "int4"]}
+    space = make_space(("gptq",), choices=choices)
+
+    def ratio(pipeline):
+        params = pipeline[0]["params"]
+        return 16 / (params["bits"] + 16 / params["group_size"] + (1 if params["embeddings"] == "int8" else 0))
+
+    (guess,) = space.first_guesses(ratio, 2.55)
+    # 2.61; with 4 bits at least 2.9
+    assert guess == {"order": "gptq", "gptq.bits": 6, "gptq.group_size": 128, "gptq.embeddings": "int4"}
+    (guess,) = space.first_guesses(ratio, 3.0)
+    assert (guess["gptq.bits"], guess["gptq.group_size"], guess["gptq.embeddings"]) == (4, 128, "int8")  # 3.12
+
+
+def test_gptq_aims_at_the_target_of_a_search_and_is_among_the_first_guesses():
+    methods = ("prune", "retrain", "smooth", "w8a8", "nf4", "gptq")
+    space = make_space(methods, target=2.5)
+    assert space.choices["gptq"] == {"target_compression": (2.5,)}
+
+    def ratio(pipeline):
+        params = {step["method"]: step["params"] for step in pipeline}
+        if "gptq" in params:
+            return params["gptq"]["target_compression"]
+        return (2.3 if "nf4" in params else 1.6) / (1 - params.get("prune", {}).get("sparsity", 0.0))
+
+    guesses = [guess["order"] for guess in space.first_guesses(ratio, 2.5)]
+    assert guesses[:4] == ["smooth > gptq", "gptq", "prune > smooth > retrain > gptq", "prune > retrain > gptq"]
+    # no target, none it takes, the user's own choices
+    for target, choices in ((None, {}), (50.0, {}), (1.0, {}), (2.5, {"gptq.bits": [4]})):
+        assert "target_compression" not in make_space(methods, target=target, choices=choices).choices["gptq"]
 
 
 def test_a_method_joins_by_being_registered(monkeypatch):

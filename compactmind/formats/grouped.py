@@ -55,6 +55,14 @@ def load(
     return model
 
 
+def by_bits(quantization: dict[str, Any] | None) -> dict[int, list[str]]:
+    """Return the names of the tensors at each width, the narrowest first; empty for a model of another format."""
+    found: dict[int, list[str]] = {}
+    for name, grid in ((quantization or {}).get("tensors") or {}).items():
+        found.setdefault(grid["bits"], []).append(name)
+    return dict(sorted(found.items()))
+
+
 def weights(module: nn.Module) -> list[tuple[torch.Tensor, int]]:
     """Return the integers of a layer, a buffer, and how many weights they are."""
     return [(module.q, module.q.numel())] if isinstance(module, GroupedWeight) else []

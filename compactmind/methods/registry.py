@@ -88,6 +88,8 @@ class Method:
     """recipe -> bits of a weight of the blocks and of the others, scales included (None: as before); to tell bytes before running."""
     ratio: Callable[[Any], float | None] | None = None
     """recipe -> the compression ratio it makes by itself, whatever was done before; None: `bits` tells."""
+    aim: str | None = None
+    """The parameter of that ratio: a search for one size sets it to its target, and it takes the place of `space`."""
     check: Callable[[PreTrainedModel, Any, bool], None] | None = None
     """(dense model, recipe, whether it is done to this very model) raises CompactMindError if it cannot be done; it computes nothing."""
 
@@ -215,7 +217,7 @@ METHODS: dict[str, Method] = {
         "gptq", "quantize", GPTQRecipe, _gptq,
         {"bits": (3, 4, 5, 6), "group_size": (32, 64, 128), "embeddings": ("int8", "int6", "int4")}, "grouped",
         bits=lambda recipe: recipe.bits_per_weight,
-        ratio=lambda recipe: recipe.target_compression or None,
+        ratio=lambda recipe: recipe.target_compression or None, aim="target_compression",
     ),
 }  # fmt: skip
 """Name -> method."""

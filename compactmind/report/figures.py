@@ -10,11 +10,17 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.colors import ListedColormap  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.patches import Patch  # noqa: E402
 
+from compactmind.formats.grouped import by_bits  # noqa: E402
+from compactmind.methods.llama import LINEARS  # noqa: E402
+from compactmind.methods.quantization.grid import BITS  # noqa: E402
 from compactmind.report import search_figures  # noqa: E402
 from compactmind.report.as_shipped import KIND  # noqa: E402
-from compactmind.report.sentences import largest_batch, measured, speedup  # noqa: E402
+from compactmind.report.sentences import bits_per_weight, largest_batch, measured, speedup  # noqa: E402
 
 COLOURS = ("#4d4d4d", "#9a6fb0", "#1f5fa8", "#b03a2e", "#5aa1d8", "#e08e79", "#2e7d32", "#c79a00", "#00838f", "#6d4c41")
 """One colour per row of a track, the same in every figure."""
@@ -266,6 +272,58 @@ def alpha_curve(report: dict[str, Any]) -> Figure | None:
     return figure
 
 
+WIDTHS = dict(zip(BITS, ("#b03a2e", "#e08e79", "#f3dcc4", "#c9dded", "#5aa1d8", "#1f5fa8"), strict=True))
+"""Bits -> colour: red is narrow, blue is wide."""
+MOST_NUMBERS = 48
+"""Layers up to which the width stands in every cell."""
+
+
+def tensor_bits(report: dict[str, Any]) -> Figure | None:
+    """One panel per language model whose tensors have widths of their own: layers across, linears and tables down, colour by bits."""
+    rows = {name: row for name, row in measured(report, "llm").items() if by_bits(row.get("quantization"))}
+    if not rows:
+        return None
+    figure, grid = plt.subplots(len(rows), 1, figsize=(12, 3.1 * len(rows) + 0.5), constrained_layout=True, squeeze=False)
+    for axes, (name, row) in zip(grid[:, 0], rows.items(), strict=True):
+        _draw_bits(axes, {tensor: at["bits"] for tensor, at in row["quantization"]["tensors"].items()})
+        axes.set_title(f"{name}: {row['size_mb']:.1f} MB, {bits_per_weight(row):.2f} bits a weight", fontsize=11)
+    grid[-1, 0].set(xlabel="layer")
+    used = sorted({bits for row in rows.values() for bits in by_bits(row["quantization"])})
+    patches = [Patch(facecolor=WIDTHS[bits], edgecolor="#8a8a8a", label=f"{bits} bits") for bits in used]
+    figure.legend(handles=patches, loc="outside lower center", ncol=len(patches), frameon=False)
+    return figure
+
+
+def _draw_bits(axes: Axes, bits: dict[str, int]) -> None:
+    """Draw the widths of one model's tensors, name -> bits, a table as a band below all layers."""
+    inside = {name: name.removeprefix("model.layers.").partition(".") for name in bits if name.startswith("model.layers.")}
+    layers = 1 + max((int(layer) for layer, _, _ in inside.values()), default=0)
+    tables = [name for name in bits if name not in inside]
+    lines, short = list(LINEARS), {path: field for field, path in LINEARS.items()}
+    cells = [[math.nan] * layers for _ in (*lines, *tables)]
+    for name, (layer, _, path) in inside.items():
+        cells[lines.index(short[path])][int(layer)] = BITS.index(bits[name])
+    for line, name in enumerate(tables, start=len(lines)):
+        cells[line] = [BITS.index(bits[name])] * layers
+    axes.imshow(cells, cmap=ListedColormap(list(WIDTHS.values())), vmin=-0.5, vmax=len(BITS) - 0.5, aspect="auto")
+    for line, values in enumerate(cells):
+        band = line >= len(lines)
+        places = [(layers - 1) / 2] if band else range(layers) if layers <= MOST_NUMBERS else []
+        for place in places:
+            value = values[int(place)]
+            if not math.isnan(value):
+                colour = "white" if BITS[value] in (BITS[0], BITS[-1]) else "#333333"
+                axes.text(place, line, BITS[value], ha="center", va="center", fontsize=8, color=colour)
+        axes.axhline(line + 0.5, color="white", lw=3 if line == len(lines) - 1 else 0.8)
+    for layer in range(1, layers):  # not through the bands
+        axes.plot([layer - 0.5] * 2, [-0.5, len(lines) - 0.5], color="white", lw=0.8)
+    words = {"model.embed_tokens": "table", "lm_head": "head"}
+    axes.set_yticks(range(len(cells)), [*lines, *(words.get(name, name) for name in tables)])
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
 def of_search(draw: Callable, needs: Callable[[dict[str, Any]], Any] = bool) -> Callable[[dict[str, Any]], Figure | None]:
     """Return a figure of a report from one of a search's summary, if there is one with what the figure needs."""
     return lambda report: draw(report["search"]) if report.get("search") and needs(report["search"]) else None
@@ -276,6 +334,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure | None]]] = {
     "model_comparison": ("Classifiers: accuracy, time, load time, size.", model_comparison),
     "perplexity_against_size": ("Language models: perplexity against size.", perplexity_against_size),
     "divergence_against_size": ("Language models: KL to the dense model against size.", divergence_against_size),
+    "tensor_bits": ("Language models: bits of every tensor.", tensor_bits),
     "latency": ("Measured speed-ups.", latency),
     "training_curves": ("Training curves of the encoder track.", training_curves),
     "alpha_curve": ("KL of W8A8 to the dense model against alpha.", alpha_curve),

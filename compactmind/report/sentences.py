@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from compactmind.formats.grouped import by_bits
 from compactmind.formats.table import is_quantized
 from compactmind.report.as_shipped import as_shipped, compressed, is_better, is_dominated, is_smaller
 
@@ -70,6 +71,8 @@ def sentences(report: dict[str, Any]) -> list[str]:
             found.append(as_shipped_sentence(file, compressed(report, file)))
         elif dense and row is not dense and row["against_dense"]:
             found.append(language_sentence(row, dense, file))
+        if by_bits(row.get("quantization")):
+            found.append(bits_sentence(row))
     return found + search_sentences(report.get("search"), file)
 
 
@@ -138,6 +141,23 @@ def language_sentence(row: dict[str, Any], dense: dict[str, Any], file: dict[str
         f"{against['ratio'] - 1:+.1%} [{low - 1:+.1%}, {high - 1:+.1%}]{sure} ({row['perplexity']:.2f} and "
         f"{dense['perplexity']:.2f} on {row['protocol']['windows']} windows){far}{times}."
     )
+
+
+def bits_per_weight(row: dict[str, Any]) -> float:
+    """Return the bits of the weight file for each weight of the model: scales and what is no integer included."""
+    return 8e6 * row["size_mb"] / row["parameters"]
+
+
+def bits_sentence(row: dict[str, Any]) -> str:
+    """Return how wide the integers of a model are whose tensors know their own width, and whether it came out as it was planned."""
+    quantization, kl = row["quantization"], row["divergence"]
+    widths = ", ".join(f"{len(names)} of {bits} bits" for bits, names in by_bits(quantization).items())
+    told = f"{row['name']}: {bits_per_weight(row):.2f} bits a weight, all of the file counted ({widths})"
+    if quantization["target_compression"] and row["compression_ratio"]:
+        told += f"; {quantization['target_compression']:g}x smaller was asked for, {row['compression_ratio']:.3f}x reached"
+    if quantization["expected_kl"] and kl:
+        told += f"; KL {quantization['expected_kl']:.2g} nats a token expected from calibration text, {kl['mean']:.2g} measured"
+    return f"{told}."
 
 
 def search_sentences(found: dict[str, Any] | None, file: dict[str, Any] | None = None) -> list[str]:

@@ -60,6 +60,13 @@ def number(value: float | None, form: str = ".2f", unit: str = "") -> str:
     return NOTHING if value is None else f"{value:{form}}{unit}"
 
 
+def divergence(kl: dict[str, Any] | None) -> str:
+    """Return the mean of a KL and its interval as a cell, 0 for the dense model itself."""
+    if kl is None:
+        return NOTHING
+    return "{:.4f} [{:.4f}, {:.4f}]".format(kl["mean"], *kl["interval"]) if kl["mean"] else "0"
+
+
 # ----------------------------------------------------------------------------------------------------------- the tracks
 def encoder_table(report: dict[str, Any]) -> Table:
     """Return the classifiers side by side."""
@@ -109,11 +116,10 @@ def language_table(report: dict[str, Any]) -> Table:
         if against and row["compared_with"] != report["references"]["llm"]:
             told += f" of {row['compared_with']}"
         kl = row["divergence"]
-        far = NOTHING if kl is None else "{:.4f} [{:.4f}, {:.4f}]".format(kl["mean"], *kl["interval"]) if kl["mean"] else "0"
         prefill, decode = ((row["generation"] or {}).get(phase) or {} for phase in ("prefill", "decode"))
         lines.append(
             [
-                row["name"], f"{row['perplexity']:.2f} [{low:.2f}, {high:.2f}]", told, far,
+                row["name"], f"{row['perplexity']:.2f} [{low:.2f}, {high:.2f}]", told, divergence(kl),
                 number(kl and kl["p999"]), number(kl and kl["same_top"], ".1%"), f"{row['parameters'] / 1e6:.1f}",
                 f"{row['size_mb']:.1f}", number(row["compression_ratio"], ".2f", "x"), number(prefill.get("median_ms"), ".0f"),
                 number(prefill.get("speedup"), ".2f", "x"), number(decode.get("median_ms"), ".1f"),
@@ -158,18 +164,16 @@ def gsm8k_table(report: dict[str, Any]) -> Table | None:
 
 
 def steps_table(report: dict[str, Any]) -> Table | None:
-    """Return the perplexity after every step of the pipelines that made rows of the report."""
+    """Return perplexity and KL after every step of the pipelines that made rows of the report."""
     rows = []
     for row in report["models"]:
         for step in row.get("pipeline", []) if row["status"] == "measured" else []:
             low, high = (bound - 1 for bound in step["against_dense"]["interval"])
             against = f"{step['against_dense']['ratio'] - 1:+.2%} [{low:+.2%}, {high:+.2%}]"
-            rows.append([row["name"], step["method"], f"{step['perplexity']:.2f}", against, f"{step['seconds']:.0f}"])
-    return (
-        Table("After every step", ["model", "step", "perplexity", "against dense [95%, paired]", "seconds"], rows)
-        if rows
-        else None
-    )
+            far = divergence(step.get("divergence"))
+            rows.append([row["name"], step["method"], f"{step['perplexity']:.2f}", against, far, f"{step['seconds']:.0f}"])
+    header = ["model", "step", "perplexity", "against dense [95%, paired]", "KL, nats [95%]", "seconds"]
+    return Table("After every step", header, rows) if rows else None
 
 
 # ------------------------------------------------------------------------------------------------------------- the rest

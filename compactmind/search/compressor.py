@@ -70,7 +70,7 @@ def order_problem(methods: Sequence[Method]) -> str | None:
         before, after = kinds[: number - 1], kinds[number:]
         if "quantize" in before:
             return (
-                f"step {number}, {method.name}, comes after a quantization: int8 and 4-bit weights can neither be pruned nor "
+                f"step {number}, {method.name}, comes after a quantization: quantized weights can neither be pruned nor "
                 "trained nor smoothed nor quantized again; put it before"
             )
         if kind == "retrain" and "prune" not in before:
@@ -143,7 +143,7 @@ def run_pipeline(
     if model is None:
         model = resources.dense()
         check_steps(steps, model)
-    measured = resources.remember(measure.name, lambda: measure.of(resources.dense() if done else model))
+    measured = resources.remember(measure.name, lambda: measure.of(resources.teacher()))
     rows = [{"method": "dense", "params": {}, "done": {}, "seconds": 0.0, **measured}, *rows]
     if done:
         check(done, rows)

@@ -7,6 +7,7 @@ order it stands in, so that what is learnt of one order serves the others. A met
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,8 @@ class Space:
 
     def first_guesses(self, ratio_of: Callable[[list[dict[str, Any]]], float], target: float) -> list[dict[str, Any]]:
         """Return what anyone would try first, as the parameters an Optuna trial has: every order prune > smooth > retrain > quantize, or
-        a part of it, with the least sparsity that reaches the compression ratio `target` and the usual values of everything else.
+        a part of it, with the least sparsity that reaches the compression ratio `target`, no fewer bits than that takes, and the usual
+        values of everything else.
 
         `ratio_of` tells the ratio to expect of a pipeline. An order that cannot reach the target is left out, and so are several methods
         without retraining where the same with it are there. What should lose least comes first: the least pruned, then the longest.
@@ -65,34 +67,30 @@ class Space:
         }
         found = []
         for order in self._obvious_orders():
-            # what makes a model smaller is tried in all ways, least sparsity first
+            # what makes a model smaller is tried in all ways
             free = [(name, parameter) for name, parameter in usual if name in order and METHODS[name].kind != "retrain"]
             free = [key for key in free if key[1] == "sparsity" or METHODS[key[0]].bits is not None]
-            by_sparsity = sorted(
-                (
-                    dict(zip(free, values, strict=True))
-                    for values in itertools.product(*(self.choices[name][parameter] for name, parameter in free))
-                ),
-                key=lambda chosen: (
-                    sum(value for (_, parameter), value in chosen.items() if parameter == "sparsity"),
-                    sum(value != usual[key] for key, value in chosen.items()),
-                ),
-            )
-            for chosen in by_sparsity:
+            reaching = []
+            for picked in itertools.product(*(self.choices[name][parameter] for name, parameter in free)):
+                chosen = dict(zip(free, picked, strict=True))
                 values = {key: value for key, value in {**usual, **chosen}.items() if key[0] in order}
                 pipeline = [
                     {"method": name, "params": {key[1]: value for key, value in values.items() if key[0] == name}}
                     for name in order
                 ]
-                if ratio_of(pipeline) >= target:
-                    asked = {
-                        f"{name}.{parameter}": value
-                        for (name, parameter), value in values.items()
-                        if len(self.choices[name][parameter]) > 1
-                    }
+                ratio = ratio_of(pipeline)
+                if ratio >= target:
                     sparsity = sum(value for (_, parameter), value in chosen.items() if parameter == "sparsity")
-                    found.append((sparsity, -len(order), {"order": SEPARATOR.join(order), **asked}))
-                    break
+                    unusual = sum(value != usual[key] for key, value in chosen.items())
+                    reaching.append((sparsity, round(ratio, 3), unusual, values))
+            if reaching:
+                sparsity, *_, values = min(reaching, key=lambda known: known[:3])
+                asked = {
+                    f"{name}.{parameter}": value
+                    for (name, parameter), value in values.items()
+                    if len(self.choices[name][parameter]) > 1
+                }
+                found.append((sparsity, -len(order), {"order": SEPARATOR.join(order), **asked}))
         return [guess for *_, guess in sorted(found, key=lambda known: known[:2])]
 
     def _obvious_orders(self) -> Iterator[tuple[str, ...]]:
@@ -144,11 +142,13 @@ def make_space(
     max_length: int = 4,
     max_repeats: int = 1,
     choices: dict[str, Sequence[Any]] | None = None,
+    target: float | None = None,
 ) -> Space:
     """Return the space of all legal orders of these methods, up to `max_length` steps, each method at most `max_repeats` times.
 
-    `choices` replaces what may be chosen from, by name: {"prune.sparsity": [0.1, 0.2]}. Raises CompactMindError naming the
-    unknown name, the value a method refuses, or why no pipeline is left.
+    `choices` replaces what may be chosen from, by name: {"prune.sparsity": [0.1, 0.2]}. With a `target`, the one compression ratio that is
+    searched for, a method that can aim at it does, unless there are choices for it. Raises CompactMindError naming the unknown name, the
+    value a method refuses, or why no pipeline is left.
     """
     if mode not in MODES:
         raise CompactMindError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
@@ -156,6 +156,11 @@ def make_space(
         if name not in METHODS:
             raise CompactMindError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
     found = {name: dict(METHODS[name].space) for name in methods}
+    for name in methods:
+        if METHODS[name].aim and target and not any(label.startswith(f"{name}.") for label in choices or {}):
+            with suppress(ValueError):  # no target that it takes
+                METHODS[name].parameters({METHODS[name].aim: target})
+                found[name] = {METHODS[name].aim: (target,)}
     for label, values in (choices or {}).items():
         name, _, parameter = label.partition(".")
         if name not in found:

@@ -166,7 +166,7 @@ def require_class(model: PreTrainedModel, unequal: bool) -> None:
     if kind not in PRUNABLE_TYPES:
         raise CompactMindError(
             f"a model of type {kind!r} cannot be pruned: no class describes its smaller version (those of {', '.join(PRUNABLE_TYPES)} "
-            "have one): leave prune out and quantize it, for example a search with --methods smooth w8a8 nf4"
+            "have one): leave prune out and quantize it, for example a search with --methods smooth w8a8 nf4 gptq"
         )
     if kind == "mistral" and unequal:
         raise CompactMindError(
