@@ -74,9 +74,18 @@ def main() -> None:
     print(
         f"base {given.base}, {len(held_out)} windows of {given.seq_len}, {len(calibration)} to calibrate, {torch.get_num_threads()} threads"
     )
-    print(
-        f"{'target':>7}{'tuned on':>9}{'ratio':>8}{'MB':>8}{'perplexity':>12}{'against dense':>15}{'KL':>9}{'p999':>7}{'same top':>10}{'s':>6}"
-    )
+    names = {
+        "target": 7,
+        "tuned on": 9,
+        "ratio": 8,
+        "MB": 8,
+        "perplexity": 12,
+        "against dense": 15,
+        "KL": 9,
+        "p999": 7,
+        "same top": 10,
+    }
+    print("".join(name.rjust(width) for name, width in names.items()) + "     s")
     for target in given.targets:
         for tokens in given.tuning_tokens:
             model, started = dense(), time.perf_counter()
