@@ -134,6 +134,7 @@ Choices = dict[str, list[Choice]]
 """Tensor by the name it has in a file -> its ways to be stored, with their bits and their cost."""
 
 
+@torch.no_grad()
 def tensor_choices(model: PreTrainedModel, windows: torch.Tensor, recipe: GPTQRecipe, uncounted: Sequence[str] = ()) -> Choices:
     """Return what every tensor can be stored in and what that costs, tables too; the same for every target.
 

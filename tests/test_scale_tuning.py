@@ -1,0 +1,68 @@
+"""What is trained after rounding are scales, float zeros and norms; the integers stay, and the model comes nearer to the dense one."""
+
+import helpers
+import pytest
+import torch
+
+from compactmind.errors import CompactMindError
+from compactmind.evaluation.divergence import divergence
+from compactmind.methods.quantization.gptq_model import GPTQRecipe, quantize_gptq
+from compactmind.methods.quantization.grouped import GroupedLinear
+from compactmind.methods.quantization.scale_tuning import _backward, tune_scales
+
+
+def rounded(zero="symmetric", dtype=torch.float32, bits=3):
+    dense, windows = helpers.make_llama(), helpers.example_windows(6, 32)
+    model = helpers.make_llama().to(dtype)
+    quantize_gptq(model, windows, GPTQRecipe(bits=bits, group_size=16, zero=zero, damping=0.1))
+    return dense, model.float() if dtype == torch.float32 else model, windows
+
+
+def layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, GroupedLinear) and not module.tied}
+
+
+@pytest.mark.parametrize("zero", ["symmetric", "float"])
+def test_the_model_comes_nearer_and_only_scales_zeros_and_norms_move(zero):
+    dense, model, windows = rounded(zero)
+    before = {name: (layer.q.clone(), layer.scale.clone(), layer.zero.clone()) for name, layer in layers(model).items()}
+    norm, away = model.model.norm.weight.detach().clone(), divergence(dense, model, windows)["mean"]
+    done = tune_scales(model, dense, windows, tokens=40 * windows.shape[1], lr=5e-3)
+    assert divergence(dense, model, windows)["mean"] < 0.8 * away
+    assert done["steps"] == len(done["losses"]) == 40 and done["tokens"] == 40 * windows.shape[1]
+    blocks = [name for name in before if name.startswith("model.layers.")]
+    for name in blocks:
+        layer, (q, scale, old_zero) = layers(model)[name], before[name]
+        assert torch.equal(layer.q, q) and layer.scale.dtype == torch.float16 and not layer.scale.requires_grad
+        assert not torch.equal(layer.scale, scale)
+        assert torch.equal(layer.zero, old_zero) == (zero == "symmetric")
+    assert not torch.equal(model.model.norm.weight, norm)
+
+
+def test_gradients_block_by_block_are_those_of_the_whole_model():
+    dense, model, windows = rounded()
+    layer = model.model.layers[0].mlp.down_proj
+    layer.scale = layer.scale.float().requires_grad_()
+    loss = _backward(model, dense, windows[0])
+    found, layer.scale.grad = layer.scale.grad, None
+    p = dense(windows[:1]).logits[0].detach().log_softmax(-1)
+    whole = (p.exp() * (p - model(windows[:1]).logits[0].log_softmax(-1))).sum(-1).mean()
+    whole.backward()
+    assert loss == pytest.approx(whole.item(), rel=1e-4)
+    torch.testing.assert_close(found, layer.scale.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_norms_keep_their_dtype_and_what_wanted_gradients_still_does():
+    dense, model, windows = rounded(dtype=torch.bfloat16)
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    tune_scales(model, dense, windows, tokens=2 * windows.shape[1], lr=1e-3)
+    assert model.model.norm.weight.dtype == torch.bfloat16 and model.model.norm.weight.grad is None
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == wanted
+
+
+def test_a_loss_that_is_no_number_ends_it_with_the_setting_to_lower():
+    dense, model, windows = rounded()
+    dense.lm_head.weight.data[0, 0] = torch.nan
+    with pytest.raises(CompactMindError, match="tuning_lr"):
+        tune_scales(model, dense, windows, tokens=windows.shape[1], lr=1e-3)
+    assert layers(model)["model.layers.0.mlp.up_proj"].scale.dtype == torch.float16  # as before

@@ -1,0 +1,91 @@
+"""What it costs to round a tensor: measured it is the KL of the rounded model; the estimate by gradients is near it where errors are small."""
+
+import helpers
+import pytest
+import torch
+
+from compactmind.evaluation.divergence import divergence
+from compactmind.methods.llama import LINEARS, llama_blocks
+from compactmind.methods.quantization.gptq import round_nearest
+from compactmind.methods.quantization.grid import Grid
+from compactmind.methods.quantization.sensitivity import (
+    Probe,
+    gradient_costs,
+    measure_gradients,
+    measured_costs,
+    measured_table_cost,
+)
+
+GRIDS = [Grid(bits, 16) for bits in (3, 4, 6, 8)]
+
+
+def test_a_probe_measures_what_the_whole_model_does():
+    model, window = helpers.make_llama(), helpers.example_windows(1, 40)[0]
+    probe, other = Probe(model, window), helpers.make_llama()
+    for index in (0, 1):
+        weight = round_nearest(llama_blocks(model)[index].down.weight, Grid(3, 16)).weight()
+        found = probe.with_weight(index, "down", weight)
+        other.load_state_dict(model.state_dict())
+        llama_blocks(other)[index].down.weight.data = weight
+        p, q = (each(window[None]).logits[0].detach().double().log_softmax(-1) for each in (model, other))
+        assert found == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+    assert torch.equal(model(window[None]).logits, helpers.make_llama()(window[None]).logits)  # as it was
+
+
+def test_costs_fall_with_bits_and_are_those_of_the_reference_there():
+    model, windows = helpers.make_llama(), helpers.example_windows(2, 64)
+    costs = measured_costs(model, windows, GRIDS, reference=GRIDS[0])
+    assert set(costs) == {(index, field) for index in range(len(llama_blocks(model))) for field in LINEARS}
+    assert all(each == sorted(each, reverse=True) and each[-1] > 0 for each in costs.values())
+
+
+def test_a_grid_on_which_the_weights_lie_already_costs_nothing():
+    model = helpers.make_llama()
+    for block in llama_blocks(model):
+        for field in LINEARS:
+            linear = getattr(block, field)
+            linear.weight.data = round_nearest(linear.weight, Grid(4, 16, "float")).weight()
+    found = measured_costs(model, helpers.example_windows(2, 64), [Grid(4, 16, "float"), Grid(4, 16)])
+    assert all(on_grid < 1e-3 * off_grid for on_grid, off_grid in found.values())
+
+
+def test_a_table_costs_what_rounding_it_does():
+    model, windows, grid = helpers.make_llama(tie_word_embeddings=True), helpers.example_windows(1, 64), Grid(4, 16)
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    found = measured_table_cost(model, windows, tables, grid)
+    other = helpers.make_llama(tie_word_embeddings=True)
+    other.get_input_embeddings().weight.data.copy_(round_nearest(model.get_input_embeddings().weight, grid).weight())
+    p, q = (each(windows[:1]).logits[0].detach().double().log_softmax(-1) for each in (model, other))
+    assert found == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+    assert tables[0].weight.data_ptr() == tables[1].weight.data_ptr()  # still tied
+
+
+def test_gradients_are_those_of_autograd_and_leave_the_model_as_it_was():
+    model, windows = helpers.make_llama(), helpers.example_windows(2, 16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = measure_gradients(model, windows)
+    assert [set(each) for each in found.rows] == [set(LINEARS)] * len(llama_blocks(model))
+    for tokens in found.tokens:
+        for weights in tokens.values():
+            assert weights.shape == windows.shape and weights.mean().item() == pytest.approx(1, rel=1e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_estimate_by_gradients_orders_the_blocks_linears_as_the_measurement_does():
+    model, windows = helpers.make_llama(scale=0.1), helpers.example_windows(16, 64)
+    grids = [Grid(6, 16)]
+    measured = measured_costs(model, windows, grids, reference=grids[0])
+    estimated = gradient_costs(model, windows, grids, damping=0.01)
+    keys = sorted(measured)
+    a, b = (torch.tensor([each[key][0] for key in keys]).argsort().argsort().double() for each in (measured, estimated))
+    assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.6
+
+
+def test_divergence_agrees_with_the_probe_on_the_same_tokens():
+    model, windows = helpers.make_llama(), helpers.example_windows(1, 64)
+    other = helpers.make_llama()
+    weight = round_nearest(llama_blocks(model)[0].up.weight, Grid(3, 16)).weight()
+    llama_blocks(other)[0].up.weight.data = weight
+    found = divergence(model, other, windows)["mean"]  # of the predicted tokens: all but the last
+    assert Probe(model, windows[0]).with_weight(0, "up", weight) == pytest.approx(found, rel=0.1)
