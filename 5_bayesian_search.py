@@ -95,6 +95,7 @@ class Material:
     choose: torch.Tensor
     test: torch.Tensor
     text: str
+    window_choice: str
     fingerprint: str
 
     @property
@@ -102,10 +103,10 @@ class Material:
         """Perplexity on test text: of what is saved, and of nothing that is chosen between."""
 
         def measure(model) -> dict:
-            found = perplexity(model, self.test, f"{self.text}, test")
+            found = perplexity(model, self.test, f"{self.text}, test", self.window_choice)
             return {name: found[name] for name in ("perplexity", "loss", "losses", "protocol")}
 
-        return Measure(f"test, {len(self.test)} windows", measure)
+        return Measure(f"test, {len(self.test)} windows, {self.window_choice}", measure)
 
 
 def source_of(config: SearchConfig) -> Path:
@@ -124,11 +125,11 @@ def read_material(config: SearchConfig, check: Callable[[Any], None]) -> Materia
     del model
     text = read_dataset_description(config.text_dir)["source"]["source"]
 
-    def windows(split: str, count: int) -> torch.Tensor:
-        return token_windows(tokenizer, load_documents(config.text_dir, split), config.seq_len, count)
+    def windows(split: str, count: int, choice: str) -> torch.Tensor:
+        return token_windows(tokenizer, load_documents(config.text_dir, split), config.seq_len, count, choice)
 
-    train = windows("train", config.train_windows)
-    validation = windows("validation", config.held_out_windows + config.confirm_windows)
+    train = windows("train", config.train_windows, "first")
+    validation = windows("validation", config.held_out_windows + config.confirm_windows, config.window_choice)
     if len(validation) < 2:
         raise CompactMindError(
             f"the validation text has {len(validation)} window(s) of {config.seq_len} tokens: retraining and choosing need one each; use "
@@ -142,14 +143,16 @@ def read_material(config: SearchConfig, check: Callable[[Any], None]) -> Materia
     print(f"{len(train)} windows of {config.seq_len} tokens to train on, {len(resources.calibration)} of them to calibrate on")
     fingerprint = data_fingerprint(config.text_dir)
     return Material(
-        source, tokenizer, resources, validation[held_out:], windows("test", config.eval_windows), text, fingerprint
-    )
+        source, tokenizer, resources, validation[held_out:], windows("test", config.eval_windows, config.window_choice), text,
+        config.window_choice, fingerprint,
+    )  # fmt: skip
 
 
 def context_of(config: SearchConfig) -> dict:
     """Return what a pipeline's result depends on beside the pipeline."""
     return {
-        **config.relevant("seed", "calibration_windows", "train_windows", "held_out_windows", "confirm_windows", "seq_len"),
+        **config.relevant("seed", "calibration_windows", "train_windows", "held_out_windows", "confirm_windows"),
+        **config.relevant("seq_len", "window_choice"),
         "text": data_fingerprint(config.text_dir),
         "model": identity_of(source_of(config)),
     }

@@ -36,6 +36,7 @@ from compactmind.files import sha256_of, write_json_atomically, write_text_atomi
 from compactmind.model_card import model_card
 from compactmind.onnx_export import FILE
 from compactmind.report import tables
+from compactmind.report.as_shipped import SUFFIX, row_as_shipped
 from compactmind.report.documents import write_documents
 from compactmind.report.goals import goals
 from compactmind.report.sentences import sentences, warnings
@@ -49,7 +50,7 @@ MODELS_TO_EVALUATE: dict[str, str] = {}
 """Your own models, name -> folder: any Hugging Face sequence classifier of two classes or causal language model becomes a row. For example
 {"my-bert": "/models/my-bert"}; also on the command line: --models my-bert=/models/my-bert."""
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 ENCODER_ROWS = (
     "teacher", "student_finetuned", "student_distilled", "student_pruned", "student_distilled_nf4", "student_pruned_nf4",
@@ -59,10 +60,12 @@ LANGUAGE_ROWS = ("llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_
 """The rows a complete run has, in this order; further checkpoints of the same track under models/ and your own models follow them."""
 DENSE_LANGUAGE_MODEL = "llama"
 """The language model that those made from it are compared with."""
+AS_SHIPPED = DENSE_LANGUAGE_MODEL + SUFFIX
+"""The row of the file it was published as, if it was made of one: no model of its own, see compactmind/report/as_shipped.py."""
 TASKS = {"encoder": "SequenceClassification", "llm": "CausalLM"}
 """Track -> how the architectures end that belong to it."""
 ENCODER_SETTINGS = ("max_length", "eval_batch_size", "cost_length", "latency_batches", "latency_repeats")
-LANGUAGE_SETTINGS = ("seq_len", "eval_windows", "prompt_tokens", "latency_repeats", "gsm8k_problems")
+LANGUAGE_SETTINGS = ("seq_len", "eval_windows", "window_choice", "prompt_tokens", "latency_repeats", "gsm8k_problems")
 """Settings a track's measurements depend on."""
 
 
@@ -78,7 +81,7 @@ def own_models(config: ReportConfig) -> dict[str, Path]:
     for name, folder in found.items():
         if not (Path(folder) / "config.json").is_file():
             raise CompactMindError(f"{name}: {folder} holds no model (no config.json); mend MODELS_TO_EVALUATE or --models")
-        if name in (*ENCODER_ROWS, *LANGUAGE_ROWS):
+        if name in (*ENCODER_ROWS, *LANGUAGE_ROWS, AS_SHIPPED):
             raise CompactMindError(f"{name} is the name of a model of the pipeline: choose another one for {folder}")
     return {name: Path(folder) for name, folder in found.items()}
 
@@ -91,6 +94,10 @@ def list_rows(config: ReportConfig) -> list[dict[str, Any]]:
     places = {name: config.models_dir / name for name in (*ENCODER_ROWS, *LANGUAGE_ROWS)}
     for manifest in sorted(config.models_dir.glob(f"[!.]*/{MANIFEST}")):
         places.setdefault(manifest.parent.name, manifest.parent)
+    if AS_SHIPPED in places:
+        raise CompactMindError(
+            f"{places[AS_SHIPPED]} has the name of the file that {DENSE_LANGUAGE_MODEL} was published as: rename it"
+        )
     rows, own = [], own_models(config)
     for name, directory in {**places, **own}.items():
         row = {"name": name, "track": "llm" if name in LANGUAGE_ROWS else "encoder", "directory": str(directory)}
@@ -165,6 +172,22 @@ def compared_with(row: dict[str, Any], track: str, config: ReportConfig) -> str 
     if track == "encoder":
         return config.reference
     return row["name"] if row["name"] == DENSE_LANGUAGE_MODEL else row["made_from"]
+
+
+def with_as_shipped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a report with that of the file the dense language model was published as behind it, if it was made of one."""
+    found = []
+    for row in rows:
+        if row["name"] != DENSE_LANGUAGE_MODEL:
+            found.append(row)
+            continue
+        try:
+            published = read_manifest(Path(row["directory"])).get("published_as")
+        except CompactMindError:  # its row says so
+            published = None
+        dense = {name: value for name, value in row.items() if name != "published_as"}  # an earlier report's may be another
+        found += [dense | {"published_as": published}, row_as_shipped(dense, published)] if published else [dense]
+    return found
 
 
 # --------------------------------------------------------------------------------------------------- what must be measured
@@ -257,10 +280,10 @@ def measure_track(
         return
 
     def windows_for(tokenizer):
-        return token_windows(tokenizer, held_out, config.seq_len, config.eval_windows)
+        return token_windows(tokenizer, held_out, config.seq_len, config.eval_windows, config.window_choice)
 
     measure_language_models(
-        needed, checkpoints, windows_for, f"{text}, test", reference=there.get(reference),
+        needed, checkpoints, windows_for, f"{text}, test", config.window_choice, reference=there.get(reference),
         bases={row["name"]: there[row["compared_with"]] for row in needed if row["compared_with"] in there},
         prompt_tokens=config.prompt_tokens, repeats=config.latency_repeats,
     )  # fmt: skip
@@ -298,11 +321,15 @@ def protocols(config: ReportConfig, description: dict) -> dict[str, str]:
         "peak_memory_mb": f"1e6 bytes a fresh process adds when it loads the model and runs batch {max(config.latency_batches)} of "
         f"{length} tokens, a language model one prompt (resident memory on a CPU, allocated memory on a GPU)",
         "perplexity": "exp of the mean loss over predicted tokens, non-overlapping windows of the documents joined by a blank line; "
-        "every row carries text, seq_len, windows and tokens; interval: bootstrap over windows, paired against the model it was "
-        "made from",
+        "every row carries text, seq_len, windows, where in the text they are (spread over it, or its first) and tokens; 95% interval of "
+        "neighbouring windows from equal-weighted cosines (Lazarus et al. 2018), paired against the model it was made from",
+        "divergence": "KL(model it was made from || row) in nats over the predicted tokens of the same windows, float32 logits: mean with "
+        "the interval of perplexity, 99.9th percentile of the tokens, share of equal top tokens; none where tokens or vocabulary are "
+        "others. Between quantizations of one model it is what to choose by: far less noise than in a ratio of perplexities",
         "gsm8k": "lm-eval, gsm8k_cot (8 worked examples), greedy, the first problems of the test split; strict: the answer where the "
         "examples put it, flexible: the last number; 95% Wilson interval",
-        "compression_ratio": "bytes of the weight files of the model it was made from, as released / bytes of the row's",
+        "compression_ratio": "bytes of the weight files of the model it was made from, as released (of one made of a GGUF file, as "
+        f"dequantized; the file itself is {AS_SHIPPED}) / bytes of the row's",
         "generation": f"batch 1, {where}, medians of {config.latency_repeats} rounds of all models in turn after 2 of warm-up; prefill: "
         f"{config.prompt_tokens} random tokens with cache, logits of the last one; decode: one more token, mean of 8",
     }
@@ -339,7 +366,8 @@ def measured_report(config: ReportConfig, path: Path) -> dict[str, Any]:
     rows = sorted(list_rows(config), key=lambda row: list(TASKS).index(row["track"]))
     for track in TASKS:
         measure_track(config, track, rows, known, where["machine"])
-        report = json.loads(json.dumps(report_of(config, [finished(row, known) for row in rows], description, where)))
+        told = with_as_shipped([finished(row, known) for row in rows])
+        report = json.loads(json.dumps(report_of(config, told, description, where)))
         write_json_atomically(path, report)
     return report
 
@@ -378,8 +406,8 @@ def report_of(
 def write_cards(report: dict[str, Any]) -> None:
     """Put the numbers of every measured checkpoint into the card beside it, never into a folder of another project."""
     for row in report["models"]:
-        directory = Path(row["directory"])
-        if row["status"] == "measured" and (directory / MANIFEST).is_file():
+        directory = Path(row["directory"] or "")
+        if row["status"] == "measured" and row["directory"] and (directory / MANIFEST).is_file():
             try:
                 write_text_atomically(directory / CARD, model_card(row["name"], read_manifest(directory), row))
             except (OSError, CompactMindError) as error:

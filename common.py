@@ -219,9 +219,11 @@ class SmoothQuantConfig(StageConfig):
     """Tokens per window, in calibration and in perplexity."""
     eval_windows: int = 16
     """Windows of the perplexities; 0 = all of the test text."""
+    window_choice: Literal["spread", "first"] = "spread"
+    """Which windows of validation and test text: spread evenly over all of it, or the first (one document or two)."""
     alpha: float | Literal["per_layer", "global"] = "per_layer"
     """How much of the difficulty moves into the weights, in [0, 1]; or chosen from alpha_grid: by the output error of each
-    layer, or one for all by perplexity on validation text."""
+    layer, or one for all by KL to the dense model on validation text."""
     alpha_grid: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     """What per_layer and global choose from."""
     sites: tuple[Literal["qkv", "o", "gate_up", "down"], ...] = ("qkv", "o", "gate_up", "down")
@@ -302,6 +304,8 @@ class SearchConfig(StageConfig):
     """Windows of validation text for the best trials."""
     eval_windows: int = 16
     """Windows of test text for the perplexity of what is saved; 0 = all."""
+    window_choice: Literal["spread", "first"] = "spread"
+    """Which windows of validation and test text: spread evenly over all of it, or the first (one document or two)."""
 
 
 @dataclass(frozen=True)
@@ -340,6 +344,8 @@ class ReportConfig(StageConfig):
     """Tokens per window of text."""
     eval_windows: int = 16
     """Windows of text; 0 = all."""
+    window_choice: Literal["spread", "first"] = "spread"
+    """Which windows, where not all are read: spread evenly over the text, or the first (one document or two)."""
     prompt_tokens: int = 512
     """Length of the prompt whose reading time (prefill) is measured."""
     gsm8k_problems: int = 0

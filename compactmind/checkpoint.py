@@ -58,8 +58,8 @@ from compactmind.methods.quantization.w8a8_model import Int8Embedding, load_w8a8
 from compactmind.model_card import model_card
 
 MANIFEST = "manifest.json"
-MANIFEST_VERSION = 2
-"""2: what travels with a model (TRAVELLING) lies beside it, too."""
+MANIFEST_VERSION = 3
+"""2: what travels with a model (TRAVELLING) lies beside it, too. 3: what was made from a GGUF file says so (`published_as`)."""
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
 GENERATION = "generation_config.json"

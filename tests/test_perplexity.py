@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.perplexity import bootstrap_interval, paired_ratio, perplexity, window_losses
+from compactmind.evaluation.intervals import mean_interval
+from compactmind.evaluation.perplexity import paired_ratio, perplexity, perplexity_interval, window_losses
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,7 @@ def test_the_protocol_says_what_the_number_was_measured_on(llama, windows):
         "join": "\n\n",
         "seq_len": 20,
         "windows": 7,
+        "windows_from": "first",
         "predicted_tokens": 7 * 19,
     }
     assert json.loads(json.dumps(result))["losses"] == result["losses"]
@@ -122,27 +124,18 @@ def test_the_interval_contains_the_value_and_is_the_same_every_time(llama, windo
     assert first == second
 
 
-def test_the_interval_ignores_and_leaves_alone_the_global_random_state():
+def test_the_interval_is_that_of_the_mean_loss_on_the_scale_of_perplexities():
     losses = difficult_windows(20)
-    torch.manual_seed(0)
-    first = bootstrap_interval(losses)
-    drawn = torch.rand(1)
-    torch.manual_seed(0)
-    assert torch.equal(torch.rand(1), drawn)
-    assert bootstrap_interval(losses) == first
-    assert bootstrap_interval(losses, seed=1) != first
+    assert perplexity_interval(losses) == pytest.approx([bound.exp().item() for bound in mean_interval(losses)])
 
 
-def test_the_interval_is_near_the_one_of_the_normal_distribution():
-    losses = difficult_windows(400)
-    low, high = bootstrap_interval(losses)
-    margin = 1.96 * losses.std().item() / math.sqrt(400)
-    assert math.log(low) == pytest.approx(losses.mean().item() - margin, abs=0.1 * margin)
-    assert math.log(high) == pytest.approx(losses.mean().item() + margin, abs=0.1 * margin)
+def test_losses_of_a_damaged_model_still_have_bounds():
+    low, high = perplexity_interval(torch.tensor([3.0, 699.0], dtype=torch.float64))
+    assert 0 <= low < high < math.inf
 
 
 def test_one_window_has_an_interval_without_width():
-    assert bootstrap_interval(torch.tensor([2.0], dtype=torch.float64)) == pytest.approx((math.exp(2), math.exp(2)))
+    assert perplexity_interval(torch.tensor([2.0], dtype=torch.float64)) == pytest.approx((math.exp(2), math.exp(2)))
 
 
 # ------------------------------------------------------------------------------------------------------------ two models
@@ -166,7 +159,7 @@ def test_the_difficulty_of_the_windows_cancels():
     result = paired_ratio(losses.tolist(), reference.tolist())
     low, high = result["interval"]
     assert low < result["ratio"] < high and high - low < 0.001
-    alone = bootstrap_interval(losses)
+    alone = perplexity_interval(losses)
     assert alone[1] / alone[0] - 1 > 100 * (high - low)
 
 

@@ -13,6 +13,7 @@ from tokenizers import normalizers, pre_tokenizers
 from compactmind.checkpoint import load_checkpoint, read_manifest
 from compactmind.data import EncodedSentences, load_split
 from compactmind.evaluation.accuracy import predict_logits
+from compactmind.evaluation.divergence import divergence
 from compactmind.evaluation.perplexity import perplexity
 from compactmind.report.figures import FIGURES
 from compactmind.report.search_figures import SEARCH_FIGURES
@@ -109,7 +110,7 @@ def test_a_missing_parent_names_its_command(copy, run_here):
 def test_the_report_holds_every_row_with_every_measurement(reported):
     folder, output = reported
     report = helpers.read_json(folder / "results" / "final_report.json")
-    assert report["schema_version"] == 4 and report["profile"] == "smoke"
+    assert report["schema_version"] == 5 and report["profile"] == "smoke"
     assert [row["name"] for row in report["models"]] == [*ROWS, *LANGUAGE_ROWS]
     for row in report["models"][: len(ROWS)]:
         assert row["status"] == "measured" and row["track"] == "encoder"
@@ -164,6 +165,13 @@ def test_the_table_for_spreadsheets_agrees_with_the_report(reported):
         assert float(line["size_mb"]) == row["size_mb"]
         if row["track"] == "llm":
             assert float(line["perplexity"]) == row["perplexity"] and line["accuracy"] == ""
+            kl = row["divergence"]
+            assert [float(line[name]) for name in ("kl_mean", "kl_p999", "same_top")] == [
+                kl["mean"],
+                kl["p999"],
+                kl["same_top"],
+            ]
+            assert [float(line["kl_low"]), float(line["kl_high"])] == kl["interval"]
             assert float(line["decode_ms"]) == row["generation"]["decode"]["median_ms"]
             continue
         assert float(line["accuracy"]) == row["accuracy"] and line["perplexity"] == ""
@@ -172,7 +180,8 @@ def test_the_table_for_spreadsheets_agrees_with_the_report(reported):
 
 def test_the_plots_are_pictures(reported):
     folder, _ = reported
-    names = ("final_report", "model_comparison", "perplexity_against_size", "latency", "training_curves", "alpha_curve")
+    names = ("final_report", "model_comparison", "perplexity_against_size", "divergence_against_size", "latency")
+    names += ("training_curves", "alpha_curve")
     summary = helpers.read_json(folder / "results" / "search" / "summary.json")
     empty = {"importance": not summary["importances"], "retraining_gain": not summary["retraining"]}
     for name in (*names, *(f"search_{name}" for name in SEARCH_FIGURES if not empty.get(name))):
@@ -188,11 +197,15 @@ def test_language_models_are_measured_on_the_same_windows_and_against_the_dense_
     rows = {row["name"]: row for row in report["models"] if row["track"] == "llm"}
     assert list(rows) == LANGUAGE_ROWS and {"perplexity", "compression_ratio", "generation"} <= report["protocols"].keys()
     dense = rows["llama"]
-    windows = token_windows(helpers.make_byte_tokenizer(), load_documents(folder / "wikitext_data", "test"), 32, 4)
+    windows = token_windows(helpers.make_byte_tokenizer(), load_documents(folder / "wikitext_data", "test"), 32, 4, "spread")
     for name, row in rows.items():
         assert row["status"] == "measured" and row["protocol"]["seq_len"] == 32 and row["protocol"]["windows"] == 4
-        found = perplexity(load_checkpoint(folder / "models" / name).model, windows, "")["perplexity"]
-        assert row["perplexity"] == pytest.approx(found, rel=1e-4)
+        model = load_checkpoint(folder / "models" / name).model
+        assert row["perplexity"] == pytest.approx(perplexity(model, windows, "")["perplexity"], rel=1e-4)
+        found = divergence(load_checkpoint(folder / "models" / "llama").model, model, windows)
+        assert row["divergence"]["mean"] == pytest.approx(found["mean"], rel=1e-3, abs=1e-6)
+        assert row["divergence"]["same_top"] == pytest.approx(found["same_top"]) and len(row["divergence"]["divergences"]) == 4
+        assert (row["divergence"]["mean"] == 0) == (name == "llama") and row["protocol"]["windows_from"] == "spread"
         assert row["against_dense"]["ratio"] == pytest.approx(row["perplexity"] / dense["perplexity"])
         assert row["compression_ratio"] == pytest.approx(dense["size_mb"] / row["size_mb"])
         for phase in ("prefill", "decode"):

@@ -295,6 +295,69 @@ def test_gsm8k_that_cannot_be_asked_costs_its_own_cell_only(monkeypatch):
     assert rows[1]["gsm8k"] == {"problems": 3} and "gsm8k" not in rows[2]
 
 
+def language_rows(models: dict, tokenizer, folder) -> tuple[list[dict], dict, dict]:
+    """Return rows of language models, all made from `dense`, their checkpoints and their bases."""
+    rows = [{"name": name, "status": "measured", "directory": str(folder), "kind": "dense"} for name in models]
+    checkpoints = {name: SimpleNamespace(model=model, tokenizer=tokenizer) for name, model in models.items()}
+    return rows, checkpoints, dict.fromkeys(models, rows[0])
+
+
+def measure_quality(rows: list[dict], checkpoints: dict, bases: dict, windows=None) -> None:
+    windows = helpers.example_windows() if windows is None else windows
+    language._measure_quality(rows, checkpoints, lambda name: windows, "made up", "first", bases)
+
+
+def test_the_dense_model_runs_once_for_all_that_were_made_from_it(workspace):
+    calls = []
+    models = {name: helpers.make_llama(seed=seed) for seed, name in enumerate(("dense", "a", "b"))}
+    for name, model in models.items():
+        model.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    rows, checkpoints, bases = language_rows(models, None, workspace / "models" / "llama")
+    measure_quality(rows, checkpoints, bases)
+    assert calls == ["dense", "a", "b"] * 3 and all(row["divergence"] for row in rows)
+    calls.clear()
+    measure_quality(rows[1:2], checkpoints, bases)  # dense was measured earlier and runs along
+    assert calls == ["dense", "a"] * 3
+
+
+def test_a_language_model_that_dies_in_its_turn_costs_the_others_nothing(workspace, capsys):
+    models = {name: helpers.make_llama(seed=seed) for seed, name in enumerate(("dense", "dying", "damaged", "sound"))}
+    with torch.no_grad():
+        models["damaged"].model.norm.weight.fill_(torch.nan)
+    models["dying"].forward = None
+    rows, checkpoints, bases = language_rows(models, None, workspace / "models" / "llama")
+    measure_quality(rows, checkpoints, bases)
+    assert [row["status"] for row in rows] == ["measured", "failed", "failed", "measured"]
+    assert "TypeError" in rows[1]["error"] and "the model is damaged" in rows[2]["error"] and rows[3]["divergence"]["mean"] > 0
+    models["dense"].forward = None  # of an earlier measurement: what is compared with it has a perplexity all the same
+    sound = {name: rows[3][name] for name in ("name", "status", "directory", "kind")}
+    measure_quality([sound], checkpoints, bases)
+    assert sound["status"] == "measured" and sound["perplexity"] == rows[3]["perplexity"] and sound["divergence"] is None
+    assert "TypeError" in sound["not_measured"]["divergence"]
+
+
+def test_a_text_is_tokenized_once_for_all_models_with_one_tokenizer(workspace, monkeypatch):
+    asked = []
+
+    def windows_for(tokenizer) -> torch.Tensor:
+        asked.append(tokenizer)
+        return helpers.example_windows()
+
+    models = {name: helpers.make_llama(seed=seed) for seed, name in enumerate(("dense", "a", "b"))}
+    rows, checkpoints, bases = language_rows(models, None, workspace / "models" / "llama")
+    for checkpoint in checkpoints.values():
+        checkpoint.tokenizer = helpers.make_byte_tokenizer()
+    checkpoints["b"].tokenizer = helpers.make_tokenizer(workspace / "t")
+    monkeypatch.setattr(language, "measure_load_time", lambda *_: 0.1)
+    monkeypatch.setattr(language, "measure_generation", lambda *_, **__: {})
+    monkeypatch.setattr(language, "peak_memory", lambda *_: 1.0)
+    language.measure_language_models(
+        rows, checkpoints, windows_for, "made up", "spread", reference=rows[0], bases=bases, prompt_tokens=4, repeats=1
+    )
+    assert asked == [checkpoints[name].tokenizer for name in ("dense", "b")]
+    assert {row["protocol"]["windows_from"] for row in rows} == {"spread"}
+
+
 def test_a_diverged_classifier_is_no_row_of_numbers(workspace, monkeypatch):
     row = {"name": "mine", "status": "measured", "directory": str(workspace / "models" / "student_distilled")}
     monkeypatch.setattr(classifiers, "predict_logits", lambda *given: predict_logits(*given) * torch.nan)
@@ -319,7 +382,9 @@ def test_a_language_model_is_compared_with_what_it_was_made_from_or_with_nothing
         assert row["status"] == "measured"
         if base is None:
             assert row["against_dense"] is row["compression_ratio"] is generation["prefill"]["speedup"] is None
+            assert row["divergence"] is None
             continue
+        assert (row["divergence"]["mean"] == 0) == (base == name) and row["divergence"]["p999"] >= row["divergence"]["mean"]
         assert row["against_dense"]["ratio"] == pytest.approx(row["perplexity"] / rows[base]["perplexity"])
         assert row["compression_ratio"] == pytest.approx(rows[base]["size_mb"] / row["size_mb"])
         assert generation["decode"]["speedup"] > 0

@@ -83,6 +83,19 @@ def test_what_a_kill_left_unmeasured_of_a_finished_model_is_measured_by_the_next
         assert (place / "model.safetensors").stat().st_mtime_ns == weights  # nothing was made again
 
 
+def test_other_windows_are_another_measurement_of_another_model(finished, run_here, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    spread = read_manifest(folder / "models" / "llama_pruned")["pipeline"]
+    status, output = run_here("--strategy", "fixed", "--window_choice", "first", cwd=folder)
+    assert status == 0 and "up to date" not in output, output
+    first = read_manifest(folder / "models" / "llama_pruned")["pipeline"]
+    assert not any("cached" in row for row in first)  # validation text decided which weights were kept
+    assert {row["protocol"]["windows_from"] for row in spread} == {"spread"}
+    assert {row["protocol"]["windows_from"] for row in first} == {"first"}
+    assert first[0]["perplexity"] != spread[0]["perplexity"]
+
+
 def test_a_pipeline_that_begins_like_another_takes_that_beginning_over(finished, run_here, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(finished[0], folder)

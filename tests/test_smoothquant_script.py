@@ -11,11 +11,13 @@ from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 from compactmind.checkpoint import load_checkpoint, read_manifest
 from compactmind.errors import CompactMindError
 from compactmind.evaluation import language
+from compactmind.evaluation.perplexity import window_losses
 from compactmind.files import sha256_of
 from compactmind.methods.quantization.w8a8_block import W8A8Block
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 from compactmind.methods.quantization.w8a8_model import Int8Embedding
 from compactmind.report import figures
+from compactmind.text import load_documents, token_windows
 
 OUTPUTS = ("llama_w8a8", "llama_w8a8_naive", "llama_nf4")
 
@@ -103,7 +105,15 @@ def test_the_table_holds_every_model_on_the_same_windows_and_every_alpha(finishe
         assert row["interval"][0] <= row["perplexity"] <= row["interval"][1]
         assert row["against_dense"]["ratio"] == pytest.approx(row["perplexity"] / dense["perplexity"])
         assert row["name"] in output
+        low, high = row["divergence"]["interval"]
+        assert low <= row["divergence"]["mean"] <= high and f"{row['divergence']['mean']:.4f} [{low:.4f}, {high:.4f}]" in output
     by_name = {row["name"]: row for row in report["models"]}
+    assert dense["divergence"]["mean"] == 0 < by_name["llama_w8a8"]["divergence"]["mean"]
+    assert by_name["llama_smoothed"]["divergence"]["mean"] < 1e-6
+    assert report["protocol"]["windows_from"] == "spread"
+    windows = token_windows(helpers.make_byte_tokenizer(), load_documents(folder / "wikitext_data", "test"), 32, 4, "spread")
+    found = window_losses(load_checkpoint(folder / "models" / "llama_w8a8").model, windows)
+    assert found.tolist() == pytest.approx(by_name["llama_w8a8"]["losses"], rel=1e-4)
     assert by_name["llama_w8a8"]["bytes"] < by_name["their_llama"]["bytes"]
     assert by_name["llama_smoothed"]["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-5)
     assert [row["alpha"] for row in report["alpha_table"]] == ["naive", "per_layer", "per_layer, not rotated", 0.5, 0.8]
@@ -172,7 +182,8 @@ def test_one_alpha_for_all_is_the_best_of_the_table(tmp_path, run_here):
     assert status == 0, output
     manifest = read_manifest(tmp_path / "models" / "llama_w8a8")
     numbers = [row for row in manifest["alpha_table"] if isinstance(row["alpha"], float)]
-    assert manifest["quantization"]["alpha"] == min(numbers, key=lambda row: row["perplexity"])["alpha"]
+    assert manifest["quantization"]["alpha"] == min(numbers, key=lambda row: row["divergence"])["alpha"]
+    assert len({row["divergence"] for row in numbers}) == len(numbers) == 2 and all(row["perplexity"] > 1 for row in numbers)
     model = load_checkpoint(tmp_path / "models" / "llama_w8a8").model
     assert isinstance(model.get_input_embeddings(), Int8Embedding) and isinstance(model.lm_head, W8A8Linear)
     assert model.model.layers[0].mlp.down_proj.activations == "per_tensor_static"

@@ -212,6 +212,29 @@ def test_a_limit_spares_tokenizing_the_rest(byte_tokenizer, documents):
     assert lengths[0] < lengths[1] / 10
 
 
+@pytest.mark.parametrize("max_windows", [1, 2, 5, 7, 40])
+def test_spread_windows_are_evenly_spaced_windows_of_the_whole_text(any_tokenizer, documents, max_windows):
+    whole = token_windows(any_tokenizer, documents, 33)
+    chosen = token_windows(any_tokenizer, documents, 33, max_windows, "spread")
+    places = [next(i for i, window in enumerate(whole) if torch.equal(window, each)) for each in chosen]
+    assert len(places) == max_windows and places == sorted(set(places))
+    part = len(whole) / max_windows
+    for number, place in enumerate(places):  # the window in the middle of its part
+        assert place <= (number + 0.5) * part < place + 1
+
+
+@pytest.mark.parametrize("max_windows", [0, 10_000])
+def test_all_windows_are_all_windows_however_they_are_chosen(any_tokenizer, documents, max_windows):
+    whole = token_windows(any_tokenizer, documents, 33)
+    assert torch.equal(token_windows(any_tokenizer, documents, 33, max_windows, "spread"), whole)
+    assert torch.equal(token_windows(any_tokenizer, documents, 33, len(whole), "spread"), whole)
+
+
+def test_another_choice_of_windows_is_refused_with_those_there_are(any_tokenizer, documents):
+    with pytest.raises(ValueError, match="unknown choice of windows 'random', expected one of spread, first"):
+        token_windows(any_tokenizer, documents, 33, 2, "random")
+
+
 @pytest.mark.parametrize("max_windows", [0, 3])
 def test_a_text_shorter_than_a_window_says_how_many_tokens_it_has(byte_tokenizer, max_windows):
     with pytest.raises(CompactMindError, match="has 9 tokens, less than one window of 10.*--seq_len"):

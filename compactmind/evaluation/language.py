@@ -1,6 +1,7 @@
-"""Causal language models side by side: perplexity on the same windows, bytes, time to read a prompt and per token, memory.
+"""Causal language models side by side: perplexity and KL on the same windows, bytes, time to read a prompt and per token, memory.
 
 perplexity         compactmind/evaluation/perplexity.py, its protocol stamped on every row
+KL                 compactmind/evaluation/divergence.py, to the model it was made from, in one pass with perplexity
 compression ratio  bytes of the weight files of the model it was made from, in the dtype they were released in / bytes of its own
 prefill, decode    compactmind/evaluation/cost.py, measure_generation
 GSM8K              compactmind/evaluation/capability.py
@@ -20,9 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compactmind.checkpoint import Checkpoint, load_any
 from compactmind.evaluation.capability import gsm8k
 from compactmind.evaluation.cost import NEW_TOKENS, measure_generation, measure_load_time, peak_memory, weight_bytes
+from compactmind.evaluation.divergence import measure_windows
 from compactmind.evaluation.failures import cell_fails_alone, leave_out, row_fails_alone
 from compactmind.evaluation.limits import positions_of, require_known_ids, require_positions
-from compactmind.evaluation.perplexity import paired_ratio, perplexity
+from compactmind.evaluation.perplexity import paired_ratio, perplexity_of
 from compactmind.methods.quantization.packed_model import QUANTIZED_KINDS
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 
@@ -40,6 +42,7 @@ def measure_language_models(
     checkpoints: dict[str, Checkpoint],
     windows_for: Callable[[PreTrainedTokenizerBase], torch.Tensor],
     text: str,
+    windows_from: str,
     *,
     reference: dict[str, Any] | None,
     bases: dict[str, dict[str, Any]],
@@ -48,24 +51,25 @@ def measure_language_models(
 ) -> None:
     """Add, in place, every measurement to the rows, whose models are all among the `checkpoints`, by name.
 
-    `windows_for` gives the held-out text in windows (windows, seq_len) of a tokenizer, `text` says what it is. `bases` has, by the name
+    `windows_for` gives the held-out text in windows (windows, seq_len) of a tokenizer, `text` says what it is and `windows_from` which of
+    its windows they are. `bases` has, by the name
     of a row, the row it is compared with: one of these, or one measured earlier, whose model then runs along where time is compared.
-    Perplexity ratio, compression and speed-up are None without one, the ratio also where the text becomes other tokens: a loss per
+    Perplexity ratio, KL, compression and speed-up are None without one, ratio and KL also where the text becomes other tokens: a loss per
     token is another thing then, and the protocol of a row says so whose tokens are not those of the `reference`. A row fails alone,
     see compactmind/evaluation/failures.py; if others are compared with it, they are compared with nothing.
     """
 
+    tokenized: dict[str, torch.Tensor] = {}
+
     @functools.cache
     def windows_of(name: str) -> torch.Tensor:
-        return windows_for(checkpoints[name].tokenizer)
+        tokenizer = checkpoints[name].tokenizer  # most models have the same one, and a whole text takes it a second or two
+        same = f"{type(tokenizer).__name__} {tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else name}"
+        if same not in tokenized:
+            tokenized[same] = windows_for(tokenizer)
+        return tokenized[same]
 
-    for row in rows:
-        with row_fails_alone(row):
-            windows = windows_of(row["name"])
-            print(
-                f"{row['name']:<24} perplexity on {len(windows)} windows of {windows.shape[1]} tokens, load time ...", flush=True
-            )
-            _measure_perplexity(row, checkpoints[row["name"]].model, windows, text)
+    _measure_quality(rows, checkpoints, windows_of, text, windows_from, bases)
     rows = [row for row in rows if row["status"] == "measured"]
     bases = {name: base for name, base in bases.items() if base["status"] == "measured"}
     longest = prompt_tokens + NEW_TOKENS
@@ -78,8 +82,10 @@ def measure_language_models(
             row["protocol"] = {**row["protocol"], "tokenizer": "its own"}
         comparable = base is not None and torch.equal(windows_of(name), windows_of(base["name"]))
         row["against_dense"] = paired_ratio(row["losses"], base["losses"]) if comparable else None
+        row["divergence"] = row["divergence"] if comparable else None  # its base may have turned out to be damaged
         row["compression_ratio"] = base["size_mb"] / row["size_mb"] if base else None
         with cell_fails_alone(row, "load_seconds"):
+            print(f"{name:<24} load time ...", flush=True)
             row["load_seconds"] = measure_load_time(partial(load_any, Path(row["directory"]), model.device))
         with cell_fails_alone(row, "generation"):
             require_positions(model, longest, "prompt_tokens")
@@ -103,15 +109,47 @@ def measure_language_models(
         list(pool.map(measure_memory, rows))
 
 
-def _measure_perplexity(row: dict[str, Any], model: PreTrainedModel, windows: torch.Tensor, text: str) -> None:
-    """Add, in place, the perplexity of a language model, the bytes of its weights and what multiplies them."""
-    require_positions(model, windows.shape[1], "seq_len")
-    require_known_ids(model, windows)
-    result = perplexity(model, windows, text)
-    row["losses"], row["protocol"] = result["losses"], result["protocol"]
-    row["perplexity"], row["perplexity_interval"] = result["perplexity"], result["interval"]
-    row["size_mb"] = weight_bytes(Path(row["directory"])) / 1e6
-    row["kernel"] = kernel_of(model, row["kind"])
+def _measure_quality(
+    rows: list[dict[str, Any]],
+    checkpoints: dict[str, Checkpoint],
+    windows_of: Callable[[str], torch.Tensor],
+    text: str,
+    windows_from: str,
+    bases: dict[str, dict[str, Any]],
+) -> None:
+    """Add, in place, perplexity, KL to the base, the bytes of the weights and what multiplies them; a row without them fails.
+
+    All rows with one base are measured in one pass, window by window, so that the base computes its logits once.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        with row_fails_alone(row):
+            name, model, base = row["name"], checkpoints[row["name"]].model, bases.get(row["name"])
+            windows = windows_of(name)
+            require_positions(model, windows.shape[1], "seq_len")
+            require_known_ids(model, windows)
+            comparable = base is not None and torch.equal(windows, windows_of(base["name"]))
+            groups.setdefault(base["name"] if comparable else name, []).append(row)
+    for base_name, group in groups.items():
+        names, windows = [row["name"] for row in group], windows_of(base_name)
+        what = f"perplexity and KL to {base_name} on {len(windows)} windows of {windows.shape[1]} tokens"
+        print(f"{', '.join(names)}: {what} ...", flush=True)
+        errors: dict[str, Exception] = {}
+        models = {name: checkpoints[name].model for name in dict.fromkeys([base_name, *names])}
+        found = measure_windows(models, windows, base_name, errors)
+        for row in group:
+            with row_fails_alone(row):
+                if row["name"] in errors:
+                    raise errors[row["name"]]
+                measured = found[row["name"]]
+                result = perplexity_of(measured["losses"], windows.shape[1], text, windows_from)
+                row["losses"], row["protocol"] = result["losses"], result["protocol"]
+                row["perplexity"], row["perplexity_interval"] = result["perplexity"], result["interval"]
+                row["divergence"] = measured["divergence"]
+                row["size_mb"] = weight_bytes(Path(row["directory"])) / 1e6
+                row["kernel"] = kernel_of(checkpoints[row["name"]].model, row["kind"])
+                if base_name in errors:
+                    leave_out(row, "divergence", errors[base_name])
 
 
 def measure_gsm8k(rows: list[dict[str, Any]], checkpoints: dict[str, Checkpoint], problems: int, file: Path | None) -> None:

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
+from compactmind.evaluation.intervals import mean_interval
 
-RESAMPLES = 2000
-"""Bootstrap resamples of the windows for the 95% interval."""
 LARGEST_LOSS = 700.0
 """Nats per token above which a model counts as damaged: guessing evenly costs 11, and exp(710) is no number any more."""
 
@@ -28,51 +27,59 @@ def window_losses(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor
     `windows`: (windows, seq_len) token ids; the result is float64 of shape (windows,). One window at a time: the logits of a
     large vocabulary are the largest tensor of the whole pass.
     """
-    losses = []
-    for window in windows:
-        ids = window[None].to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        losses.append(F.cross_entropy(logits, ids[0, 1:]).double().cpu())
-    return torch.stack(losses)
+    return torch.stack([loss_of(next_token_logits(model, window), window) for window in windows])
 
 
-def perplexity(model: PreTrainedModel, windows: torch.Tensor, text: str) -> dict[str, Any]:
-    """Return the perplexity on `windows` (windows, seq_len) with a 95% interval and its protocol.
+@torch.inference_mode()
+def next_token_logits(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
+    """Return the logits that predict every token but the first of a window (seq_len,): (seq_len - 1, vocabulary), on the model's device."""
+    return model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
 
-    `text` names where the windows come from. Keys: perplexity, interval (bootstrap over windows), loss (nats), losses (per
-    window), protocol. Raises CompactMindError if the loss is not a number or beyond all reason.
+
+def loss_of(logits: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+    """Return the mean negative log-likelihood in nats of a window's predicted tokens, a float64 number on the CPU."""
+    return F.cross_entropy(logits.float(), window[1:].to(logits.device)).double().cpu()
+
+
+def perplexity(model: PreTrainedModel, windows: torch.Tensor, text: str, windows_from: str = "first") -> dict[str, Any]:
+    """Return the perplexity of a model on `windows` (windows, seq_len), as `perplexity_of` has it."""
+    return perplexity_of(window_losses(model, windows), windows.shape[1], text, windows_from)
+
+
+def perplexity_of(losses: torch.Tensor, seq_len: int, text: str, windows_from: str = "first") -> dict[str, Any]:
+    """Return the perplexity from the losses of windows of `seq_len` tokens, with a 95% interval and its protocol.
+
+    `text` names where the windows come from, `windows_from` says which of its windows they are, see compactmind/text.py. Keys: perplexity,
+    interval, loss (nats), losses (per window), protocol. Raises CompactMindError if the loss is not a number or beyond all reason.
     """
-    losses = window_losses(model, windows)
     damaged = ~(losses < LARGEST_LOSS)
     if damaged.any():
         bad = int(damaged.nonzero()[0])
         raise CompactMindError(f"the loss of window {bad} of {text} is {losses[bad].item()}: the model is damaged")
     return {
         "perplexity": math.exp(losses.mean()),
-        "interval": bootstrap_interval(losses),
+        "interval": perplexity_interval(losses),
         "loss": losses.mean().item(),
         "losses": losses.tolist(),
         "protocol": {
             "text": text,
             "join": "\n\n",
-            "seq_len": windows.shape[1],
-            "windows": len(windows),
-            "predicted_tokens": windows.shape[0] * (windows.shape[1] - 1),
+            "seq_len": seq_len,
+            "windows": len(losses),
+            "windows_from": windows_from,
+            "predicted_tokens": len(losses) * (seq_len - 1),
         },
     }
 
 
-def bootstrap_interval(losses: torch.Tensor, seed: int = 0) -> tuple[float, float]:
-    """Return the 95% interval of exp(mean loss): percentiles over resamples of the windows (Efron 1979)."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(losses), (RESAMPLES, len(losses)), generator=generator)
-    means = losses[drawn].mean(dim=1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).exp().tolist()
-    return low, high
+def perplexity_interval(losses: torch.Tensor) -> tuple[float, float]:
+    """Return the 95% interval of exp(mean loss) from the losses of windows in the order of the text: see intervals.py."""
+    low, high = mean_interval(losses)
+    return math.exp(low), math.exp(min(high.item(), LARGEST_LOSS))
 
 
 def paired_ratio(losses: list[float], reference: list[float]) -> dict[str, Any]:
-    """Return perplexity / reference perplexity on the same windows, with the paired bootstrap's 95% interval.
+    """Return perplexity / reference perplexity on the same windows, with the 95% interval of the paired difference.
 
     The windows' difficulty cancels, so this tells two models apart long before their own intervals do. Raises ValueError if
     the two lists are not of one length.
@@ -80,4 +87,4 @@ def paired_ratio(losses: list[float], reference: list[float]) -> dict[str, Any]:
     if len(losses) != len(reference):
         raise ValueError(f"{len(losses)} windows against {len(reference)}: both models must see the same ones")
     difference = torch.tensor(losses, dtype=torch.float64) - torch.tensor(reference, dtype=torch.float64)
-    return {"ratio": math.exp(difference.mean()), "interval": bootstrap_interval(difference)}
+    return {"ratio": math.exp(difference.mean()), "interval": perplexity_interval(difference)}

@@ -12,7 +12,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from compactmind.files import write_text_atomically
+from compactmind.published import in_words
 from compactmind.report import tables
+from compactmind.report.as_shipped import KIND, as_shipped
 from compactmind.report.figures import FIGURES, draw_all, model_comparison, save_figure
 from compactmind.report.literature import check_llama_2
 from compactmind.report.sentences import measured, sentences, warnings
@@ -38,7 +40,8 @@ class Section:
 
 def sections(report: dict[str, Any], drawn: dict[str, str]) -> list[Section]:
     """Return the parts of the report in order; `drawn`: the figures there are, name -> caption."""
-    checked = check_llama_2(report)
+    checked, file = check_llama_2(report), as_shipped(report)
+    languages = [in_words(file["compared_with"], file["published_as"])] if file else []
     search_figures = [name for name in FIGURES if name.startswith("search_")]
     found = [
         Section("Summary", sentences(report) or ["Nothing has been measured yet: the tables say what to run."]),
@@ -48,9 +51,9 @@ def sections(report: dict[str, Any], drawn: dict[str, str]) -> list[Section]:
             figures=["final_report", "model_comparison", "latency", "training_curves"],
         ),
         Section(
-            "LLM track", [checked] if checked else [],
+            "LLM track", [*languages, *([checked] if checked else [])],
             [tables.language_table(report), tables.gsm8k_table(report), tables.steps_table(report)],
-            ["perplexity_against_size", "alpha_curve"],
+            ["perplexity_against_size", "divergence_against_size", "alpha_curve"],
         ),
         Section("Search", tables=[tables.search_table(report)], figures=search_figures),
         Section("Goals", tables=[tables.goals_table(report)] if report["profile"] != "smoke" else []),
@@ -91,7 +94,8 @@ def render(name: str, report: dict[str, Any], drawn: dict[str, str], folder: Pat
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, **marks,
     )  # fmt: skip
     environment.filters |= {"tex": escape_tex, "md": escape_markdown, "picture": picture, "anchor": anchor}
-    rows = {track: len(measured(report, track)) for track in ("encoder", "llm")}
+    models = {track: measured(report, track).values() for track in ("encoder", "llm")}
+    rows = {track: sum(row["kind"] != KIND for row in found) for track, found in models.items()}
     return environment.get_template(f"report.{name}.j2").render(
         report=report, sections=sections(report, drawn), captions=drawn, rows=rows, left=tables.LEFT
     )

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from compactmind.report import search_figures  # noqa: E402
+from compactmind.report.as_shipped import KIND  # noqa: E402
 from compactmind.report.sentences import largest_batch, measured, speedup  # noqa: E402
 
 COLOURS = ("#4d4d4d", "#9a6fb0", "#1f5fa8", "#b03a2e", "#5aa1d8", "#e08e79", "#2e7d32", "#c79a00", "#00838f", "#6d4c41")
@@ -174,13 +175,15 @@ def training_curves(report: dict[str, Any]) -> Figure | None:
 
 
 # ----------------------------------------------------------------------------------------------------- language models
-def perplexity_against_size(report: dict[str, Any]) -> Figure | None:
-    """One point per language model: MB of the weight file, perplexity with the interval of its ratio to dense.
-
-    Beside a dense model only what was made from it.
-    """
+def beside_dense(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the measured language models by name: beside a dense model only what was made from it."""
     everyone, dense_name = measured(report, "llm"), report["references"]["llm"]
-    rows = {name: row for name, row in everyone.items() if dense_name not in everyone or row["compared_with"] == dense_name}
+    return {name: row for name, row in everyone.items() if dense_name not in everyone or row["compared_with"] == dense_name}
+
+
+def perplexity_against_size(report: dict[str, Any]) -> Figure | None:
+    """One point per language model: MB of the weight file, perplexity with the interval of its ratio to dense."""
+    everyone, rows = measured(report, "llm"), beside_dense(report)
     if not rows:
         return None
     figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
@@ -192,7 +195,8 @@ def perplexity_against_size(report: dict[str, Any]) -> Figure | None:
             low, high = (dense * bound for bound in row["against_dense"]["interval"])
         axes.errorbar(
             row["size_mb"], row["perplexity"], yerr=[[max(0, row["perplexity"] - low)], [max(0, high - row["perplexity"])]],
-            fmt="o", ms=8, capsize=3, color=colour, label=f"{name}: {row['perplexity']:.2f}, {row['size_mb']:.0f} MB",
+            fmt="*" if row["kind"] == KIND else "o", ms=15 if row["kind"] == KIND else 8, capsize=3, color=colour,
+            label=f"{name}: {row['perplexity']:.2f}, {row['size_mb']:.0f} MB" + (", the point to beat" if row["kind"] == KIND else ""),
         )  # fmt: skip
     axes.set(
         xlabel="size of the weight file (MB)", ylabel="perplexity; bars: 95% interval of the ratio to dense", xlim=(0, None)
@@ -203,8 +207,38 @@ def perplexity_against_size(report: dict[str, Any]) -> Figure | None:
     return figure
 
 
+def divergence_against_size(report: dict[str, Any]) -> Figure | None:
+    """One point per language model made from the dense one: MB of the weight file, KL with its interval (log); dense as a line."""
+    everyone, rows = measured(report, "llm"), beside_dense(report)
+    points = {name: row for name, row in rows.items() if row["divergence"] and row["divergence"]["mean"] > 0}
+    if not points:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 6), constrained_layout=True)
+    floor = min(row["divergence"]["mean"] for row in points.values()) / 2
+    for name, row in rows.items():
+        colour, kl = colours_of(everyone)[name], row["divergence"]
+        if name == report["references"]["llm"]:  # at 0, which has no place on a log axis
+            axes.axvline(row["size_mb"], color=colour, ls=":", label=f"{name}: 0, {row['size_mb']:.0f} MB")
+        if name not in points:
+            continue
+        low, high = max(floor, kl["interval"][0]), kl["interval"][1]
+        axes.errorbar(
+            row["size_mb"], kl["mean"], yerr=[[max(0, kl["mean"] - low)], [high - kl["mean"]]], fmt="o", ms=8, capsize=3, color=colour,
+            label=f"{name}: {kl['mean']:.3g}, same top token {kl['same_top']:.0%}, {row['size_mb']:.0f} MB",
+        )  # fmt: skip
+    axes.set(
+        xlabel="size of the weight file (MB)", ylabel="KL to dense (nats a token), 95% interval", xlim=(0, None), yscale="log"
+    )
+    axes.set_title(
+        f"How far from the dense model, on {next(iter(points.values()))['protocol']['windows']} windows of held-out text"
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14))
+    return figure
+
+
 def alpha_curve(report: dict[str, Any]) -> Figure | None:
-    """Perplexity of W8A8 on validation text by SmoothQuant's alpha, with what was chosen and the naive one as lines."""
+    """KL of W8A8 to the dense model on validation text by SmoothQuant's alpha, with what was chosen and the naive one as lines."""
     table = (report.get("smoothquant") or {}).get("alpha_table") or []
     numbers = [row for row in table if not isinstance(row["alpha"], str)]
     if len(numbers) < 2:
@@ -212,7 +246,7 @@ def alpha_curve(report: dict[str, Any]) -> Figure | None:
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     axes.plot(
         [row["alpha"] for row in numbers],
-        [row["perplexity"] for row in numbers],
+        [row["divergence"] for row in numbers],
         "o-",
         color=COLOURS[2],
         label="one alpha for all",
@@ -220,9 +254,12 @@ def alpha_curve(report: dict[str, Any]) -> Figure | None:
     lines = [row for row in table if isinstance(row["alpha"], str)]
     for row, colour in zip(lines, (COLOURS[3], COLOURS[6], COLOURS[7], COLOURS[1]), strict=False):
         axes.axhline(
-            row["perplexity"], color=colour, ls="--", label=f"{row['alpha'].replace('_', ' ')}: {row['perplexity']:.2f}"
+            row["divergence"], color=colour, ls="--", label=f"{row['alpha'].replace('_', ' ')}: {row['divergence']:.3g}"
         )
-    axes.set(xlabel="alpha: share of the difficulty moved into the weights", ylabel="perplexity of W8A8, validation text")
+    axes.set(
+        xlabel="alpha: share of the difficulty moved into the weights",
+        ylabel="KL of W8A8 to dense (nats a token), validation text",
+    )
     axes.set_title("SmoothQuant: how much to smooth")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -238,9 +275,10 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure | None]]] = {
     "final_report": ("Accuracy against operations.", accuracy_against_gflops),
     "model_comparison": ("Classifiers: accuracy, time, load time, size.", model_comparison),
     "perplexity_against_size": ("Language models: perplexity against size.", perplexity_against_size),
+    "divergence_against_size": ("Language models: KL to the dense model against size.", divergence_against_size),
     "latency": ("Measured speed-ups.", latency),
     "training_curves": ("Training curves of the encoder track.", training_curves),
-    "alpha_curve": ("Perplexity of W8A8 against alpha.", alpha_curve),
+    "alpha_curve": ("KL of W8A8 to the dense model against alpha.", alpha_curve),
     "search_convergence": ("Search: best perplexity so far.", of_search(search_figures.convergence)),
     "search_pareto": ("Search: perplexity against compression ratio.", of_search(search_figures.pareto)),
     "search_importance": (

@@ -87,7 +87,7 @@ def _against_perplexity(report: dict[str, Any], published: Published) -> list[st
     if protocol["seq_len"] != published.seq_len:
         reasons.append(f"windows of {protocol['seq_len']}, not {published.seq_len}")
     if report["settings"]["eval_windows"]:
-        reasons.append(f"the first {protocol['windows']} windows, not all")
+        reasons.append(f"{protocol['windows']} windows, not all")
     return reasons
 
 
@@ -112,7 +112,7 @@ def check_llama_2(report: dict[str, Any]) -> str | None:
             f"windows of {protocol['seq_len']} tokens instead of 2048 (longer ones give lower numbers: 5.12 with 4096)"
         )
     if report["settings"]["eval_windows"]:
-        reasons.append(f"only the first {protocol['windows']} windows instead of all 166")
+        reasons.append(f"only {protocol['windows']} windows instead of all 166")
     if protocol["join"] != "\n\n":
         reasons.append(f"documents joined by {protocol['join']!r} instead of a blank line")
     if protocol.get("special_tokens", True) is False:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from compactmind.report.as_shipped import as_shipped, compressed, is_better, is_dominated, is_smaller
+
 DISTINGUISHABLE = 0.05
 """Below this p-value two classifiers count as different."""
 FASTER = 1.03
@@ -56,15 +58,18 @@ def share(change: float, less: str = "fewer", more: str = "more") -> str:
 
 # ----------------------------------------------------------------------------------------------------------- sentences
 def sentences(report: dict[str, Any]) -> list[str]:
-    """Return the findings, one sentence per model that is compared with another one and the ones about the search."""
+    """Return the findings: one sentence per model that is compared with another one, what there is to beat, and what the search found."""
     classifiers, languages = measured(report, "encoder"), measured(report, "llm")
     reference, batch = classifiers.get(reference_of(report, "encoder")), largest_batch(report)
     found = [encoder_sentence(row, reference, batch) for row in classifiers.values() if reference and row is not reference]
+    file = as_shipped(report)
     for row in languages.values():
         dense = languages.get(row["compared_with"])
-        if dense and row is not dense and row["against_dense"]:
-            found.append(language_sentence(row, dense))
-    return found + search_sentences(report.get("search"))
+        if row is file:
+            found.append(as_shipped_sentence(file, compressed(report, file)))
+        elif dense and row is not dense and row["against_dense"]:
+            found.append(language_sentence(row, dense, file))
+    return found + search_sentences(report.get("search"), file)
 
 
 def encoder_sentence(row: dict[str, Any], reference: dict[str, Any], batch: str) -> str:
@@ -90,8 +95,26 @@ def encoder_sentence(row: dict[str, Any], reference: dict[str, Any], batch: str)
     )
 
 
-def language_sentence(row: dict[str, Any], dense: dict[str, Any]) -> str:
-    """Return what a language model costs and saves against the one it was made from."""
+def as_shipped_sentence(file: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    """Return what the file that the dense model was published as is to the models made of it."""
+    told = (
+        f"{file['name']} is what every compressed model has to beat: {file['size_mb']:.1f} MB, {file['compression_ratio']:.2f}x smaller "
+        f"than {file['compared_with']} at no loss"
+    )
+    if not others:
+        return f"{told}."
+    beaten = []
+    for count, what in (
+        ([row for row in others if is_smaller(row, file)], "smaller"),
+        ([row for row in others if is_better(row)], "better"),
+    ):
+        names = "".join(f" ({', '.join(row['name'] for row in count)})" if count else "")
+        beaten.append(f"{len(count) or 'none'}{names} {'is' if len(count) < 2 else 'are'} {what}")
+    return f"{told}; of {len(others)} made from {file['compared_with']} {' and '.join(beaten)}."
+
+
+def language_sentence(row: dict[str, Any], dense: dict[str, Any], file: dict[str, Any] | None = None) -> str:
+    """Return what a language model costs and saves against the one it was made from; `file`: what a dense one was published as."""
     against = row["against_dense"]
     low, high = against["interval"]
     sure = "" if low > 1 or high < 1 else ", not distinguishable from 0"
@@ -101,15 +124,23 @@ def language_sentence(row: dict[str, Any], dense: dict[str, Any]) -> str:
         if prefill and decode
         else ""
     )
+    far = ""
+    if kl := row["divergence"]:
+        far = f"; KL {kl['mean']:.2g} nats a token, {kl['p999']:.2g} at the worst of 1000, "
+        far += f"same top token at {kl['same_top']:.1%}"
+    than = f"{dense['name']} as released"
+    if file and file["compared_with"] == dense["name"]:
+        times_file = row["size_mb"] / file["size_mb"]
+        than = f"{dense['name']} dequantized ({times_file:.2f} times the bytes of {file['name']})"
     return (
-        f"{row['name']}: {row['compression_ratio']:.2f}x smaller than {dense['name']} as released, perplexity "
+        f"{row['name']}: {row['compression_ratio']:.2f}x smaller than {than}, perplexity "
         f"{against['ratio'] - 1:+.1%} [{low - 1:+.1%}, {high - 1:+.1%}]{sure} ({row['perplexity']:.2f} and "
-        f"{dense['perplexity']:.2f} on {row['protocol']['windows']} windows){times}."
+        f"{dense['perplexity']:.2f} on {row['protocol']['windows']} windows){far}{times}."
     )
 
 
-def search_sentences(found: dict[str, Any] | None) -> list[str]:
-    """Return what the search found, and whether a combination of methods was worth it."""
+def search_sentences(found: dict[str, Any] | None, file: dict[str, Any] | None = None) -> list[str]:
+    """Return what the search found, whether a combination of methods was worth it, and whether the published `file` is as small anyway."""
     if not found or not found["best"]:
         return []
     best, target = found["best"], found["target_compression"]
@@ -118,6 +149,8 @@ def search_sentences(found: dict[str, Any] | None) -> list[str]:
         f"{' > '.join(best['methods'])} (trial {best['trial']}): perplexity {best['confirmed']['perplexity']:.2f} on validation text "
         f"at {best['measured']['compression_ratio']:.2f}x."
     ]
+    if file and file["compression_ratio"] >= best["measured"]["compression_ratio"]:
+        lines[0] += f" {file['name']} is {file['compression_ratio']:.2f}x smaller at no loss."
     hybrid, single = found["best_hybrid"], found["best_single"]
     if hybrid and single:
         ratio = hybrid["measured"]["perplexity"] / single["measured"]["perplexity"]
@@ -145,6 +178,7 @@ def warnings(report: dict[str, Any]) -> list[str]:
         *_slower_than_parent(encoders),
         *_operations_without_time(encoders),
         *_too_wide_to_rank(report, encoders),
+        *_dominated(report),
         *_languages(languages),
         *_of_another_kind(report, [*encoders.values(), *languages.values()]),
     ]
@@ -243,8 +277,26 @@ def _too_wide_to_rank(report: dict[str, Any], rows: dict[str, dict[str, Any]]) -
     ]
 
 
+def _dominated(report: dict[str, Any]) -> list[str]:
+    """Compressed language models that are neither smaller nor better than the file their dense model was published as."""
+    file = as_shipped(report)
+    found = []
+    for row in compressed(report, file) if file else []:
+        if not is_dominated(row, file):
+            continue
+        faster = [f"{phase} {ratio:.2f}x" for phase in ("prefill", "decode") if (ratio := speedup(row, phase) or 0) >= FASTER]
+        told = f"; its speed is left ({', '.join(faster)} against {row['compared_with']}; the file's was not measured)"
+        found.append(
+            f"{row['name']} is dominated: {file['name']} has {file['size_mb']:.1f} MB instead of {row['size_mb']:.1f} and a perplexity of "
+            f"{file['perplexity']:.2f} instead of {row['perplexity']:.2f}{told if faster else ''}."
+        )
+    return found
+
+
 def _languages(rows: dict[str, dict[str, Any]]) -> list[str]:
     found = []
+    if any(row["protocol"]["windows"] == 1 for row in rows.values()):
+        found.append("One window of text says nothing of the spread: the intervals of perplexity and KL have no width.")
     for name, row in rows.items():
         if "simulated" in row["kernel"]:
             found.append(

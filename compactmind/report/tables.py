@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compactmind.report.as_shipped import as_shipped
 from compactmind.report.literature import beside_the_literature
 from compactmind.report.sentences import largest_batch, speedup
 
@@ -50,6 +51,8 @@ def _is_words(line: Sequence[str]) -> bool:
 
 LEFT = ("step", "kernel", "verdict", "source", "protocol", "comparable", "pipeline", "parameters", "value", "model", "task")
 """Columns of words."""
+FROM = {"spread": "spread over the text", "first": "its first"}
+"""Which windows of the text, see compactmind/text.py -> in words."""
 
 
 def number(value: float | None, form: str = ".2f", unit: str = "") -> str:
@@ -90,7 +93,8 @@ def encoder_table(report: dict[str, Any]) -> Table:
 
 def language_table(report: dict[str, Any]) -> Table:
     """Return the language models side by side."""
-    header = ["model", "perplexity [95%]", "against dense [95%, paired]", "M param", "MB", "ratio", "prefill ms", "prefill",
+    header = ["model", "perplexity [95%]", "against dense [95%, paired]", "KL, nats [95%]", "KL 99.9%", "same top", "M param", "MB",
+              "ratio", "prefill ms", "prefill",
               "decode ms", "decode", "load s", "peak MB", "kernel"]  # fmt: skip
     lines = []
     rows = [row for row in report["models"] if row["track"] == "llm"]
@@ -104,10 +108,13 @@ def language_table(report: dict[str, Any]) -> Table:
             told = "{:+.2%} [{:+.2%}, {:+.2%}]".format(against["ratio"] - 1, *(bound - 1 for bound in against["interval"]))
         if against and row["compared_with"] != report["references"]["llm"]:
             told += f" of {row['compared_with']}"
+        kl = row["divergence"]
+        far = NOTHING if kl is None else "{:.4f} [{:.4f}, {:.4f}]".format(kl["mean"], *kl["interval"]) if kl["mean"] else "0"
         prefill, decode = ((row["generation"] or {}).get(phase) or {} for phase in ("prefill", "decode"))
         lines.append(
             [
-                row["name"], f"{row['perplexity']:.2f} [{low:.2f}, {high:.2f}]", told, f"{row['parameters'] / 1e6:.1f}",
+                row["name"], f"{row['perplexity']:.2f} [{low:.2f}, {high:.2f}]", told, far,
+                number(kl and kl["p999"]), number(kl and kl["same_top"], ".1%"), f"{row['parameters'] / 1e6:.1f}",
                 f"{row['size_mb']:.1f}", number(row["compression_ratio"], ".2f", "x"), number(prefill.get("median_ms"), ".0f"),
                 number(prefill.get("speedup"), ".2f", "x"), number(decode.get("median_ms"), ".1f"),
                 number(decode.get("speedup"), ".2f", "x"),
@@ -117,8 +124,16 @@ def language_table(report: dict[str, Any]) -> Table:
     protocol = next((row["protocol"] for row in rows if row["status"] == "measured"), None)
     note = ""
     if protocol:
-        windows = f"{protocol['windows']} windows of {protocol['seq_len']} tokens"
-        note = f"{protocol['text']}; {windows}; prefill of {report['settings']['prompt_tokens']} tokens."
+        windows = f"{protocol['windows']} windows of {protocol['seq_len']} tokens ({FROM[protocol['windows_from']]})"
+        note = (
+            f"{protocol['text']}; {windows}; KL of every token's prediction from that of the model it was made from; prefill of "
+            f"{report['settings']['prompt_tokens']} tokens."
+        )
+    if file := as_shipped(report):
+        note += (
+            f" {file['name']}: the bytes of {file['published_as']['file']} and the quality of {file['compared_with']}, whose weights are "
+            "that file's, rounded to bfloat16."
+        )
     return Table("LLM track", header, lines, note)
 
 
@@ -181,7 +196,8 @@ def goals_table(report: dict[str, Any]) -> Table:
     for goal in report["goals"]:
         form, scale, unit = forms[goal["unit"]]
         shown = [number(None if value is None else scale * value, form, unit) for value in (goal["value"], goal["measured"])]
-        rows.append([goal["goal"], f"{goal['bound']} {shown[0]}", shown[1], VERDICTS[goal["met"]]])
+        beaten = f", but {goal['beaten_by']} is smaller and no worse" if goal["met"] and goal.get("beaten_by") else ""
+        rows.append([goal["goal"], f"{goal['bound']} {shown[0]}", shown[1], VERDICTS[goal["met"]] + beaten])
     return Table("Goals", ["goal", "wanted", "measured", "verdict"], rows)
 
 
@@ -224,7 +240,8 @@ def comparison_csv(report: dict[str, Any]) -> str:
     """Return the models of both tracks as CSV text, one line each, empty cells where nothing was measured, the reasons last."""
     fields = ["name", "status", "accuracy", "accuracy_low", "accuracy_high", "f1", "auc", "mcnemar_p", "parameters", "gflops",
               "gmacs_thop", "size_mb", "load_seconds", "peak_memory_mb",
-              "perplexity", "perplexity_low", "perplexity_high", "compression_ratio", "prefill_ms", "decode_ms",
+              "perplexity", "perplexity_low", "perplexity_high", "kl_mean", "kl_low", "kl_high", "kl_p999", "same_top",
+              "compression_ratio", "prefill_ms", "decode_ms",
               "gsm8k_strict", "gsm8k_flexible"]  # fmt: skip
     fields += [
         f"latency_{batch}_{what}"
@@ -240,6 +257,9 @@ def comparison_csv(report: dict[str, Any]) -> str:
         flat["not_measured"] = "; ".join(f"{what}: {reason}" for what, reason in row.get("not_measured", {}).items())
         if row["status"] == "measured" and row["track"] == "llm":
             flat["perplexity_low"], flat["perplexity_high"] = row["perplexity_interval"]
+            if kl := row["divergence"]:
+                flat |= {"kl_mean": kl["mean"], "kl_p999": kl["p999"], "same_top": kl["same_top"]}
+                flat["kl_low"], flat["kl_high"] = kl["interval"]
             flat |= {f"{phase}_ms": times["median_ms"] for phase, times in (row["generation"] or {}).items()}
             flat |= {f"gsm8k_{match}": row["gsm8k"][match]["accuracy"] for match in ("strict", "flexible") if row.get("gsm8k")}
         elif row["status"] == "measured":
