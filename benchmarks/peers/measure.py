@@ -18,13 +18,11 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import numpy
 import torch
-import torch.nn.functional as F
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -33,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from peer import EMBEDDING, HEAD, round_to_nearest, rounded_bytes  # noqa: E402
 
-from compactmind.evaluation.perplexity import paired_ratio  # noqa: E402
+from compactmind.evaluation.divergence import measure_windows  # noqa: E402
+from compactmind.evaluation.perplexity import loss_of, next_token_logits, paired_ratio  # noqa: E402
 from compactmind.files import write_json_atomically  # noqa: E402
 from compactmind.text import load_documents, read_documents, token_windows  # noqa: E402
 
@@ -50,7 +49,9 @@ class MeasureConfig:
     text: Path = Path("wikitext_data")
     """Folder with test.jsonl, or one text file (wiki.test.raw)."""
     windows: int = 8
-    """Windows, from the beginning of the text."""
+    """How many windows."""
+    windows_from: Literal["first", "spread"] = "first"
+    """The first of the text, or spread over all of it."""
     seq_len: int = 512
     """Tokens of each."""
     count_table_once: bool = False
@@ -61,46 +62,28 @@ class MeasureConfig:
     """JSON file to write."""
 
 
-@torch.inference_mode()
-def log_probabilities(model: PreTrainedModel, windows: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield for each window of token ids the log-probabilities of its predicted tokens: float32 (seq_len - 1, vocabulary)."""
-    for window in windows:
-        yield model(input_ids=window[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
-
-
-def losses_of(found: torch.Tensor, window: torch.Tensor) -> float:
-    """Return the mean negative log-likelihood in nats of a window's predicted tokens."""
-    return F.nll_loss(found, window[1:]).item()
-
-
-class Dense:
-    """What the dense model says: its losses, and its log-probabilities in a temporary file (100 MB a window of 512 tokens)."""
+class Reference:
+    """The dense model on the windows: what it scores, and its logits in a temporary file (100 MB a window of 512 tokens)."""
 
     def __init__(self, model: PreTrainedModel, windows: torch.Tensor, file: Path):
-        shape = (len(windows), windows.shape[1] - 1, model.get_output_embeddings().weight.shape[0])
-        self.windows, self.stored = windows, numpy.memmap(file, numpy.float32, "w+", shape=shape)
-        self.losses = []
-        for number, found in enumerate(log_probabilities(model, windows)):
-            self.stored[number] = found.numpy()
-            self.losses.append(losses_of(found, windows[number]))
+        rows, vocabulary = windows.shape[1] - 1, model.get_output_embeddings().weight.shape[0]
+        self.windows = windows
+        self.logits = torch.from_file(str(file), shared=True, size=len(windows) * rows * vocabulary, dtype=torch.float32)
+        self.logits = self.logits.view(len(windows), rows, vocabulary)
+        with torch.inference_mode():
+            for kept, window in zip(self.logits, windows, strict=True):
+                kept.copy_(next_token_logits(model, window))
+        self.losses = [loss_of(kept, window).item() for kept, window in zip(self.logits, windows, strict=True)]
 
     def compare(self, model: PreTrainedModel) -> dict:
-        """Return perplexity, its ratio to the dense one with a paired interval, KL and the share of equal top tokens of a model."""
-        losses, divergence, same = [], [], []
-        for number, found in enumerate(log_probabilities(model, self.windows)):
-            dense = torch.from_numpy(self.stored[number])
-            losses.append(losses_of(found, self.windows[number]))
-            divergence.append((dense.exp() * (dense - found)).sum(-1))
-            same.append(dense.argmax(-1) == found.argmax(-1))
-        each = torch.cat(divergence).double()
-        against = paired_ratio(losses, self.losses)
+        """Return perplexity, its ratio to the dense one minus 1 with a paired interval, and the divergence of a model."""
+        found = measure_windows({"model": model}, self.windows, list(self.logits))["model"]
+        against = paired_ratio(found["losses"].tolist(), self.losses)
         return {
-            "perplexity": math.exp(sum(losses) / len(losses)),
+            "perplexity": math.exp(found["losses"].mean()),
             "against_dense": against["ratio"] - 1,
             "against_dense_interval": [edge - 1 for edge in against["interval"]],
-            "kl_mean": each.mean().item(),
-            "kl_p99.9": each.quantile(0.999).item(),
-            "same_top": torch.cat(same).double().mean().item(),
+            "divergence": found["divergence"],
         }
 
 
@@ -139,7 +122,7 @@ def table_of(rows: list[dict]) -> str:
         line = f"{row['name']:<30}{row['bytes'] / 1e6:>8.1f}{row['ratio']:>7.2f}{_quality(row)}"
         small = row.get("int8_table")
         if small and small["bytes"]:
-            line += f"{small['bytes'] / 1e6:>15.1f}{small['against_dense']:>10.2%}{small['kl_mean']:>10.4f}"
+            line += f"{small['bytes'] / 1e6:>15.1f}{small['against_dense']:>10.2%}{small['divergence']['mean']:>10.4f}"
         else:
             line += f"{'-':>15}{'-':>10}{'-':>10}"
         if "seconds" in row:
@@ -150,8 +133,8 @@ def table_of(rows: list[dict]) -> str:
 
 def _quality(row: dict) -> str:
     return (
-        f"{row['perplexity']:>12.3f}{row['against_dense']:>10.2%}{row['kl_mean']:>10.4f}{row['kl_p99.9']:>8.3f}"
-        f"{row['same_top']:>10.2%}"
+        f"{row['perplexity']:>12.3f}{row['against_dense']:>10.2%}{row['divergence']['mean']:>10.4f}"
+        f"{row['divergence']['p999']:>8.3f}{row['divergence']['same_top']:>10.2%}"
     )
 
 
@@ -161,10 +144,14 @@ def main(config: MeasureConfig) -> None:
     for entry in config.models:
         name, separator, folder = entry.rpartition("=")
         if not separator or not (Path(folder) / "peer.json").is_file():
-            raise SystemExit(f"error: --models {entry!r}: expected name=folder with a peer.json, which the scripts beside this one write")
+            raise SystemExit(
+                f"error: --models {entry!r}: expected name=folder with a peer.json, which the scripts beside this one write"
+            )
         folders[name] = Path(folder)
     documents = load_documents(config.text, "test") if config.text.is_dir() else read_documents(config.text)
-    windows = token_windows(AutoTokenizer.from_pretrained(config.base), documents, config.seq_len, config.windows)
+    windows = token_windows(
+        AutoTokenizer.from_pretrained(config.base), documents, config.seq_len, config.windows, config.windows_from
+    )
     # ------------------------------------------------------------------------------------------------------------ the dense model
     with tempfile.TemporaryDirectory() as scratch:
         model = load(config.base)
@@ -172,7 +159,7 @@ def main(config: MeasureConfig) -> None:
         state = {id(weight): (name, 2 * weight.numel()) for name, weight in model.named_parameters()}
         tables = {name: size for name, size in state.values() if name in (EMBEDDING, HEAD)}
         released = bytes_counted(sum(size for _, size in state.values()), tables, config.count_table_once)
-        dense = Dense(model, windows, Path(scratch) / "dense")
+        dense = Reference(model, windows, Path(scratch) / "dense")
         rows = []
         for name, folder in {"dense, 16 bits": None, **folders}.items():
             made = {"bytes": sum(size for _, size in state.values()), "table_bytes": tables}
@@ -189,12 +176,14 @@ def main(config: MeasureConfig) -> None:
     # ------------------------------------------------------------------------------------------------------------ table
     print("\n" + table_of(rows))
     protocol = {
-        "text": str(config.text), "windows": len(windows), "seq_len": config.seq_len,
+        "text": str(config.text), "windows": len(windows), "windows_from": config.windows_from, "seq_len": config.seq_len,
         "predicted_tokens": len(windows) * (config.seq_len - 1), "base": str(config.base), "base_bytes": released,
         "count_table_once": config.count_table_once,
     }  # fmt: skip
     write_json_atomically(config.output, {"protocol": protocol, "rows": rows})
-    print(f"\n{len(windows)} windows of {config.seq_len} tokens of {config.text}; written to {config.output}")
+    print(
+        f"\n{len(windows)} windows of {config.seq_len} tokens of {config.text} ({config.windows_from}); written to {config.output}"
+    )
 
 
 if __name__ == "__main__":

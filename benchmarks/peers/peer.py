@@ -60,7 +60,9 @@ def calibration_windows(path: Path | None, count: int) -> torch.Tensor:
         raise SystemExit("error: --calibration is missing: make it with `python benchmarks/peers/calibration.py`")
     windows = torch.tensor(json.loads(path.read_text(encoding="utf-8")), dtype=torch.int64)
     if len(windows) < count:
-        raise SystemExit(f"error: {path} has {len(windows)} windows, {count} are wanted: make more with calibration.py --windows")
+        raise SystemExit(
+            f"error: {path} has {len(windows)} windows, {count} are wanted: make more with calibration.py --windows"
+        )
     return windows[:count]
 
 
@@ -123,7 +125,14 @@ def write_result(
     config.pop("torch_dtype", None)
     (found.output / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=1), encoding="utf-8")
     save_file(state, found.output / "model.safetensors", metadata={"format": "pt"})
-    report = {"peer": peer, "version": version, "settings": settings(found), **taken, "bytes": bytes_written, "table_bytes": tables}
+    report = {
+        "peer": peer,
+        "version": version,
+        "settings": settings(found),
+        **taken,
+        "bytes": bytes_written,
+        "table_bytes": tables,
+    }
     (found.output / "peer.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     print(f"{found.output}: {peer} {version}, {bytes_written / 1e6:.1f} MB, {taken['seconds']:.0f} s")
 
