@@ -2,7 +2,9 @@
 
 Run:   .peers/auto_round/bin/python benchmarks/peers/autoround.py --model models/llama --output peers/autoround_g32 \\
            --calibration calibration.json --group_size 32 --symmetric False --iters 50
-Environment: requirements/auto_round.txt. 200 iterations, 128 samples of 2048 tokens are the tool's defaults; it takes them per block, so
+Environment: python -m venv .peers/auto_round && .peers/auto_round/bin/pip install -r benchmarks/peers/requirements-auto_round.txt
+
+200 iterations, 128 samples of 2048 tokens are the tool's defaults; it takes them per block, so
 time grows with their product.
 """
 
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
-    found = arguments(__doc__, bits=4, group_size=128, symmetric=True, iters=50, samples=32, batch_size=8)
+    found = arguments(__doc__, bits=4, group_size=128, symmetric=True, iters=50, samples=24, batch_size=8)
     windows = calibration_windows(found.calibration, found.samples)
     batches = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in windows.split(found.batch_size)]
     taken = Taken()

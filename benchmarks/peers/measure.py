@@ -1,6 +1,6 @@
 """Peers side by side: what each quantizer's weights do to a language model on the same windows, beside the bytes of its files.
 
-Run:   python benchmarks/peers/measure.py --base models/llama --models nf4=peers/nf4 "gptq g32=peers/gptq_g32" --text wikitext_data
+Run:   python benchmarks/peers/measure.py --base models/llama --models nf4=peers/nf4 "gptq g32=peers/gptq_g32" --text wiki.test.raw
 Reads: the dense model; folders written by the scripts beside this one (model.safetensors dequantized, peer.json)
 Writes: --output (JSON), and prints the table
 
@@ -24,17 +24,17 @@ from typing import Literal
 
 import torch
 import tyro
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from calibration import text_windows  # noqa: E402
 from peer import EMBEDDING, HEAD, round_to_nearest, rounded_bytes  # noqa: E402
 
 from compactmind.evaluation.divergence import measure_windows  # noqa: E402
 from compactmind.evaluation.perplexity import loss_of, next_token_logits, paired_ratio  # noqa: E402
 from compactmind.files import write_json_atomically  # noqa: E402
-from compactmind.text import load_documents, read_documents, token_windows  # noqa: E402
 
 TABLE_BITS, TABLE_GROUP = 8, 64
 """A table of 8-bit integers with a float16 step for 64 columns: 8.25 bits per weight."""
@@ -47,7 +47,7 @@ class MeasureConfig:
     base: Path = Path("models/llama")
     """The dense model."""
     text: Path = Path("wikitext_data")
-    """Folder with test.jsonl, or one text file (wiki.test.raw)."""
+    """One text file as it stands (wiki.test.raw: the windows of llama.cpp's perplexity), or a folder with test.jsonl."""
     windows: int = 8
     """How many windows."""
     windows_from: Literal["first", "spread"] = "first"
@@ -148,10 +148,7 @@ def main(config: MeasureConfig) -> None:
                 f"error: --models {entry!r}: expected name=folder with a peer.json, which the scripts beside this one write"
             )
         folders[name] = Path(folder)
-    documents = load_documents(config.text, "test") if config.text.is_dir() else read_documents(config.text)
-    windows = token_windows(
-        AutoTokenizer.from_pretrained(config.base), documents, config.seq_len, config.windows, config.windows_from
-    )
+    windows = text_windows(config.base, config.text, "test", config.seq_len, config.windows, config.windows_from)
     # ------------------------------------------------------------------------------------------------------------ the dense model
     with tempfile.TemporaryDirectory() as scratch:
         model = load(config.base)

@@ -146,9 +146,11 @@ def round_to_nearest(weight: torch.Tensor, bits: int, group_size: int, symmetric
     """Return a matrix (rows, columns) rounded to integers of `bits`, per group of columns with a float16 step, and back in float32.
 
     Symmetric: -2^(bits-1) .. 2^(bits-1) - 1, step = largest absolute value / (2^(bits-1) - 1). Asymmetric: the range of the group with
-    zero in it, zero point an integer.
+    zero in it, zero point an integer. The last group of a row is shorter where `group_size` does not divide the columns (576 by 128).
     """
-    groups = weight.float().reshape(weight.shape[0], -1, group_size)  # (rows, groups, group_size)
+    rows, columns = weight.shape
+    missing = -columns % group_size  # zeros there move neither a group's largest value nor its range with zero in it
+    groups = torch.nn.functional.pad(weight.float(), (0, missing)).reshape(rows, -1, group_size)  # (rows, groups, group_size)
     if symmetric:
         step = groups.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
         zero, lowest, highest = torch.zeros_like(step), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -160,11 +162,11 @@ def round_to_nearest(weight: torch.Tensor, bits: int, group_size: int, symmetric
     if not symmetric:
         zero = (-low / step).round().clamp(lowest, highest)
     integers = ((groups / step).round() + zero).clamp(lowest, highest)
-    return ((integers - zero) * step).reshape(weight.shape)
+    return ((integers - zero) * step).reshape(rows, -1)[:, :columns].contiguous()
 
 
 def rounded_bytes(shape: tuple[int, int], bits: int, group_size: int, symmetric: bool) -> int:
     """Return the bytes of a matrix as `round_to_nearest` leaves it: integers packed, float16 steps, zero points of `bits`."""
     rows, columns = shape
     packed, of_group = rows * columns * bits, 16 + (0 if symmetric else bits)
-    return -(-(packed + rows * (columns // group_size) * of_group) // 8)
+    return -(-(packed + rows * -(-columns // group_size) * of_group) // 8)
