@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "peers"))
 
 import calibration
+import helpers
 import llama_cpp
 import measure
 import peer
+import rtn
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -134,3 +136,37 @@ def test_rows_paired_for_rope_come_back():
     paired = llama_cpp.pair_up(weight, heads=2)
     assert paired[:2].tolist() == [weight[0].tolist(), weight[3].tolist()]  # first rows of a head's two halves of three
     assert torch.equal(llama_cpp.unpair(paired, heads=2), weight)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_peer_beside_the_dense_model(tmp_path, monkeypatch, tied):
+    base, output, text = tmp_path / "base", tmp_path / "rtn", tmp_path / "wiki.test.raw"
+    model = helpers.make_llama(tie_word_embeddings=tied).to(torch.bfloat16)
+    model.save_pretrained(base)
+    helpers.make_byte_tokenizer().save_pretrained(base)
+    text.write_text("= Title =\n\nsome text of a few words " * 4, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["rtn.py", "--model", str(base), "--output", str(output), "--group_size", "16"])
+    rtn.main()
+    tables = model.get_input_embeddings().weight.numel() * 2
+    measure.main(
+        measure.MeasureConfig(
+            models=(f"rounded={output}",),
+            base=base,
+            text=text,
+            windows=2,
+            seq_len=16,
+            count_table_once=True,
+            int8_table=False,
+            output=tmp_path / "peers.json",
+        )  # fmt: skip
+    )
+    found = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))
+    dense, rounded = found["rows"]
+    once = 0 if tied else tables
+    assert found["protocol"]["base_bytes"] == dense["bytes"] == 2 * sum(each.numel() for each in model.parameters()) - once
+    assert dense["against_dense"] == 0 and dense["divergence"]["mean"] == 0 and dense["divergence"]["same_top"] == 1
+    written = json.loads((output / "peer.json").read_text(encoding="utf-8"))
+    assert rounded["bytes"] == written["bytes"] - once
+    assert rounded["int8_table"]["bytes"] < rounded["bytes"] < dense["bytes"]
+    assert rounded["ratio"] == dense["bytes"] / rounded["bytes"]
+    assert rounded["divergence"]["mean"] > 0

@@ -8,8 +8,8 @@ All models are float32 here and read the same windows in one process, one at a t
   KL           KL(dense || model) in nats, mean and 99.9th percentile
   same top     share of tokens whose most likely next token is the dense model's
   MB           1e6 bytes of what the peer writes, tables included; ratio: bytes of the dense model in 16 bits / these bytes
-  int8 table   the same with embedding tables that the peer left in 16 bits stored as 8-bit integers, a float16 step for 64 of them (8.25
-               bits), and the perplexity with tables rounded so: to compare with files whose tables are small at equal bytes
+  int8 table   MB with embedding tables that the peer left in 16 bits stored as 8-bit integers, a float16 step for 64 of them (8.25 bits):
+               to compare with files whose tables are small; `--int8_table True` measures the models with tables rounded so, too
 A dense model whose head is its input table with a norm folded in (`--count_table_once True`) weighs as if the table were tied: the
 bytes of the input table are left out on all rows. The dense row's own int8 table tells what that rounding costs by itself.
 """
@@ -56,8 +56,8 @@ class MeasureConfig:
     """Tokens of each."""
     count_table_once: bool = False
     """Leave out the bytes of the input table where the head is a table of its own."""
-    int8_table: bool = True
-    """Measure each model with its 16-bit tables in int8, too."""
+    int8_table: bool = False
+    """Measure each model with its 16-bit tables in int8, too, in twice the time."""
     output: Path = Path("results/peers.json")
     """JSON file to write."""
 
@@ -120,11 +120,12 @@ def table_of(rows: list[dict]) -> str:
     ]
     for row in rows:
         line = f"{row['name']:<30}{row['bytes'] / 1e6:>8.1f}{row['ratio']:>7.2f}{_quality(row)}"
-        small = row.get("int8_table")
-        if small and small["bytes"]:
-            line += f"{small['bytes'] / 1e6:>15.1f}{small['against_dense']:>10.2%}{small['divergence']['mean']:>10.4f}"
+        small = row.get("int8_table", {})
+        line += f"{small['bytes'] / 1e6:>15.1f}" if small else f"{'-':>15}"
+        if "perplexity" in small:
+            line += f"{small['against_dense']:>10.2%}{small['divergence']['mean']:>10.4f}"
         else:
-            line += f"{'-':>15}{'-':>10}{'-':>10}"
+            line += f"{'-':>10}{'-':>10}"
         if "seconds" in row:
             line += f"{row['seconds']:>11.0f}{row['peak_memory_bytes'] / 1e6:>9.0f}"
         lines.append(line)
@@ -157,6 +158,11 @@ def main(config: MeasureConfig) -> None:
         tables = {name: size for name, size in state.values() if name in (EMBEDDING, HEAD)}
         released = bytes_counted(sum(size for _, size in state.values()), tables, config.count_table_once)
         dense = Reference(model, windows, Path(scratch) / "dense")
+        protocol = {
+            "text": str(config.text), "windows": len(windows), "windows_from": config.windows_from, "seq_len": config.seq_len,
+            "predicted_tokens": len(windows) * (config.seq_len - 1), "base": str(config.base), "base_bytes": released,
+            "count_table_once": config.count_table_once,
+        }  # fmt: skip
         rows = []
         for name, folder in {"dense, 16 bits": None, **folders}.items():
             made = {"bytes": sum(size for _, size in state.values()), "table_bytes": tables}
@@ -165,19 +171,16 @@ def main(config: MeasureConfig) -> None:
             counted = bytes_counted(made["bytes"], made["table_bytes"], config.count_table_once)
             row = {"name": name, "ratio": released / counted, **made, "bytes": counted, **dense.compare(model)}
             small = bytes_with_int8_tables(counted, made["table_bytes"], shape, config.count_table_once)
-            if config.int8_table and small:
+            if small:
+                row["int8_table"] = {"bytes": small}
+            if small and config.int8_table:
                 round_tables(model)
-                row["int8_table"] = {"bytes": small, **dense.compare(model)}
+                row["int8_table"] |= dense.compare(model)
             rows.append(row)
+            write_json_atomically(config.output, {"protocol": protocol, "rows": rows})
             print(f"{len(rows):>3}/{len(folders) + 1} {name:<30}{_quality(row)}", flush=True)
     # ------------------------------------------------------------------------------------------------------------ table
     print("\n" + table_of(rows))
-    protocol = {
-        "text": str(config.text), "windows": len(windows), "windows_from": config.windows_from, "seq_len": config.seq_len,
-        "predicted_tokens": len(windows) * (config.seq_len - 1), "base": str(config.base), "base_bytes": released,
-        "count_table_once": config.count_table_once,
-    }  # fmt: skip
-    write_json_atomically(config.output, {"protocol": protocol, "rows": rows})
     print(
         f"\n{len(windows)} windows of {config.seq_len} tokens of {config.text} ({config.windows_from}); written to {config.output}"
     )
