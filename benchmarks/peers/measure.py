@@ -116,7 +116,7 @@ def table_of(rows: list[dict]) -> str:
     """Return the rows as aligned text."""
     lines = [
         f"{'':<30}{'MB':>8}{'ratio':>7}{'perplexity':>12}{'to dense':>10}{'KL mean':>10}{'p99.9':>8}{'same top':>10}"
-        f"{'int8 table MB':>15}{'to dense':>10}{'KL mean':>10}{'made in s':>11}{'peak MB':>9}"
+        f"{'int8 table MB':>15}{'to dense':>10}{'KL mean':>10}{'made in s':>11}{'CPU s':>7}{'peak MB':>9}"
     ]
     for row in rows:
         line = f"{row['name']:<30}{row['bytes'] / 1e6:>8.1f}{row['ratio']:>7.2f}{_quality(row)}"
@@ -127,7 +127,7 @@ def table_of(rows: list[dict]) -> str:
         else:
             line += f"{'-':>10}{'-':>10}"
         if "seconds" in row:
-            line += f"{row['seconds']:>11.0f}{row['peak_memory_bytes'] / 1e6:>9.0f}"
+            line += f"{row['seconds']:>11.0f}{row['cpu_seconds']:>7.0f}{row['peak_memory_bytes'] / 1e6:>9.0f}"
         lines.append(line)
     return "\n".join(lines)
 

@@ -88,13 +88,17 @@ def peak_memory() -> int:
 
 
 class Taken:
-    """Seconds and peak memory from loading the model to the peer's finished file; `stop` before anything is dequantized."""
+    """Seconds and peak memory from loading the model to the peer's finished file; `stop` before anything is dequantized.
+
+    `cpu_seconds` are those of all threads together: what it takes on a machine that does nothing else, if one thread works.
+    """
 
     def __init__(self):
-        self.begun = time.perf_counter()
+        self.begun, self.cpu_begun = time.perf_counter(), time.process_time()
 
     def stop(self) -> dict:
-        return {"seconds": time.perf_counter() - self.begun, "peak_memory_bytes": peak_memory()}
+        seconds, cpu_seconds = time.perf_counter() - self.begun, time.process_time() - self.cpu_begun
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_memory_bytes": peak_memory()}
 
 
 def write_result(
