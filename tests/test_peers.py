@@ -148,18 +148,11 @@ def test_a_peer_beside_the_dense_model(tmp_path, monkeypatch, tied):
     monkeypatch.setattr(sys, "argv", ["rtn.py", "--model", str(base), "--output", str(output), "--group_size", "16"])
     rtn.main()
     tables = model.get_input_embeddings().weight.numel() * 2
-    measure.main(
-        measure.MeasureConfig(
-            models=(f"rounded={output}",),
-            base=base,
-            text=text,
-            windows=2,
-            seq_len=16,
-            count_table_once=True,
-            int8_table=False,
-            output=tmp_path / "peers.json",
-        )  # fmt: skip
-    )
+    wanted = measure.MeasureConfig(
+        models=(f"rounded={output}",), base=base, text=text, windows=2, seq_len=16, count_table_once=True,
+        output=tmp_path / "peers.json",
+    )  # fmt: skip
+    measure.main(wanted)
     found = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))
     dense, rounded = found["rows"]
     once = 0 if tied else tables
@@ -170,3 +163,8 @@ def test_a_peer_beside_the_dense_model(tmp_path, monkeypatch, tied):
     assert rounded["int8_table"]["bytes"] < rounded["bytes"] < dense["bytes"]
     assert rounded["ratio"] == dense["bytes"] / rounded["bytes"]
     assert rounded["divergence"]["mean"] > 0
+    loaded = []
+    monkeypatch.setattr(measure, "load", lambda folder, load=measure.load: loaded.append(folder) or load(folder))
+    measure.main(wanted)
+    assert loaded == [base]  # the row is there already
+    assert json.loads((tmp_path / "peers.json").read_text(encoding="utf-8")) == found
