@@ -178,6 +178,7 @@ def main(config: MeasureConfig) -> None:
                 made = json.loads((folder / "peer.json").read_text(encoding="utf-8"))
                 if (name, made["seconds"]) in before and not config.int8_table:
                     rows.append(before[name, made["seconds"]])
+                    write_json_atomically(config.output, {"protocol": protocol, "rows": rows})
                     continue
                 model = load(folder)
             counted = bytes_counted(made["bytes"], made["table_bytes"], config.count_table_once)
