@@ -1,0 +1,27 @@
+"""Round to nearest: every linear of the blocks rounded group by group, no calibration; the floor that every method has to beat.
+
+Run:   python benchmarks/peers/rtn.py --model models/llama --output peers/rtn_g32 --bits 4 --group_size 32 --symmetric False
+Environment: the project's own
+
+There is no tool and no file: bytes are those of packed integers, float16 steps and packed zero points; all else as the model has it.
+"""
+
+from peer import EMBEDDING, HEAD, LINEARS, Taken, arguments, read_weights, round_to_nearest, rounded_bytes, write_result
+
+
+def main() -> None:
+    found = arguments(__doc__, bits=4, group_size=32, symmetric=False)
+    taken, rounded, total = Taken(), {}, 0
+    base = read_weights(found.model)
+    for name, weight in base.items():
+        if name.split(".")[-2] in LINEARS:
+            rounded[name] = round_to_nearest(weight, found.bits, found.group_size, found.symmetric)
+            total += rounded_bytes(weight.shape, found.bits, found.group_size, found.symmetric)
+        else:
+            total += 2 * weight.numel()
+    tables = {name: 2 * base[name].numel() for name in (EMBEDDING, HEAD) if name in base}
+    write_result(found, rounded, "round to nearest", "of this folder", taken.stop(), total, tables)
+
+
+if __name__ == "__main__":
+    main()
