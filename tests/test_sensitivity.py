@@ -1,4 +1,4 @@
-"""What it costs to round a tensor: measured it is the KL of the rounded model; the estimate by gradients is near it where errors are small."""
+"""What it costs to round a tensor: measured, it is the KL of the rounded model; by gradients, near it where errors are small."""
 
 import helpers
 import pytest
