@@ -13,6 +13,8 @@ import torch
 from compactmind.methods.quantization.grid import Grid, fit, from_integers, to_integers
 
 ORDERS = ("activation", "index")
+AT_ONCE = 2**21
+"""Weights that are rounded to nearest at one time: a score of copies of them exist then."""
 COLUMNS_AT_ONCE = 128
 """Columns whose errors are gathered before those behind them are shifted."""
 
@@ -92,6 +94,9 @@ def round_nearest(
     weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None, ranges: int | None = None
 ) -> Rounded:
     """Return weight (out, in) on its grid, each rounded by itself; `importance` (in,): of every input's error; `ranges`: see `fit`."""
+    if weight.numel() > AT_ONCE and len(weight) > 1:  # a table: some rows at a time
+        parts = [round_nearest(rows, grid, importance, ranges) for rows in weight.split(max(1, AT_ONCE // weight.shape[1]))]
+        return Rounded(*(torch.cat([getattr(part, name) for part in parts]) for name in ("q", "scale", "zero")), grid)
     groups = grid.groups(weight.shape[1])
     size = groups[0].stop
     whole = (

@@ -1,7 +1,8 @@
-"""How much memory it takes to make a Llama W8A8, against the bytes of its weights as released.
+"""How much memory it takes to quantize a Llama, against the bytes of its weights as released.
 
-Run:   python benchmarks/w8a8_memory.py                      (after python download_model.py)
-       python benchmarks/w8a8_memory.py --shape llama-2-7b   (random weights of that shape; wants 20 GB of device memory)
+Run:   python benchmarks/quantizing_memory.py                      (after python download_model.py)
+       python benchmarks/quantizing_memory.py --method gptq --target_compression 3.5
+       python benchmarks/quantizing_memory.py --shape llama-2-7b   (random weights of that shape; wants 20 GB of device memory)
 Reads: models/llama (a shape of its own needs nothing)
 Writes: results/benchmark_memory.json, and prints it
 
@@ -31,6 +32,7 @@ from common import SmoothQuantConfig, StageConfig, parse_command_line, run_stage
 from compactmind.errors import CompactMindError  # noqa: E402
 from compactmind.evaluation.cost import resident_bytes  # noqa: E402
 from compactmind.files import write_json_atomically  # noqa: E402
+from compactmind.methods.quantization.gptq_model import GPTQRecipe, quantize_gptq  # noqa: E402
 from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama  # noqa: E402
 
 
@@ -38,6 +40,10 @@ from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_ll
 class MemoryConfig(StageConfig):
     shape: Literal["models/llama", "llama-2-7b"] = "models/llama"
     """The model: the profile's own, or random weights."""
+    method: Literal["w8a8", "gptq"] = "w8a8"
+    """What it is quantized by."""
+    target_compression: float = 3.5
+    """gptq: bytes as released / bytes of the result."""
     in_this_process: bool = False
     """Measure here and print one line of JSON (what the script starts for itself)."""
 
@@ -89,11 +95,15 @@ def measure(config: MemoryConfig) -> dict:
     model = load(config, device)
     windows = torch.randint(0, model.config.vocab_size, (stage.calibration_windows, stage.seq_len))  # memory knows no words
     released = sum(p.numel() * p.element_size() for p in model.parameters())
-    quantize_llama(model, calibrate_llama(model, windows), W8A8Recipe(grid=stage.alpha_grid))
+    if config.method == "gptq":
+        quantize_gptq(model, windows, GPTQRecipe(target_compression=config.target_compression))
+    else:
+        quantize_llama(model, calibrate_llama(model, windows), W8A8Recipe(grid=stage.alpha_grid))
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes()[1] - before
     needed = None if device == "cuda" or anonymous.first is None else anonymous.peak
     return {
-        "shape": config.shape, "device": device, "seconds": time.perf_counter() - started, "released_mb": released / 1e6,
+        "shape": config.shape, "method": config.method, "device": device, "seconds": time.perf_counter() - started,
+        "released_mb": released / 1e6,
         "resident_mb": peak / 1e6, "resident_ratio": peak / released,
         "needed_mb": needed and needed / 1e6, "needed_ratio": needed and needed / released,
     }  # fmt: skip
@@ -110,7 +120,7 @@ def main(config: MemoryConfig) -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     path = config.results_dir / "benchmark_memory.json"
     write_json_atomically(path, result)
-    print(f"{result['shape']} on {result['device']}: {result['released_mb']:.0f} MB as released; the peak of making it W8A8:")
+    print(f"{result['shape']} on {result['device']}: {result['released_mb']:.0f} MB as released; the peak of making it {result['method']}:")
     for name in ("resident", "needed"):
         if result[f"{name}_mb"]:
             print(f"  {name:<10}{result[f'{name}_mb']:>8.0f} MB  {result[f'{name}_ratio']:.2f} times")
