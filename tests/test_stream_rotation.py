@@ -172,3 +172,22 @@ def test_a_random_matrix_is_orthogonal_and_its_seed_decides(size):
     assert matrix.dtype == torch.float64 and torch.allclose(matrix @ matrix.t(), torch.eye(size).double(), atol=1e-12)
     assert torch.equal(matrix, random_orthogonal(size, seed=3))
     assert size == 1 or not torch.allclose(matrix, random_orthogonal(size, seed=4))
+
+
+# ----------------------------------------------------------------------------------------------- the control without a grid
+def test_the_control_is_an_ordinary_folder_with_the_same_function(tmp_path, monkeypatch, capfd):
+    source, output = tmp_path / "source", tmp_path / "turned"
+    helpers.released_llama().save_pretrained(source)
+    helpers.make_byte_tokenizer().save_pretrained(source)
+    run = ("benchmarks/turned.py", "--model", source, "--output", output)
+    settings = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capfd": capfd}
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for dtype, bound in (("float32", 1e-5), ("as_released", 0.05)):
+        status, printed = helpers.run_script_here(*run, "--dtype", dtype, **settings)
+        assert status == 0, printed
+        turned = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
+        assert turned.dtype == {"float32": torch.float32, "as_released": torch.bfloat16}[dtype]
+        assert (logits_of(turned.float()) - logits_of(dense)).norm() < bound * logits_of(dense).norm()
+        assert not torch.allclose(turned.model.layers[0].mlp.up_proj.weight, dense.model.layers[0].mlp.up_proj.weight, atol=0.1)
+    status, printed = helpers.run_script_here(*run[:3], "--output", source, **settings)
+    assert status == 1 and "it is the model that is read" in printed
