@@ -13,6 +13,7 @@ Writes: models/llama_w8a8          smoothed and rotated, int8 weights and activa
 Time:  about 2.5 minutes on 2 CPU cores (embedded profile).
 """
 
+import functools
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,7 +34,14 @@ from compactmind.forward import next_token_logits
 from compactmind.guards import check_outputs, check_released
 from compactmind.manifest import identity_of, is_up_to_date, read_manifest, weights_fingerprint
 from compactmind.methods.quantization.packed_model import quantize_model
-from compactmind.methods.quantization.w8a8_model import PER_LAYER, W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama
+from compactmind.methods.quantization.w8a8_model import (
+    PER_LAYER,
+    W8A8Recipe,
+    calibrate_llama,
+    quantize_llama,
+    smooth_llama,
+    turn_for,
+)
 from compactmind.report.figures import save_figure
 from compactmind.text import load_documents, token_windows
 
@@ -91,7 +99,7 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
 
     # ---- what each output depends on: if none of it changed, the output is up to date
     settings = ("profile", "calibration_windows", "seq_len", "activations", "embeddings")
-    choosing = ("alpha", "alpha_grid", "sites", "rotations", "window_choice")
+    choosing = ("alpha", "alpha_grid", "sites", "rotations", "stream_rotation", "window_choice")
     fingerprint = data_fingerprint(config.text_dir)
     made_by = {"script": "4_smoothquant_llama.py", "code": code_version(__file__), "inputs": {"model": identity_of(source)}}
 
@@ -101,7 +109,7 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
     smoothed_stage = stage(*settings, *choosing)
     stages = {
         config.output_dir: smoothed_stage,
-        f"{config.output_dir}_naive": stage(*settings, sites=(), rotations=()),
+        f"{config.output_dir}_naive": stage(*settings, sites=(), rotations=(), stream_rotation=False),
         config.nf4_dir: stage("profile", method="nf4"),
     }
     if config.save_smoothed:
@@ -123,38 +131,48 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
     if not due and plot_path.is_file() and measured_before(report_path) == measured():
         return
 
-    # ---- calibrate once
+    # ---- texts, and how a copy of the model is made
     model, tokenizer = load_as_released(source)
     validation, windows = (
         token_windows(tokenizer, load_documents(config.text_dir, split), config.seq_len, count, config.window_choice)
         for split, count in (("validation", VALIDATION_WINDOWS), ("test", config.eval_windows))
     )
-    statistics = []
-    if set(due) - {config.nf4_dir}:
+    del model
+
+    def recipe(alpha, sites=config.sites, rotations=config.rotations, stream_rotation=config.stream_rotation) -> W8A8Recipe:
+        return W8A8Recipe(
+            alpha, sites, rotations, config.alpha_grid, config.activations, config.embeddings, stream_rotation
+        )  # fmt: skip
+
+    def released(how: W8A8Recipe, dtype: torch.dtype | None = None):
+        """Return a fresh copy of the released model (of `dtype`), its stream turned if the recipe wants that."""
+        model = load_as_released(source)[0].to(device, dtype)
+        turn_for(model, how)
+        return model
+
+    @functools.cache
+    def statistics(stream_rotation: bool):
+        """Return what is seen of the inputs: calibrated once, and once more for a stream that is turned."""
         calibration = token_windows(
             tokenizer, load_documents(config.text_dir, "train"), config.seq_len, config.calibration_windows
         )
         print(f"calibrating on {len(calibration)} windows of {config.seq_len} tokens ...", flush=True)
-        statistics = calibrate_llama(model.to(device), calibration)
-    del model
-
-    def recipe(alpha, sites=config.sites, rotations=config.rotations) -> W8A8Recipe:
-        return W8A8Recipe(alpha, sites, rotations, config.alpha_grid, config.activations, config.embeddings)
+        return calibrate_llama(released(recipe(0.5, stream_rotation=stream_rotation)), calibration)
 
     def quantized(how: W8A8Recipe):
-        """Return a fresh copy of the released model in W8A8, and its description."""
-        model, _ = load_as_released(source)
-        return model, quantize_llama(model.to(device), statistics, how)
+        """Return the released model in W8A8, and its description."""
+        seen, model = statistics(how.stream_rotation), released(how)
+        return model, quantize_llama(model, seen, how)
 
-    naive = recipe(0.5, sites=(), rotations=())
+    naive = recipe(0.5, sites=(), rotations=(), stream_rotation=False)
 
     # ---- alpha against KL and perplexity, on validation text; the dense logits of it are kept: 0.8 GB with 49,152 words
     table: list[dict] = []
     alpha = config.alpha
     if config.output_dir in due:
         compared = {"naive": naive, PER_LAYER: recipe(PER_LAYER)}
-        if config.rotations:
-            compared[f"{PER_LAYER}, not rotated"] = recipe(PER_LAYER, rotations=())
+        if config.rotations or config.stream_rotation:
+            compared[f"{PER_LAYER}, not rotated"] = recipe(PER_LAYER, rotations=(), stream_rotation=False)
         compared |= {value: recipe(value) for value in config.alpha_grid}
         model = load_as_released(source)[0].to(device).float()
         logits = [next_token_logits(model, window) for window in validation]
@@ -184,8 +202,8 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
             model, description = nf4(source, device)
             save(name, model, "nf4", quantization=description)
         elif name == config.smoothed_dir:
-            model, _ = load_as_released(source)
-            smooth_llama(model.to(device), statistics, recipe(alpha))
+            model = released(recipe(alpha), torch.float32)
+            smooth_llama(model, statistics(config.stream_rotation), recipe(alpha))
             save(name, model, "dense")
         else:
             model, description = quantized(recipe(alpha) if name == config.output_dir else naive)

@@ -231,6 +231,9 @@ class SmoothQuantConfig(StageConfig):
     rotations: tuple[Literal["qkv", "o", "gate_up", "down"], ...] = ("qkv", "o", "gate_up", "down")
     """Inputs that are rotated (Hadamard, as in QuaRot): o costs nothing, the others a small float product while the model runs.
     Readers without `transform_config` (transformers 5.23) need --rotations o. None with per_tensor_static."""
+    stream_rotation: bool = False
+    """Turn the residual stream in the weights instead of rotating before qkv and gate_up: nothing to do while the model runs, and with
+    --rotations o any reader of compressed-tensors gets it right. A head tied to the embeddings becomes a table of its own."""
     activations: Literal["per_token", "per_tensor", "per_tensor_static"] = "per_token"
     """Granularity of the activations' scale: the paper's O1, O2 and O3."""
     embeddings: Literal["as_released", "int8"] = "as_released"

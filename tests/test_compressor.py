@@ -112,6 +112,14 @@ def test_smoothing_changes_nothing_by_itself_wherever_it_stands(resources, measu
     assert found.kind == order[-1]["method"]
 
 
+def test_a_stream_is_turned_for_the_step_that_wants_it_alone(resources, measure):
+    turned = {"method": "w8a8", "params": {"alpha": 0.5, "rotations": ["o"], "stream_rotation": True}}
+    plain, found, again = (run_pipeline(read_pipeline([step]), resources, measure) for step in (W8A8, turned, W8A8))
+    assert found.quantization["stream_rotation"] and not plain.quantization["stream_rotation"]
+    assert abs(found.steps[1]["loss"] - found.steps[0]["loss"]) < 0.05 and found.steps[1]["loss"] != plain.steps[1]["loss"]
+    assert again.steps[1]["loss"] == plain.steps[1]["loss"]
+
+
 def test_what_is_known_of_the_dense_model_is_computed_once_and_of_others_forgotten(resources, measure, monkeypatch):
     calls = []
     for name in ("score", "calibrate_llama"):

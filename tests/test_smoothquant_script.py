@@ -192,6 +192,22 @@ def test_one_alpha_for_all_is_the_best_of_the_table(tmp_path, run_here):
     assert text.shape == (1, 19)
 
 
+def test_a_turned_stream_needs_no_rotation_while_the_model_runs(tmp_path, run_here):
+    helpers.add_text(tmp_path)
+    make_source(tmp_path)
+    turned = ("--stream_rotation", True, "--rotations", "o", "--alpha_grid", "0.5")
+    status, output = run_here(*turned, "--save_smoothed", True)
+    assert status == 0 and output.count("calibrating on") == 2, output  # once more for the rows whose stream is as it was
+    report = helpers.read_json(tmp_path / "results" / "smoothquant.json")
+    found = {row["name"]: row["divergence"]["mean"] for row in report["models"]}
+    assert found["llama_smoothed"] < 1e-6 and found["llama_w8a8"] < found["llama_nf4"]
+    assert [row["alpha"] for row in report["alpha_table"]] == ["naive", "per_layer", "per_layer, not rotated", 0.5]
+    made, naive = (read_manifest(tmp_path / "models" / name)["quantization"] for name in ("llama_w8a8", "llama_w8a8_naive"))
+    assert made["stream_rotation"] and made["rotations"] == {"o": 8} and not naive["stream_rotation"]
+    assert not load_checkpoint(tmp_path / "models" / "llama_w8a8").model.config.tie_word_embeddings
+    assert load_checkpoint(tmp_path / "models" / "llama_w8a8_naive").model.config.tie_word_embeddings
+
+
 # --------------------------------------------------------------------------------------------------------------- bad input
 def gemma():
     return helpers.randomize(GemmaForCausalLM(GemmaConfig(**helpers.llama_settings(head_dim=8))))

@@ -22,6 +22,7 @@ from compactmind.methods.quantization.w8a8_model import (
     calibrate_llama,
     float32_block_by_block,
     quantize_llama,
+    turn_for,
 )
 
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -46,7 +47,7 @@ def statistics():
 
 def save(directory, model, statistics, **recipe):
     """Quantize a model in place, save it, and return what was saved."""
-    description = quantize_llama(model, statistics, W8A8Recipe(0.5, **recipe))
+    description = quantize_llama(model, statistics, W8A8Recipe(**{"alpha": 0.5, **recipe}))
     settings = {"kind": "w8a8", "parent": None, "stage": {}, "quantization": description, "dtype": "bfloat16"}
     save_checkpoint(directory, model, helpers.make_byte_tokenizer(), **settings)
     return model
@@ -81,6 +82,38 @@ def test_a_file_reloads_with_equal_logits_also_one_written_before(tmp_path, stat
     assert torch.equal(logits_of(load_checkpoint(tmp_path / "m").model), expected)
 
 
+@pytest.mark.parametrize("embeddings", EMBEDDINGS)
+@pytest.mark.parametrize("rotations", [("o",), ("o", "down"), ("qkv", "o", "gate_up", "down")], ids=" ".join)
+@TIED
+def test_a_file_of_a_turned_stream_has_no_rotation_before_what_reads_it(tmp_path, tied, rotations, embeddings):
+    recipe = W8A8Recipe(0.5, rotations=rotations, embeddings=embeddings, stream_rotation=True)
+    model, dense = release(tied), logits_of(release(tied).float())
+    turn_for(model, recipe)
+    description = quantize_llama(model, calibrate_llama(model, helpers.example_windows(4, 32)), recipe)
+    assert description["stream_rotation"] and set(description["rotations"]) == {"o", "down"} & set(rotations)
+    settings = {"kind": "w8a8", "parent": None, "stage": {}, "quantization": description, "dtype": "bfloat16"}
+    save_checkpoint(tmp_path / "m", model, helpers.make_byte_tokenizer(), **settings)
+    expected = logits_of(model.float())
+    assert 0 < (expected - dense).norm() < 0.2 * dense.norm()
+    assert torch.equal(logits_of(load_checkpoint(tmp_path / "m").model), expected)
+    config, state = helpers.read_json(tmp_path / "m" / "config.json"), load_file(tmp_path / "m" / "model.safetensors")
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(state) and not config["tie_word_embeddings"]
+    rotated = {name.split(".")[-3] for name in state if name.endswith("hadamard_input.weight")}
+    assert rotated == ({"down_proj"} if "down" in rotations else set())
+    assert ("transform_config" in config["quantization_config"]) == bool(rotated)
+    assert ("With transformers and compressed-tensors:" in (tmp_path / "m" / "README.md").read_text()) == (not rotated)
+
+
+def test_a_recipe_for_a_turned_stream_wants_it_turned_first(statistics):
+    model = release(True)
+    with pytest.raises(ValueError, match=r"call turn_for\(model, recipe\) first"):
+        quantize_llama(model, statistics[True], W8A8Recipe(0.5, stream_rotation=True))
+    assert not any(isinstance(module, W8A8Linear) for module in model.modules())
+    before = copy.deepcopy(model.state_dict())
+    turn_for(model, W8A8Recipe(0.5))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_files_do_not_depend_on_the_kernel_of_the_machine(tmp_path, monkeypatch, statistics, tokenizer):
     monkeypatch.delenv(KERNEL_VARIABLE, raising=False)
     written = []
@@ -102,6 +135,21 @@ def test_files_do_not_depend_on_the_kernel_of_the_machine(tmp_path, monkeypatch,
             }
         written.append(files)
     assert len(written[0]) > 8 and written[0] == written[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("embeddings", EMBEDDINGS)
+def test_compressed_tensors_alone_reads_the_file_of_a_turned_stream(tmp_path, embeddings, tied):
+    pytest.importorskip("compressed_tensors")
+    dense, model = logits_of(release(tied).float()), release(tied)
+    recipe = W8A8Recipe(0.5, rotations=("o",), embeddings=embeddings, stream_rotation=True)
+    turn_for(model, recipe)
+    save(tmp_path / "m", model, calibrate_llama(model, helpers.example_windows(4, 32)), **vars(recipe))
+    theirs, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32, output_loading_info=True)
+    assert not any(loading.values())
+    ours = logits_of(load_checkpoint(tmp_path / "m").model)
+    assert (logits_of(theirs) - ours).norm() < 1.5 * (ours - dense).norm() < 0.5 * dense.norm()
 
 
 @pytest.mark.slow

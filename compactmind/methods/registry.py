@@ -17,7 +17,7 @@ from compactmind.methods.pruning.llama_pruning import DenseStates, PruneRecipe, 
 from compactmind.methods.quantization.calibration import SITES
 from compactmind.methods.quantization.gptq_model import GPTQRecipe, quantize_gptq, tensor_choices
 from compactmind.methods.quantization.packed_model import quantize_model
-from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama
+from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama, turn_for
 from compactmind.methods.retraining.causal_lm import RetrainRecipe, TeacherStates, retrain_causal_lm
 from compactmind.training import TrainingState
 
@@ -165,8 +165,8 @@ def _retrain(model, resources: Resources, recipe: RetrainRecipe):
     )  # fmt: skip
 
 
-def _statistics(model, resources: Resources):
-    return resources.remember("statistics", lambda: calibrate_llama(model, resources.calibration))
+def _statistics(model, resources: Resources, turned: bool = False):
+    return resources.remember(("statistics", turned), lambda: calibrate_llama(model, resources.calibration))
 
 
 def _smooth(model, resources: Resources, recipe: SmoothRecipe):
@@ -174,7 +174,8 @@ def _smooth(model, resources: Resources, recipe: SmoothRecipe):
 
 
 def _w8a8(model, resources: Resources, recipe: W8A8Recipe):
-    return model, quantize_llama(model, _statistics(model, resources), recipe)
+    turn_for(model, recipe)
+    return model, quantize_llama(model, _statistics(model, resources, recipe.stream_rotation), recipe)
 
 
 def _nf4(model, resources: Resources, recipe: NF4Recipe):
