@@ -7,7 +7,7 @@ Run:   python 4_smoothquant_llama.py            (after python download_model.py;
 Reads: models/llama, wikitext_data/{train,validation,test}.jsonl
 Writes: models/llama_w8a8          smoothed and rotated, int8 weights and activations
         models/llama_w8a8_naive    control: the same without either
-        models/llama_nf4           control: bitsandbytes NF4, 4-bit weights
+        models/llama_nf4           control: bitsandbytes NF4, rounding compensated, int8 table
         models/llama_smoothed      smoothed but not quantized (--save_smoothed True)
         results/smoothquant.{json,png}    perplexity and KL to dense on the same held-out windows; alpha against KL; alpha of every layer
 Time:  about 2.5 minutes on 2 CPU cores (embedded profile).
@@ -33,7 +33,7 @@ from compactmind.formats.table import kernel_of
 from compactmind.forward import next_token_logits
 from compactmind.guards import check_outputs, check_released
 from compactmind.manifest import identity_of, is_up_to_date, read_manifest, weights_fingerprint
-from compactmind.methods.quantization.packed_model import quantize_model
+from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4
 from compactmind.methods.quantization.w8a8_model import (
     PER_LAYER,
     W8A8Recipe,
@@ -110,7 +110,7 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
     stages = {
         config.output_dir: smoothed_stage,
         f"{config.output_dir}_naive": stage(*settings, sites=(), rotations=(), stream_rotation=False),
-        config.nf4_dir: stage("profile", method="nf4"),
+        config.nf4_dir: stage("profile", "calibration_windows", "seq_len", "nf4_compensation", "nf4_embeddings", method="nf4"),
     }
     if config.save_smoothed:
         stages[config.smoothed_dir] = {**smoothed_stage, "quantized": False}
@@ -151,13 +151,14 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
         return model
 
     @functools.cache
+    def calibration() -> torch.Tensor:
+        return token_windows(tokenizer, load_documents(config.text_dir, "train"), config.seq_len, config.calibration_windows)
+
+    @functools.cache
     def statistics(stream_rotation: bool):
         """Return what is seen of the inputs: calibrated once, and once more for a stream that is turned."""
-        calibration = token_windows(
-            tokenizer, load_documents(config.text_dir, "train"), config.seq_len, config.calibration_windows
-        )
-        print(f"calibrating on {len(calibration)} windows of {config.seq_len} tokens ...", flush=True)
-        return calibrate_llama(released(recipe(0.5, stream_rotation=stream_rotation)), calibration)
+        print(f"calibrating on {len(calibration())} windows of {config.seq_len} tokens ...", flush=True)
+        return calibrate_llama(released(recipe(0.5, stream_rotation=stream_rotation)), calibration())
 
     def quantized(how: W8A8Recipe):
         """Return the released model in W8A8, and its description."""
@@ -199,7 +200,7 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
     for name in due:
         print(f"{name} ...", flush=True)
         if name == config.nf4_dir:
-            model, description = nf4(source, device)
+            model, description = nf4(source, device, calibration(), config)
             save(name, model, "nf4", quantization=description)
         elif name == config.smoothed_dir:
             model = released(recipe(alpha), torch.float32)
@@ -249,12 +250,14 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
     print(f"\n{json.dumps(report['protocol'])}\nwritten to {report_path}, plot {plot_path}")
 
 
-def nf4(path: Path, device: str):
-    """Return the model with its block linears in NF4 (everything else as released) and its description."""
+def nf4(path: Path, device: str, calibration: torch.Tensor, config: SmoothQuantConfig):
+    """Return the model with its block linears in NF4, the tables as `nf4_embeddings` says, all else as released; and its description."""
     released, _ = load_as_released(path)
     dtypes = {name: parameter.dtype for name, parameter in released.named_parameters()}
     model = released.float().to(device)
-    description = quantize_model(model, "nf4", half_precision_embeddings=False)
+    description = quantize_nf4(
+        model, calibration, NF4Recipe(compensation=config.nf4_compensation, embeddings=config.nf4_embeddings)
+    )
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtypes[name])

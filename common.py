@@ -207,6 +207,10 @@ class SmoothQuantConfig(StageConfig):
     """Directory under models_dir for the result; the control without smoothing becomes <output_dir>_naive."""
     nf4_dir: str = "llama_nf4"
     """Directory under models_dir for the 4-bit control."""
+    nf4_compensation: bool = True
+    """Let the columns that follow make up for NF4's rounding errors (GPTQ), block by block; or round to nearest."""
+    nf4_embeddings: Literal["as_released", "int8", "int6", "int5", "int4"] = "int8"
+    """What the embedding table and the head of the 4-bit control are stored in."""
     save_smoothed: bool = False
     """Also save the smoothed model in full precision, to quantize it with another tool."""
     smoothed_dir: str = "llama_smoothed"

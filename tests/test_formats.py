@@ -16,6 +16,7 @@ from compactmind.formats.loading import require_every_tensor, uninitialized_mode
 from compactmind.formats.table import FORMATS, Format, is_quantized, kernel_of, parameters_of
 from compactmind.guards import check_parent
 from compactmind.methods.pruning.masks import compact
+from compactmind.methods.quantization.gptq_model import GPTQRecipe, quantize_gptq
 from compactmind.methods.quantization.packed_model import linears_to_quantize, quantize_model
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
 from compactmind.methods.quantization.w8a8_linear import ACTIVATIONS, KERNEL_VARIABLE
@@ -136,6 +137,8 @@ def quantized(kind: str, llama: bool):
     model = helpers.make_llama() if llama else helpers.make_bert(hidden_size=64, intermediate_size=128)
     if kind == "pruned":
         return compact(model, helpers.uneven_masks(model)), None
+    if kind == "grouped":
+        return model, quantize_gptq(model, helpers.example_windows(4, 32), GPTQRecipe())
     if kind == "w8a8" and llama:
         return model, quantize_llama(model, calibrate_llama(model, helpers.example_windows()), W8A8Recipe())
     if kind == "w8a8":
@@ -144,7 +147,8 @@ def quantized(kind: str, llama: bool):
 
 
 KERNELS = {"dense": "float32", "pruned": "float32", "nf4": "bitsandbytes", "int8": "bitsandbytes", "w8a8": "simulated"}
-CASES = [(kind, False) for kind in FORMATS] + [(kind, True) for kind in FORMATS if kind != "pruned"]
+KERNELS["grouped"] = "dequantized"
+CASES = [(kind, False) for kind in FORMATS if kind != "grouped"] + [(kind, True) for kind in FORMATS if kind != "pruned"]
 
 
 @pytest.mark.parametrize(("kind", "llama"), CASES, ids=[f"{kind} {'llama' if llama else 'bert'}" for kind, llama in CASES])

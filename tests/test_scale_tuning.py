@@ -12,7 +12,7 @@ from compactmind.methods.quantization.scale_tuning import _backward, tune_scales
 
 
 def rounded(zero="symmetric", dtype=torch.float32, bits=3):
-    dense, windows = helpers.make_llama(), helpers.example_windows(6, 32)
+    dense, windows = helpers.make_llama(), helpers.example_windows(32, 32)
     model = helpers.make_llama().to(dtype)
     quantize_gptq(model, windows, GPTQRecipe(bits=bits, group_size=16, zero=zero, damping=0.1))
     return dense, model.float() if dtype == torch.float32 else model, windows
@@ -27,9 +27,9 @@ def test_the_model_comes_nearer_and_only_scales_zeros_and_norms_move(zero):
     dense, model, windows = rounded(zero)
     before = {name: (layer.q.clone(), layer.scale.clone(), layer.zero.clone()) for name, layer in layers(model).items()}
     norm, away = model.model.norm.weight.detach().clone(), divergence(dense, model, windows)["mean"]
-    done = tune_scales(model, dense, windows, tokens=40 * windows.shape[1], lr=5e-3)
-    assert divergence(dense, model, windows)["mean"] < 0.8 * away
-    assert done["steps"] == len(done["losses"]) == 40 and done["tokens"] == 40 * windows.shape[1]
+    done = tune_scales(model, dense, windows, tokens=60 * windows.shape[1], lr=3e-3)
+    assert done["kept"] and divergence(dense, model, windows)["mean"] < 0.87 * away
+    assert done["steps"] == len(done["losses"]) == 60 and done["tokens"] == 60 * windows.shape[1]
     blocks = [name for name in before if name.startswith("model.layers.")]
     for name in blocks:
         layer, (q, scale, old_zero) = layers(model)[name], before[name]
@@ -58,6 +58,16 @@ def test_norms_keep_their_dtype_and_what_wanted_gradients_still_does():
     tune_scales(model, dense, windows, tokens=2 * windows.shape[1], lr=1e-3)
     assert model.model.norm.weight.dtype == torch.bfloat16 and model.model.norm.weight.grad is None
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == wanted
+
+
+def test_what_makes_it_worse_on_held_out_text_is_not_kept():
+    dense, model, windows = rounded(bits=8)
+    before = {name: layer.scale.clone() for name, layer in layers(model).items()}
+    norm = model.model.norm.weight.detach().clone()
+    done = tune_scales(model, dense, windows, tokens=4 * windows.shape[1], lr=0.3)
+    assert not done["kept"] and done["held_out"][1] > done["held_out"][0]
+    assert all(torch.equal(layer.scale, before[name]) for name, layer in layers(model).items())
+    assert torch.equal(model.model.norm.weight, norm)
 
 
 def test_a_loss_that_is_no_number_ends_it_with_the_setting_to_lower():

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compactmind.files import WEIGHTS
+from compactmind.formats.grouped import put_grouped
 from compactmind.formats.loading import require_every_tensor, uninitialized_model
 from compactmind.methods.quantization.packed_model import linears_to_quantize, replace_by_packed_modules
 
@@ -41,6 +42,7 @@ def load(
         else:
             state.pop(f"{name}.weight_format")
             linear.load_packed(packed, state.pop(f"{name}.SCB"))
+    put_grouped(model, quantization.get("tables", {}), state)
     missing, unexpected = model.load_state_dict(state, strict=False)
     packed_weights = {f"{name}.weight" for name, _ in linears_to_quantize(model)}
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()  # a head that is the embedding table
@@ -51,9 +53,9 @@ def load(
 def nf4_config(model: PreTrainedModel, quantization: dict[str, Any]) -> dict[str, Any] | None:
     """Return the entry with which transformers reads an NF4 file too (half-precision tables first need `.embeddings.float()`).
 
-    None where rows are filled up to whole blocks, which it does not know of.
+    None where rows are filled up to whole blocks or tables are integers, which it does not know of.
     """
-    if any(linear.padding for _, linear in linears_to_quantize(model)):
+    if quantization.get("tables") or any(linear.padding for _, linear in linears_to_quantize(model)):
         return None
     return {
         "quant_method": "bitsandbytes",

@@ -32,20 +32,9 @@ def load(
     config, state = model_class.config_class.from_pretrained(directory), load_file(directory / WEIGHTS)
     with torch.device("meta"):
         model = model_class(config)
-    for name, grid in quantization["tensors"].items():
-        found = {each: state.pop(f"{name}.{each}") for each in TENSORS if f"{name}.{each}" in state}
-        weight = GroupedWeight.from_tensors(found, Grid(**grid))
-        parts = weight.q, weight.scale, weight.zero, weight.grid
-        if isinstance(model.get_submodule(name), nn.Embedding):
-            model.set_submodule(name, GroupedEmbedding(*parts))
-        else:
-            model.set_submodule(name, GroupedLinear(*parts, state.pop(f"{name}.bias", None)))
-    table = model.get_input_embeddings()
-    if config.tie_word_embeddings:
-        if isinstance(table, GroupedEmbedding):
-            model.set_output_embeddings(tied_head(table))
-        else:
-            state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    put_grouped(model, quantization["tensors"], state)
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
+        state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     grouped = {name for name, module in model.named_modules() if isinstance(module, GroupedWeight)}
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
@@ -61,6 +50,24 @@ def by_bits(quantization: dict[str, Any] | None) -> dict[int, list[str]]:
     for name, grid in ((quantization or {}).get("tensors") or {}).items():
         found.setdefault(grid["bits"], []).append(name)
     return dict(sorted(found.items()))
+
+
+def put_grouped(model: PreTrainedModel, grids: dict[str, dict[str, Any]], state: dict[str, torch.Tensor]) -> None:
+    """Put, in place, integers where the linears and tables named in `grids` were, from a file's tensors, which are taken out of `state`.
+
+    A head that is tied to a table of integers reads them too. Raises KeyError or ValueError if a tensor is missing or does not fit.
+    """
+    for name, grid in grids.items():
+        found = {each: state.pop(f"{name}.{each}") for each in TENSORS if f"{name}.{each}" in state}
+        weight = GroupedWeight.from_tensors(found, Grid(**grid))
+        parts = weight.q, weight.scale, weight.zero, weight.grid
+        if isinstance(model.get_submodule(name), nn.Embedding):
+            model.set_submodule(name, GroupedEmbedding(*parts))
+        else:
+            model.set_submodule(name, GroupedLinear(*parts, state.pop(f"{name}.bias", None)))
+    table = model.get_input_embeddings()
+    if isinstance(table, GroupedEmbedding) and model.config.tie_word_embeddings:
+        model.set_output_embeddings(tied_head(table))
 
 
 def weights(module: nn.Module) -> list[tuple[torch.Tensor, int]]:

@@ -81,7 +81,7 @@ class GPTQRecipe:
     """Share of the mean diagonal added to H, in (0, 1]."""
     tuning_tokens: int = 0
     """Tokens of the calibration text on which scales and norms then learn from the dense model (scale_tuning.py); 0: none."""
-    tuning_lr: float = 1e-3
+    tuning_lr: float = 3e-4
     """How far a scale moves in a step at most, as a share of its size."""
     weigh_tokens: bool = False
     """Count every token of the calibration text by its gradients (sensitivity.py), or all alike."""
@@ -240,7 +240,7 @@ def quantize_gptq(
     no widths reach. `teacher` makes the dense model that tuning_tokens learn from, `choices` what `tensor_choices`
     returns, if that is known. A model whose quantization is interrupted is of no use.
     """
-    tables = _check(model, windows)
+    tables = check_source(model, windows)
     released = released or model.dtype
     grid, predicted = Grid(recipe.bits, recipe.group_size, recipe.zero), None
     grids = {f"{block.name}.{path}": grid for block in llama_blocks(model) for path in LINEARS.values()}
@@ -274,7 +274,7 @@ def quantize_gptq(
                 else:
                     rounded = round_nearest(linear.weight, grid, moment.diagonal())
                 model.set_submodule(name, GroupedLinear(rounded.q, rounded.scale, rounded.zero, rounded.grid, linear.bias))
-    _replace_tables(model, grids)
+    replace_tables(model, grids)
     description = describe(recipe, grids, predicted)
     if recipe.tuning_tokens:
         with torch.enable_grad():
@@ -282,12 +282,12 @@ def quantize_gptq(
     return description
 
 
-def _check(model: PreTrainedModel, windows: torch.Tensor) -> dict[str, nn.Module]:
+def check_source(model: PreTrainedModel, windows: torch.Tensor) -> dict[str, nn.Module]:
     """Return the tables of a model; raises CompactMindError if it or the text is none to quantize by."""
     linears = {
         f"{block.name}.{path}": getattr(block, field) for block in llama_blocks(model) for field, path in LINEARS.items()
     }
-    other = next((name for name, linear in linears.items() if not isinstance(linear, nn.Linear)), None)
+    other = next((name for name, linear in linears.items() if type(linear) is not nn.Linear), None)
     if other:
         raise CompactMindError(
             f"{other} is a {type(linears[other]).__name__}: the model is quantized already; give the dense one"
@@ -308,7 +308,7 @@ def _sharpened(weights: torch.Tensor) -> torch.Tensor:
     return weights / weights.mean().clamp_min(1e-30)
 
 
-def _replace_tables(model: PreTrainedModel, grids: dict[str, Grid]) -> None:
+def replace_tables(model: PreTrainedModel, grids: dict[str, Grid]) -> None:
     """Put, in place, integers where the table and the head were that have a grid; what is tied stays tied."""
     tables, embedding = tables_of(model), model.get_input_embeddings()
     for name, module in tables.items():
@@ -339,7 +339,5 @@ def describe(recipe: GPTQRecipe, grids: dict[str, Grid], predicted: float | None
         "damping": recipe.damping,
         "weigh_tokens": recipe.weigh_tokens,
         "sensitivity": recipe.sensitivity if recipe.target_compression else None,
-        "tensors": {
-            name: {"bits": grid.bits, "group_size": grid.group_size, "zero": grid.zero} for name, grid in grids.items()
-        },
+        "tensors": {name: grid.described() for name, grid in grids.items()},
     }

@@ -12,7 +12,7 @@ squared error, fitted to its integers by least squares (as `make_qx_quants` of l
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -55,6 +55,10 @@ class Grid:
         groups = len(self.groups(in_features))
         zeros = {"symmetric": 0, "integer": self.bits, "float": 16}[self.zero]
         return -(-in_features * self.bits // 32) * 32 + groups * (16 + zeros)
+
+    def described(self) -> dict[str, int | str]:
+        """Return it as JSON has it: Grid(**described()) is the same."""
+        return asdict(self)
 
     def __str__(self) -> str:
         group = "row" if self.group_size == -1 else f"g{self.group_size}"

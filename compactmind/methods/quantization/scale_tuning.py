@@ -37,33 +37,31 @@ def tune_scales(
     """Train, in place, a model's scales, float zeros and norms on `tokens` tokens of `windows` (windows, seq_len); returns what was done.
 
     A step is one window; a number moves by at most about `lr` times the mean size of those beside it, and less from step to step (cosine).
-    Afterwards everything is of the dtype it was. Raises CompactMindError if the loss is no number.
+    An eighth of the windows is held out: if the KL on them is no smaller afterwards, everything stays as it was. What is trained has the
+    dtype it had. Raises CompactMindError if the loss is no number.
     """
+    count = max(1, len(windows) // 8)
+    held_out, windows = windows[-count:], windows[:-count] if len(windows) > count else windows
     steps, started = max(1, math.ceil(tokens / windows.shape[1])), time.perf_counter()
     wanted_gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     places = [(norm, "weight") for norm in stream_norms(model)]
     for module in model.modules():
-        if isinstance(module, GroupedLinear):
+        if isinstance(module, GroupedLinear) and module is not model.get_output_embeddings():  # whose scales a table may share
             places += [(module, "scale")] + [(module, "zero")] * (module.grid.zero == "float")
-    if model.get_output_embeddings() in [
-        module for module, _ in places
-    ]:  # its scales are the table's, or nobody reads them here
-        places = [(module, name) for module, name in places if module is not model.get_output_embeddings()]
-    before = [(getattr(module, name), getattr(module, name).dtype) for module, name in places]
-    values = []
-    for (module, name), (tensor, _) in zip(places, before, strict=True):
-        if isinstance(tensor, nn.Parameter):
-            tensor.data = tensor.data.float()
-            values.append(tensor.requires_grad_())
-        else:
-            values.append(tensor.detach().float().clone().requires_grad_())
-            setattr(module, name, values[-1])
+    before = [getattr(module, name).detach().clone() for module, name in places]
+    _put(places, [each.float() for each in before])
+    values = [getattr(module, name).requires_grad_() for module, name in places]
     optimizer = torch.optim.Adam(
         [{"params": [value], "lr": lr * float(value.detach().abs().mean().clamp_min(1e-12))} for value in values], betas=DECAY
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     losses: list[float] = []
+
+    def judged() -> float:
+        return sum(_divergence(model, teacher, window) for window in held_out) / len(held_out)
+
+    at_first, kept = judged(), False
     try:
         for step in range(steps):
             losses.append(_backward(model, teacher, windows[step % len(windows)]))
@@ -75,21 +73,43 @@ def tune_scales(
             schedule.step()
             optimizer.zero_grad()
             show(f"tuning {step + 1}/{steps} | KL {losses[-1]:.4f}")
+        _put(places, [value.detach().to(old.dtype) for value, old in zip(values, before, strict=True)])
+        at_last = judged()
+        kept = at_last < at_first
     finally:
-        for (module, name), (tensor, dtype), value in zip(places, before, values, strict=True):
-            if isinstance(tensor, nn.Parameter):
-                tensor.data, tensor.grad = tensor.data.to(dtype), None
-            else:
-                setattr(module, name, value.detach().to(dtype))
+        if not kept:
+            _put(places, before)
+        for value in values:
+            value.grad = None
         for parameter, wanted in wanted_gradients:
             parameter.requires_grad_(wanted)
     return {
-        "tokens": steps * windows.shape[1],
-        "steps": steps,
-        "lr": lr,
-        "losses": losses,
+        "tokens": steps * windows.shape[1], "steps": steps, "lr": lr, "losses": losses, "held_out": [at_first, at_last], "kept": kept,
         "seconds": time.perf_counter() - started,
-    }
+    }  # fmt: skip
+
+
+def _put(places: list[tuple[nn.Module, str]], values: list[torch.Tensor]) -> None:
+    """Set, in place, what is trained: the data of a parameter, or a buffer."""
+    for (module, name), value in zip(places, values, strict=True):
+        if isinstance(getattr(module, name), nn.Parameter):
+            getattr(module, name).data = value
+        else:
+            setattr(module, name, value)
+
+
+@torch.no_grad()
+def _divergence(model: PreTrainedModel, teacher: PreTrainedModel, window: torch.Tensor) -> float:
+    """Return KL(teacher || model) in nats a token on a window (seq_len,)."""
+    states = [
+        each.model(input_ids=window[None].to(each.device), use_cache=False).last_hidden_state[0] for each in (model, teacher)
+    ]
+    heads, loss = [_head(each) for each in (model, teacher)], 0.0
+    for start in range(0, len(window), TOKENS_AT_ONCE):
+        parts = [each[start : start + TOKENS_AT_ONCE].float() for each in states]
+        found, wanted = ((part @ head.t()).log_softmax(dim=-1) for part, head in zip(parts, heads, strict=True))
+        loss += float((wanted.exp() * (wanted - found)).sum())
+    return loss / len(window)
 
 
 def _backward(model: PreTrainedModel, teacher: PreTrainedModel, window: torch.Tensor) -> float:
