@@ -50,7 +50,7 @@ def tune_scales(
         if isinstance(module, GroupedLinear) and module is not model.get_output_embeddings():  # whose scales a table may share
             places += [(module, "scale")] + [(module, "zero")] * (module.grid.zero == "float")
     before = [getattr(module, name).detach().clone() for module, name in places]
-    _put(places, [each.float() for each in before])
+    _put(places, [each.float().clone() for each in before])  # which an optimizer changes
     values = [getattr(module, name).requires_grad_() for module, name in places]
     optimizer = torch.optim.Adam(
         [{"params": [value], "lr": lr * float(value.detach().abs().mean().clamp_min(1e-12))} for value in values], betas=DECAY
