@@ -7,7 +7,7 @@ Run:   python 4_smoothquant_llama.py            (after python download_model.py;
 Reads: models/llama, wikitext_data/{train,validation,test}.jsonl
 Writes: models/llama_w8a8          smoothed and rotated, int8 weights and activations
         models/llama_w8a8_naive    control: the same without either
-        models/llama_nf4           control: bitsandbytes NF4, 4-bit weights
+        models/llama_nf4           control: bitsandbytes NF4, 4-bit weights with compensated rounding, int8 tables
         models/llama_smoothed      smoothed but not quantized (--save_smoothed True)
         results/smoothquant.{json,png}    perplexity and KL to dense on the same held-out windows; alpha against KL; alpha of every layer
 Time:  about 2.5 minutes on 2 CPU cores (embedded profile).
@@ -32,7 +32,7 @@ from compactmind.formats.table import kernel_of
 from compactmind.forward import next_token_logits
 from compactmind.guards import check_outputs, check_released
 from compactmind.manifest import identity_of, is_up_to_date, read_manifest, weights_fingerprint
-from compactmind.methods.quantization.packed_model import quantize_model
+from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4
 from compactmind.methods.quantization.w8a8_model import PER_LAYER, W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama
 from compactmind.report.figures import save_figure
 from compactmind.text import load_documents, token_windows
@@ -99,10 +99,11 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
         return {**made_by, "config": {**config.relevant(*names), "text": fingerprint, **more}}
 
     smoothed_stage = stage(*settings, *choosing)
+    compensating = ("calibration_windows", "seq_len") if config.nf4_compensation else ()
     stages = {
         config.output_dir: smoothed_stage,
         f"{config.output_dir}_naive": stage(*settings, sites=(), rotations=()),
-        config.nf4_dir: stage("profile", method="nf4"),
+        config.nf4_dir: stage("profile", "nf4_embeddings", *compensating, method="nf4", compensation=config.nf4_compensation),
     }
     if config.save_smoothed:
         stages[config.smoothed_dir] = {**smoothed_stage, "quantized": False}
@@ -129,11 +130,12 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
         token_windows(tokenizer, load_documents(config.text_dir, split), config.seq_len, count, config.window_choice)
         for split, count in (("validation", VALIDATION_WINDOWS), ("test", config.eval_windows))
     )
-    statistics = []
-    if set(due) - {config.nf4_dir}:
+    smoothing, statistics, calibration = set(due) - {config.nf4_dir}, [], None
+    if smoothing or (due and config.nf4_compensation):
         calibration = token_windows(
             tokenizer, load_documents(config.text_dir, "train"), config.seq_len, config.calibration_windows
         )
+    if smoothing:
         print(f"calibrating on {len(calibration)} windows of {config.seq_len} tokens ...", flush=True)
         statistics = calibrate_llama(model.to(device), calibration)
     del model
@@ -147,6 +149,7 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
         return model, quantize_llama(model.to(device), statistics, how)
 
     naive = recipe(0.5, sites=(), rotations=())
+    nf4 = NF4Recipe(compensation=config.nf4_compensation, embeddings=config.nf4_embeddings)
 
     # ---- alpha against KL and perplexity, on validation text; the dense logits of it are kept: 0.8 GB with 49,152 words
     table: list[dict] = []
@@ -181,7 +184,8 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
     for name in due:
         print(f"{name} ...", flush=True)
         if name == config.nf4_dir:
-            model, description = nf4(source, device)
+            model, _ = load_as_released(source)
+            description = quantize_nf4(model.to(device), calibration, nf4)
             save(name, model, "nf4", quantization=description)
         elif name == config.smoothed_dir:
             model, _ = load_as_released(source)
@@ -229,18 +233,6 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
     write_json_atomically(report_path, report)
     plot_alphas(smoothed["quantization"], table, plot_path)
     print(f"\n{json.dumps(report['protocol'])}\nwritten to {report_path}, plot {plot_path}")
-
-
-def nf4(path: Path, device: str):
-    """Return the model with its block linears in NF4 (everything else as released) and its description."""
-    released, _ = load_as_released(path)
-    dtypes = {name: parameter.dtype for name, parameter in released.named_parameters()}
-    model = released.float().to(device)
-    description = quantize_model(model, "nf4", half_precision_embeddings=False)
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtypes[name])
-    return model, description
 
 
 def measured_before(report_path: Path) -> dict | None:

@@ -208,7 +208,7 @@ def test_a_w8a8_llama_has_the_parameters_of_the_dense_one(tmp_path, tied, embedd
 def test_a_packed_llama_has_the_parameters_of_the_dense_one(tmp_path, tied, method):
     same_count_once_packed(
         helpers.make_llama(tie_word_embeddings=tied),
-        lambda model: quantize_model(model, method, half_precision_embeddings=False),
+        lambda model: quantize_model(model, method, embeddings="float32"),
         tmp_path / "m", method, helpers.make_byte_tokenizer(),
     )  # fmt: skip
 
@@ -219,7 +219,7 @@ def test_a_packed_llama_has_the_parameters_of_the_dense_one(tmp_path, tied, meth
 def test_a_packed_classifier_has_the_parameters_of_the_pruned_one(tmp_path, tokenizer, architecture, method, half_precision):
     def pack(model):
         if method == "w8a8":
-            return quantize_encoder(model, half_precision)
-        return quantize_model(model, method, half_precision_embeddings=half_precision)
+            return quantize_encoder(model, "fp16" if half_precision else "float32")
+        return quantize_model(model, method, embeddings="fp16" if half_precision else "float32")
 
     same_count_once_packed(pruned(helpers.MAKERS[architecture]()), pack, tmp_path / "m", method, tokenizer)

@@ -16,7 +16,8 @@ from compactmind.methods.pruning.llama_importance import score
 from compactmind.methods.pruning.llama_pruning import DenseStates, PruneRecipe, check_prunable, prune_llama
 from compactmind.methods.quantization.calibration import SITES
 from compactmind.methods.quantization.gptq_model import GPTQRecipe, quantize_gptq
-from compactmind.methods.quantization.packed_model import quantize_model
+from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4
+from compactmind.methods.quantization.tables import table_bits
 from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama
 from compactmind.methods.retraining.causal_lm import RetrainRecipe, TeacherStates, retrain_causal_lm
 from compactmind.training import TrainingState
@@ -120,14 +121,6 @@ class Method:
 
 
 @dataclass(frozen=True)
-class NF4Recipe:
-    """NF4 by bitsandbytes."""
-
-    double_quantization: bool = True
-    """Quantize the block scales too."""
-
-
-@dataclass(frozen=True)
 class SmoothRecipe:
     """SmoothQuant's smoothing alone: the model computes the same, its activations are easier to quantize."""
 
@@ -176,7 +169,7 @@ def _w8a8(model, resources: Resources, recipe: W8A8Recipe):
 
 
 def _nf4(model, resources: Resources, recipe: NF4Recipe):
-    return model, quantize_model(model, "nf4", double_quantization=recipe.double_quantization, half_precision_embeddings=False)
+    return model, quantize_nf4(model, resources.calibration, recipe)
 
 
 def _gptq(model, resources: Resources, recipe: GPTQRecipe):
@@ -201,11 +194,11 @@ METHODS: dict[str, Method] = {
     "w8a8": Method(
         "w8a8", "quantize", W8A8Recipe, _w8a8,
         {"alpha": (0.4, 0.5, 0.6, 0.7, 0.8), "activations": ("per_token", "per_tensor"), "embeddings": ("as_released", "int8")}, "w8a8",
-        bits=lambda recipe: (8.05, 8.06 if recipe.embeddings == "int8" else None),
+        bits=lambda recipe: (8.05, 8.06 if recipe.embeddings == "int8" else table_bits(recipe.embeddings)),
     ),
     "nf4": Method(
         "nf4", "quantize", NF4Recipe, _nf4, {"double_quantization": (True, False)}, "nf4",
-        bits=lambda recipe: (4.13 if recipe.double_quantization else 4.5, None),
+        bits=lambda recipe: (4.13 if recipe.double_quantization else 4.5, table_bits(recipe.embeddings)),
     ),
     "gptq": Method(
         "gptq", "quantize", GPTQRecipe, _gptq,

@@ -1,6 +1,6 @@
 """A Llama block by block: what each block reads, and one block at a time in float32, so that memory holds one block and not a model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compactmind.methods.llama import llama_blocks
+from compactmind.errors import CompactMindError
+from compactmind.methods.llama import LlamaBlock, llama_blocks
+from compactmind.methods.quantization.calibration import SITES, readers_of
 
 
 @contextmanager
@@ -61,3 +63,61 @@ def run_block(block: nn.Module, states: torch.Tensor, arguments: dict[str, Any])
     """Return what a block makes of (1, seq_len, channels)."""
     output = block(states, **arguments)
     return output[0] if isinstance(output, tuple) else output
+
+
+Moments = dict[str, torch.Tensor]
+"""Site of SITES -> weighted mean of x x^T of what its linears read, float32 (in, in)."""
+
+
+@torch.no_grad()
+def walk_blocks(
+    model: PreTrainedModel, windows: torch.Tensor, tokens: Sequence[dict[str, torch.Tensor]] | None
+) -> Iterator[tuple[int, LlamaBlock, Moments]]:
+    """Yield every block in float32 with the moments of its inputs over `windows`; the next one reads what it then computes.
+
+    Whoever walks may replace the linears of the block while it has it. `tokens`: weights by block and site, (windows, seq_len); None: all
+    tokens alike.
+    Raises CompactMindError naming the layer if an input is NaN or infinite.
+    """
+    model.eval()
+    states, arguments = block_inputs(model, windows)
+    for index, others in enumerate(arguments):
+        block = llama_blocks(model)[index]
+        with in_float32(block.module):
+            moments = _moments(block, states, others, None if tokens is None else tokens[index])
+            yield index, block, moments
+            del moments
+            for number, each in enumerate(states):
+                states[number] = run_block(block.module, each, others)
+
+
+def _moments(block: LlamaBlock, states: list[torch.Tensor], arguments: dict, tokens: dict[str, torch.Tensor] | None) -> Moments:
+    sums: Moments = {}
+    window, total = 0, sum(each.shape[1] for each in states)
+
+    def watch(site: str):
+        def see(_, inputs) -> None:
+            x = inputs[0][0].float()
+            if tokens is not None:
+                x = x * tokens[site][window].sqrt()[:, None].to(x.device)
+            if site in sums:
+                sums[site].addmm_(x.t(), x, alpha=1 / total)
+            else:
+                sums[site] = (x.t() @ x).div_(total)
+
+        return see
+
+    handles = [readers_of(block, site)[0].register_forward_pre_hook(watch(site)) for site in SITES]
+    try:
+        for window, each in enumerate(states):  # noqa: B007  the hooks read it
+            run_block(block.module, each, arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for site, moment in sums.items():
+        if not torch.isfinite(moment.diagonal()).all():
+            raise CompactMindError(
+                f"{block.name}: the input of {'/'.join(SITES[site])} is NaN or infinite on calibration text: the weights of this layer or "
+                "of one before it are damaged, download or make the model again"
+            )
+    return sums

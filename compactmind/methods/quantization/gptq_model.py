@@ -7,9 +7,8 @@
 Memory is one block in float32; all others wait in the dtype they were released in, or as integers.
 """
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,21 +16,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compactmind.errors import CompactMindError
-from compactmind.methods.llama import LINEARS, LlamaBlock, llama_blocks
+from compactmind.methods.llama import LINEARS, llama_blocks
 from compactmind.methods.quantization.allocation import Choice, allocate
-from compactmind.methods.quantization.blockwise import block_inputs, in_float32, run_block
-from compactmind.methods.quantization.calibration import SITES, readers_of
+from compactmind.methods.quantization.blockwise import walk_blocks
+from compactmind.methods.quantization.calibration import SITES, require_dense, require_text
 from compactmind.methods.quantization.gptq import ORDERS, Rounded, inverse_factor, round_compensated, round_nearest
 from compactmind.methods.quantization.grid import BITS, Grid
-from compactmind.methods.quantization.grouped import GroupedEmbedding, GroupedLinear, tied_head
-from compactmind.methods.quantization.packed_model import require_finite
+from compactmind.methods.quantization.grouped import GroupedLinear
 from compactmind.methods.quantization.sensitivity import SHARPNESS, Sensitivity, cost_of, measure_sensitivity
+from compactmind.methods.quantization.tables import EMBEDDINGS, replace_tables, table_grid, tables_of
 
-EMBEDDINGS = ("as_released", "int8", "int6", "int5", "int4")
-"""What tables and heads may be stored in."""
-TABLE_GROUP = 64
-"""Weights of a table that share a scale, where no target chooses."""
 AUTO = "auto"
 GRIDS = [Grid(bits, size) for bits in BITS for size in (32, 64, 128)] + [Grid(bits, 32, "float") for bits in (2, 3, 4, 5)]
 """What an allocation chooses from for the linears of the blocks. A float zero costs half a bit more and finds a grid again on which the
@@ -44,8 +38,6 @@ HEADER = 90
 """Bytes that a tensor takes in the head of a safetensors file, beside its name, at most."""
 TENSORS_OF_A_WEIGHT = 4
 """Packed integers, scales, minima or zero points, shape: so many tensors at most for each weight."""
-TOKENS_PER_INPUT = 0.25
-"""So many tokens of calibration text for each input of the widest linear, at least: with fewer, what GPTQ sees is chance."""
 
 
 @dataclass(frozen=True)
@@ -94,80 +86,7 @@ class GPTQRecipe:
         return table_grid("int8" if self.embeddings == AUTO else self.embeddings)
 
 
-def table_grid(embeddings: str) -> Grid | None:
-    """Return the grid that a word of EMBEDDINGS stands for, None for as_released."""
-    return None if embeddings == "as_released" else Grid(int(embeddings.removeprefix("int")), TABLE_GROUP)
-
-
-# ------------------------------------------------------------------------------------------------------------ block by block
-Moments = dict[str, torch.Tensor]
-"""Site of SITES -> weighted mean of x x^T of what its linears read, float32 (in, in)."""
-
-
-@torch.no_grad()
-def walk_blocks(
-    model: PreTrainedModel, windows: torch.Tensor, tokens: Sequence[dict[str, torch.Tensor]] | None
-) -> Iterator[tuple[int, LlamaBlock, Moments]]:
-    """Yield every block in float32 with the moments of its inputs over `windows`; the next one reads what it then computes.
-
-    Whoever walks may replace the linears of the block while it has it. `tokens`: weights, see `Sensitivity`; None: all tokens alike.
-    Raises CompactMindError naming the layer if an input is NaN or infinite.
-    """
-    model.eval()
-    states, arguments = block_inputs(model, windows)
-    for index, others in enumerate(arguments):
-        block = llama_blocks(model)[index]
-        with in_float32(block.module):
-            moments = _moments(block, states, others, None if tokens is None else tokens[index])
-            yield index, block, moments
-            del moments
-            for number, each in enumerate(states):
-                states[number] = run_block(block.module, each, others)
-
-
-def _moments(block: LlamaBlock, states: list[torch.Tensor], arguments: dict, tokens: dict[str, torch.Tensor] | None) -> Moments:
-    sums: Moments = {}
-    window, total = 0, sum(each.shape[1] for each in states)
-
-    def watch(site: str):
-        def see(_, inputs) -> None:
-            x = inputs[0][0].float()
-            if tokens is not None:
-                x = x * tokens[site][window].sqrt()[:, None].to(x.device)
-            if site in sums:
-                sums[site].addmm_(x.t(), x, alpha=1 / total)
-            else:
-                sums[site] = (x.t() @ x).div_(total)
-
-        return see
-
-    handles = [readers_of(block, site)[0].register_forward_pre_hook(watch(site)) for site in SITES]
-    try:
-        for window, each in enumerate(states):  # noqa: B007  the hooks read it
-            run_block(block.module, each, arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for site, moment in sums.items():
-        if not torch.isfinite(moment.diagonal()).all():
-            raise CompactMindError(
-                f"{block.name}: the input of {'/'.join(SITES[site])} is NaN or infinite on calibration text: the weights of this layer or "
-                "of one before it are damaged, download or make the model again"
-            )
-    return sums
-
-
 # ---------------------------------------------------------------------------------------------------------------- allocation
-def tables_of(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return the embedding table and, where it has a table of its own, the head, by the names they have in a file."""
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    names = {id(module): name for name, module in model.named_modules()}
-    found = {names[id(table)]: table}
-    if head.weight.data_ptr() != table.weight.data_ptr():
-        found[names[id(head)]] = head
-    return found
-
-
 def _table_metric(
     model: PreTrainedModel, name: str, found: Sensitivity, damping: float
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -181,8 +100,11 @@ def _table_metric(
 
 def round_table(weight: torch.Tensor, grid: Grid, metric: list[tuple[torch.Tensor, torch.Tensor]] | None) -> Rounded:
     """Return a table (rows, channels) on its grid, each weight at its nearest level; scales are chosen by the mean row's metric."""
-    importance = None if metric is None else sum(rows.mean() * columns for rows, columns in metric)
-    return round_nearest(weight, grid, importance)
+    return round_nearest(weight, grid, None if metric is None else _mean_importance(metric))
+
+
+def _mean_importance(metric: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    return sum(rows.mean() * columns for rows, columns in metric)
 
 
 def _table_choices(weight: torch.Tensor, metric: list[tuple[torch.Tensor, torch.Tensor]]) -> list[Choice]:
@@ -272,7 +194,9 @@ def quantize_gptq(
     Raises CompactMindError before anything is changed: a weight that is NaN or infinite, too little text, a quantized model, a target that
     no widths reach; a model whose quantization is interrupted is of no more use.
     """
-    tables = _check(model, windows)
+    require_dense(model)
+    require_text(model, windows)
+    tables = tables_of(model)
     released = released or model.dtype
     found = None
     if recipe.target_compression or (recipe.weigh_tokens and recipe.compensation):
@@ -305,51 +229,14 @@ def quantize_gptq(
                 else:
                     rounded = round_compensated(linear.weight, moments[site], grids[name], recipe.damping, factor=factors)
                 model.set_submodule(name, GroupedLinear(rounded.q, rounded.scale, rounded.zero, rounded.grid, linear.bias))
-    _replace_tables(model, grids, metrics)
+    importance = {name: _mean_importance(metric) for name, metric in metrics.items() if metric}
+    replace_tables(model, {name: grids[name] for name in tables if name in grids}, importance)
     return describe(recipe, grids, predicted)
-
-
-def _check(model: PreTrainedModel, windows: torch.Tensor) -> dict[str, nn.Module]:
-    """Return the tables of a model; raises CompactMindError if it or the text is none to quantize by."""
-    linears = {
-        f"{block.name}.{path}": getattr(block, field) for block in llama_blocks(model) for field, path in LINEARS.items()
-    }
-    other = next((name for name, linear in linears.items() if not isinstance(linear, nn.Linear)), None)
-    if other:
-        raise CompactMindError(
-            f"{other} is a {type(linears[other]).__name__}: the model is quantized already; give the dense one"
-        )
-    tables = tables_of(model)
-    require_finite({**linears, **tables})
-    widest = max(linear.in_features for linear in linears.values())
-    if windows.numel() < TOKENS_PER_INPUT * widest:
-        raise CompactMindError(
-            f"{windows.numel()} tokens of calibration text are too few for linears of {widest} inputs, which want at least "
-            f"{math.ceil(TOKENS_PER_INPUT * widest)}: more --calibration_windows, or a longer text"
-        )
-    return tables
 
 
 def _sharpened(weights: torch.Tensor) -> torch.Tensor:
     weights = weights**SHARPNESS
     return weights / weights.mean().clamp_min(1e-30)
-
-
-def _replace_tables(model: PreTrainedModel, grids: dict[str, Grid], metrics: dict[str, Any]) -> None:
-    """Put, in place, integers where the table and the head were that have a grid; what is tied stays tied."""
-    tables, embedding = tables_of(model), model.get_input_embeddings()
-    for name, module in tables.items():
-        if name not in grids:
-            continue
-        rounded = round_table(module.weight, grids[name], metrics[name])
-        parts = rounded.q, rounded.scale, rounded.zero, rounded.grid
-        if module is embedding:
-            small = GroupedEmbedding(*parts)
-            model.set_input_embeddings(small)
-            if len(tables) == 1:
-                model.set_output_embeddings(tied_head(small))
-        else:
-            model.set_output_embeddings(GroupedLinear(*parts, module.bias))
 
 
 def describe(recipe: GPTQRecipe, grids: dict[str, Grid], predicted: float | None) -> dict[str, Any]:

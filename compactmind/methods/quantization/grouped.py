@@ -120,8 +120,11 @@ class GroupedLinear(GroupedWeight):
         super().__init__(q, scale, zero, grid)
         self.out_features, self.in_features = self.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.tied = False
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.tied:
+            return
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
@@ -146,7 +149,8 @@ class GroupedEmbedding(GroupedWeight):
 
 
 def tied_head(table: GroupedEmbedding) -> GroupedLinear:
-    """Return a head that reads the integers, scales and zeros of a table; all are the same memory."""
+    """Return a head that reads the integers, scales and zeros of a table: the same memory, and in a file the table alone."""
     head = GroupedLinear(table.q, table.scale, table.zero, table.grid)
+    head.tied = True
     head.q, head.scale, head.zero = table.q, table.scale, table.zero
     return head
