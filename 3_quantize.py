@@ -9,8 +9,8 @@ Writes: models/student_distilled_nf4, models/student_pruned_nf4 (or ..._int8), m
 Time:  about 20 seconds on 2 CPU cores (embedded profile).
 
 The linears of the encoder blocks are packed; classifier heads stay in full precision; embedding tables, two thirds of a
-small encoder, are kept in fp16. 4-bit weights are multiplied in bf16 on a GPU and in fp32 on a CPU: they save bytes. W8A8 multiplies
-int8 by int8: it saves time.
+small encoder, are kept in fp16 (--embeddings int8, int6, int5 or int4: fewer bytes). 4-bit weights are multiplied in bf16 on a GPU and
+in fp32 on a CPU: they save bytes. W8A8 multiplies int8 by int8: it saves time.
 """
 
 from pathlib import Path
@@ -27,6 +27,7 @@ from compactmind.files import lock_directory
 from compactmind.forward import predict_logits
 from compactmind.guards import check_outputs, check_parent, check_tokenizer
 from compactmind.manifest import is_up_to_date, read_manifest, weights_fingerprint
+from compactmind.methods.quantization.grouped import GroupedEmbedding
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
 
@@ -40,14 +41,14 @@ RELOAD_TOLERANCE = 0.0
 
 def embedding_bytes(model: torch.nn.Module) -> int:
     """Return what the embedding tables weigh, in bytes as stored."""
-    tables = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-    return sum(table.numel() * table.element_size() for table in tables)
+    tables = [module.state_dict() for module in model.modules() if isinstance(module, (torch.nn.Embedding, GroupedEmbedding))]
+    return sum(tensor.numel() * tensor.element_size() for table in tables for tensor in table.values())
 
 
 def quantize(name: str, method: str, config: QuantizeConfig, device: str) -> None:
     """Quantize models/<name> into models/<name>_<method> and verify the file by loading it again."""
     source, directory = config.models_dir / name, config.models_dir / f"{name}_{method}"
-    settings = ["profile", "half_precision_embeddings", "max_length"]
+    settings = ["profile", "embeddings", "max_length"]
     if method != "w8a8":
         settings += ["double_quantization", "calibration_sentences"]
     stage = {
@@ -68,7 +69,7 @@ def quantize(name: str, method: str, config: QuantizeConfig, device: str) -> Non
     before = predict_logits(parent.model, validation, config.eval_batch_size)
     tables_before = embedding_bytes(parent.model)
     if method == "w8a8":
-        description = quantize_encoder(parent.model, config.half_precision_embeddings)
+        description = quantize_encoder(parent.model, config.embeddings)
     else:
         sentences = load_split(config.data_dir, "train")[: config.calibration_sentences]
         calibration = EncodedSentences(parent.tokenizer, sentences, config.max_length) if sentences else None
@@ -76,7 +77,7 @@ def quantize(name: str, method: str, config: QuantizeConfig, device: str) -> Non
             parent.model,
             method,
             double_quantization=config.double_quantization,
-            half_precision_embeddings=config.half_precision_embeddings,
+            embeddings=config.embeddings,
             calibration=calibration.evaluation_batches(config.eval_batch_size) if calibration else None,
         )
     after = predict_logits(parent.model, validation, config.eval_batch_size)

@@ -7,7 +7,7 @@ Run:   python 4_smoothquant_llama.py            (after python download_model.py;
 Reads: models/llama, wikitext_data/{train,validation,test}.jsonl
 Writes: models/llama_w8a8          smoothed and rotated, int8 weights and activations
         models/llama_w8a8_naive    control: the same without either
-        models/llama_nf4           control: bitsandbytes NF4, rounding compensated, int8 table
+        models/llama_nf4           control: bitsandbytes NF4, 4-bit weights with compensated rounding, int8 tables
         models/llama_smoothed      smoothed but not quantized (--save_smoothed True)
         results/smoothquant.{json,png}    perplexity and KL to dense on the same held-out windows; alpha against KL; alpha of every layer
 Time:  about 2.5 minutes on 2 CPU cores (embedded profile).
@@ -107,10 +107,11 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
         return {**made_by, "config": {**config.relevant(*names), "text": fingerprint, **more}}
 
     smoothed_stage = stage(*settings, *choosing)
+    compensating = ("calibration_windows", "seq_len") if config.nf4_compensation else ()
     stages = {
         config.output_dir: smoothed_stage,
         f"{config.output_dir}_naive": stage(*settings, sites=(), rotations=(), stream_rotation=False),
-        config.nf4_dir: stage("profile", "calibration_windows", "seq_len", "nf4_compensation", "nf4_embeddings", method="nf4"),
+        config.nf4_dir: stage("profile", "nf4_embeddings", *compensating, method="nf4", compensation=config.nf4_compensation),
     }
     if config.save_smoothed:
         stages[config.smoothed_dir] = {**smoothed_stage, "quantized": False}
@@ -166,6 +167,7 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
         return model, quantize_llama(model, seen, how)
 
     naive = recipe(0.5, sites=(), rotations=(), stream_rotation=False)
+    nf4 = NF4Recipe(compensation=config.nf4_compensation, embeddings=config.nf4_embeddings)
 
     # ---- alpha against KL and perplexity, on validation text; the dense logits of it are kept: 0.8 GB with 49,152 words
     table: list[dict] = []
@@ -200,7 +202,8 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
     for name in due:
         print(f"{name} ...", flush=True)
         if name == config.nf4_dir:
-            model, description = nf4(source, device, calibration(), config)
+            model, _ = load_as_released(source)
+            description = quantize_nf4(model.to(device), calibration(), nf4)
             save(name, model, "nf4", quantization=description)
         elif name == config.smoothed_dir:
             model = released(recipe(alpha), torch.float32)
@@ -248,20 +251,6 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
     write_json_atomically(report_path, report)
     plot_alphas(smoothed["quantization"], table, plot_path)
     print(f"\n{json.dumps(report['protocol'])}\nwritten to {report_path}, plot {plot_path}")
-
-
-def nf4(path: Path, device: str, calibration: torch.Tensor, config: SmoothQuantConfig):
-    """Return the model with its block linears in NF4, the tables as `nf4_embeddings` says, all else as released; and its description."""
-    released, _ = load_as_released(path)
-    dtypes = {name: parameter.dtype for name, parameter in released.named_parameters()}
-    model = released.float().to(device)
-    description = quantize_nf4(
-        model, calibration, NF4Recipe(compensation=config.nf4_compensation, embeddings=config.nf4_embeddings)
-    )
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtypes[name])
-    return model, description
 
 
 def measured_before(report_path: Path) -> dict | None:

@@ -189,8 +189,9 @@ class QuantizeConfig(StageConfig):
     """nf4: quantize the block scales too (0.37 bit per weight less)."""
     calibration_sentences: int = 256
     """nf4: training sentences on which rounding errors are compensated (GPTQ); 0 = round to nearest."""
-    half_precision_embeddings: bool = True
-    """Store embedding tables in fp16: they are two thirds of a small encoder and 4-bit kernels do not touch them."""
+    embeddings: Literal["fp16", "float32", "int8", "int6", "int5", "int4"] = "fp16"
+    """What embedding tables are stored in, two thirds of a small encoder that 4-bit kernels do not touch: float32 as they are, integers
+    with a scale for every 64 weights of a row."""
     max_length: int = 64
     """Tokens after which a sentence is cut, in calibration and in the check of parent against result."""
     eval_batch_size: int = 64
@@ -208,9 +209,9 @@ class SmoothQuantConfig(StageConfig):
     nf4_dir: str = "llama_nf4"
     """Directory under models_dir for the 4-bit control."""
     nf4_compensation: bool = True
-    """Let the columns that follow make up for NF4's rounding errors (GPTQ), block by block; or round to nearest."""
+    """Compensate its rounding errors block by block on the calibration text (GPTQ); False: round to nearest."""
     nf4_embeddings: Literal["as_released", "int8", "int6", "int5", "int4"] = "int8"
-    """What the embedding table and the head of the 4-bit control are stored in."""
+    """Its embedding table and head: as they are, or integers with a scale for every 64 weights of a row."""
     save_smoothed: bool = False
     """Also save the smoothed model in full precision, to quantize it with another tool."""
     smoothed_dir: str = "llama_smoothed"
@@ -240,8 +241,8 @@ class SmoothQuantConfig(StageConfig):
     --rotations o any reader of compressed-tensors gets it right. A head tied to the embeddings becomes a table of its own."""
     activations: Literal["per_token", "per_tensor", "per_tensor_static"] = "per_token"
     """Granularity of the activations' scale: the paper's O1, O2 and O3."""
-    embeddings: Literal["as_released", "int8"] = "as_released"
-    """Keep the embedding table and the head as they are, or make them int8 too."""
+    embeddings: Literal["as_released", "int8", "int6", "int5", "int4"] = "as_released"
+    """Keep the embedding table and the head as they are, make them int8 too, or integers of fewer bits, which save bytes and no time."""
 
 
 PRUNE_AND_RETRAIN = (

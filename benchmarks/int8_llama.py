@@ -82,7 +82,7 @@ def make_rows(config: BenchmarkConfig, device: str) -> dict:
 
 def bitsandbytes(model, method: str):
     model = copy.deepcopy(model)
-    quantize_model(model, method, half_precision_embeddings=False)
+    quantize_model(model, method, embeddings="float32")
     return model
 
 

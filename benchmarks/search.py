@@ -51,6 +51,7 @@ GRID = {
     "prune.sparsity": [0.1, 0.2, 0.3, 0.4], "prune.criterion": ["taylor", "activation"], "prune.scope": ["uniform"],
     "retrain.tokens": [4096], "retrain.lr": [1e-4], "retrain.distillation": [False],
     "w8a8.alpha": [0.5, 0.8], "w8a8.activations": ["per_token"], "w8a8.embeddings": ["int8"], "nf4.double_quantization": [True],
+    "nf4.compensation": [False], "nf4.embeddings": ["as_released"],
 }  # fmt: skip
 """The coarse space: 8 ways to prune, with and without retraining, 3 to quantize, alone and together: 67 points."""
 

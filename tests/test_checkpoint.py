@@ -159,7 +159,7 @@ def test_a_pruned_checkpoint_loads_without_this_project(tmp_path, tokenizer, arc
 @pytest.mark.parametrize("half_precision", [False, True])
 def test_an_nf4_checkpoint_of_a_dense_model_loads_with_plain_transformers(tmp_path, tokenizer, half_precision):
     model = helpers.make_distilbert(dim=128, hidden_dim=256, scale=0.05)
-    description = quantize_model(model, "nf4", half_precision_embeddings=half_precision)
+    description = quantize_model(model, "nf4", embeddings="fp16" if half_precision else "float32")
     directory = save(tmp_path / "student_distilled_nf4", model, tokenizer, "nf4", quantization=description)
     plain = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32)
     assert type(plain.distilbert.transformer.layer[0].ffn.lin1).__name__ == "Linear4bit"
@@ -375,7 +375,7 @@ def test_every_kind_of_language_model_stops_where_it_is_told_to(tmp_path, kind):
     model.generation_config.eos_token_id = [7, 9]
     quantization = None
     if kind == "nf4":
-        quantization = quantize_model(model, "nf4", half_precision_embeddings=False)
+        quantization = quantize_model(model, "nf4", embeddings="float32")
     elif kind == "w8a8":
         quantization = quantize_llama(model, calibrate_llama(model, helpers.example_windows()), W8A8Recipe(alpha=0.5))
     directory = save(tmp_path / "llama", model, helpers.make_byte_tokenizer(), kind, quantization=quantization)

@@ -143,7 +143,7 @@ def quantized(kind: str, llama: bool):
         return model, quantize_llama(model, calibrate_llama(model, helpers.example_windows()), W8A8Recipe())
     if kind == "w8a8":
         return model, quantize_encoder(model)
-    return model, None if kind == "dense" else quantize_model(model, kind, half_precision_embeddings=not llama)
+    return model, None if kind == "dense" else quantize_model(model, kind, embeddings="float32" if llama else "fp16")
 
 
 KERNELS = {"dense": "float32", "pruned": "float32", "nf4": "bitsandbytes", "int8": "bitsandbytes", "w8a8": "simulated"}
@@ -206,7 +206,7 @@ def test_a_w8a8_llama_has_the_parameters_of_the_dense_one(tmp_path, tied, embedd
 def test_a_packed_llama_has_the_parameters_of_the_dense_one(tmp_path, tied, method):
     same_count_once_packed(
         helpers.make_llama(tie_word_embeddings=tied),
-        lambda model: quantize_model(model, method, half_precision_embeddings=False),
+        lambda model: quantize_model(model, method, embeddings="float32"),
         tmp_path / "m", method, helpers.make_byte_tokenizer(),
     )  # fmt: skip
 
@@ -217,8 +217,8 @@ def test_a_packed_llama_has_the_parameters_of_the_dense_one(tmp_path, tied, meth
 def test_a_packed_classifier_has_the_parameters_of_the_pruned_one(tmp_path, tokenizer, architecture, method, half_precision):
     def pack(model):
         if method == "w8a8":
-            return quantize_encoder(model, half_precision)
-        return quantize_model(model, method, half_precision_embeddings=half_precision)
+            return quantize_encoder(model, "fp16" if half_precision else "float32")
+        return quantize_model(model, method, embeddings="fp16" if half_precision else "float32")
 
     model = helpers.MAKERS[architecture]()
     same_count_once_packed(compact(model, helpers.uneven_masks(model)), pack, tmp_path / "m", method, tokenizer)

@@ -98,7 +98,7 @@ def test_what_a_stage_takes_is_checked_by_what_it_is(zoo):
 
 def test_a_quantized_llama_is_not_called_damaged(tmp_path):
     model = helpers.make_llama()
-    description = quantize_model(model, "nf4", half_precision_embeddings=False)
+    description = quantize_model(model, "nf4", embeddings="float32")
     directory = save(
         tmp_path / "llama_nf4", model, helpers.make_byte_tokenizer(), "nf4", quantization=description, parent="llama"
     )

@@ -113,8 +113,8 @@ def test_embeddings_are_half_precision_in_storage_and_single_in_use(bert):
 
 def test_embeddings_stay_as_they_are_when_asked(bert):
     table = bert.bert.embeddings.word_embeddings.weight.detach().clone()
-    description = quantize_model(bert, "nf4", half_precision_embeddings=False)
-    assert description["half_precision_embeddings"] is False
+    description = quantize_model(bert, "nf4", embeddings="float32")
+    assert description["embeddings"] == "float32" and description["tables"] == {}
     assert torch.equal(bert.bert.embeddings.word_embeddings.weight, table)
 
 
@@ -134,7 +134,7 @@ def test_the_file_of_a_model_of_mostly_embeddings_is_half_as_large(tmp_path, tok
 
 def test_int8_is_close_to_the_dense_model(distilbert):
     expected = helpers.logits_of(distilbert)
-    quantize_model(distilbert, "int8", half_precision_embeddings=False)
+    quantize_model(distilbert, "int8", embeddings="float32")
     difference = (helpers.logits_of(distilbert) - expected).abs().max()
     assert 0 < difference < 0.05 * expected.abs().max()
 
@@ -211,7 +211,7 @@ def test_what_a_format_cannot_hold_is_named_before_anything_is_changed(distilber
     assert list(after) == list(before) and all(after[path].dtype == tensor.dtype for path, tensor in before.items())
     assert all(torch.equal(after[path].nan_to_num(), tensor.nan_to_num()) for path, tensor in before.items())
     if value == 1e5 and isinstance(module, nn.Embedding):
-        QUANTIZERS[method](distilbert, half_precision_embeddings=False)
+        QUANTIZERS[method](distilbert, embeddings="float32")
         assert torch.isfinite(helpers.logits_of(distilbert)).all()
 
 

@@ -72,10 +72,10 @@ def test_a_table_beyond_float16_is_named_with_the_way_out(folder, tokenizer, run
     arguments = ("--parents", "student", "--method", method, "--w8a8_parents")
     status, output = run_here("3_quantize.py", *arguments, cwd=folder)
     assert status == 1 and "Traceback" not in output
-    for part in ("distilbert.embeddings.position_embeddings", "70000", "65504", "--half_precision_embeddings False"):
+    for part in ("distilbert.embeddings.position_embeddings", "70000", "65504", "--embeddings float32"):
         assert part in output, output
     assert not (folder / "models" / f"student_{method}").exists()
-    status, output = run_here("3_quantize.py", *arguments, "--half_precision_embeddings", "False", cwd=folder)
+    status, output = run_here("3_quantize.py", *arguments, "--embeddings", "float32", cwd=folder)
     assert status == 0, output
     model = checkpoint.load_checkpoint(folder / "models" / f"student_{method}").model
     assert model.distilbert.embeddings.position_embeddings.weight[100, 3] == 7e4

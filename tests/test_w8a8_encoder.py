@@ -66,7 +66,7 @@ def test_a_sentence_alone_gives_what_it_gives_in_a_batch(model):
 
 @pytest.mark.parametrize("half", [True, False])
 def test_it_reloads_with_equal_logits_and_the_names_of_its_parent(model, tokenizer, tmp_path, half):
-    small, description = quantized(model, half_precision_embeddings=half)
+    small, description = quantized(model, embeddings="fp16" if half else "float32")
     save_checkpoint(
         tmp_path / "small", small, tokenizer, kind="w8a8", parent=None, stage={}, quantization=description, data_fingerprint=""
     )
@@ -103,7 +103,7 @@ def test_compressed_tensors_reads_the_file(model, tokenizer, tmp_path, pruned, h
     """With `pip install compressed-tensors==0.20.0`, as in test_w8a8_model.py: two draws of the same noise."""
     pytest.importorskip("compressed_tensors")
     dense = compact(model, helpers.uneven_masks(model)).eval() if pruned else model
-    small, description = quantized(dense, half_precision_embeddings=half)
+    small, description = quantized(dense, embeddings="fp16" if half else "float32")
     save_checkpoint(tmp_path / "m", small, tokenizer, kind="w8a8", parent=None, stage={}, quantization=description)
     theirs, loading = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "m", dtype=torch.float32, trust_remote_code=True, output_loading_info=True

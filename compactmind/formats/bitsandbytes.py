@@ -1,7 +1,7 @@
 """Blocks of NF4 or LLM.int8() linears as bitsandbytes packs them (methods/quantization/packed_model.py), the rest as it is.
 
 A packed weight is a row of bytes under the name of the weight, with what decodes it beside it: `<name>.absmax` and others for NF4,
-`SCB` (a scale per output row) for int8.
+`SCB` (a scale per output row) for int8. Tables may be integers in groups (formats/grouped.py).
 """
 
 from pathlib import Path
@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compactmind.files import WEIGHTS
-from compactmind.formats.grouped import put_grouped
+from compactmind.formats.grouped import take_grouped
 from compactmind.formats.loading import require_every_tensor, uninitialized_model
-from compactmind.methods.quantization.packed_model import linears_to_quantize, replace_by_packed_modules
+from compactmind.methods.quantization.packed_model import linears_to_quantize, replace_by_half_tables, replace_linears
 
 
 def load(
@@ -31,8 +31,10 @@ def load(
     """
     config = model_class.config_class.from_pretrained(directory)
     model = uninitialized_model(model_class, config)
-    replace_by_packed_modules(model, quantization, device)
     state = load_file(directory / WEIGHTS)
+    replace_linears(model, quantization, device)
+    replace_by_half_tables(model, quantization)
+    take_grouped(model, state, quantization.get("tables", {}))
     for name, linear in linears_to_quantize(model):
         packed = state.pop(f"{name}.weight")
         if quantization["method"] == "nf4":
@@ -42,7 +44,6 @@ def load(
         else:
             state.pop(f"{name}.weight_format")
             linear.load_packed(packed, state.pop(f"{name}.SCB"))
-    put_grouped(model, quantization.get("tables", {}), state)
     missing, unexpected = model.load_state_dict(state, strict=False)
     packed_weights = {f"{name}.weight" for name, _ in linears_to_quantize(model)}
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()  # a head that is the embedding table

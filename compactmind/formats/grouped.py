@@ -32,14 +32,11 @@ def load(
     config, state = model_class.config_class.from_pretrained(directory), load_file(directory / WEIGHTS)
     with torch.device("meta"):
         model = model_class(config)
-    put_grouped(model, quantization["tensors"], state)
+    take_grouped(model, state, quantization["tensors"])
     if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    grouped = {name for name, module in model.named_modules() if isinstance(module, GroupedWeight)}
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    missing = [name for name in missing if name.rpartition(".")[0] not in grouped]
-    require_every_tensor(model_class, missing, unexpected)
+    require_every_tensor(model_class, *model.load_state_dict(state, strict=False, assign=True))
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # computed, not stored: the one on meta is empty
     return model
 
@@ -52,22 +49,23 @@ def by_bits(quantization: dict[str, Any] | None) -> dict[int, list[str]]:
     return dict(sorted(found.items()))
 
 
-def put_grouped(model: PreTrainedModel, grids: dict[str, dict[str, Any]], state: dict[str, torch.Tensor]) -> None:
-    """Put, in place, integers where the linears and tables named in `grids` were, from a file's tensors, which are taken out of `state`.
+def take_grouped(model: PreTrainedModel, state: dict[str, torch.Tensor], grids: dict[str, dict[str, Any]]) -> None:
+    """Put, in place, integers where the linears and tables named in `grids` are, and take their tensors out of `state`.
 
-    A head that is tied to a table of integers reads them too. Raises KeyError or ValueError if a tensor is missing or does not fit.
+    What is tied in the configuration is tied. Raises ValueError or KeyError if a tensor is missing or does not fit its grid.
     """
     for name, grid in grids.items():
         found = {each: state.pop(f"{name}.{each}") for each in TENSORS if f"{name}.{each}" in state}
-        weight = GroupedWeight.from_tensors(found, Grid(**grid))
+        weight, module = GroupedWeight.from_tensors(found, Grid(**grid)), model.get_submodule(name)
         parts = weight.q, weight.scale, weight.zero, weight.grid
-        if isinstance(model.get_submodule(name), nn.Embedding):
-            model.set_submodule(name, GroupedEmbedding(*parts))
-        else:
-            model.set_submodule(name, GroupedLinear(*parts, state.pop(f"{name}.bias", None)))
-    table = model.get_input_embeddings()
-    if isinstance(table, GroupedEmbedding) and model.config.tie_word_embeddings:
-        model.set_output_embeddings(tied_head(table))
+        if not isinstance(module, nn.Embedding):
+            model.set_submodule(name, GroupedLinear(*parts, state.get(f"{name}.bias")))
+            continue
+        table = GroupedEmbedding(*parts, module.padding_idx)
+        tied = module is model.get_input_embeddings() and model.config.tie_word_embeddings and model.get_output_embeddings()
+        model.set_submodule(name, table)
+        if tied:
+            model.set_output_embeddings(tied_head(table))
 
 
 def weights(module: nn.Module) -> list[tuple[torch.Tensor, int]]:

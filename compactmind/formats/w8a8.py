@@ -2,7 +2,7 @@
 
 The files follow the compressed-tensors layout `int-quantized` (int8 `weight`, `weight_scale` per output channel, `input_scale`
 if static), which vLLM and transformers with compressed-tensors read; a rotation of an input is a `transform_config`, which
-vLLM and compressed-tensors know and transformers 5.23 leaves out.
+vLLM and compressed-tensors know and transformers 5.23 leaves out. Tables in groups (formats/grouped.py) are read by this project alone.
 """
 
 from pathlib import Path
@@ -15,10 +15,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from compactmind.files import WEIGHTS
 from compactmind.formats import compressed_tensors
+from compactmind.formats.grouped import take_grouped
 from compactmind.formats.loading import require_every_tensor, uninitialized_model
 from compactmind.methods.llama import LINEARS, is_llama, llama_blocks
 from compactmind.methods.quantization.calibration import SITES
-from compactmind.methods.quantization.packed_model import HalfEmbedding, embedding_tables, linears_to_quantize
+from compactmind.methods.quantization.packed_model import linears_to_quantize, replace_by_half_tables
 from compactmind.methods.quantization.rotation import FOLDED_SITE, InputRotation
 from compactmind.methods.quantization.w8a8_block import fuse_blocks
 from compactmind.methods.quantization.w8a8_encoder import fuse_encoder
@@ -75,6 +76,7 @@ def _llama(
         model.set_input_embeddings(Int8Embedding(table.num_embeddings, table.embedding_dim))
         head = W8A8Linear(table.embedding_dim, table.num_embeddings, False, dynamic(activations), device="meta")
         model.set_output_embeddings(head)
+    take_grouped(model, state, quantization.get("tables", {}))
     packed = {name for name, module in model.named_modules() if isinstance(module, (W8A8Linear, InputRotation, Int8Embedding))}
     for name, tensor in state.items():
         if tensor.is_floating_point() and name.rpartition(".")[0] not in packed:
@@ -95,16 +97,17 @@ def _encoder(
     model = uninitialized_model(model_class, config)
     for name, linear in linears_to_quantize(model):
         model.set_submodule(name, W8A8Linear(linear.in_features, linear.out_features, linear.bias is not None))
-    if quantization["half_precision_embeddings"]:
-        for name, table in embedding_tables(model):
-            model.set_submodule(name, HalfEmbedding(table.num_embeddings, table.embedding_dim, table.padding_idx))
+    replace_by_half_tables(model, quantization)
+    take_grouped(model, state, quantization.get("tables", {}))
     require_every_tensor(model_class, *model.load_state_dict(state, strict=False))
     return model
 
 
 # ------------------------------------------------------------------------------------------------------------------ writing
-def quantization_config(model: PreTrainedModel, quantization: dict[str, Any]) -> dict[str, Any]:
-    """Return the entry with which compressed-tensors reads the file."""
+def quantization_config(model: PreTrainedModel, quantization: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the entry with which compressed-tensors reads the file, None where tables are integers in groups, which it does not know."""
+    if quantization.get("tables"):
+        return None
     activations = quantization["granularity"]["activations"]
     groups: dict[str, tuple[str, str | None]] = {"group_0": ("Linear", activations)}
     if not is_llama(model):
@@ -136,6 +139,8 @@ def as_released(name: str, parameter: torch.Tensor) -> bool:
 
 def caveat(quantization: dict[str, Any]) -> str:
     """Return what a card warns of, empty if compressed-tensors reads the file without more ado."""
+    if quantization.get("tables"):
+        return "Its embedding tables are integers in groups, a layout of this project: no other library reads the file."
     rotated = ", ".join(_running(quantization))
     if not rotated:
         return ""

@@ -17,6 +17,7 @@ from compactmind.methods.pruning.llama_pruning import DenseStates, PruneRecipe, 
 from compactmind.methods.quantization.calibration import SITES
 from compactmind.methods.quantization.gptq_model import GPTQRecipe, quantize_gptq, tensor_choices
 from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4
+from compactmind.methods.quantization.tables import table_bits
 from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama, turn_for
 from compactmind.methods.retraining.causal_lm import RetrainRecipe, TeacherStates, retrain_causal_lm
 from compactmind.training import TrainingState
@@ -200,11 +201,11 @@ METHODS: dict[str, Method] = {
     "w8a8": Method(
         "w8a8", "quantize", W8A8Recipe, _w8a8,
         {"alpha": (0.4, 0.5, 0.6, 0.7, 0.8), "activations": ("per_token", "per_tensor"), "embeddings": ("as_released", "int8")}, "w8a8",
-        bits=lambda recipe: (8.05, 8.06 if recipe.embeddings == "int8" else None),
+        bits=lambda recipe: (8.05, 8.06 if recipe.embeddings == "int8" else table_bits(recipe.embeddings)),
     ),
     "nf4": Method(
         "nf4", "quantize", NF4Recipe, _nf4, {"double_quantization": (True, False), "embeddings": ("as_released", "int8")}, "nf4",
-        bits=lambda recipe: recipe.bits_per_weight,
+        bits=lambda recipe: (4.13 if recipe.double_quantization else 4.5, table_bits(recipe.embeddings)),
     ),
     "gptq": Method(
         "gptq", "quantize", GPTQRecipe, _gptq,

@@ -3,6 +3,7 @@
 Streaming: one window at a time, and what is kept does not grow with the number of windows.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
-from compactmind.methods.llama import LlamaBlock, llama_blocks
+from compactmind.methods.llama import LINEARS, LlamaBlock, llama_blocks
+from compactmind.methods.quantization.packed_model import require_finite
+from compactmind.methods.quantization.tables import tables_of
 
 SITES = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 """Distinct inputs of a block -> the linears that read them."""
@@ -21,6 +24,33 @@ SITES = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down":
 def readers_of(block: LlamaBlock, site: str) -> list[nn.Linear]:
     """Return the linears that read the input `site`."""
     return [getattr(block, name) for name in SITES[site]]
+
+
+TOKENS_PER_INPUT = 0.25
+"""So many tokens of calibration text for each input of the widest linear, at least: with fewer, what GPTQ sees is chance."""
+
+
+def require_dense(model: PreTrainedModel) -> None:
+    """Raise CompactMindError if a Llama is quantized already, or if a weight of it is NaN or infinite."""
+    linears = {
+        f"{block.name}.{path}": getattr(block, field) for block in llama_blocks(model) for field, path in LINEARS.items()
+    }
+    other = next((name for name, linear in linears.items() if type(linear) is not nn.Linear), None)
+    if other:
+        raise CompactMindError(
+            f"{other} is a {type(linears[other]).__name__}: the model is quantized already; give the dense one"
+        )
+    require_finite({**linears, **tables_of(model)})
+
+
+def require_text(model: PreTrainedModel, windows: torch.Tensor) -> None:
+    """Raise CompactMindError if `windows` (windows, seq_len) are too little text to compensate the rounding of a Llama by."""
+    widest = max(getattr(block, field).in_features for block in llama_blocks(model) for field in LINEARS)
+    if windows.numel() < TOKENS_PER_INPUT * widest:
+        raise CompactMindError(
+            f"{windows.numel()} tokens of calibration text are too few for linears of {widest} inputs, which want at least "
+            f"{math.ceil(TOKENS_PER_INPUT * widest)}: more --calibration_windows, or a longer text"
+        )
 
 
 ROWS = 64

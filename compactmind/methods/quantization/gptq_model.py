@@ -7,7 +7,6 @@
 Memory is one block in float32; all others wait in the dtype they were released in, or as integers.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
@@ -17,15 +16,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compactmind.errors import CompactMindError
 from compactmind.methods.llama import LINEARS, llama_blocks
 from compactmind.methods.quantization.allocation import Choice, allocate
 from compactmind.methods.quantization.blockwise import walk_blocks
-from compactmind.methods.quantization.calibration import SITES
+from compactmind.methods.quantization.calibration import SITES, require_dense, require_text
 from compactmind.methods.quantization.gptq import ORDERS, columns_in_order, inverse_factor, round_compensated, round_nearest
 from compactmind.methods.quantization.grid import BITS, Grid
-from compactmind.methods.quantization.grouped import GroupedEmbedding, GroupedLinear, tied_head
-from compactmind.methods.quantization.packed_model import require_finite
+from compactmind.methods.quantization.grouped import GroupedLinear
 from compactmind.methods.quantization.scale_tuning import tune_scales
 from compactmind.methods.quantization.sensitivity import (
     SHARPNESS,
@@ -35,11 +32,8 @@ from compactmind.methods.quantization.sensitivity import (
     measured_table_cost,
     table_errors,
 )
+from compactmind.methods.quantization.tables import EMBEDDINGS, replace_tables, table_grid, tables_of
 
-EMBEDDINGS = ("as_released", "int8", "int6", "int5", "int4")
-"""What tables and heads may be stored in."""
-TABLE_GROUP = 64
-"""Weights of a table that share a scale, where no target chooses."""
 AUTO = "auto"
 GRIDS = [Grid(bits, size) for bits in BITS for size in (32, 64, 128)] + [Grid(bits, 32, "float") for bits in (2, 3, 4, 5)]
 """What an allocation chooses from for the linears of the blocks. A float zero costs half a bit more and finds a grid again on which the
@@ -55,8 +49,6 @@ HEADER = 90
 """Bytes that a tensor takes in the head of a safetensors file, beside its name, at most."""
 TENSORS_OF_A_WEIGHT = 4
 """Packed integers, scales, minima or zero points, shape: so many tensors at most for each weight."""
-TOKENS_PER_INPUT = 0.25
-"""So many tokens of calibration text for each input of the widest linear, at least: with fewer, what GPTQ sees is chance."""
 
 
 @dataclass(frozen=True)
@@ -114,22 +106,7 @@ class GPTQRecipe:
         return table_grid("int8" if self.embeddings == AUTO else self.embeddings)
 
 
-def table_grid(embeddings: str) -> Grid | None:
-    """Return the grid that a word of EMBEDDINGS stands for, None for as_released."""
-    return None if embeddings == "as_released" else Grid(int(embeddings.removeprefix("int")), TABLE_GROUP)
-
-
 # ---------------------------------------------------------------------------------------------------------------- allocation
-def tables_of(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return the embedding table and, where it has a table of its own, the head, by the names they have in a file."""
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    names = {id(module): name for name, module in model.named_modules()}
-    found = {names[id(table)]: table}
-    if head.weight.data_ptr() != table.weight.data_ptr():
-        found[names[id(head)]] = head
-    return found
-
-
 Choices = dict[str, list[Choice]]
 """Tensor by the name it has in a file -> its ways to be stored, with their bits and their cost."""
 
@@ -240,7 +217,9 @@ def quantize_gptq(
     no widths reach. `teacher` makes the dense model that tuning_tokens learn from, `choices` what `tensor_choices`
     returns, if that is known. A model whose quantization is interrupted is of no use.
     """
-    tables = check_source(model, windows)
+    require_dense(model)
+    require_text(model, windows)
+    tables = tables_of(model)
     released = released or model.dtype
     grid, predicted = Grid(recipe.bits, recipe.group_size, recipe.zero), None
     grids = {f"{block.name}.{path}": grid for block in llama_blocks(model) for path in LINEARS.values()}
@@ -274,7 +253,7 @@ def quantize_gptq(
                 else:
                     rounded = round_nearest(linear.weight, grid, moment.diagonal())
                 model.set_submodule(name, GroupedLinear(rounded.q, rounded.scale, rounded.zero, rounded.grid, linear.bias))
-    replace_tables(model, grids)
+    replace_tables(model, {name: grids[name] for name in tables if name in grids})
     description = describe(recipe, grids, predicted)
     if recipe.tuning_tokens:
         with torch.enable_grad():
@@ -282,47 +261,9 @@ def quantize_gptq(
     return description
 
 
-def check_source(model: PreTrainedModel, windows: torch.Tensor) -> dict[str, nn.Module]:
-    """Return the tables of a model; raises CompactMindError if it or the text is none to quantize by."""
-    linears = {
-        f"{block.name}.{path}": getattr(block, field) for block in llama_blocks(model) for field, path in LINEARS.items()
-    }
-    other = next((name for name, linear in linears.items() if type(linear) is not nn.Linear), None)
-    if other:
-        raise CompactMindError(
-            f"{other} is a {type(linears[other]).__name__}: the model is quantized already; give the dense one"
-        )
-    tables = tables_of(model)
-    require_finite({**linears, **tables})
-    widest = max(linear.in_features for linear in linears.values())
-    if windows.numel() < TOKENS_PER_INPUT * widest:
-        raise CompactMindError(
-            f"{windows.numel()} tokens of calibration text are too few for linears of {widest} inputs, which want at least "
-            f"{math.ceil(TOKENS_PER_INPUT * widest)}: more --calibration_windows, or a longer text"
-        )
-    return tables
-
-
 def _sharpened(weights: torch.Tensor) -> torch.Tensor:
     weights = weights**SHARPNESS
     return weights / weights.mean().clamp_min(1e-30)
-
-
-def replace_tables(model: PreTrainedModel, grids: dict[str, Grid]) -> None:
-    """Put, in place, integers where the table and the head were that have a grid; what is tied stays tied."""
-    tables, embedding = tables_of(model), model.get_input_embeddings()
-    for name, module in tables.items():
-        if name not in grids:
-            continue
-        rounded = round_nearest(module.weight, grids[name])
-        parts = rounded.q, rounded.scale, rounded.zero, rounded.grid
-        if module is embedding:
-            small = GroupedEmbedding(*parts)
-            model.set_input_embeddings(small)
-            if len(tables) == 1:
-                model.set_output_embeddings(tied_head(small))
-        else:
-            model.set_output_embeddings(GroupedLinear(*parts, module.bias))
 
 
 def describe(recipe: GPTQRecipe, grids: dict[str, Grid], predicted: float | None) -> dict[str, Any]:

@@ -18,12 +18,7 @@ from transformers.models.bert.modeling_bert import BertLayer, eager_attention_fo
 from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 
 from compactmind.methods.pruning.encoder import EncoderLayer, encoder_layers
-from compactmind.methods.quantization.packed_model import (
-    HalfEmbedding,
-    embedding_tables,
-    linears_to_quantize,
-    require_quantizable,
-)
+from compactmind.methods.quantization.packed_model import linears_to_quantize, require_quantizable, store_tables
 from compactmind.methods.quantization.w8a8_block import joined
 from compactmind.methods.quantization.w8a8_linear import Int8Parts, W8A8Linear
 
@@ -111,23 +106,21 @@ def fuse_encoder(model: PreTrainedModel) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- quantizing
 @torch.no_grad()
-def quantize_encoder(model: PreTrainedModel, half_precision_embeddings: bool = True) -> dict[str, Any]:
+def quantize_encoder(model: PreTrainedModel, embeddings: str = "fp16") -> dict[str, Any]:
     """Make, in place, every linear of the blocks W8A8, a scale per token and per output channel; heads stay in full precision.
 
-    Returns the description a loader and a manifest need. Raises CompactMindError, see `require_finite`, before anything is changed.
+    `embeddings`: what tables are stored in, one of packed_model.EMBEDDINGS. Returns the description a loader and a manifest need. Raises
+    CompactMindError and ValueError, see `require_quantizable`, before anything is changed.
     """
-    require_quantizable(model, half_precision_embeddings)
+    require_quantizable(model, embeddings)
     for name, linear in linears_to_quantize(model):
         model.set_submodule(name, W8A8Linear.from_linear(linear))
-    if half_precision_embeddings:
-        for name, table in embedding_tables(model):
-            half = HalfEmbedding(table.num_embeddings, table.embedding_dim, table.padding_idx).to(table.weight.device)
-            half.weight = nn.Parameter(table.weight.half(), requires_grad=False)
-            model.set_submodule(name, half)
+    tables = store_tables(model, embeddings)
     fuse_encoder(model)
     return {
         "method": "w8a8",
         "bits": 8,
         "granularity": {"weights": "per output channel", "activations": "per_token"},
-        "half_precision_embeddings": half_precision_embeddings,
+        "embeddings": embeddings,
+        "tables": tables,
     }

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from compactmind.methods.llama import LINEARS, LlamaBlock, llama_blocks
 from compactmind.methods.quantization.calibration import SITES, InputStatistics, calibrate, readers_of
+from compactmind.methods.quantization.grid import Grid
 from compactmind.methods.quantization.packed_model import require_finite
 from compactmind.methods.quantization.rotation import (
     FOLDED_SITE,
@@ -26,6 +27,7 @@ from compactmind.methods.quantization.rotation import (
 )
 from compactmind.methods.quantization.smoothquant import NORM_SITES, check_alpha, fold, site_scale
 from compactmind.methods.quantization.stream_rotation import random_orthogonal, turn_stream
+from compactmind.methods.quantization.tables import EMBEDDINGS, replace_tables, table_grid, tables_of
 from compactmind.methods.quantization.w8a8_block import fuse_blocks
 from compactmind.methods.quantization.w8a8_linear import (
     ACTIVATIONS,
@@ -36,7 +38,6 @@ from compactmind.methods.quantization.w8a8_linear import (
 )
 
 PER_LAYER = "per_layer"
-EMBEDDINGS = ("as_released", "int8")
 SITE_OF = {linear: site for site, readers in SITES.items() for linear in readers}
 
 
@@ -53,6 +54,8 @@ class W8A8Recipe:
     grid: Sequence[float] = (0.5,)
     activations: str = "per_token"
     embeddings: str = "as_released"
+    """as_released; int8: a scale per row, and the head's product in int8; int6, int5, int4: integers in groups (tables.py), multiplied in
+    floating point."""
     stream_rotation: bool = False
     """Turn the residual stream in the weights, see `turn_for`: what is rotated before q/k/v and gate/up then needs no work."""
 
@@ -68,6 +71,11 @@ class W8A8Recipe:
             for value in values:
                 if value not in choices:
                     raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
+
+    @property
+    def table(self) -> Grid | None:
+        """The grid of table and head, None where they have none: as released, or int8 by row."""
+        return None if self.embeddings == "int8" else table_grid(self.embeddings)
 
     @property
     def rotated(self) -> tuple[str, ...]:
@@ -217,7 +225,7 @@ def quantize_llama(
     ):
         raise ValueError("stream_rotation: call turn_for(model, recipe) first, then calibrate_llama, then quantize_llama")
     require_finite({f"{block.name}.{path}": getattr(block, field) for block in blocks for field, path in LINEARS.items()})
-    if recipe.embeddings == "int8":
+    if recipe.embeddings != "as_released":
         require_finite({"the embedding table": model.get_input_embeddings(), "the head": model.get_output_embeddings()})
     rotations = rotation_sizes(blocks, recipe.rotated)
     for observed in statistics:
@@ -233,6 +241,7 @@ def quantize_llama(
         chosen.append(alphas)
     if recipe.embeddings == "int8":
         _quantize_embeddings(model, recipe.activations)
+    tables = replace_tables(model, dict.fromkeys(tables_of(model), recipe.table) if recipe.table else {})
     description = {
         "method": "smoothquant" if recipe.sites else "w8a8",
         "bits": 8,
@@ -243,6 +252,7 @@ def quantize_llama(
         "rotations": rotations,
         "stream_rotation": recipe.stream_rotation,
         "embeddings": recipe.embeddings,
+        "tables": tables,
     }
     fuse_blocks(model)
     return description
