@@ -16,7 +16,6 @@ from compactmind.methods.llama import llama_blocks
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
 from compactmind.methods.quantization.w8a8_linear import ACTIVATIONS, KERNEL_VARIABLE, W8A8Linear
 from compactmind.methods.quantization.w8a8_model import (
-    EMBEDDINGS,
     Int8Embedding,
     W8A8Recipe,
     calibrate_llama,
@@ -26,6 +25,7 @@ from compactmind.methods.quantization.w8a8_model import (
 )
 
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+EMBEDDINGS = ("as_released", "int8")  # integers of fewer bits: tests/test_tables.py
 SETTINGS = [pytest.mark.parametrize("activations", ACTIVATIONS), pytest.mark.parametrize("embeddings", EMBEDDINGS), TIED]
 
 
