@@ -131,6 +131,13 @@ def test_the_format_of_a_tensor_is_the_one_llama_cpp_gives_it(name, file_type, t
     assert llama_cpp.type_of(name, file_type, config, importance).name == expected
 
 
+def test_what_llama_cpp_gave_where_q3_k_does_not_fit_in_2025():
+    config = {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "tie_word_embeddings": True}
+    older = llama_cpp.INSTEAD | {llama_cpp.Type.Q3_K: llama_cpp.Type.IQ4_NL}
+    assert llama_cpp.type_of("blk.9.ffn_up.weight", "Q3_K_M", config, False, older).name == "IQ4_NL"
+    assert llama_cpp.type_of("blk.9.ffn_down.weight", "Q3_K_M", config, False, older).name == "Q4_K"
+
+
 def test_rows_paired_for_rope_come_back():
     weight = torch.arange(24.0).reshape(12, 2)
     paired = llama_cpp.pair_up(weight, heads=2)

@@ -2,6 +2,7 @@
 
 Run:   .peers/llama_cpp/bin/python benchmarks/peers/llama_cpp.py --model models/llama --output peers/q4_k_m --type Q4_K_M
        ... --importance True --calibration calibration.json       (with an importance matrix, what llama-imatrix measures)
+       ... --q3_k_instead IQ4_NL   (where 256 does not divide the columns: as llama.cpp did in 2025, see README.md)
        ... --as_tied True      (input table in the head's format: for a head that is the input table with a norm folded in)
 Environment: python -m venv .peers/llama_cpp && .peers/llama_cpp/bin/pip install -r benchmarks/peers/requirements-llama_cpp.txt
 
@@ -68,7 +69,7 @@ def heads_of(name: str, config: dict) -> int:
     return config["num_key_value_heads"] if "k_proj" in name else 0
 
 
-def type_of(name: str, file_type: str, config: dict, importance: bool) -> Type:
+def type_of(name: str, file_type: str, config: dict, importance: bool, instead: dict[Type, Type] = INSTEAD) -> Type:
     """Return the format that llama-quantize gives a matrix of a Llama (llama-quant.cpp, llama_tensor_get_type), by its name there."""
     default = FILE_TYPES[file_type]
     block, blocks = int(name.split(".")[1]) if name.startswith("blk.") else 0, config["num_hidden_layers"]
@@ -87,7 +88,7 @@ def type_of(name: str, file_type: str, config: dict, importance: bool) -> Type:
         chosen = Type.Q6_K
     elif "ffn_down" in name and file_type == "Q4_0" and importance and block < blocks // 8:
         chosen = Type.Q4_1
-    return chosen if columns % gguf.GGML_QUANT_SIZES[chosen][0] == 0 else INSTEAD[chosen]
+    return chosen if columns % gguf.GGML_QUANT_SIZES[chosen][0] == 0 else instead[chosen]
 
 
 def quantize(weight: torch.Tensor, target: Type, importance: torch.Tensor | None) -> np.ndarray:
@@ -109,7 +110,9 @@ def quantize(weight: torch.Tensor, target: Type, importance: torch.Tensor | None
     return packed
 
 
-def write_gguf(weights: dict[str, torch.Tensor], config: dict, path: Path, file_type: str, importance: dict) -> None:
+def write_gguf(
+    weights: dict[str, torch.Tensor], config: dict, path: Path, file_type: str, importance: dict, instead: dict[Type, Type]
+) -> None:
     """Write a Llama as a GGUF file without a tokenizer: matrices quantized, norms in float32."""
     writer = gguf.GGUFWriter(path, "llama")
     rope = config.get("rope_parameters") or config
@@ -130,7 +133,7 @@ def write_gguf(weights: dict[str, torch.Tensor], config: dict, path: Path, file_
         if weight.dim() == 1:
             writer.add_tensor(called, weight.numpy())
         else:
-            target = type_of(called, file_type, config, bool(importance))
+            target = type_of(called, file_type, config, bool(importance), instead)
             writer.add_tensor(called, quantize(weight, target, importance.get(called)), raw_dtype=target)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -161,7 +164,7 @@ def mean_squares(folder: Path, windows: torch.Tensor) -> dict[str, torch.Tensor]
 
 
 def main() -> None:
-    found = arguments(__doc__, type="Q4_K_M", importance=False, samples=24, as_tied=False)
+    found = arguments(__doc__, type="Q4_K_M", importance=False, samples=24, as_tied=False, q3_k_instead="Q4_0")
     if found.type not in FILE_TYPES:
         raise SystemExit(f"error: --type {found.type!r}: choose one of {', '.join(FILE_TYPES)}")
     config = json.loads((found.model / "config.json").read_text(encoding="utf-8"))
@@ -170,7 +173,9 @@ def main() -> None:
     target.parent.mkdir(parents=True)
     taken = Taken()
     importance = mean_squares(found.model, calibration_windows(found.calibration, found.samples)) if found.importance else {}
-    write_gguf(base, config | ({"tie_word_embeddings": True} if found.as_tied else {}), target, found.type, importance)
+    as_taken = config | ({"tie_word_embeddings": True} if found.as_tied else {})
+    instead = INSTEAD | {Type.Q3_K: Type[found.q3_k_instead]}
+    write_gguf(base, as_taken, target, found.type, importance, instead)
     cost = taken.stop()
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(target).tensors}
     weights = {}
