@@ -24,7 +24,7 @@ from compactmind.methods.quantization.blockwise import block_inputs, in_float32,
 from compactmind.methods.quantization.calibration import SITES, readers_of
 from compactmind.methods.quantization.gptq import ORDERS, Rounded, inverse_factor, round_compensated, round_nearest
 from compactmind.methods.quantization.grid import BITS, Grid
-from compactmind.methods.quantization.grouped import GroupedEmbedding, GroupedLinear, tied_head
+from compactmind.methods.quantization.grouped import GroupedEmbedding, GroupedLinear, TiedHead
 from compactmind.methods.quantization.packed_model import require_finite
 from compactmind.methods.quantization.sensitivity import SHARPNESS, Sensitivity, cost_of, measure_sensitivity
 
@@ -306,7 +306,8 @@ def quantize_gptq(
                     rounded = round_compensated(linear.weight, moments[site], grids[name], recipe.damping, factor=factors)
                 model.set_submodule(name, GroupedLinear(rounded.q, rounded.scale, rounded.zero, rounded.grid, linear.bias))
     _replace_tables(model, grids, metrics)
-    return describe(recipe, grids, predicted)
+    whole = all(grid.divides(model.get_submodule(name).shape[1]) for name, grid in grids.items())
+    return describe(recipe, grids, predicted, whole)
 
 
 def _check(model: PreTrainedModel, windows: torch.Tensor) -> dict[str, nn.Module]:
@@ -347,19 +348,20 @@ def _replace_tables(model: PreTrainedModel, grids: dict[str, Grid], metrics: dic
             small = GroupedEmbedding(*parts)
             model.set_input_embeddings(small)
             if len(tables) == 1:
-                model.set_output_embeddings(tied_head(small))
+                model.set_output_embeddings(TiedHead(small))
         else:
             model.set_output_embeddings(GroupedLinear(*parts, module.bias))
 
 
-def describe(recipe: GPTQRecipe, grids: dict[str, Grid], predicted: float | None) -> dict[str, Any]:
-    """Return what the manifest says: the grid of every tensor, and how they were chosen."""
+def describe(recipe: GPTQRecipe, grids: dict[str, Grid], predicted: float | None, whole_groups: bool) -> dict[str, Any]:
+    """Return what the manifest says: the grid of every tensor, whether its groups are all whole, and how they were chosen."""
     blocks = [grid for name, grid in grids.items() if name.startswith("model.layers.")]
     bits = Counter(grid.bits for grid in blocks)
     return {
         "method": "gptq" if recipe.compensation else "round to nearest",
         "bits": recipe.bits if not recipe.target_compression else {str(width): count for width, count in sorted(bits.items())},
         "granularity": "groups of a row, see tensors",
+        "whole_groups": whole_groups,
         "target_compression": recipe.target_compression or None,
         "expected_kl": predicted,
         "order": recipe.order,
