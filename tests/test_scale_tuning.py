@@ -19,7 +19,7 @@ def rounded(zero="symmetric", dtype=torch.float32, bits=3):
 
 
 def layers(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, GroupedLinear) and not module.tied}
+    return {name: module for name, module in model.named_modules() if isinstance(module, GroupedLinear)}
 
 
 @pytest.mark.parametrize("zero", ["symmetric", "float"])

@@ -1,13 +1,16 @@
-"""How the config.json of a W8A8 model says what its tensors mean, so that transformers with compressed-tensors and vLLM read the file.
+"""How config.json says what the tensors of a quantized model mean, so that transformers with compressed-tensors and vLLM read the file.
 
-The layout is `int-quantized`: int8 `weight` (out, in), `weight_scale` (out, 1), and `input_scale` (1,) where it is static. Without this
-entry a plain reader would take the integers for weights.
+int-quantized   W8A8: int8 `weight` (out, in), `weight_scale` (out, 1), and `input_scale` (1,) where it is static
+pack-quantized  integers of 2 to 8 bits, packed: the tensors of methods/quantization/grouped.py without a minimum
+
+Without this entry a plain reader would take the integers for weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-FORMAT = "int-quantized"
+from compactmind.methods.quantization.grid import Grid
+
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 ACTIVATIONS = {
     "per_token": {**INT8, "strategy": "token", "dynamic": True},
@@ -25,14 +28,30 @@ def quantization_config(groups: dict[str, tuple[str, str | None]], ignore: Seque
     granularity of its input; ignore: names of modules that are not quantized.
     """
     weights = {**INT8, "strategy": "channel", "dynamic": False}
+    said = {name: ([target], weights, ACTIVATIONS[activations]) for name, (target, activations) in groups.items()}
+    return _entry("int-quantized", said, ignore)
+
+
+def packed_config(groups: Mapping[Grid, Sequence[str]], ignore: Sequence[str]) -> dict[str, Any]:
+    """Return the `quantization_config` of a model with packed weights: of each grid the `targets`, said as in `quantization_config`."""
+    said = {}
+    for number, (grid, targets) in enumerate(groups.items()):
+        weights = {"num_bits": grid.bits, "type": "int", "symmetric": grid.zero == "symmetric", "dynamic": False}
+        row = grid.group_size == -1
+        weights |= {"strategy": "channel"} if row else {"strategy": "group", "group_size": grid.group_size}
+        said[f"group_{number}"] = list(targets), weights, None
+    return _entry("pack-quantized", said, ignore)
+
+
+def _entry(layout: str, groups: dict[str, tuple[list[str], dict, dict | None]], ignore: Sequence[str]) -> dict[str, Any]:
     return {
         "quant_method": "compressed-tensors",
-        "format": FORMAT,
+        "format": layout,
         "quantization_status": "compressed",
         "config_groups": {
             # format: a group of weights alone would be taken for packed
-            name: {"targets": [target], "weights": weights, "input_activations": ACTIVATIONS[activations], "format": FORMAT}
-            for name, (target, activations) in groups.items()
+            name: {"targets": targets, "weights": weights, "input_activations": activations, "format": layout}
+            for name, (targets, weights, activations) in groups.items()
         },
         "ignore": list(ignore),
     }

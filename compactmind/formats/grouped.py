@@ -1,9 +1,11 @@
 """Weights as integers of 2 to 8 bits with a scale for every group (methods/quantization/grouped.py), each tensor on a grid of its own.
 
-The layout of a weight is that of compressed-tensors `pack-quantized`, which stores widths of 4 and 8 bits like this; other widths and
-float zeros are packed alike, and read by this project alone.
+The layout is that of compressed-tensors `pack-quantized`. transformers 5.23 with compressed-tensors 0.20.0 reads it in every width, if
+groups are whole and tables stay as released: it knows no float zeros, and loads no packed table. Zero points it reads with
+`dequantize=True` alone, which takes the first grid for all.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compactmind.files import WEIGHTS
+from compactmind.formats import compressed_tensors
 from compactmind.formats.loading import require_every_tensor
 from compactmind.methods.quantization.grid import Grid
-from compactmind.methods.quantization.grouped import TENSORS, GroupedEmbedding, GroupedLinear, GroupedWeight, tied_head
+from compactmind.methods.quantization.grouped import TENSORS, GroupedEmbedding, GroupedLinear, GroupedWeight, TiedHead
+
+BLOCKS = "model.layers."
+"""How the names of all linears begin that are in a block."""
 
 
 def load(
@@ -65,9 +71,57 @@ def take_grouped(model: PreTrainedModel, state: dict[str, torch.Tensor], grids: 
         tied = module is model.get_input_embeddings() and model.config.tie_word_embeddings and model.get_output_embeddings()
         model.set_submodule(name, table)
         if tied:
-            model.set_output_embeddings(tied_head(table))
+            model.set_output_embeddings(TiedHead(table))
 
 
+# ------------------------------------------------------------------------------------------------------------- other readers
+def quantization_config(model: PreTrainedModel, quantization: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the entry with which compressed-tensors reads the file, None if it cannot."""
+    if _reason_against(quantization):
+        return None
+    groups: dict[Grid, list[str]] = {}
+    for name, grid in quantization["tensors"].items():
+        groups.setdefault(Grid(**grid), []).append(name)
+    targets = {grid: ["Linear"] if len(groups) == 1 else _patterns(names) for grid, names in groups.items()}
+    return compressed_tensors.packed_config(targets, ignore=["lm_head"])
+
+
+def _patterns(names: list[str]) -> list[str]:
+    """Return `re:` and a pattern for each path inside a block, which match the linears of these names alone."""
+    blocks: dict[str, list[str]] = {}
+    for name in names:
+        index, _, path = name.removeprefix(BLOCKS).partition(".")
+        blocks.setdefault(path, []).append(index)
+    return [f"re:^{re.escape(BLOCKS)}({'|'.join(each)}){re.escape('.' + path)}$" for path, each in blocks.items()]
+
+
+def _reason_against(quantization: dict[str, Any]) -> str | None:
+    """Return why nothing but this project reads the file, None if transformers with compressed-tensors does."""
+    grids = {Grid(**grid) for grid in quantization["tensors"].values()}
+    if not all(name.startswith(BLOCKS) for name in quantization["tensors"]):
+        return "its embedding table is packed (embeddings as_released would not be)"
+    if any(grid.zero == "float" for grid in grids):
+        return "its zeros are floating-point"
+    if not quantization.get("whole_groups"):
+        return "its last groups of a row are shorter than the others"
+    if len(grids) > 1 and any(grid.zero == "integer" for grid in grids):
+        return "it has zero points on more than one grid"
+    return None
+
+
+def caveat(quantization: dict[str, Any]) -> str:
+    """Return what a card says of other readers, empty if transformers with compressed-tensors reads the file without more ado."""
+    if reason := _reason_against(quantization):
+        return f"No other library reads the file ({reason}): `from_pretrained` would leave random weights where it finds packed ones."
+    if any(grid["zero"] == "integer" for grid in quantization["tensors"].values()):
+        return (
+            "transformers 5.23 with compressed-tensors 0.20.0 reads its zero points only with "
+            "`from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True))`."
+        )
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------------------------ counting
 def weights(module: nn.Module) -> list[tuple[torch.Tensor, int]]:
     """Return the integers of a layer, a buffer, and how many weights they are."""
     return [(module.q, module.q.numel())] if isinstance(module, GroupedWeight) else []

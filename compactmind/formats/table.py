@@ -71,7 +71,8 @@ FORMATS: dict[str, Format] = {
     ),
     "grouped": Format(
         "grouped", "integers of 2 to 8 bits, a scale for every group of a row", grouped.load,
-        weights=grouped.weights, kernel=grouped.kernel,
+        quantization_config=grouped.quantization_config, weights=grouped.weights, kernel=grouped.kernel,
+        libraries="transformers and compressed-tensors", caveat=grouped.caveat,
     ),
 }  # fmt: skip
 """Kind -> format."""

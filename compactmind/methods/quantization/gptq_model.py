@@ -254,7 +254,8 @@ def quantize_gptq(
                     rounded = round_nearest(linear.weight, grid, moment.diagonal())
                 model.set_submodule(name, GroupedLinear(rounded.q, rounded.scale, rounded.zero, rounded.grid, linear.bias))
     replace_tables(model, {name: grids[name] for name in tables if name in grids})
-    description = describe(recipe, grids, predicted)
+    whole = all(grid.divides(model.get_submodule(name).shape[1]) for name, grid in grids.items())
+    description = describe(recipe, grids, predicted, whole)
     if recipe.tuning_tokens:
         with torch.enable_grad():
             description["tuning"] = tune_scales(model, teacher(), windows, recipe.tuning_tokens, recipe.tuning_lr, show)
@@ -266,14 +267,15 @@ def _sharpened(weights: torch.Tensor) -> torch.Tensor:
     return weights / weights.mean().clamp_min(1e-30)
 
 
-def describe(recipe: GPTQRecipe, grids: dict[str, Grid], predicted: float | None) -> dict[str, Any]:
-    """Return what the manifest says: the grid of every tensor, and how they were chosen."""
+def describe(recipe: GPTQRecipe, grids: dict[str, Grid], predicted: float | None, whole_groups: bool) -> dict[str, Any]:
+    """Return what the manifest says: the grid of every tensor, whether its groups are all whole, and how they were chosen."""
     blocks = [grid for name, grid in grids.items() if name.startswith("model.layers.")]
     bits = Counter(grid.bits for grid in blocks)
     return {
         "method": "gptq" if recipe.compensation else "round to nearest",
         "bits": recipe.bits if not recipe.target_compression else {str(width): count for width, count in sorted(bits.items())},
         "granularity": "groups of a row, see tensors",
+        "whole_groups": whole_groups,
         "target_compression": recipe.target_compression or None,
         "expected_kl": predicted,
         "order": recipe.order,

@@ -50,8 +50,15 @@ class Grid:
         size = in_features if self.group_size == -1 else self.group_size
         return [slice(start, min(start + size, in_features)) for start in range(0, in_features, size)]
 
+    def divides(self, in_features: int) -> bool:
+        """Tell whether every group of a row is whole."""
+        return self.group_size == -1 or in_features % self.group_size == 0
+
     def stored_bits(self, in_features: int) -> int:
-        """Return the bits that a row of a weight takes, scales and zeros included; integers fill words of 32 bits."""
+        """Return the bits that a row of a weight takes, scales and zeros included; integers fill words of 32 bits.
+
+        Zero points fill theirs along the outputs, which a row cannot tell: below 32 bits more for each group.
+        """
         groups = len(self.groups(in_features))
         zeros = {"symmetric": 0, "integer": self.bits, "float": 16}[self.zero]
         return -(-in_features * self.bits // 32) * 32 + groups * (16 + zeros)

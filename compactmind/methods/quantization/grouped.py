@@ -9,7 +9,8 @@ weight_zero_point  int32 (ceil(out * bits / 32), groups), packed along the rows:
 weight_minimum     fp16 (out, groups): with a float zero
 weight_shape       int64 (2,): out, in
 
-With 4 and 8 bits, without a minimum, that is the layout `pack-quantized` of compressed-tensors to the bit.
+Without a minimum that is the layout `pack-quantized` of compressed-tensors 0.20.0 to the bit (formats/grouped.py says who reads it); older
+ones packed widths that do not divide 32 otherwise.
 """
 
 from typing import Any
@@ -94,14 +95,19 @@ class GroupedWeight(nn.Module):
         """Rebuild a weight from what `tensors` returned. Raises KeyError if one is missing, ValueError if they do not fit the grid."""
         rows, width = tensors["weight_shape"].tolist()
         packed, scale, groups = tensors["weight_packed"], tensors["weight_scale"], len(grid.groups(width))
-        if packed.shape != (rows, -(-width * grid.bits // 32)) or scale.shape != (rows, groups):
-            raise ValueError(f"a weight of {rows} x {width} in {grid} has other tensors: {packed.shape}, {scale.shape}")
+        expected = {"weight_packed": (rows, -(-width * grid.bits // 32)), "weight_scale": (rows, groups)}
+        if grid.zero == "float":
+            expected["weight_minimum"] = (rows, groups)
+        elif grid.zero == "integer":
+            expected["weight_zero_point"] = (-(-rows * grid.bits // 32), groups)
+        if wrong := [name for name, shape in expected.items() if tensors[name].shape != shape]:
+            found = ", ".join(f"{name} of {list(tensors[name].shape)}" for name in wrong)
+            raise ValueError(f"a weight of {rows} x {width} in {grid} has other tensors: {found}")
+        zero = torch.full_like(scale, grid.levels // 2, dtype=torch.uint8)
         if grid.zero == "float":
             zero = tensors["weight_minimum"]
         elif grid.zero == "integer":
             zero = unpack(tensors["weight_zero_point"].t().contiguous(), grid.bits, rows).t().contiguous()
-        else:
-            zero = torch.full_like(scale, grid.levels // 2, dtype=torch.uint8)
         return cls(unpack(packed, grid.bits, width), scale, zero, grid)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -120,11 +126,8 @@ class GroupedLinear(GroupedWeight):
         super().__init__(q, scale, zero, grid)
         self.out_features, self.in_features = self.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.tied = False
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self.tied:
-            return
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
@@ -148,9 +151,14 @@ class GroupedEmbedding(GroupedWeight):
         return self.dequantize(input)
 
 
-def tied_head(table: GroupedEmbedding) -> GroupedLinear:
-    """Return a head that reads the integers, scales and zeros of a table: the same memory, and in a file the table alone."""
-    head = GroupedLinear(table.q, table.scale, table.zero, table.grid)
-    head.tied = True
-    head.q, head.scale, head.zero = table.q, table.scale, table.zero
-    return head
+class TiedHead(nn.Module):
+    """A head that reads the weights of a table. It has no tensors of its own: they are stored, counted and moved once, with the table."""
+
+    def __init__(self, table: GroupedEmbedding):
+        super().__init__()
+        self.__dict__["table"] = table  # not as a part, which would have the table's tensors in the file twice
+        self.out_features, self.in_features = table.shape
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., channels) -> (..., words), in x's dtype."""
+        return F.linear(x, self.table.dequantize().to(x.dtype))

@@ -143,4 +143,5 @@ def _backward(model: PreTrainedModel, teacher: PreTrainedModel, window: torch.Te
 
 def _head(model: PreTrainedModel) -> torch.Tensor:
     head = model.get_output_embeddings()
+    head = getattr(head, "table", head)  # a tied one's weights are there
     return head.dequantize() if isinstance(head, GroupedWeight) else head.weight.detach().float()

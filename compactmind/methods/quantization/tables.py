@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from compactmind.methods.quantization.gptq import round_nearest
 from compactmind.methods.quantization.grid import Grid
-from compactmind.methods.quantization.grouped import GroupedEmbedding, GroupedLinear, tied_head
+from compactmind.methods.quantization.grouped import GroupedEmbedding, GroupedLinear, TiedHead
 
 INTEGERS = ("int8", "int6", "int5", "int4")
 """Words for integers in groups of TABLE_GROUP."""
@@ -65,5 +65,5 @@ def replace_tables(
         small = GroupedEmbedding(*parts, module.padding_idx)
         model.set_submodule(name, small)
         if tied:
-            model.set_output_embeddings(tied_head(small))
+            model.set_output_embeddings(TiedHead(small))
     return {name: asdict(grid) for name, grid in grids.items()}
