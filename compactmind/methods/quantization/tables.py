@@ -46,18 +46,15 @@ def tables_of(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def replace_tables(
-    model: PreTrainedModel, grids: Mapping[str, Grid], importance: Mapping[str, torch.Tensor] | None = None
-) -> dict[str, dict[str, Any]]:
+def replace_tables(model: PreTrainedModel, grids: Mapping[str, Grid]) -> dict[str, dict[str, Any]]:
     """Put, in place, integers where the tables and heads named in `grids` were; what is tied stays tied.
 
-    `importance`: by name, how much an error of each column counts when scales are chosen (channels,); None: all alike. Returns what a
-    loader needs: the fields of each Grid, by name.
+    Returns what a loader needs: the fields of each Grid, by name.
     """
     for name, grid in grids.items():
         module, head = model.get_submodule(name), model.get_output_embeddings()
         tied = head is not None and head is not module and head.weight.data_ptr() == module.weight.data_ptr()
-        rounded = round_nearest(module.weight, grid, (importance or {}).get(name))
+        rounded = round_nearest(module.weight, grid)
         parts = rounded.q, rounded.scale, rounded.zero, rounded.grid
         if not isinstance(module, nn.Embedding):
             model.set_submodule(name, GroupedLinear(*parts, module.bias))
