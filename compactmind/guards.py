@@ -99,7 +99,7 @@ def check_parent(directory: Path, option: str, task: str) -> dict[str, Any]:
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, padding: bool = False) -> None:
     """Raise CompactMindError if a tokenizer knows more tokens than the model, or with `padding` if it has no token to pad with."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().num_embeddings
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= rows:
         raise CompactMindError(

@@ -9,9 +9,10 @@ import helpers
 import pytest
 from test_documents import language_model, report  # noqa: F401  a fixture
 
-from compactmind.checkpoint import add_to_manifest, identity_of, save_checkpoint
+from compactmind.checkpoint import save_checkpoint
 from compactmind.data import write_dataset
 from compactmind.evaluation import language
+from compactmind.manifest import add_to_manifest, identity_of
 from compactmind.report import tables
 from compactmind.report.as_shipped import as_shipped, row_as_shipped
 from compactmind.report.documents import sections, write_documents

@@ -58,7 +58,7 @@ def test_a_format_counts_for_those_who_make_what_it_stores(project):
     assert project("compactmind/formats/w8a8.py", "if not is_llama(model)", "if is_llama(model)") == quantizing
     assert project("compactmind/formats/compressed_tensors.py", '"num_bits": 8', '"num_bits": 7') == quantizing
     assert project("compactmind/formats/table.py", "as_released=w8a8.as_released,", "") == quantizing
-    assert project("compactmind/manifest.py", "MANIFEST_VERSION = 2", "MANIFEST_VERSION = 3") == set(STAGES)
+    assert project("compactmind/manifest.py", "MANIFEST_VERSION = 3", "MANIFEST_VERSION = 4") == set(STAGES)
 
 
 def test_words_constants_to_edit_and_plots_do_not_count(project):

@@ -78,7 +78,7 @@ def test_the_same_seed_asks_for_the_same_trials_even_if_it_was_interrupted(tmp_p
 
 
 def test_a_space_that_is_used_up_ends_the_search(tmp_path):
-    space = make_space(("nf4",))
+    space = make_space(("nf4",), choices={"nf4.embeddings": ["int8"]})
     assert len(run(fresh(tmp_path), space, 10)) == space.size() == 2
     assert len(run(fresh(tmp_path, "grid"), space, 10, strategy="grid")) == 2
 

@@ -33,8 +33,9 @@ from calibration import text_windows  # noqa: E402
 from peer import EMBEDDING, HEAD, round_to_nearest, rounded_bytes  # noqa: E402
 
 from compactmind.evaluation.divergence import measure_windows  # noqa: E402
-from compactmind.evaluation.perplexity import loss_of, next_token_logits, paired_ratio  # noqa: E402
+from compactmind.evaluation.perplexity import paired_ratio  # noqa: E402
 from compactmind.files import write_json_atomically  # noqa: E402
+from compactmind.forward import loss_of, next_token_logits  # noqa: E402
 
 TABLE_BITS, TABLE_GROUP = 8, 64
 """A table of 8-bit integers with a float16 step for 64 columns: 8.25 bits per weight."""
