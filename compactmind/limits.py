@@ -13,7 +13,7 @@ from compactmind.errors import CompactMindError
 
 def vocabulary_of(model: PreTrainedModel) -> int:
     """Return how many token ids a model knows: the rows of its embedding table."""
-    return model.get_input_embeddings().weight.shape[0]
+    return model.get_input_embeddings().num_embeddings
 
 
 def require_known_ids(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
