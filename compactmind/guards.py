@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compactmind.errors import CompactMindError
 from compactmind.files import place_of
 from compactmind.formats.table import is_quantized, unquantized_kinds
+from compactmind.limits import vocabulary_of
 from compactmind.manifest import ADDED_LATER, MADE_BY, MANIFEST, read_manifest
 
 TASKS = {"classifier": "ForSequenceClassification", "language model": "ForCausalLM"}
@@ -99,7 +100,7 @@ def check_parent(directory: Path, option: str, task: str) -> dict[str, Any]:
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, padding: bool = False) -> None:
     """Raise CompactMindError if a tokenizer knows more tokens than the model, or with `padding` if it has no token to pad with."""
-    rows = model.get_input_embeddings().num_embeddings
+    rows = vocabulary_of(model)
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= rows:
         raise CompactMindError(

@@ -212,7 +212,8 @@ def released_llama(model: torch.nn.Module | None = None) -> torch.nn.Module:
 def add_llama(folder: Path, **changes) -> None:
     """Write models/llama and the text for it, as download_model.py does with a larger one; `changes`: settings of the model."""
     stage = {"script": "download_model.py", "config": {}, "inputs": {}}
-    model, tokenizer = released_llama(make_llama(tie_word_embeddings=True, scale=0.5, **changes)), make_byte_tokenizer()
+    model = released_llama(make_llama(**{"tie_word_embeddings": True, "scale": 0.5} | changes))
+    tokenizer = make_byte_tokenizer()
     save_checkpoint(folder / "models" / "llama", model, tokenizer, kind="dense", parent=None, stage=stage, dtype="bfloat16")
     add_text(folder)
 

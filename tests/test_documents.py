@@ -131,8 +131,8 @@ def test_the_bits_of_a_model_in_one_sentence(report):
     found = [line for line in sentences(report) if line.startswith("llama_gptq_2.5x:")]
     assert found[0].startswith("llama_gptq_2.5x: 2.50x smaller than llama as released, perplexity +5.0%")
     assert found[1:] == [
-        "llama_gptq_2.5x: 4.00 bits a weight, all of the file counted (4 of 3 bits, 4 of 4 bits, 4 of 5 bits, 1 of 6 bits, 2 of 8 bits); "
-        "2.5x smaller was asked for, 2.504x reached; KL 0.012 nats a token expected from calibration text, 0.05 measured."
+        "llama_gptq_2.5x: 4.00 bits a weight, all of the file counted (tensors: 4 of 3 bits, 4 of 4 bits, 4 of 5 bits, 1 of 6 bits, "
+        "2 of 8 bits); 2.5x smaller was asked for, 2.504x reached; KL 0.012 nats a token expected from calibration text, 0.05 measured."
     ]
     report["models"][5]["quantization"] |= {"target_compression": None, "expected_kl": None}
     assert any(line.endswith("2 of 8 bits).") for line in sentences(report))

@@ -1,5 +1,7 @@
 """What a model can be given: as many tokens as it runs with and not one more, ids it knows, rows it can tell from padding."""
 
+from pathlib import Path
+
 import helpers
 import pytest
 import torch
@@ -17,7 +19,9 @@ from transformers import (
 from compactmind.data import EncodedSentences, Sentence
 from compactmind.errors import CompactMindError
 from compactmind.forward import predict_logits
+from compactmind.guards import check_tokenizer
 from compactmind.limits import positions_of, require_known_ids, require_positions, vocabulary_of
+from compactmind.methods.quantization.gptq_model import GPTQRecipe, quantize_gptq
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama
 
@@ -78,6 +82,15 @@ def test_the_vocabulary_is_that_of_the_table(embeddings):
     require_known_ids(model, torch.tensor([[0, 79]]))
     with pytest.raises(CompactMindError, match="gives the token 80 and the model knows 80 of them, 0 to 79"):
         require_known_ids(model, torch.tensor([[0, 80]]))
+
+
+def test_the_vocabulary_of_a_packed_table_is_that_of_its_rows():
+    model = helpers.make_llama(vocab_size=80)
+    quantize_gptq(model, helpers.example_windows() % 80, GPTQRecipe(embeddings="int4"))
+    assert vocabulary_of(model) == 80
+    tokenizer = helpers.make_byte_tokenizer()
+    with pytest.raises(CompactMindError, match="token ids up to 256, the model knows 0 to 79"):
+        check_tokenizer(model, tokenizer, Path("models/x"))
 
 
 def test_a_tokenizer_of_another_model_is_refused_by_name(tokenizer, sentences):

@@ -152,7 +152,7 @@ def bits_sentence(row: dict[str, Any]) -> str:
     """Return how wide the integers of a model are whose tensors know their own width, and whether it came out as it was planned."""
     quantization, kl = row["quantization"], row["divergence"]
     widths = ", ".join(f"{len(names)} of {bits} bits" for bits, names in by_bits(quantization).items())
-    told = f"{row['name']}: {bits_per_weight(row):.2f} bits a weight, all of the file counted ({widths})"
+    told = f"{row['name']}: {bits_per_weight(row):.2f} bits a weight, all of the file counted (tensors: {widths})"
     if quantization["target_compression"] and row["compression_ratio"]:
         told += f"; {quantization['target_compression']:g}x smaller was asked for, {row['compression_ratio']:.3f}x reached"
     if quantization["expected_kl"] and kl:
