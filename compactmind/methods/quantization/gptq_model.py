@@ -45,10 +45,8 @@ TABLE_REFERENCE = Grid(4, 64)
 SENSITIVITIES = ("measured", "gradients")
 SENSITIVITY_WINDOWS = 4
 """Windows of the calibration text that costs are measured on."""
-HEADER = 90
-"""Bytes that a tensor takes in the head of a safetensors file, beside its name, at most."""
-TENSORS_OF_A_WEIGHT = 4
-"""Packed integers, scales, minima or zero points, shape: so many tensors at most for each weight."""
+HEADER = 62
+"""Bytes that a tensor takes in the head of a safetensors file, beside its name and where it begins and ends, at most."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +159,11 @@ def choose_grids(
     tables, fixed = tables_of(model), recipe.embeddings != AUTO
     if fixed:
         choices = {name: each for name, each in choices.items() if name not in tables}
-    taken = _bytes_beside(model, choices, uncounted, tables if fixed else {}, recipe.table, released.itemsize)
+    taken = _bytes_beside(model, choices, uncounted, tables if fixed else {}, recipe.table, released.itemsize, budget_bytes)
+    choices = {
+        name: [each._replace(bits=each.bits + 8 * _bytes_of_head(name, each.what, budget_bytes)) for each in its]
+        for name, its in choices.items()
+    }
     picked = allocate(choices, int(budget_bytes - taken) * 8)
     grids = {name: choice.what for name, choice in picked.items()}
     if fixed and recipe.table:
@@ -179,20 +181,30 @@ def _bytes_beside(
     fixed: dict[str, nn.Module],
     table: Grid | None,
     itemsize: int,
+    whole: int,
 ) -> int:
-    """Return the bytes of the file that no choice decides: the head of the file, what stays as it is, tables of a fixed width."""
-    size = 0
+    """Return the bytes of a file of `whole` bytes that no choice decides: what stays as it is, tables of a fixed width, how it begins."""
+    size = HEADER
     for name, parameter in model.named_parameters():  # what is tied once
-        owner, head = name.removesuffix(".weight"), HEADER + len(name)
-        if owner in free:
+        owner = name.removesuffix(".weight")
+        if owner in free or owner in chosen:
             continue
-        if owner in chosen:
-            size += TENSORS_OF_A_WEIGHT * head
-        elif owner in fixed and table:
-            size += table.stored_bits(parameter.shape[1]) * len(parameter) // 8 + TENSORS_OF_A_WEIGHT * head
+        if owner in fixed and table:
+            size += table.stored_bits(parameter.shape[1]) * len(parameter) // 8 + _bytes_of_head(owner, table, whole)
         else:
-            size += parameter.numel() * itemsize + head
+            size += parameter.numel() * itemsize + _bytes_of_entry(name, whole)
     return size
+
+
+def _bytes_of_head(name: str, grid: Grid, whole: int) -> int:
+    """Return the bytes of a weight that are neither integers, scales nor zeros: its shape, and what the head of the file says of it."""
+    zeros = {"symmetric": [], "integer": ["weight_zero_point"], "float": ["weight_minimum"]}[grid.zero]
+    tensors = ["weight_packed", "weight_scale", "weight_shape", *zeros]
+    return 2 * torch.int64.itemsize + sum(_bytes_of_entry(f"{name}.{each}", whole) for each in tensors)
+
+
+def _bytes_of_entry(name: str, whole: int) -> int:
+    return HEADER + len(name) + 2 * len(str(whole))
 
 
 # ------------------------------------------------------------------------------------------------------------------ quantizing

@@ -9,8 +9,8 @@ weight_zero_point  int32 (ceil(out * bits / 32), groups), packed along the rows:
 weight_minimum     fp16 (out, groups): with a float zero
 weight_shape       int64 (2,): out, in
 
-Without a minimum that is the layout `pack-quantized` of compressed-tensors 0.20.0 to the bit (formats/grouped.py says who reads it); older
-ones packed widths that do not divide 32 otherwise.
+Without a minimum that is the layout `pack-quantized` of compressed-tensors 0.20.0 to the bit (formats/grouped.py says who reads it); 0.15
+packed widths that do not divide 32 otherwise.
 """
 
 from typing import Any
@@ -125,7 +125,9 @@ class GroupedLinear(GroupedWeight):
     def __init__(self, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, bias: torch.Tensor | None = None):
         super().__init__(q, scale, zero, grid)
         self.out_features, self.in_features = self.shape
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        if bias is not None and not isinstance(bias, nn.Parameter):  # a parameter stays the one it is, and with it its dtype
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.bias = bias
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

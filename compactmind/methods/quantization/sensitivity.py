@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from compactmind.errors import CompactMindError
 from compactmind.methods.llama import LINEARS, llama_blocks
 from compactmind.methods.quantization.blockwise import block_inputs, in_float32, run_block, walk_blocks
 from compactmind.methods.quantization.calibration import SITES, readers_of
@@ -65,6 +66,7 @@ def measure_gradients(model: PreTrainedModel, windows: torch.Tensor, seed: int =
             reads.append(states)
             with in_float32(block.module):
                 states = run_block(block.module, states, others)
+            _require_finite(block.name, states)
         with in_float32(model.model.norm):
             last = states.requires_grad_()
             with torch.enable_grad():
@@ -73,6 +75,7 @@ def measure_gradients(model: PreTrainedModel, windows: torch.Tensor, seed: int =
             for start in range(0, len(window), TOKENS_AT_ONCE):
                 read = normed[0, start : start + TOKENS_AT_ONCE].detach()
                 p = (read @ head.float().t()).softmax(dim=-1)
+                _require_finite("the prediction", p)
                 drawn = torch.multinomial(p, 1, generator=generator)
                 gradient[start : start + TOKENS_AT_ONCE] = p.scatter_add_(1, drawn, -torch.ones_like(p[:, :1])) @ head.float()
             (gradient,) = torch.autograd.grad(normed, last, gradient[None])
@@ -84,6 +87,15 @@ def measure_gradients(model: PreTrainedModel, windows: torch.Tensor, seed: int =
         sites = {site: sum(torch.stack(seen[name]) for name in readers) for site, readers in SITES.items()}
         tokens.append({site: weights / weights.mean().clamp_min(1e-30) for site, weights in sites.items()})
     return Gradients(tokens, [{name: total / count for name, total in each.items()} for each in rows])
+
+
+def _require_finite(name: str, found: torch.Tensor) -> None:
+    """Raise CompactMindError if what is computed at a place is NaN or infinite."""
+    if not torch.isfinite(found).all():
+        raise CompactMindError(
+            f"{name}: what is computed of calibration text is NaN or infinite there: the weights of this layer or of one before it are "
+            "damaged, download or make the model again"
+        )
 
 
 def _backward(block, read, arguments, gradient, energy, rows) -> torch.Tensor:
@@ -160,7 +172,9 @@ class Probe:
         for block, others in zip(self.blocks, self.arguments, strict=True):
             with in_float32(block.module):
                 self.states.append(run_block(block.module, self.states[-1], others))
+            _require_finite(block.name, self.states[-1])
         self.wanted = self._log_probabilities(self.states[-1])
+        _require_finite("the prediction", self.wanted)
 
     def _log_probabilities(self, states: torch.Tensor, head: torch.Tensor | None = None) -> torch.Tensor:
         head = self.model.get_output_embeddings().weight if head is None else head
