@@ -109,7 +109,7 @@ def test_every_linear_is_compensated_by_what_the_four_bit_blocks_before_it_write
             for field in fields:
                 linear = getattr(block, field)
                 packed = NF4Linear(linear.in_features, linear.out_features, False, "cpu", True)
-                packed.pack(linear.weight, moments[site])
+                packed.pack(linear.weight, moments[site], refined=True)
                 expected.set_submodule(f"{block.name}.{LINEARS[field]}", packed)
     for found, wanted in zip(llama_blocks(model), llama_blocks(expected), strict=True):
         assert all(torch.equal(getattr(found, field).weight, getattr(wanted, field).weight) for field in LINEARS)

@@ -13,7 +13,12 @@ from compactmind.errors import CompactMindError
 from compactmind.files import WEIGHTS
 from compactmind.formats.table import parameters_of
 from compactmind.methods.pruning.masks import compact
-from compactmind.methods.quantization.error_compensation import compensate_rounding, input_second_moments
+from compactmind.methods.quantization.error_compensation import (
+    SHRINK,
+    compensate_rounding,
+    input_second_moments,
+    smaller_scales,
+)
 from compactmind.methods.quantization.packed_linear import NF4Linear, compute_dtype_for
 from compactmind.methods.quantization.packed_model import (
     PACKINGS,
@@ -248,6 +253,40 @@ def test_second_moments_are_those_of_the_unpadded_inputs():
     moment = input_second_moments(model, [name], batches)[name]
     torch.testing.assert_close(moment.double(), tokens.T @ tokens / len(tokens), rtol=1e-4, atol=1e-6)
     assert not model.get_submodule(name)._forward_pre_hooks  # nothing stays behind
+
+
+@pytest.mark.parametrize("width", [64, 128, 80])
+def test_smaller_scales_and_the_largest_inputs_first_change_outputs_less_still(width):
+    generator = torch.Generator().manual_seed(0)
+    causes = torch.randn(4000, width // 4, generator=generator) @ torch.randn(width // 4, width, generator=generator)
+    inputs = (causes + 0.1 * torch.randn(4000, width, generator=generator)) * torch.logspace(
+        0, 1.5, width
+    )  # the last are the largest
+    plain, errors = nn.Linear(width, 96), {}
+    moment = inputs.T @ inputs / len(inputs)
+    for refined in (False, True):
+        packed = NF4Linear(width, 96, True, "cpu", double_quantization=True)
+        packed.bias = plain.bias
+        packed.pack(plain.weight, moment, refined=refined)
+        with torch.no_grad():
+            errors[refined] = (packed(inputs) - plain(inputs)).square().mean().sqrt().item()
+    assert errors[True] < 0.9 * errors[False]
+
+
+def test_smaller_scales_never_err_more_and_cut_outliers_off():
+    levels = bnb_functional.get_4bit_type("nf4", device="cpu")
+    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(1))
+    cut = smaller_scales(weight, torch.eye(128), levels, BLOCK)
+    scales = [absmax_of_blocks(each).repeat_interleave(BLOCK, 1) for each in (weight, cut)]
+    error = [
+        ((levels[(weight / scale)[..., None].sub(levels).abs().argmin(-1)] * scale - weight).square()).view(32, 2, BLOCK).sum(2)
+        for scale in scales
+    ]
+    assert (error[1] <= error[0] + 1e-5).all() and error[1].sum() < 0.95 * error[0].sum()
+    ratio = (absmax_of_blocks(cut) / absmax_of_blocks(weight)).unique()
+    assert all(min(abs(each - share) for share in SHRINK) < 1e-5 for each in ratio.tolist())
+    inside = cut.abs() < scales[1] - 1e-6
+    assert torch.equal(cut[inside], weight[inside])
 
 
 @pytest.mark.parametrize("width", [64, 128, 80])

@@ -6,7 +6,8 @@ calibration inputs changes least: with H = mean of x x^T and its inverse, w_k -=
 
 Here the levels are NF4's and the scales those bitsandbytes gives the original weights, so the result is a matrix that
 bitsandbytes packs without any further loss: every value is a level times its block's scale, and the element that defined the
-scale keeps its value. The file, its size and its kernels stay the same. Left out: column reordering by activation size.
+scale keeps its value. The file, its size and its kernels stay the same. `smaller_scales` and an order of the columns, the largest inputs
+first, leave a Llama half of the loss that is left without; scales stay in place, since they are chosen before.
 """
 
 from collections.abc import Iterable
@@ -48,6 +49,35 @@ def input_second_moments(
     return {name: total / count for name, total in sums.items()}
 
 
+SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+"""What `smaller_scales` tries, as shares of the largest weight of a block."""
+
+
+@torch.inference_mode()
+def smaller_scales(
+    weight: torch.Tensor, second_moment: torch.Tensor, levels: torch.Tensor, block_size: int, damping: float = 0.05
+) -> torch.Tensor:
+    """Return `weight` (out_features, in_features) with every block of `block_size` in a row cut off where its rounding errs least.
+
+    An error of column j counts as 1 / Hinv[j, j]: what of it the other columns cannot make up for. in_features is a multiple of
+    `block_size`. An encoder finds the scales in what is returned; the weights beyond them are for `compensate_rounding` to cut.
+    """
+    moment = second_moment.double().clone()
+    moment.diagonal().add_(damping * moment.diagonal().mean() + 1e-12)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
+    importance = inverse.diagonal().reciprocal().float().unflatten(0, (-1, block_size))  # (blocks, block_size)
+    blocks = weight.float().unflatten(1, (-1, block_size))  # (out_features, blocks, block_size)
+    largest, boundaries = blocks.abs().amax(-1, keepdim=True), (levels[1:] + levels[:-1]) / 2
+    least = torch.full_like(largest, torch.inf)
+    limit = largest
+    for share in SHRINK:
+        tried = share * largest
+        rounded = tried * levels[torch.bucketize(blocks / tried.clamp_min(1e-12), boundaries)]
+        error = ((rounded - blocks).square() * importance).sum(-1, keepdim=True)
+        limit, least = torch.where(error < least, tried, limit), torch.minimum(error, least)
+    return torch.maximum(torch.minimum(blocks, limit), -limit).flatten(1)
+
+
 @torch.inference_mode()
 def compensate_rounding(
     weight: torch.Tensor,
@@ -57,14 +87,22 @@ def compensate_rounding(
     decoded_scale: torch.Tensor,
     damping: float = 0.01,
     columns_at_once: int = 128,
+    order: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return `weight` with every element on a level times its `scale`, chosen so that outputs on the calibration change least.
 
     weight: (out_features, in_features); second_moment: (in_features, in_features); levels: sorted, from -1 to 1; scale and
     decoded_scale: (out_features, in_features), each element's block scale as the encoder uses it and as the decoder will
     reproduce it (they differ when scales are themselves quantized). `damping` is a share of the mean diagonal. Elements with
-    |weight| = scale stay where they are, so that an encoder finds the same scales again.
+    |weight| >= scale become their scale, so that an encoder finds the same scales again. `order` (in_features,): which columns are rounded
+    first; None: as they stand.
     """
+    if order is not None:
+        parts = (each[:, order].contiguous() for each in (weight, scale, decoded_scale))
+        ordered, scale, decoded_scale = parts
+        moment, rounded = second_moment[order][:, order], torch.empty_like(ordered, dtype=torch.float32)
+        rounded[:, order] = compensate_rounding(ordered, moment, levels, scale, decoded_scale, damping, columns_at_once)
+        return rounded
     weight = weight.detach().float().clone()
     in_features = weight.shape[1]
     pinned, sign = weight.abs() >= scale, weight.sign()

@@ -62,7 +62,7 @@ def quantize_nf4(model: PreTrainedModel, windows: torch.Tensor, recipe: NF4Recip
                 linear = getattr(block, field)
                 packed = packed_linear_like(linear, "nf4", linear.weight.device, recipe.double_quantization)
                 packed.bias = linear.bias
-                packed.pack(linear.weight.data, moments.get(site))
+                packed.pack(linear.weight.data, moments.get(site), refined=True)
                 model.set_submodule(f"{block.name}.{LINEARS[field]}", packed)
     grid = table_grid(recipe.embeddings)
     return {**description, "tables": replace_tables(model, dict.fromkeys(tables_of(model), grid) if grid else {})}
