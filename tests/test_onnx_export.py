@@ -72,6 +72,15 @@ def test_int8_products_are_int8_in_the_file(tmp_path, monkeypatch, name, kernel)
 
 
 @needs_onnx
+@pytest.mark.parametrize("embeddings", ["int8", "int4"])
+def test_tables_in_integers_are_exported_too(tmp_path, embeddings):
+    model = helpers.make_bert(scale=0.1, num_hidden_layers=1)
+    quantize_encoder(model, embeddings)
+    export_classifier(model, tmp_path / FILE)
+    assert difference(model, tmp_path / FILE) < 0.02
+
+
+@needs_onnx
 def test_the_file_is_the_same_whatever_machine_writes_it(tmp_path, monkeypatch):
     monkeypatch.delenv(KERNEL_VARIABLE, raising=False)
     written = {}
