@@ -21,6 +21,7 @@ from common import PROFILE, QuantizeConfig, parse_command_line, run_stage
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split
+from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import accuracy_of
 from compactmind.files import lock_directory
@@ -115,7 +116,7 @@ def quantize(name: str, method: str, config: QuantizeConfig, device: str) -> Non
 
 # ----------------------------------------------------------------------------------------------------------------- main
 def main(config: QuantizeConfig) -> None:
-    device, models = "cuda" if torch.cuda.is_available() else "cpu", config.models_dir
+    device, models = default_device(), config.models_dir
     asked = {"--parents": (config.method, config.parents), "--w8a8_parents": ("w8a8", config.w8a8_parents)}
     for option, (_, names) in asked.items():
         for name in names:

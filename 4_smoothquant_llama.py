@@ -25,6 +25,7 @@ from common import PROFILE, SmoothQuantConfig, parse_command_line, run_stage
 from compactmind.checkpoint import load_as_released, load_checkpoint, save_checkpoint
 from compactmind.code_version import code_version
 from compactmind.data import data_fingerprint, read_dataset_description
+from compactmind.devices import default_device
 from compactmind.evaluation.cost import weight_bytes
 from compactmind.evaluation.divergence import measure_windows
 from compactmind.evaluation.perplexity import paired_ratio, perplexity_of
@@ -93,7 +94,7 @@ def main(config: SmoothQuantConfig) -> None:
 
 def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
     """Make what is not up to date of the models at the top of this file, then measure all."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     text = read_dataset_description(config.text_dir)["source"]["source"]
     report_path, plot_path = config.results_dir / "smoothquant.json", config.results_dir / "smoothquant.png"
 

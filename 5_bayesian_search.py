@@ -41,6 +41,7 @@ from common import PROFILE, SearchConfig, parse_command_line, run_stage
 from compactmind.checkpoint import load_as_released, load_checkpoint, save_checkpoint
 from compactmind.code_version import code_version
 from compactmind.data import data_fingerprint, read_dataset_description
+from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import weight_bytes
 from compactmind.evaluation.divergence import measure_windows
@@ -118,7 +119,7 @@ def read_material(config: SearchConfig, check: Callable[[Any], None]) -> Materia
 
     `check` looks at the dense model first: it raises CompactMindError if what is to be done to it cannot be done.
     """
-    source, device = source_of(config), "cuda" if torch.cuda.is_available() else "cpu"
+    source, device = source_of(config), default_device()
     model, tokenizer = load_as_released(source)
     check(model)
     released = model.dtype

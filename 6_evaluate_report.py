@@ -28,6 +28,7 @@ import torch
 from common import PROFILE, ReportConfig, parse_command_line, run_stage
 from compactmind.checkpoint import load_any
 from compactmind.data import data_fingerprint, load_split, read_dataset_description
+from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.classifiers import measure_classifiers
 from compactmind.evaluation.failures import fail, row_fails_alone
@@ -268,7 +269,7 @@ def measure_track(
     reference = config.reference if track == "encoder" else DENSE_LANGUAGE_MODEL
     others = {reference, *(row["compared_with"] for row in needed)}
     runs_along = [row for row in found if row["name"] in others and row not in needed and row["status"] == "measured"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     checkpoints = load_models([*runs_along, *needed], device)
     there = {row["name"]: row for row in (*runs_along, *needed) if row["name"] in checkpoints}
     needed = [row for row in needed if row["name"] in there]
@@ -309,7 +310,7 @@ def protocols(config: ReportConfig, description: dict) -> dict[str, str]:
     """Return how each number was made, in one sentence each."""
     rows = description["splits"]["test"]["rows"]
     length, threads = config.cost_length, torch.get_num_threads()
-    where = "GPU" if torch.cuda.is_available() else f"{threads} CPU threads"
+    where = "GPU" if default_device() == "cuda" else f"{threads} CPU threads"
     return {
         "accuracy": f"{rows} held-out test sentences ({description['source']['source']}), cut at {config.max_length} tokens; "
         "95% Wilson interval; never used for training or selection",
@@ -346,7 +347,7 @@ def environment() -> dict[str, object]:
         cpu = next(
             (line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), cpu
         )
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    gpu = torch.cuda.get_device_name() if default_device() == "cuda" else None
     return {
         "machine": f"{gpu or cpu}, {torch.get_num_threads()} threads",
         "os": f"{platform.system()} {platform.machine()}",

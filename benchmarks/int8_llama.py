@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import StageConfig, parse_command_line, run_stage  # noqa: E402
 from compactmind.checkpoint import load_checkpoint  # noqa: E402
+from compactmind.devices import default_device  # noqa: E402
 from compactmind.evaluation.cost import summaries, synchronize  # noqa: E402
 from compactmind.files import write_json_atomically  # noqa: E402
 from compactmind.methods.quantization.packed_model import quantize_model  # noqa: E402
@@ -118,7 +119,7 @@ def where_the_time_goes(model, ids) -> list[tuple[str, float]]:
 
 
 def main(config: BenchmarkConfig) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     wanted = {name: row for name, row in make_rows(config, device).items() if not config.rows or name in config.rows}
     models, warmup = {}, {}
     for name, (make, _) in wanted.items():

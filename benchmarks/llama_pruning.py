@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import SearchConfig, StageConfig, parse_command_line, run_stage  # noqa: E402
 from compactmind.checkpoint import load_as_released  # noqa: E402
 from compactmind.data import read_dataset_description  # noqa: E402
+from compactmind.devices import default_device  # noqa: E402
 from compactmind.errors import CompactMindError  # noqa: E402
 from compactmind.evaluation.cost import resident_bytes  # noqa: E402
 from compactmind.evaluation.perplexity import paired_ratio, perplexity  # noqa: E402
@@ -63,7 +64,7 @@ TORCH_PRUNING = "Torch-Pruning L2, uniform"
 def load(config: BenchmarkConfig):
     """Return a fresh dense model in float32 and its tokenizer."""
     model, tokenizer = load_as_released(config.models_dir / "llama")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").float(), tokenizer
+    return model.to(default_device()).float(), tokenizer
 
 
 # -------------------------------------------------------------------------------------------------------- Torch-Pruning
@@ -98,7 +99,7 @@ def has_torch_pruning() -> bool:
 # --------------------------------------------------------------------------------------------------------------- memory
 def peak_of(action) -> int:
     """Return by how many bytes memory rises above where it is now while `action` runs; allocated memory on a GPU."""
-    if torch.cuda.is_available():
+    if default_device() == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         action()

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import SmoothQuantConfig, StageConfig, parse_command_line, run_stage  # noqa: E402
+from compactmind.devices import default_device  # noqa: E402
 from compactmind.errors import CompactMindError  # noqa: E402
 from compactmind.evaluation.cost import resident_bytes  # noqa: E402
 from compactmind.files import write_json_atomically  # noqa: E402
@@ -87,7 +88,7 @@ class AnonymousMemory(threading.Thread):
 
 def measure(config: MemoryConfig) -> dict:
     stage = SmoothQuantConfig.for_profile(config.profile)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     torch.nn.Linear(64, 64).to(device)(torch.ones(64, 64, device=device))  # the runtime's own buffers come before the mark
     before, started = resident_bytes()[0], time.perf_counter()
     anonymous = AnonymousMemory()

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import SearchConfig, StageConfig, parse_command_line, run_stage  # noqa: E402
 from compactmind.checkpoint import load_as_released  # noqa: E402
+from compactmind.devices import default_device  # noqa: E402
 from compactmind.errors import CompactMindError  # noqa: E402
 from compactmind.evaluation.cost import weight_bytes  # noqa: E402
 from compactmind.evaluation.perplexity import perplexity  # noqa: E402
@@ -85,7 +86,7 @@ class BenchmarkConfig(StageConfig):
 def make_runner(config: BenchmarkConfig, stage: SearchConfig, cache: PrefixCache | None) -> TrialRunner:
     """Return what runs pipelines as the search does."""
     source = config.models_dir / "llama"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     model, tokenizer = load_as_released(source)
 
     def windows(split: str, count: int) -> torch.Tensor:

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
-
 from compactmind.checkpoint import Checkpoint, load_any
+from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.failures import reason_of
 
@@ -20,7 +19,7 @@ TASKS = {"SequenceClassification": ("classifier", "classify.py"), "CausalLM": ("
 def open_model(directory: Path, task: str) -> Checkpoint:
     """Load a checkpoint or any Hugging Face folder whose architecture is of `task`, a key of TASKS. Raises CompactMindError."""
     try:
-        checkpoint = load_any(directory, "cuda" if torch.cuda.is_available() else "cpu")
+        checkpoint = load_any(directory, default_device())
     except CompactMindError:
         raise
     except Exception as error:  # noqa: BLE001  any folder may be given, and each library has its own way to say it cannot read one

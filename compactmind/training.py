@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compactmind.data import EncodedSentences
+from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
 from compactmind.files import lock_directory, remove_stale_temporaries, replace_file
 from compactmind.forward import predict_logits
@@ -36,7 +37,7 @@ def make_accelerator() -> Accelerator:
     Asked for with the environment variable ACCELERATE_MIXED_PRECISION, which `accelerate launch --mixed_precision` sets (to "no" if
     it is told nothing). Raises CompactMindError on an unknown precision, and on fp16 without a GPU: it would be ignored.
     """
-    gpu = torch.cuda.is_available()
+    gpu = default_device() == "cuda"
     automatic = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if gpu else "no"
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", automatic).lower()
     if precision not in PRECISIONS or (precision == "fp16" and not gpu):

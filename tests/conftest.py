@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: it reads this once
+os.environ["ACCELERATE_USE_CPU"] = "true"  # the same numbers on every machine; tests marked gpu take it away
 
 import helpers
 import pytest
@@ -48,6 +49,12 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch, fresh_accelerator):
+    """What is chosen by itself is the GPU."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
 
 
 @pytest.fixture

@@ -222,20 +222,20 @@ def _command(name: str, arguments: tuple) -> list[str]:
     return [sys.executable, str(REPOSITORY / name), "--profile", "smoke", *map(str, arguments)]
 
 
-def environment(cwd: Path) -> dict[str, str]:
-    """Return the environment of a subprocess that sees no GPU, no hub and no other profile than the one it is given."""
-    changes = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf_home"), "OMP_NUM_THREADS": "1"}
-    changes |= {"PYTHONIOENCODING": "utf-8", "PYTHONPATH": ""}
-    own = ("COMPACTMIND_PROFILE", "ACCELERATE_MIXED_PRECISION")
+def environment(cwd: Path, gpu: bool = False) -> dict[str, str]:
+    """Return the environment of a subprocess that sees no hub, no other profile than the one it is given, and a GPU only if `gpu`."""
+    changes = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf_home"), "OMP_NUM_THREADS": "1"}
+    changes |= {"PYTHONIOENCODING": "utf-8", "PYTHONPATH": ""} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    own = ("COMPACTMIND_PROFILE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU")
     return {key: value for key, value in os.environ.items() if key not in own} | changes
 
 
-def run_script(name: str, *arguments, cwd: Path, processes: int = 1) -> subprocess.CompletedProcess:
-    """Run a script of the repository in `cwd` with the smoke profile, no GPU and no hub; wait for it to end.
+def run_script(name: str, *arguments, cwd: Path, processes: int = 1, gpu: bool = False) -> subprocess.CompletedProcess:
+    """Run a script of the repository in `cwd` with the smoke profile and no hub, on a GPU only if `gpu`; wait for it to end.
 
     With several processes it is started as on several GPUs.
     """
-    return _run(_command(name, arguments), cwd, processes)
+    return _run(_command(name, arguments), cwd, processes, gpu)
 
 
 def run_python(path: Path, *arguments, cwd: Path, processes: int = 1) -> subprocess.CompletedProcess:
@@ -243,10 +243,10 @@ def run_python(path: Path, *arguments, cwd: Path, processes: int = 1) -> subproc
     return _run([sys.executable, str(path), *map(str, arguments)], cwd, processes)
 
 
-def _run(command: list[str], cwd: Path, processes: int) -> subprocess.CompletedProcess:
+def _run(command: list[str], cwd: Path, processes: int, gpu: bool = False) -> subprocess.CompletedProcess:
     if processes > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.run(command, cwd=cwd, env=environment(cwd), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, env=environment(cwd, gpu), stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
 
 NEXT = "----8<----"

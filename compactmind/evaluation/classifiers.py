@@ -14,6 +14,7 @@ import torch
 
 from compactmind.checkpoint import Checkpoint, load_any
 from compactmind.data import EncodedSentences, Sentence
+from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import classification_metrics, mcnemar
 from compactmind.evaluation.cost import gflops, gmacs_thop, measure_latency, measure_load_time, peak_memory, weight_bytes
@@ -116,7 +117,7 @@ def measure_classifiers(
             require_positions(checkpoints[row["name"]].model, cost_length, "cost_length")
             row["peak_memory_mb"] = peak_memory(Path(row["directory"]), max(latency_batches), cost_length)
 
-    with ThreadPoolExecutor(max_workers=1 if torch.cuda.is_available() else 2) as pool:
+    with ThreadPoolExecutor(max_workers=1 if default_device() == "cuda" else 2) as pool:
         list(pool.map(measure_memory, rows))
 
 

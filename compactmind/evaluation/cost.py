@@ -26,6 +26,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
 from compactmind.files import weight_files
 from compactmind.limits import vocabulary_of
@@ -225,7 +226,7 @@ def resident_bytes() -> tuple[int, int]:
 def _measure_peak_of_this_process(directory: str, batch_size: int, sequence_length: int) -> float:
     from compactmind.checkpoint import load_any
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     torch.nn.Linear(64, 64).to(device)(torch.ones(64, 64, device=device))  # the runtime's own buffers come before the mark
     before, _ = resident_bytes()
     model = load_any(Path(directory), device).model

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from compactmind.checkpoint import Checkpoint, load_any
+from compactmind.devices import default_device
 from compactmind.evaluation.capability import gsm8k
 from compactmind.evaluation.cost import NEW_TOKENS, measure_generation, measure_load_time, peak_memory, weight_bytes
 from compactmind.evaluation.divergence import measure_windows
@@ -96,7 +97,7 @@ def measure_language_models(
             require_positions(checkpoints[row["name"]].model, prompt_tokens, "prompt_tokens")
             row["peak_memory_mb"] = peak_memory(Path(row["directory"]), 1, prompt_tokens)
 
-    with ThreadPoolExecutor(max_workers=1 if torch.cuda.is_available() else 2) as pool:
+    with ThreadPoolExecutor(max_workers=1 if default_device() == "cuda" else 2) as pool:
         list(pool.map(measure_memory, rows))
 
 
