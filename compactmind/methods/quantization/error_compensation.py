@@ -15,6 +15,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from compactmind.methods.quantization.replayed import replayed
+
 
 @torch.inference_mode()
 def input_second_moments(
@@ -78,6 +80,22 @@ def smaller_scales(
     return torch.maximum(torch.minimum(blocks, limit), -limit).flatten(1)
 
 
+@replayed
+def _round_columns(
+    block: torch.Tensor, pinned: torch.Tensor, sign: torch.Tensor, scale: torch.Tensor, decoded_scale: torch.Tensor,
+    factor: torch.Tensor, levels: torch.Tensor, boundaries: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return what some columns (columns, out) are rounded to, one after the other, and their errors; changes `block`, in place."""
+    rounded, errors = torch.empty_like(block), torch.empty_like(block)
+    for column, wanted in enumerate(block):
+        nearest = torch.bucketize(wanted / decoded_scale[column].clamp_min(1e-12), boundaries)
+        level = torch.where(pinned[column], sign[column], levels[nearest])
+        rounded[column] = level * scale[column]
+        errors[column] = (wanted - level * decoded_scale[column]) / factor[column, column]
+        block[column:] -= factor[column, column:, None] * errors[column]
+    return rounded, errors
+
+
 @torch.inference_mode()
 def compensate_rounding(
     weight: torch.Tensor,
@@ -114,14 +132,8 @@ def compensate_rounding(
     rounded = torch.empty_like(weight)
     for start in range(0, in_features, columns_at_once):
         end = min(start + columns_at_once, in_features)
-        errors = torch.empty(weight.shape[0], end - start, device=weight.device)
-        for column in range(start, end):
-            wanted = weight[:, column]
-            nearest = torch.bucketize((wanted / decoded_scale[:, column].clamp_min(1e-12)).contiguous(), boundaries)
-            level = torch.where(pinned[:, column], sign[:, column], levels[nearest])
-            rounded[:, column] = level * scale[:, column]
-            error = (wanted - level * decoded_scale[:, column]) / factor[column, column]
-            weight[:, column:end] -= error[:, None] * factor[column, column:end]
-            errors[:, column - start] = error
-        weight[:, end:] -= errors @ factor[start:end, end:]
+        parts = (each[:, start:end].t().contiguous() for each in (weight, pinned, sign, scale, decoded_scale))
+        found, errors = _round_columns(*parts, factor[start:end, start:end], levels, boundaries)
+        rounded[:, start:end] = found.t()
+        weight[:, end:] -= errors.t().contiguous() @ factor[start:end, end:]
     return rounded

@@ -11,6 +11,7 @@ behind j cannot make up for. That is the importance by which the scales of a gro
 import torch
 
 from compactmind.methods.quantization.grid import Grid, fit, from_integers, to_integers
+from compactmind.methods.quantization.replayed import replayed
 
 ORDERS = ("activation", "index")
 AT_ONCE = 2**21
@@ -56,6 +57,25 @@ def inverse_factor(moment: torch.Tensor, damping: float) -> torch.Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment)), upper=True).float()
 
 
+@replayed
+def _fit(weight: torch.Tensor, importance: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    return fit(weight, grid, importance)
+
+
+@replayed
+def _round_columns(
+    block: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the integers of some columns (columns, out), one after the other, and their errors; changes `block`, in place."""
+    q, errors = torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
+    for column, wanted in enumerate(block):
+        found = to_integers(wanted, scale, zero, grid)
+        errors[column] = (wanted - from_integers(found, scale, zero, grid)) / factor[column, column]
+        block[column:].addr_(factor[column, column:], errors[column], alpha=-1)
+        q[column] = found
+    return q, errors
+
+
 @torch.no_grad()
 def round_compensated(weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, grid: Grid) -> Rounded:
     """Return weight (out, in) on its grid, rounded column by column.
@@ -68,24 +88,21 @@ def round_compensated(weight: torch.Tensor, factor: torch.Tensor, order: torch.T
     groups = grid.groups(width)
     importance = factor.diagonal().reciprocal().square()
     scales, zeros = (torch.empty(rows, len(groups), device=weight.device) for _ in range(2))
-    q = torch.empty(rows, width, dtype=torch.uint8, device=weight.device)
-    start = 0
+    rounded = torch.empty(width, rows, dtype=torch.uint8, device=weight.device)  # in order
+    places, start = order.tolist(), 0
     while start < width:
-        number = int(order[start]) // len(range(width)[groups[0]])
+        number = places[start] // len(range(width)[groups[0]])
         stop = start + len(range(width)[groups[number]])
-        scale, zero = fit(weight[:, start:stop], grid, importance[start:stop])
+        scale, zero = _fit(weight[:, start:stop], importance[start:stop], grid)
         scales[:, number], zeros[:, number] = scale[:, 0], zero[:, 0]
         for first in range(start, stop, COLUMNS_AT_ONCE):
             last = min(first + COLUMNS_AT_ONCE, stop)
-            block, own = weight[:, first:last].t().contiguous(), factor[first:last, first:last]  # (columns, out)
-            errors = torch.empty_like(block)
-            for column in range(last - first):
-                found = to_integers(block[column], scale[:, 0], zero[:, 0], grid)
-                errors[column] = (block[column] - from_integers(found, scale[:, 0], zero[:, 0], grid)) / own[column, column]
-                block[column:].addr_(own[column, column:], errors[column], alpha=-1)
-                q[:, order[first + column]] = found.to(torch.uint8)
+            block = weight[:, first:last].t().contiguous()  # (columns, out)
+            rounded[first:last], errors = _round_columns(block, factor[first:last, first:last], scale[:, 0], zero[:, 0], grid)
             weight[:, last:].addmm_(errors.t(), factor[first:last, last:], alpha=-1)
         start = stop
+    q = torch.empty(rows, width, dtype=torch.uint8, device=weight.device)
+    q[:, order] = rounded.t()
     return Rounded(q, scales, zeros, grid)
 
 

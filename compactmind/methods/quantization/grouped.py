@@ -13,9 +13,9 @@ Without a minimum that is the layout `pack-quantized` of compressed-tensors 0.20
 packed widths that do not divide 32 otherwise.
 """
 
+import math
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -29,24 +29,34 @@ TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_minimum
 # ------------------------------------------------------------------------------------------------------------------ packing
 def pack(q: torch.Tensor, bits: int) -> torch.Tensor:
     """Return integers (rows, width), uint8 below 2^bits, without gaps: int32 (rows, ceil(width * bits / 32)), lowest bits first."""
-    words = -(-q.shape[1] * bits // 32)
-    bytes_of = np.zeros((len(q), words * 4), dtype=np.uint8)
-    source = q.cpu().numpy()
-    for start in range(0, len(q), 1024):  # a byte for every bit: some rows at a time
-        rows = np.unpackbits(source[start : start + 1024, :, None], axis=2, count=bits, bitorder="little")
-        packed = np.packbits(rows.reshape(len(rows), -1), axis=1, bitorder="little")
-        bytes_of[start : start + 1024, : packed.shape[1]] = packed
-    return torch.from_numpy(bytes_of.view("<i4").astype(np.int32, copy=False)).to(q.device)
+    places, words = _places(bits)
+    parts = F.pad(q, (0, -q.shape[1] % len(places))).unflatten(1, (-1, len(places)))  # (rows, periods, integers of a period)
+    packed = torch.zeros(*parts.shape[:2], words, dtype=torch.int32, device=q.device)
+    for number, (word, shift) in enumerate(places):
+        value = parts[..., number].int()
+        packed[..., word] |= value << shift
+        if shift + bits > 32:  # the rest is in the next word
+            packed[..., word + 1] |= value >> (32 - shift)
+    return packed.flatten(1)[:, : -(-q.shape[1] * bits // 32)].contiguous()
 
 
 def unpack(packed: torch.Tensor, bits: int, width: int) -> torch.Tensor:
     """Return the integers (rows, width) that `pack` was given, uint8."""
-    bytes_of = np.ascontiguousarray(packed.cpu().numpy().astype("<i4", copy=False)).view(np.uint8)
-    result = np.empty((len(packed), width), dtype=np.uint8)
-    for start in range(0, len(packed), 1024):
-        rows = np.unpackbits(bytes_of[start : start + 1024], axis=1, count=width * bits, bitorder="little")
-        result[start : start + 1024] = np.packbits(rows.reshape(len(rows), width, bits), axis=2, bitorder="little")[..., 0]
-    return torch.from_numpy(result).to(packed.device)
+    places, words = _places(bits)
+    packed = F.pad(packed, (0, -packed.shape[1] % words)).unflatten(1, (-1, words))
+    q = torch.empty(*packed.shape[:2], len(places), dtype=torch.uint8, device=packed.device)
+    for number, (word, shift) in enumerate(places):
+        value = packed[..., word] >> shift  # copies of the sign come in from above
+        if shift + bits > 32:
+            value = value & (1 << 32 - shift) - 1 | packed[..., word + 1] << (32 - shift)
+        q[..., number] = value & (1 << bits) - 1
+    return q.flatten(1)[:, :width].contiguous()
+
+
+def _places(bits: int) -> tuple[list[tuple[int, int]], int]:
+    """Return the word and the bit at which each integer begins until one begins with a word again, and how many words that takes."""
+    count = 32 // math.gcd(32, bits)
+    return [divmod(number * bits, 32) for number in range(count)], count * bits // 32
 
 
 # ------------------------------------------------------------------------------------------------------------------- layers

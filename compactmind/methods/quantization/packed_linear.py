@@ -40,7 +40,9 @@ class NF4Linear(bnb.nn.Linear4bit):
             compute_dtype=compute_dtype_for(device),
             quant_type="nf4",
             compress_statistics=double_quantization,
+            device="meta",  # what is drawn at random there would be thrown away: minutes for a Llama of 7 billion weights
         )
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.in_features = in_features
         self.double_quantization = double_quantization
         # On CPUs with AVX512-BF16, bitsandbytes would repack the weights at the first call and multiply in bf16: slower for
@@ -94,7 +96,8 @@ class Int8Linear(bnb.nn.Linear8bitLt):
     """A Linear8bitLt (LLM.int8(), one scale per output row) with the same two ways to set its weight."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
-        super().__init__(in_features, out_features, bias=bias, has_fp16_weights=False)
+        super().__init__(in_features, out_features, bias=bias, has_fp16_weights=False, device="meta")
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def pack(self, weight: torch.Tensor) -> None:
         """Set, in place, the int8 weight from `weight` (out_features, in_features)."""
