@@ -1,7 +1,7 @@
-"""How much memory it takes to quantize a Llama, against the bytes of its weights as released.
+"""How much memory it takes to quantize a Llama, against the bytes of its weights as released, how long, and how fast the result is.
 
 Run:   python benchmarks/quantizing_memory.py                      (after python download_model.py)
-       python benchmarks/quantizing_memory.py --method gptq --target_compression 3.5
+       python benchmarks/quantizing_memory.py --method gptq --target_compression 3.5        (0: --bits in groups of 128 for all)
        python benchmarks/quantizing_memory.py --shape llama-2-7b   (random weights of that shape; wants 20 GB of device memory)
 Reads: models/llama (a shape of its own needs nothing)
 Writes: results/benchmark_memory.json, and prints it
@@ -12,6 +12,8 @@ released in; blocks are calibrated and quantized in turn.
 resident   high-water mark of resident memory (on a GPU: of allocated memory). On a CPU the weight file is mapped: its pages
            count as resident although the system drops them when it needs the room
 needed     Linux: the largest anonymous memory seen, once per 2 ms: what cannot be dropped
+speed      (--speed True) batch 1: a prompt of 512 random tokens, and a token after it; the model as released, then the result, each the
+           median of 5 after 2 to warm up. Not in turns, as two models of 7B may not fit: for large differences
 """
 
 import json
@@ -31,9 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import SmoothQuantConfig, StageConfig, parse_command_line, run_stage  # noqa: E402
 from compactmind.devices import default_device  # noqa: E402
 from compactmind.errors import CompactMindError  # noqa: E402
-from compactmind.evaluation.cost import resident_bytes  # noqa: E402
+from compactmind.evaluation.cost import measure_generation, resident_bytes, synchronize  # noqa: E402
 from compactmind.files import write_json_atomically  # noqa: E402
 from compactmind.methods.quantization.gptq_model import GPTQRecipe, quantize_gptq  # noqa: E402
+from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4  # noqa: E402
 from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama  # noqa: E402
 
 
@@ -41,10 +44,14 @@ from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_ll
 class MemoryConfig(StageConfig):
     shape: Literal["models/llama", "llama-2-7b"] = "models/llama"
     """The model: the profile's own, or random weights."""
-    method: Literal["w8a8", "gptq"] = "w8a8"
+    method: Literal["w8a8", "nf4", "gptq"] = "w8a8"
     """What it is quantized by."""
     target_compression: float = 3.5
-    """gptq: bytes as released / bytes of the result."""
+    """gptq: bytes as released / bytes of the result; 0: no target."""
+    bits: int = 4
+    """gptq without a target: of every weight of the blocks, in groups of 128."""
+    speed: bool = False
+    """Measure prefill and decode before and after."""
     in_this_process: bool = False
     """Measure here and print one line of JSON (what the script starts for itself)."""
 
@@ -86,24 +93,39 @@ class AnonymousMemory(threading.Thread):
             time.sleep(0.002)
 
 
+def speed_of(model) -> dict[str, float]:
+    """Return the medians in ms of reading a prompt and of a token after it."""
+    found = measure_generation({"model": model}, prompt_tokens=512, repeats=5, reference="model")["model"]
+    return {phase: each["median_ms"] for phase, each in found.items()}
+
+
 def measure(config: MemoryConfig) -> dict:
     stage = SmoothQuantConfig.for_profile(config.profile)
     device = default_device()
     torch.nn.Linear(64, 64).to(device)(torch.ones(64, 64, device=device))  # the runtime's own buffers come before the mark
-    before, started = resident_bytes()[0], time.perf_counter()
+    before = resident_bytes()[0]
     anonymous = AnonymousMemory()
     anonymous.start()
     model = load(config, device)
     windows = torch.randint(0, model.config.vocab_size, (stage.calibration_windows, stage.seq_len))  # memory knows no words
     released = sum(p.numel() * p.element_size() for p in model.parameters())
+    dense = speed_of(model) if config.speed else None
+    anonymous.peak, started = 0, time.perf_counter()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     if config.method == "gptq":
-        quantize_gptq(model, windows, GPTQRecipe(target_compression=config.target_compression))
+        quantize_gptq(model, windows, GPTQRecipe(config.bits, 128, target_compression=config.target_compression))
+    elif config.method == "nf4":
+        quantize_nf4(model, windows, NF4Recipe())
     else:
         quantize_llama(model, calibrate_llama(model, windows), W8A8Recipe(grid=stage.alpha_grid))
+    synchronize(model.device)
+    seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes()[1] - before
     needed = None if device == "cuda" or anonymous.first is None else anonymous.peak
     return {
-        "shape": config.shape, "method": config.method, "device": device, "seconds": time.perf_counter() - started,
+        "shape": config.shape, "method": config.method, "device": device, "seconds": seconds, "dense_ms": dense,
+        "result_ms": speed_of(model) if config.speed else None,
         "released_mb": released / 1e6,
         "resident_mb": peak / 1e6, "resident_ratio": peak / released,
         "needed_mb": needed and needed / 1e6, "needed_ratio": needed and needed / released,
@@ -125,7 +147,11 @@ def main(config: MemoryConfig) -> None:
     for name in ("resident", "needed"):
         if result[f"{name}_mb"]:
             print(f"  {name:<10}{result[f'{name}_mb']:>8.0f} MB  {result[f'{name}_ratio']:.2f} times")
-    print(f"{result['seconds']:.0f} s, written to {path}")
+    if config.speed:
+        dense, made = result["dense_ms"], result["result_ms"]
+        for phase in dense:
+            print(f"  {phase:<10}{dense[phase]:>8.1f} ms as released, {made[phase]:.1f} ms then: {dense[phase] / made[phase]:.2f}x")
+    print(f"making it took {result['seconds']:.0f} s; written to {path}")
 
 
 if __name__ == "__main__":
