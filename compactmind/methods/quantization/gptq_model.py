@@ -117,10 +117,8 @@ def tensor_choices(model: PreTrainedModel, windows: torch.Tensor, recipe: GPTQRe
     they cost is in its costs.
     """
     windows = windows[:SENSITIVITY_WINDOWS]
-    if recipe.sensitivity == "gradients":
-        costs = gradient_costs(model, windows, GRIDS, recipe.damping)
-    else:
-        costs = measured_costs(model, windows, GRIDS, damping=recipe.damping if recipe.compensation else None)
+    by_gradients = recipe.sensitivity == "gradients"
+    costs = gradient_costs(model, windows, GRIDS, recipe.damping) if by_gradients else measured_costs(model, windows, GRIDS)
     choices: Choices = {}
     for index, block in enumerate(llama_blocks(model)):
         for field, path in LINEARS.items():

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from compactmind.errors import CompactMindError
 from compactmind.methods.llama import LINEARS, llama_blocks
 from compactmind.methods.quantization.blockwise import block_inputs, in_float32, run_block, walk_blocks
-from compactmind.methods.quantization.calibration import SITES
+from compactmind.methods.quantization.calibration import SITES, readers_of
 from compactmind.methods.quantization.gptq import inverse_factor, round_nearest
 from compactmind.methods.quantization.grid import Grid
 
@@ -134,19 +134,6 @@ def _errors(weight: torch.Tensor, grids: Sequence[Grid], rows: torch.Tensor, col
     return [float(share @ ((round_nearest(part, grid, columns, RANGES).weight() - part).square() @ columns)) for grid in grids]
 
 
-def remaining(moment: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return how much the squared error of each input counts if the columns behind it make up for what they can, (in,).
-
-    `moment` (in, in) is that of the inputs; the columns with the largest ones come first, as gptq.py has them. With no help it is the
-    mean square of the input, and never more.
-    """
-    squares = moment.diagonal()
-    order = squares.argsort(descending=True, stable=True)
-    left = torch.empty_like(squares)
-    left[order] = inverse_factor(moment[order][:, order], damping).diagonal().reciprocal().square()
-    return torch.minimum(left, squares)
-
-
 def gradient_cost(
     weight: torch.Tensor, moment: torch.Tensor, rows: torch.Tensor, grids: Sequence[Grid], damping: float
 ) -> list[float]:
@@ -217,33 +204,35 @@ class Probe:
 
 @torch.no_grad()
 def measured_costs(
-    model: PreTrainedModel,
-    windows: torch.Tensor,
-    grids: Sequence[Grid],
-    reference: Grid = REFERENCE,
-    damping: float | None = None,
+    model: PreTrainedModel, windows: torch.Tensor, grids: Sequence[Grid], reference: Grid = REFERENCE
 ) -> dict[tuple[int, str], list[float]]:
     """Return what each grid would cost for every linear of the blocks, by block and field: KL in nats a token, measured.
 
     One linear after the other is rounded to `reference`, and the first PROBE_TOKENS tokens of `windows` (windows, seq_len) are read; other
     grids cost in proportion to their squared error. That an error is the same at every token, that it meets a softmax and that it is not
-    small are in it, which an estimate by gradients does not know. With a `damping` the rounding will be compensated, and of each error
-    only what the columns behind it cannot make up for is counted: on generic weights a half to a tenth.
+    small are in it, which an estimate by gradients does not know.
     """
-    inputs: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = []
-    for _, _, moments in walk_blocks(model, windows, None):
-        alone = {site: moment.diagonal().clone() for site, moment in moments.items()}
-        left = alone if damping is None else {site: remaining(moment, damping) for site, moment in moments.items()}
-        inputs.append({site: (alone[site], left[site]) for site in moments})
+    squares: list[dict[str, torch.Tensor]] = []
+    states, arguments = block_inputs(model, windows)
+    for block, others in zip(llama_blocks(model), arguments, strict=True):
+        seen: dict[str, torch.Tensor] = {}
+        handles = [readers_of(block, site)[0].register_forward_pre_hook(_squares_watcher(seen, site)) for site in SITES]
+        try:
+            with in_float32(block.module):
+                states = [run_block(block.module, each, others) for each in states]
+        finally:
+            for handle in handles:
+                handle.remove()
+        squares.append({site: total / windows.numel() for site, total in seen.items()})
     probe, costs = Probe(model, windows.flatten()[:PROBE_TOKENS]), {}
     for index, block in enumerate(probe.blocks):
         for site, fields in SITES.items():
             for field in fields:
-                weight, (alone, left) = getattr(block, field).weight, inputs[index][site]
-                found = probe.with_weight(index, field, round_nearest(weight, reference, alone, RANGES).weight())
+                weight, columns = getattr(block, field).weight, squares[index][site]
+                found = probe.with_weight(index, field, round_nearest(weight, reference, columns, RANGES).weight())
                 rows = torch.ones(len(weight), device=weight.device)
-                (of_reference,) = _errors(weight, [reference], rows, alone)
-                costs[index, field] = [found * error / max(of_reference, 1e-30) for error in _errors(weight, grids, rows, left)]
+                of_reference, *errors = _errors(weight, [reference, *grids], rows, columns)
+                costs[index, field] = [found * error / max(of_reference, 1e-30) for error in errors]
     return costs
 
 
@@ -268,3 +257,11 @@ def table_errors(weight: torch.Tensor, grids: Sequence[Grid]) -> list[float]:
     """Return the squared rounding error of a table (rows, channels) on each grid, on an even sample of its rows."""
     part = weight[:: max(1, len(weight) // 4096)].float()
     return [float((round_nearest(part, grid, ranges=RANGES).weight() - part).square().sum()) for grid in grids]
+
+
+def _squares_watcher(seen: dict[str, torch.Tensor], site: str):
+    def watch(_, inputs) -> None:
+        total = inputs[0][0].float().square().sum(dim=0)
+        seen[site] = seen[site] + total if site in seen else total
+
+    return watch
