@@ -28,7 +28,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ def read_material(config: SearchConfig, check: Callable[[Any], None]) -> Materia
     resources = Resources(
         calibration=train[: config.calibration_windows], train=train, held_out=validation[:held_out],
         dense=lambda: load_as_released(source)[0].to(device).float(), released=released, released_bytes=weight_bytes(source),
-        device=device,
+        device=device, keep=keeper(config),
     )  # fmt: skip
     print(f"{len(train)} windows of {config.seq_len} tokens to train on, {len(resources.calibration)} of them to calibrate on")
     fingerprint = data_fingerprint(config.text_dir)
@@ -158,6 +158,29 @@ def context_of(config: SearchConfig) -> dict:
         "text": data_fingerprint(config.text_dir),
         "model": identity_of(source_of(config)),
     }
+
+
+def keeper(config: SearchConfig) -> Callable[[str, Callable[[], Any]], Any]:
+    """Return what keeps measurements of the dense model between runs, in results/search/costs: whatever the target, they are the same."""
+    belongs_to = {
+        "model": identity_of(source_of(config)), "text": data_fingerprint(config.text_dir), "seq_len": config.seq_len,
+        "code": code_version(__file__),
+    }  # fmt: skip
+    place = config.results_dir / "search" / "costs"
+
+    def keep(name: str, make: Callable[[], Any]) -> Any:
+        path = place / f"{re.sub(r'[^a-z0-9.]+', '_', name)}.json"
+        with suppress(OSError, ValueError, KeyError, TypeError):  # whatever is wrong with the file: it is measured again
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not config.force and found["belongs_to"] == belongs_to:
+                print(f"{name}: measured by an earlier run, {path}")
+                return found["value"]
+        value = make()
+        place.mkdir(parents=True, exist_ok=True)
+        write_json_atomically(path, {"belongs_to": belongs_to, "value": value})
+        return value
+
+    return keep
 
 
 def cache_of(config: SearchConfig) -> PrefixCache:

@@ -156,6 +156,30 @@ def test_a_quantization_alone_is_a_pipeline(tmp_path, run_here):
     assert status == 1 and "Traceback" not in output and read_manifest(tmp_path / "models" / "llama_1.6x") == manifest, output
 
 
+def test_what_tensors_cost_is_measured_once_for_all_targets(tmp_path, run_here):
+    helpers.add_llama(tmp_path)
+
+    def make(target, name, *more):
+        pipeline = f'[{{"method": "gptq", "params": {{"target_compression": {target}}}}}]'
+        status, output = run_here("--strategy", "fixed", "--output", f"models/{name}", "--pipeline", pipeline, *more)
+        assert status == 0, output
+        return "measured by an earlier run" in output
+
+    assert not make(1.6, "first")
+    (kept,) = (tmp_path / "results" / "search" / "costs").iterdir()
+    assert make(1.5, "second")
+    assert not make(1.5, "forced", "--force", True)
+    second, forced = (load_checkpoint(tmp_path / "models" / name) for name in ("second", "forced"))
+    assert second.manifest["quantization"]["tensors"] == forced.manifest["quantization"]["tensors"]
+    assert make(1.7, "third", "--calibration_windows", 8)  # costs are measured on the first windows
+    assert not make(1.7, "fewer", "--calibration_windows", 2)
+    for damaged in ('{"belongs_to": 3}', kept.read_text()[:-40]):
+        kept.write_text(damaged)
+        assert not make(1.6, f"after_{len(damaged)}")
+    helpers.add_llama(tmp_path, hidden_size=64)  # another model
+    assert not make(1.6, "another")
+
+
 # ------------------------------------------------------------------------------------------------------------------ search
 def test_a_search_gives_gptq_its_target_and_any_of_its_trials_comes_again(tmp_path, run_here):
     helpers.add_llama(tmp_path)

@@ -15,7 +15,14 @@ from transformers import PreTrainedModel
 from compactmind.methods.pruning.llama_importance import score
 from compactmind.methods.pruning.llama_pruning import DenseStates, PruneRecipe, check_prunable, prune_llama
 from compactmind.methods.quantization.calibration import SITES
-from compactmind.methods.quantization.gptq_model import GPTQRecipe, quantize_gptq, tensor_choices
+from compactmind.methods.quantization.gptq_model import (
+    SENSITIVITY_WINDOWS,
+    GPTQRecipe,
+    choices_from,
+    choices_to_keep,
+    quantize_gptq,
+    tensor_choices,
+)
 from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4
 from compactmind.methods.quantization.tables import table_bits
 from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama, turn_for
@@ -45,6 +52,8 @@ class Resources:
     """Where retraining keeps its state, so that a killed run goes on."""
     before: tuple[str, ...] = ()
     """What has been done to the model that comes next: one hash per step; who runs a pipeline keeps it."""
+    keep: Callable[[str, Callable[[], Any]], Any] = lambda name, make: make()
+    """Returns make(), JSON that belongs to the dense model and the text, or what an earlier run kept under that name."""
     remembered: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def remember(self, what: Any, make: Callable[[], Any]) -> Any:
@@ -178,12 +187,22 @@ def _nf4(model, resources: Resources, recipe: NF4Recipe):
 def _gptq(model, resources: Resources, recipe: GPTQRecipe):
     description = quantize_gptq(
         model, resources.calibration, recipe, released_bytes=resources.released_bytes, released=resources.released,
-        teacher=resources.teacher,
-        choices=lambda: resources.remember(
-            ("choices", recipe.sensitivity), lambda: tensor_choices(model, resources.calibration, recipe)
-        ),
+        teacher=resources.teacher, choices=lambda: _choices(model, resources, recipe),
     )  # fmt: skip
     return model, description
+
+
+def _choices(model, resources: Resources, recipe: GPTQRecipe):
+    """Measure what tensors cost once for all targets; of the dense model for all runs."""
+    settings = [f"damping {recipe.damping:g}"] if recipe.sensitivity == "gradients" else []
+    name = ", ".join([f"costs {recipe.sensitivity}", f"{len(resources.calibration[:SENSITIVITY_WINDOWS])} windows", *settings])
+
+    def measured():
+        return tensor_choices(model, resources.calibration, recipe)
+
+    if resources.before:
+        return resources.remember(name, measured)
+    return resources.remember(name, lambda: choices_from(resources.keep(name, lambda: choices_to_keep(measured()))))
 
 
 SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)

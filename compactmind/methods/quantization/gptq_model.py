@@ -144,6 +144,16 @@ def tensor_choices(model: PreTrainedModel, windows: torch.Tensor, recipe: GPTQRe
     return choices
 
 
+def choices_to_keep(choices: Choices) -> dict[str, list[list[Any]]]:
+    """Return choices as JSON has them."""
+    return {name: [[each.what.described(), each.bits, each.cost] for each in its] for name, its in choices.items()}
+
+
+def choices_from(kept: dict[str, list[list[Any]]]) -> Choices:
+    """Return what `choices_to_keep` was given."""
+    return {name: [Choice(Grid(**what), bits, cost) for what, bits, cost in its] for name, its in kept.items()}
+
+
 def choose_grids(
     model: PreTrainedModel,
     choices: Choices,
