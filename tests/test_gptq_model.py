@@ -209,6 +209,22 @@ def test_channels_that_are_always_zero_are_no_reason_to_refuse():
     assert quantize_gptq(again, WINDOWS, GPTQRecipe(target_compression=2.2))["expected_kl"] > 0
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_turned_stream_has_no_outliers_to_round(tmp_path, tied):
+    """One channel of the stream fifty times as large as the others takes the levels of its group; turned, it is one of many."""
+    model = release(tied, scale=0.2)
+    with torch.no_grad():
+        for weight in (model.model.embed_tokens.weight, *(block.mlp.down_proj.weight.t() for block in model.model.layers)):
+            weight[:, 3] *= 50
+    dense, turned = logits_of(copy.deepcopy(model).float()), copy.deepcopy(model).float()
+    quantize_gptq(model.float(), WINDOWS, GPTQRecipe(bits=4, embeddings="int8", group_size=-1))
+    description = quantize_gptq(turned, WINDOWS, GPTQRecipe(bits=4, embeddings="int8", group_size=-1, stream_rotation=True))
+    plain, found = ((logits_of(each) - dense).norm() / dense.norm() for each in (model, turned))
+    assert found < 0.7 * plain and description["stream_rotation"] and set(description["tensors"]) >= {"lm_head"}
+    save(tmp_path / "m", turned, description)
+    assert torch.equal(logits_of(load_checkpoint(tmp_path / "m").model), logits_of(turned))
+
+
 # --------------------------------------------------------------------------------------------------------- in a pipeline
 @pytest.mark.parametrize("params", [{"bits": 3, "group_size": 64}, {"target_compression": 1.6}], ids=str)
 def test_pruned_retrained_and_then_quantized(tmp_path, params):

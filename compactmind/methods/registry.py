@@ -194,7 +194,7 @@ def _gptq(model, resources: Resources, recipe: GPTQRecipe):
 
 def _choices(model, resources: Resources, recipe: GPTQRecipe):
     """Measure what tensors cost once for all targets; of the dense model for all runs."""
-    settings = [f"damping {recipe.damping:g}"] if recipe.sensitivity == "gradients" else []
+    settings = ["stream turned"] * recipe.stream_rotation + [f"damping {recipe.damping:g}"] * (recipe.sensitivity == "gradients")
     name = ", ".join([f"costs {recipe.sensitivity}", f"{len(resources.calibration[:SENSITIVITY_WINDOWS])} windows", *settings])
 
     def measured():

@@ -32,6 +32,7 @@ from compactmind.methods.quantization.sensitivity import (
     measured_table_cost,
     table_errors,
 )
+from compactmind.methods.quantization.stream_rotation import random_orthogonal, turn_stream
 from compactmind.methods.quantization.tables import EMBEDDINGS, replace_tables, table_grid, tables_of
 
 AUTO = "auto"
@@ -73,6 +74,9 @@ class GPTQRecipe:
     """Tokens of the calibration text on which scales and norms then learn from the dense model (scale_tuning.py); 0: none."""
     tuning_lr: float = 3e-4
     """How far a scale moves in a step at most, as a share of its size."""
+    stream_rotation: bool = False
+    """Turn the residual stream in the weights first (stream_rotation.py): no outlier channels, no work at run time, and where the head is
+    tied a second table."""
     weigh_tokens: bool = False
     """Count every token of the calibration text by its gradients (sensitivity.py), or all alike."""
     sensitivity: str = "measured"
@@ -235,12 +239,15 @@ def quantize_gptq(
 
     `windows` (windows, seq_len): calibration text. `released_bytes`: what a target_compression is a ratio of (0: this model's bytes) and
     `released` the dtype in which the file will have what stays as it is (None: the model's). Tables named in `uncounted` are free in it.
-    Raises CompactMindError before anything is changed: a weight that is NaN or infinite, too little text, a quantized model, a target that
-    no widths reach. `teacher` makes the dense model that tuning_tokens learn from, `choices` what `tensor_choices`
-    returns, if that is known. A model whose quantization is interrupted is of no use.
+    Raises CompactMindError before anything but the basis of the stream is changed: a weight that is NaN or infinite, too little text, a
+    quantized model, a target that no widths reach. `teacher` makes the dense model that tuning_tokens learn from, `choices` what
+    `tensor_choices` returns, if that is known. A model whose quantization is interrupted is of no use.
     """
     require_dense(model)
     require_text(model, windows)
+    whole = released_bytes or sum(each.numel() * (released or model.dtype).itemsize for each in model.parameters())
+    if recipe.stream_rotation:
+        turn_stream(model, random_orthogonal(model.config.hidden_size))
     tables = tables_of(model)
     released = released or model.dtype
     grid, predicted = Grid(recipe.bits, recipe.group_size, recipe.zero), None
@@ -248,7 +255,6 @@ def quantize_gptq(
     grids |= {name: recipe.table for name in tables if recipe.table}
     if recipe.target_compression:
         show("allocation ...")
-        whole = released_bytes or sum(each.numel() * released.itemsize for each in model.parameters())
         budget = int(whole / recipe.target_compression)
         known = choices() if choices else tensor_choices(model, windows, recipe, uncounted)
         grids, predicted = choose_grids(model, known, recipe, budget, released, uncounted)
@@ -302,6 +308,7 @@ def describe(recipe: GPTQRecipe, grids: dict[str, Grid], predicted: float | None
         "expected_kl": predicted,
         "order": recipe.order,
         "damping": recipe.damping,
+        "stream_rotation": recipe.stream_rotation,
         "weigh_tokens": recipe.weigh_tokens,
         "sensitivity": recipe.sensitivity if recipe.target_compression else None,
         "tensors": {name: grid.described() for name, grid in grids.items()},
