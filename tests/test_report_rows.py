@@ -31,7 +31,7 @@ from compactmind.manifest import identity_of
 from compactmind.report.documents import write_documents
 from compactmind.report.figures import latency, model_comparison, perplexity_against_size
 from compactmind.report.sentences import sentences, warnings
-from compactmind.report.tables import encoder_table
+from compactmind.report.tables import divergence, encoder_table
 
 WORDS = len(helpers.VOCABULARY)
 ENCODERS = ("deberta", "short", "three", "unpadded", "masked", "strange", "empty")
@@ -444,3 +444,16 @@ def test_every_document_is_written_of_rows_with_holes(reported, tmp_path):
     assert not (tmp_path / "latency.png").exists() and not (tmp_path / "final_report.png").exists()
     line = next(line for line in encoder_table(report).rows if line[0] == "student_distilled")
     assert line[1].endswith("]") and set(line[6:8]) == {"-"}
+
+
+@pytest.mark.parametrize(
+    ("mean", "interval", "cell"),
+    [
+        (0.1342, [0.1032, 0.1652], "0.1342 [0.1032, 0.1652]"),
+        (0.0034, [0.0012, 0.0056], "0.0034 [0.0012, 0.0056]"),
+        (0.00005, [0.00002, 0.00008], "0.000050 [0.000020, 0.000080]"),
+        (0.0, [0.0, 0.0], "0"),
+    ],
+)
+def test_next_to_no_divergence_is_not_told_as_none(mean, interval, cell):
+    assert divergence({"mean": mean, "interval": interval}) == cell

@@ -192,7 +192,7 @@ def perplexity_against_size(report: dict[str, Any]) -> Figure | None:
     everyone, rows = measured(report, "llm"), beside_dense(report)
     if not rows:
         return None
-    figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
+    figure, axes = plt.subplots(figsize=(8, 6), constrained_layout=True)
     for name, row in rows.items():
         colour = colours_of(everyone)[name]
         low, high = row["perplexity_interval"]
@@ -209,7 +209,7 @@ def perplexity_against_size(report: dict[str, Any]) -> Figure | None:
     )
     axes.set_title(f"Language models on the same {next(iter(rows.values()))['protocol']['windows']} windows of held-out text")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14))
     return figure
 
 

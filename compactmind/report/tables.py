@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,7 +65,10 @@ def divergence(kl: dict[str, Any] | None) -> str:
     """Return the mean of a KL and its interval as a cell, 0 for the dense model itself."""
     if kl is None:
         return NOTHING
-    return "{:.4f} [{:.4f}, {:.4f}]".format(kl["mean"], *kl["interval"]) if kl["mean"] else "0"
+    if not kl["mean"]:
+        return "0"
+    places = max(4, 1 - math.floor(math.log10(kl["mean"])))  # two digits of the mean at least: next to nothing is not nothing
+    return f"{kl['mean']:.{places}f} [{kl['interval'][0]:.{places}f}, {kl['interval'][1]:.{places}f}]"
 
 
 # ----------------------------------------------------------------------------------------------------------- the tracks
