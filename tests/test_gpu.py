@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
-from compactmind.devices import USE_CPU, default_device
 from compactmind.methods.quantization.error_compensation import compensate_rounding
 from compactmind.methods.quantization.gptq import columns_in_order, inverse_factor, round_compensated, round_nearest
 from compactmind.methods.quantization.gptq_model import GPTQRecipe, quantize_gptq
@@ -42,13 +41,6 @@ def example_moment(width: int) -> torch.Tensor:
         width, width, generator=torch.Generator().manual_seed(2)
     )
     return x.t() @ x / len(x)
-
-
-# --------------------------------------------------------------------------------------------------------------- devices
-def test_a_gpu_is_taken_unless_a_user_says_no(on_gpu, monkeypatch):
-    assert default_device() == "cuda"
-    monkeypatch.setenv(USE_CPU, "1")
-    assert default_device() == "cpu"
 
 
 # -------------------------------------------------------------------------------------------------------------- rounding
