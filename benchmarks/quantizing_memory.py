@@ -13,7 +13,8 @@ resident   high-water mark of resident memory (on a GPU: of allocated memory). O
            count as resident although the system drops them when it needs the room
 needed     Linux: the largest anonymous memory seen, once per 2 ms: what cannot be dropped
 speed      (--speed True) batch 1: a prompt of 512 random tokens, and a token after it; the model as released, then the result, each the
-           median of 5 after 2 to warm up. Not in turns, as two models of 7B may not fit: for large differences
+           median of 5 after 2 to warm up. Not in turns, as two models of 7B may not fit: for large differences. On a CPU `resident` is then
+           that of reading the prompt too
 """
 
 import json
