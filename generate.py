@@ -21,6 +21,7 @@ from transformers import TextStreamer, set_seed
 from compactmind.checkpoint import silence_libraries
 from compactmind.console import errors_in_one_line, open_model, texts_of
 from compactmind.errors import CompactMindError
+from compactmind.generation import cache_for
 from compactmind.limits import positions_of, require_known_ids
 
 
@@ -52,7 +53,8 @@ def generate(model, tokenizer, prompt: str, asked: argparse.Namespace) -> dict[s
     started = time.perf_counter()
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     output = model.generate(
-        **inputs, **sampling, max_new_tokens=min(asked.max_new_tokens, longest - count), pad_token_id=padding,
+        **inputs, **sampling, past_key_values=cache_for(model), pad_token_id=padding,
+        max_new_tokens=min(asked.max_new_tokens, longest - count),
         streamer=None if asked.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )[0, count:]  # fmt: skip
     seconds = time.perf_counter() - started

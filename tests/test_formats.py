@@ -15,11 +15,12 @@ from compactmind.files import WEIGHTS
 from compactmind.formats.loading import require_every_tensor, uninitialized_model
 from compactmind.formats.table import FORMATS, Format, is_quantized, kernel_of, parameters_of
 from compactmind.guards import check_parent
+from compactmind.kernels import KERNEL_VARIABLE
 from compactmind.methods.pruning.masks import compact
 from compactmind.methods.quantization.gptq_model import GPTQRecipe, quantize_gptq
 from compactmind.methods.quantization.packed_model import linears_to_quantize, quantize_model
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
-from compactmind.methods.quantization.w8a8_linear import ACTIVATIONS, KERNEL_VARIABLE
+from compactmind.methods.quantization.w8a8_linear import ACTIVATIONS
 from compactmind.methods.quantization.w8a8_model import EMBEDDINGS, W8A8Recipe, calibrate_llama, quantize_llama
 from compactmind.search.compressor import Compressed, store_as_released, stored_bytes
 

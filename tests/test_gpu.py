@@ -80,7 +80,7 @@ def test_integers_are_packed_as_on_a_cpu(bits):
 
 def test_a_grouped_linear_multiplies_as_on_a_cpu():
     rounded = round_nearest(torch.randn(24, 80, generator=torch.Generator().manual_seed(0)), Grid(4, 32))
-    layer = GroupedLinear(rounded.q, rounded.scale, rounded.zero, rounded.grid)
+    layer = GroupedLinear.of(rounded.q, rounded.scale, rounded.zero, rounded.grid)
     x = torch.randn(3, 80, generator=torch.Generator().manual_seed(1))
     wanted = layer(x)
     assert relative(layer.cuda()(x.cuda()).cpu(), wanted) < 1e-3

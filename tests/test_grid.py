@@ -164,7 +164,7 @@ def test_beyond_fp16_the_nearest_that_can_be_stored_is_taken():
 def test_stored_bits_are_those_of_the_tensors(grid, group_size, width):
     grid, rows = replace(grid, group_size=group_size), 32
     groups = torch.ones(rows, len(grid.groups(width)))
-    tensors = GroupedWeight(torch.zeros(rows, width, dtype=torch.uint8), groups, groups, grid).tensors()
+    tensors = GroupedWeight.of(torch.zeros(rows, width, dtype=torch.uint8), groups, groups, grid).tensors()
     shape = tensors.pop("weight_shape")
     assert shape.tolist() == [rows, width]
     assert rows * grid.stored_bits(width) == 8 * sum(each.numel() * each.element_size() for each in tensors.values())

@@ -8,7 +8,7 @@ import pytest
 ABOVE = (
     ("methods",),
     ("formats",),
-    ("manifest", "guards", "model_card", "checkpoint", "onnx_export"),
+    ("manifest", "guards", "model_card", "checkpoint", "onnx_export", "generation"),
     ("evaluation",),
     ("search", "report", "console"),
 )

@@ -254,7 +254,7 @@ def test_language_models_are_measured_on_the_same_windows_and_against_the_dense_
     ]
     assert f"best: trial {search['best']['trial']}" in output
     assert dense["kernel"] == "float32" and rows["llama_nf4"]["kernel"] == "bitsandbytes"
-    assert rows["llama_w8a8"]["kernel"] in ("int_mm", "simulated")
+    assert rows["llama_w8a8"]["kernel"] in ("int_mm", "avx2", "simulated")
 
 
 def test_without_text_the_language_models_are_not_run_and_the_encoders_are(copy, run_here):

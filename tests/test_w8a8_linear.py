@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from compactmind import kernels
 from compactmind.errors import CompactMindError
+from compactmind.kernels import KERNEL_VARIABLE
 from compactmind.methods.quantization.w8a8_linear import (
     ACTIVATIONS,
-    KERNEL_VARIABLE,
     W8A8Linear,
     activation_scale,
     kernel_for,
@@ -292,10 +293,11 @@ def test_cuda_multiplies_integers_where_it_can(monkeypatch, capability, widths, 
     assert kernel_for(torch.device("cuda"), *widths) == kernel
 
 
-def test_a_processor_without_int8_instructions_simulates_and_says_so(monkeypatch):
+def test_a_processor_without_int8_instructions_or_kernels_simulates_and_says_so(monkeypatch):
     monkeypatch.delenv(KERNEL_VARIABLE, raising=False)
-    for vnni, kernel in ((True, "int_mm"), (False, "simulated")):
+    for vnni, built, kernel in ((True, True, "int_mm"), (True, False, "int_mm"), (False, True, "avx2"), (False, False, "simulated")):
         monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda vnni=vnni: vnni)
+        monkeypatch.setattr(kernels, "available", lambda built=built: built)
         layer = quantize(make_linear(), "per_token")
         assert layer.kernel == kernel
     assert_is_reference(layer(make_input(6, 24)), make_linear(), make_input(6, 24), "per_token")

@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from compactmind import kernels
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.files import sha256_of
+from compactmind.kernels import KERNEL_VARIABLE
 from compactmind.methods.llama import llama_blocks
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
-from compactmind.methods.quantization.w8a8_linear import ACTIVATIONS, KERNEL_VARIABLE, W8A8Linear
+from compactmind.methods.quantization.w8a8_linear import ACTIVATIONS, W8A8Linear
 from compactmind.methods.quantization.w8a8_model import (
     Int8Embedding,
     W8A8Recipe,
@@ -117,15 +119,15 @@ def test_a_recipe_for_a_turned_stream_wants_it_turned_first(statistics):
 def test_files_do_not_depend_on_the_kernel_of_the_machine(tmp_path, monkeypatch, statistics, tokenizer):
     monkeypatch.delenv(KERNEL_VARIABLE, raising=False)
     written = []
-    for vnni in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda vnni=vnni: vnni)
+    for kernel in ("int_mm", "avx2", "simulated"):
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda kernel=kernel: kernel == "int_mm")
+        monkeypatch.setattr(kernels, "available", lambda kernel=kernel: kernel == "avx2")
         llama = save(tmp_path / "llama", release(True), statistics[True])
         encoder = helpers.make_bert()
         description = quantize_encoder(encoder)
         save_checkpoint(tmp_path / "bert", encoder, tokenizer, kind="w8a8", parent=None, stage={}, quantization=description)
         for model in (llama, encoder):
-            kernels = {module.kernel for module in model.modules() if isinstance(module, W8A8Linear)}
-            assert kernels == {"int_mm" if vnni else "simulated"}
+            assert {module.kernel for module in model.modules() if isinstance(module, W8A8Linear)} == {kernel}
         files = {path.relative_to(tmp_path): path.read_bytes() for path in sorted(tmp_path.glob("*/*"))}
         for name in ("llama", "bert"):
             manifest = helpers.read_json(tmp_path / name / "manifest.json")
@@ -134,7 +136,7 @@ def test_files_do_not_depend_on_the_kernel_of_the_machine(tmp_path, monkeypatch,
                 path: content.replace(created, b"now") if path.parts[0] == name else content for path, content in files.items()
             }
         written.append(files)
-    assert len(written[0]) > 8 and written[0] == written[1]
+    assert len(written[0]) > 8 and written[0] == written[1] == written[2]
 
 
 @pytest.mark.slow

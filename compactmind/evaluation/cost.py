@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
 from compactmind.files import weight_files
+from compactmind.generation import cache_for
 from compactmind.limits import vocabulary_of
 
 NEW_TOKENS = 8
@@ -137,8 +138,8 @@ def measure_generation(
     """Time what generating text at batch 1 is made of, all causal language models taking turns for `repeats` rounds.
 
     `prefill`: reading `prompt_tokens` random tokens as `generate` does, logits of the last one only, keys and values kept.
-    `decode`: one further token with that cache, the mean of `new_tokens`. Returns per model both, each as `measure_latency`;
-    `reference` may say for each model by name which one its speed-up is against.
+    `decode`: one further token with that cache (generation.py), the mean of `new_tokens`. Returns per model both, each as
+    `measure_latency`; `reference` may say for each model by name which one its speed-up is against.
     """
     prompt = random_tokens(models, 1, prompt_tokens)
 
@@ -146,7 +147,7 @@ def measure_generation(
         ids = prompt.to(model.device)
         synchronize(model.device)
         started = time.perf_counter()
-        output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1, past_key_values=cache_for(model))
         synchronize(model.device)
         prefilled = time.perf_counter()
         for _ in range(new_tokens):

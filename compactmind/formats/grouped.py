@@ -5,6 +5,7 @@ groups are whole and tables stay as released: it knows no float zeros, and loads
 `dequantize=True` alone, which takes the first grid for all.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,11 @@ def take_grouped(model: PreTrainedModel, state: dict[str, torch.Tensor], grids: 
     """
     for name, grid in grids.items():
         found = {each: state.pop(f"{name}.{each}") for each in TENSORS if f"{name}.{each}" in state}
-        weight, module = GroupedWeight.from_tensors(found, Grid(**grid)), model.get_submodule(name)
-        parts = weight.q, weight.scale, weight.zero, weight.grid
+        parts, module = (found, Grid(**grid)), model.get_submodule(name)
         if not isinstance(module, nn.Embedding):
-            model.set_submodule(name, GroupedLinear(*parts, state.get(f"{name}.bias")))
+            model.set_submodule(name, GroupedLinear.from_tensors(*parts, state.get(f"{name}.bias")))
             continue
-        table = GroupedEmbedding(*parts, module.padding_idx)
+        table = GroupedEmbedding.from_tensors(*parts, module.padding_idx)
         tied = module is model.get_input_embeddings() and model.config.tie_word_embeddings and model.get_output_embeddings()
         model.set_submodule(name, table)
         if tied:
@@ -124,9 +124,9 @@ def caveat(quantization: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------------------------ counting
 def weights(module: nn.Module) -> list[tuple[torch.Tensor, int]]:
     """Return the integers of a layer, a buffer, and how many weights they are."""
-    return [(module.q, module.q.numel())] if isinstance(module, GroupedWeight) else []
+    return [(module.packed, math.prod(module.shape))] if isinstance(module, GroupedWeight) else []
 
 
 def kernel(model: PreTrainedModel) -> str:
-    """Return what multiplies: integers made floating-point for every product."""
-    return "dequantized"
+    """Return what multiplies, see methods/quantization/grouped.py."""
+    return ", ".join(sorted({module.kernel for module in model.modules() if isinstance(module, GroupedWeight)}))

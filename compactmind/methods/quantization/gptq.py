@@ -35,6 +35,13 @@ class Rounded:
         return result
 
 
+def _empty(weight: torch.Tensor, grid: Grid) -> Rounded:
+    """Return a Rounded for a weight (out, in) whose numbers are still to be written."""
+    groups = len(weight), len(grid.groups(weight.shape[1]))
+    q = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    return Rounded(q, *(torch.empty(groups, device=weight.device) for _ in range(2)), grid)
+
+
 def columns_in_order(moment: torch.Tensor, grid: Grid, order: str) -> torch.Tensor:
     """Return the columns (in,) in the order in which they are rounded, the columns of a group together.
 
@@ -50,11 +57,15 @@ def columns_in_order(moment: torch.Tensor, grid: Grid, order: str) -> torch.Tens
 
 def inverse_factor(moment: torch.Tensor, damping: float) -> torch.Tensor:
     """Return the upper Cholesky factor of the inverse of H + damping * mean diagonal, float32 (in, in); dead inputs have a 1 there."""
-    moment = moment.double().clone()
+    moment = moment.to(torch.float64, copy=True)
     diagonal = moment.diagonal()
     diagonal[diagonal == 0] = 1.0 if not diagonal.any() else float(diagonal[diagonal > 0].mean())
     diagonal.add_(damping * diagonal.mean())
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment)), upper=True).float()
+    lower = torch.linalg.cholesky(moment)
+    del moment  # three at one time would be most of the memory it takes to round a block
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    return torch.linalg.cholesky(inverse, upper=True).float()
 
 
 @replayed
@@ -112,8 +123,12 @@ def round_nearest(
 ) -> Rounded:
     """Return weight (out, in) on its grid, each rounded by itself; `importance` (in,): of every input's error; `ranges`: see `fit`."""
     if weight.numel() > AT_ONCE and len(weight) > 1:  # a table: some rows at a time
-        parts = [round_nearest(rows, grid, importance, ranges) for rows in weight.split(max(1, AT_ONCE // weight.shape[1]))]
-        return Rounded(*(torch.cat([getattr(part, name) for part in parts]) for name in ("q", "scale", "zero")), grid)
+        rows, whole = max(1, AT_ONCE // weight.shape[1]), _empty(weight, grid)
+        for start in range(0, len(weight), rows):
+            part = round_nearest(weight[start : start + rows], grid, importance, ranges)
+            for name in ("q", "scale", "zero"):
+                getattr(whole, name)[start : start + rows] = getattr(part, name)
+        return whole
     groups = grid.groups(weight.shape[1])
     size = groups[0].stop
     whole = (

@@ -22,7 +22,7 @@ from compactmind.methods.quantization.blockwise import walk_blocks
 from compactmind.methods.quantization.calibration import SITES, require_dense, require_text
 from compactmind.methods.quantization.gptq import ORDERS, columns_in_order, inverse_factor, round_compensated, round_nearest
 from compactmind.methods.quantization.grid import BITS, Grid
-from compactmind.methods.quantization.grouped import GroupedLinear
+from compactmind.methods.quantization.grouped import GroupedLinear, forget_unpacked
 from compactmind.methods.quantization.scale_tuning import tune_scales
 from compactmind.methods.quantization.sensitivity import (
     SHARPNESS,
@@ -265,7 +265,9 @@ def quantize_gptq(
             {site: _sharpened(weights) for site, weights in each.items()} for each in measure_gradients(model, windows).tokens
         ]
     show("rounding ...")
-    for _, block, moments in walk_blocks(model, windows, tokens):
+    for index, block, moments in walk_blocks(model, windows, tokens):
+        if index:
+            forget_unpacked(llama_blocks(model)[index - 1].module)
         for site, fields in SITES.items():
             moment, factors = moments[site], {}
             for field in fields:
@@ -275,12 +277,12 @@ def quantize_gptq(
                     key = recipe.order == "activation" and grid.group_size  # what the order depends on
                     if key not in factors:
                         order = columns_in_order(moment, grid, recipe.order)
-                        factors[key] = order, inverse_factor(moment[order][:, order], recipe.damping)
+                        factors[key] = order, inverse_factor(moment[order[:, None], order], recipe.damping)
                     order, factor = factors[key]
                     rounded = round_compensated(linear.weight, factor, order, grid)
                 else:
                     rounded = round_nearest(linear.weight, grid, moment.diagonal())
-                model.set_submodule(name, GroupedLinear(rounded.q, rounded.scale, rounded.zero, rounded.grid, linear.bias))
+                model.set_submodule(name, GroupedLinear.of(rounded.q, rounded.scale, rounded.zero, rounded.grid, linear.bias))
     replace_tables(model, {name: grids[name] for name in tables if name in grids})
     whole = all(grid.divides(model.get_submodule(name).shape[1]) for name, grid in grids.items())
     description = describe(recipe, grids, predicted, whole)

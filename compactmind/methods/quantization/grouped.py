@@ -1,7 +1,7 @@
 """Layers whose weights are integers of 2 to 8 bits with a scale for every group of a row, and how such integers are packed.
 
-A linear and a table each know their own grid (grid.py), so that one model may have many. In memory an integer has a byte; in a file it has
-its bits, and nothing between them:
+A linear and a table each know their own grid (grid.py), so that one model may have many. In memory as in a file an integer has its bits,
+and nothing between them:
 
 weight_packed      int32 (out, ceil(in * bits / 32)): of a row one integer behind the other, the first in the lowest bits
 weight_scale       fp16 (out, groups)
@@ -10,7 +10,10 @@ weight_minimum     fp16 (out, groups): with a float zero
 weight_shape       int64 (2,): out, in
 
 Without a minimum that is the layout `pack-quantized` of compressed-tensors 0.20.0 to the bit (formats/grouped.py says who reads it); 0.15
-packed widths that do not divide 32 otherwise.
+packed widths that do not divide 32 otherwise. What multiplies them:
+
+avx2         compactmind/kernels: few rows of inputs times the packed integers, which are made floating-point in registers
+dequantized  all integers are unpacked, a byte each, at the first product and made floating-point for every one
 """
 
 import math
@@ -20,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from compactmind import kernels
 from compactmind.methods.quantization.grid import Grid, from_integers
 
 TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_minimum", "weight_shape")
@@ -27,8 +31,18 @@ TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_minimum
 
 
 # ------------------------------------------------------------------------------------------------------------------ packing
+AT_ONCE = 2**22
+"""Integers that are packed at one time: five copies of them exist then."""
+
+
 def pack(q: torch.Tensor, bits: int) -> torch.Tensor:
     """Return integers (rows, width), uint8 below 2^bits, without gaps: int32 (rows, ceil(width * bits / 32)), lowest bits first."""
+    if q.numel() > AT_ONCE and len(q) > 1:
+        result = torch.empty(len(q), -(-q.shape[1] * bits // 32), dtype=torch.int32, device=q.device)
+        rows = max(1, AT_ONCE // q.shape[1])
+        for part, place in zip(q.split(rows), result.split(rows), strict=True):
+            place.copy_(pack(part, bits))
+        return result
     places, words = _places(bits)
     parts = F.pad(q, (0, -q.shape[1] % len(places))).unflatten(1, (-1, len(places)))  # (rows, periods, integers of a period)
     packed = torch.zeros(*parts.shape[:2], words, dtype=torch.int32, device=q.device)
@@ -61,24 +75,59 @@ def _places(bits: int) -> tuple[list[tuple[int, int]], int]:
 
 # ------------------------------------------------------------------------------------------------------------------- layers
 class GroupedWeight(nn.Module):
-    """A weight (rows, width) on a grid: `q` uint8 (rows, width), `scale` and `zero` (rows, groups) in fp16 or, to be trained, float32.
+    """A weight (rows, width) on a grid: `packed` as `pack` returns it, `scale` and `zero` (rows, groups) in fp16, float32 to be trained.
 
     `state_dict` holds the tensors at the top of this file. Follows a model to another device, never to another dtype.
     """
 
-    def __init__(self, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid):
+    def __init__(self, packed: torch.Tensor, width: int, scale: torch.Tensor, zero: torch.Tensor, grid: Grid):
         super().__init__()
-        self.grid, self.shape = grid, tuple(q.shape)
-        self.register_buffer("q", q, persistent=False)
+        self.grid, self.shape = grid, (len(packed), width)
+        self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scale", scale.half(), persistent=False)
         self.register_buffer("zero", zero.half() if grid.zero == "float" else zero.to(torch.uint8), persistent=False)
+        self.prepare()
+
+    @classmethod
+    def of(cls, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, *others: Any) -> "GroupedWeight":
+        """Return the weight with the integers `q` (rows, width), uint8; `others`: what else the class takes."""
+        return cls(pack(q, grid.bits), q.shape[1], scale, zero, grid, *others)
+
+    def prepare(self) -> None:
+        """Choose what multiplies where the weight is now, see the top of this file; forget what was unpacked elsewhere."""
+        whole = self.grid.group_size == -1 or self.grid.group_size % 8 == 0
+        self.kernel = "avx2" if whole and kernels.usable_on(self.packed.device) else "dequantized"
+        self.unpacked: torch.Tensor | None = None
 
     def _apply(self, function, recurse: bool = True):
-        return super()._apply(lambda tensor: tensor.to(function(tensor.new_empty(0)).device), recurse)
+        super()._apply(lambda tensor: tensor.to(function(tensor.new_empty(0)).device), recurse)
+        self.prepare()
+        return self
+
+    @property
+    def q(self) -> torch.Tensor:
+        """The integers, uint8 (rows, width)."""
+        return unpack(self.packed, self.grid.bits, self.shape[1])
+
+    @property
+    def _group(self) -> int:
+        return self.shape[1] if self.grid.group_size == -1 else self.grid.group_size
+
+    @property
+    def _native(self) -> bool:
+        return self.kernel == "avx2" and self.scale.dtype == torch.float16  # in float32 they are being trained
 
     def dequantize(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Return the weights that the integers stand for in float32, (rows, width), or those of some `rows` (any shape)."""
-        q, scale, zero = (each if rows is None else each[rows] for each in (self.q, self.scale, self.zero))
+        if self._native and rows is None:
+            parts = self.packed, self.scale, self.zero, self.grid.bits, self._group, self.shape[1]
+            return torch.ops.compactmind.grouped_dequantize(*parts)
+        if self._native:
+            q = unpack(self.packed[rows].flatten(0, -2), self.grid.bits, self.shape[1]).view(*rows.shape, -1)
+        else:
+            self.unpacked = self.q if self.unpacked is None else self.unpacked
+            q = self.unpacked if rows is None else self.unpacked[rows]
+        scale, zero = (each if rows is None else each[rows] for each in (self.scale, self.zero))
         size, width = self.grid.group_size, self.shape[1]
         if size == -1 or width % size:  # one group, or a shorter last one
             spans = [(columns.stop - columns.start) for columns in self.grid.groups(width)]
@@ -88,10 +137,21 @@ class GroupedWeight(nn.Module):
         parts = q.float().unflatten(-1, (-1, size)), scale.float().unsqueeze(-1), zero.float().unsqueeze(-1)
         return from_integers(*parts, self.grid).flatten(-2)
 
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return x W^T + b of x (..., width): (..., rows), in x's dtype."""
+        bias = None if bias is None else bias.to(x.dtype)
+        few = 0 < x.numel() <= kernels.FEW_ROWS * self.shape[1]
+        if few and self._native and not (x.requires_grad and torch.is_grad_enabled()):
+            flat = x.reshape(-1, self.shape[1]).float().contiguous()
+            parts = self.packed, self.scale, self.zero, self.grid.bits, self._group
+            result = torch.ops.compactmind.grouped_linear(flat, *parts).to(x.dtype).view(*x.shape[:-1], -1)
+            return result if bias is None else result + bias
+        return F.linear(x, self.dequantize().to(x.dtype), bias)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return what a file holds, see the top of this file."""
         found = {
-            "weight_packed": pack(self.q, self.grid.bits), "weight_scale": self.scale.detach().half(),
+            "weight_packed": self.packed, "weight_scale": self.scale.detach().half(),
             "weight_shape": torch.tensor(self.shape),
         }  # fmt: skip
         if self.grid.zero == "integer":
@@ -101,8 +161,11 @@ class GroupedWeight(nn.Module):
         return found
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, torch.Tensor], grid: Grid) -> "GroupedWeight":
-        """Rebuild a weight from what `tensors` returned. Raises KeyError if one is missing, ValueError if they do not fit the grid."""
+    def from_tensors(cls, tensors: dict[str, torch.Tensor], grid: Grid, *others: Any) -> "GroupedWeight":
+        """Rebuild a weight from what `tensors` returned; `others`: what else the class takes.
+
+        Raises KeyError if one is missing, ValueError if they do not fit the grid.
+        """
         rows, width = tensors["weight_shape"].tolist()
         packed, scale, groups = tensors["weight_packed"], tensors["weight_scale"], len(grid.groups(width))
         expected = {"weight_packed": (rows, -(-width * grid.bits // 32)), "weight_scale": (rows, groups)}
@@ -118,7 +181,7 @@ class GroupedWeight(nn.Module):
             zero = tensors["weight_minimum"]
         elif grid.zero == "integer":
             zero = unpack(tensors["weight_zero_point"].t().contiguous(), grid.bits, rows).t().contiguous()
-        return cls(unpack(packed, grid.bits, width), scale, zero, grid)
+        return cls(packed, width, scale, zero, grid, *others)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, tensor in self.tensors().items():
@@ -130,10 +193,18 @@ class GroupedWeight(nn.Module):
 
 
 class GroupedLinear(GroupedWeight):
-    """y = x W^T + b with W on a grid; the weight is made floating-point for every product, which is computed in x's dtype."""
+    """y = x W^T + b with W on a grid."""
 
-    def __init__(self, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, bias: torch.Tensor | None = None):
-        super().__init__(q, scale, zero, grid)
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        width: int,
+        scale: torch.Tensor,
+        zero: torch.Tensor,
+        grid: Grid,
+        bias: torch.Tensor | None = None,
+    ):
+        super().__init__(packed, width, scale, zero, grid)
         self.out_features, self.in_features = self.shape
         if bias is not None and not isinstance(bias, nn.Parameter):  # a parameter stays the one it is, and with it its dtype
             bias = nn.Parameter(bias, requires_grad=False)
@@ -146,15 +217,22 @@ class GroupedLinear(GroupedWeight):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in_features) -> (..., out_features), in x's dtype."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.dequantize().to(x.dtype), bias)
+        return self.product(x, self.bias)
 
 
 class GroupedEmbedding(GroupedWeight):
     """A table on a grid; its output is float32."""
 
-    def __init__(self, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, padding_idx: int | None = None):
-        super().__init__(q, scale, zero, grid)
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        width: int,
+        scale: torch.Tensor,
+        zero: torch.Tensor,
+        grid: Grid,
+        padding_idx: int | None = None,
+    ):
+        super().__init__(packed, width, scale, zero, grid)
         self.num_embeddings, self.embedding_dim = self.shape
         self.padding_idx = padding_idx
 
@@ -173,4 +251,11 @@ class TiedHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., channels) -> (..., words), in x's dtype."""
-        return F.linear(x, self.table.dequantize().to(x.dtype))
+        return self.table.product(x)
+
+
+def forget_unpacked(model: nn.Module) -> None:
+    """Drop, in place, the copies with a byte for each integer that products without a kernel have left in a model."""
+    for module in model.modules():
+        if isinstance(module, GroupedWeight):
+            module.unpacked = None

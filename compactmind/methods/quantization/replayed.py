@@ -36,7 +36,9 @@ def replayed(function: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[...,
                 function(*own, *settings)
             torch.cuda.current_stream(device).wait_stream(beside)
             graph = torch.cuda.CUDAGraph()
-            pools.setdefault(device, torch.cuda.graph_pool_handle())  # one recording runs at a time, and what it returned is copied
+            pools.setdefault(
+                device, torch.cuda.graph_pool_handle()
+            )  # one recording runs at a time, and what it returned is copied
             with torch.cuda.graph(graph, pool=pools[device]):
                 found = function(*own, *settings)
             recordings[key] = graph, own, found

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from compactmind.errors import CompactMindError
 from compactmind.methods.llama import llama_blocks, stream_norms
 from compactmind.methods.quantization.blockwise import block_inputs, run_block
-from compactmind.methods.quantization.grouped import GroupedLinear, GroupedWeight
+from compactmind.methods.quantization.grouped import GroupedLinear, GroupedWeight, forget_unpacked
 
 TOKENS_AT_ONCE = 64
 """Tokens whose logits exist at one time."""
@@ -77,6 +77,7 @@ def tune_scales(
         at_last = judged()
         kept = at_last < at_first
     finally:
+        forget_unpacked(model)  # scales in float32 are torch's to multiply
         if not kept:
             _put(places, before)
         for value in values:

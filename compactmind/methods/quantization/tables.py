@@ -57,9 +57,9 @@ def replace_tables(model: PreTrainedModel, grids: Mapping[str, Grid]) -> dict[st
         rounded = round_nearest(module.weight, grid)
         parts = rounded.q, rounded.scale, rounded.zero, rounded.grid
         if not isinstance(module, nn.Embedding):
-            model.set_submodule(name, GroupedLinear(*parts, module.bias))
+            model.set_submodule(name, GroupedLinear.of(*parts, module.bias))
             continue
-        small = GroupedEmbedding(*parts, module.padding_idx)
+        small = GroupedEmbedding.of(*parts, module.padding_idx)
         model.set_submodule(name, small)
         if tied:
             model.set_output_embeddings(TiedHead(small))

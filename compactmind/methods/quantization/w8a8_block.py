@@ -38,8 +38,7 @@ def before_attention(
     hidden (batch, tokens, channels), cos and sin (batch or 1, tokens, head_dim). Returns the turned heads and the others, both
     (batch, heads, tokens, head_dim) in the dtype of `hidden`.
     """
-    q, scale = qkv.quantize(_rms_norm(hidden, norm_weight, eps))
-    heads = _rescale(qkv.product(q), qkv, scale).unflatten(-1, (-1, head_dim))
+    heads = qkv.linear(_rms_norm(hidden, norm_weight, eps)).unflatten(-1, (-1, head_dim))
     first, second = heads[:, :, :rotated].chunk(2, dim=-1)  # not torch.roll: compiled, its indices make this 50 times slower
     cos, sin = (angle.float().unsqueeze(2).chunk(2, dim=-1) for angle in (cos, sin))
     turned = torch.cat((first * cos[0] - second * sin[0], second * cos[1] + first * sin[1]), dim=-1)
@@ -50,25 +49,13 @@ def after_attention(
     residual: Tensor, attended: Tensor, o: Int8Parts, norm_weight: Tensor, eps: float, gate_up: Int8Parts, down: Int8Parts
 ) -> Tensor:
     """o_proj, RMSNorm, SiLU(gate) * up and down_proj with their two additions to the residual stream (batch, tokens, channels)."""
-    q, scale = o.quantize(attended)
-    hidden = _add(residual, o.product(q), o, scale)
-    q, scale = gate_up.quantize(_rms_norm(hidden, norm_weight, eps))
-    gate, up = _rescale(gate_up.product(q), gate_up, scale).chunk(2, dim=-1)
-    q, scale = down.quantize(F.silu(gate).mul_(up))
-    return _add(hidden, down.product(q), down, scale)
+    hidden = (residual.float() + o.linear(attended)).to(residual.dtype)
+    gate, up = gate_up.linear(_rms_norm(hidden, norm_weight, eps)).chunk(2, dim=-1)
+    return (hidden.float() + down.linear(F.silu(gate).mul_(up))).to(residual.dtype)
 
 
 def _rms_norm(hidden, weight, eps):
     return F.rms_norm(hidden.float(), weight.shape, weight.float(), eps)
-
-
-def _rescale(product, linear, scale):
-    return (product * linear.channel_scale).mul_(scale)
-
-
-def _add(residual, product, linear, scale):
-    """Return residual + the rescaled product, in the residual's dtype."""
-    return torch.addcmul(residual.float(), product * linear.channel_scale, scale).to(residual.dtype)
 
 
 COMPILED_TOKENS = 16

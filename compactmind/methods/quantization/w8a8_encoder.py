@@ -28,16 +28,9 @@ times as long."""
 
 
 # ---------------------------------------------------------------------------------------------------- around attention
-def _linear(x: torch.Tensor, parts: Int8Parts, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return x W^T + b in float32; x: (tokens, in) in float32."""
-    q, scale = parts.quantize(x)
-    product = parts.product(q) * parts.channel_scale
-    return product.mul_(scale) if bias is None else torch.addcmul(bias, product, scale)
-
-
 def project_heads(hidden: torch.Tensor, qkv: Int8Parts, bias: torch.Tensor) -> torch.Tensor:
     """Return q, k and v of hidden (tokens, channels) next to each other: (tokens, 3 * heads * head_dim)."""
-    return torch.cat([_linear(part, qkv, bias) for part in hidden.split(TOKENS)])
+    return torch.cat([qkv.linear(part, bias) for part in hidden.split(TOKENS)])
 
 
 def after_attention(hidden: torch.Tensor, attended: torch.Tensor, block: "W8A8EncoderBlock") -> torch.Tensor:
@@ -45,9 +38,9 @@ def after_attention(hidden: torch.Tensor, attended: torch.Tensor, block: "W8A8En
     layer, result = block.layer, torch.empty_like(hidden)
     output, up, down = layer.attention_output, layer.up, layer.down
     for place, residual, x in zip(result.split(TOKENS), hidden.split(TOKENS), attended.split(TOKENS), strict=True):
-        middle = layer.attention_norm(_linear(x, output.parts, output.bias).add_(residual))
-        inner = block.activation(_linear(middle, up.parts, up.bias))
-        place.copy_(layer.output_norm(_linear(inner, down.parts, down.bias).add_(middle)))
+        middle = layer.attention_norm(output.parts.linear(x, output.bias).add_(residual))
+        inner = block.activation(up.parts.linear(middle, up.bias))
+        place.copy_(layer.output_norm(down.parts.linear(inner, down.bias).add_(middle)))
     return result
 
 

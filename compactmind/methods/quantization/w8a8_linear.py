@@ -6,29 +6,28 @@ https://arxiv.org/abs/2211.10438). With a rotation, x is first multiplied by it 
 
 int_mm     torch._int_mm: CPUs with int8 instructions (VNNI), CUDA of compute capability 7.5 and later (widths multiples of 8);
            on CPUs without them it saturates: wrong numbers
+avx2       compactmind/kernels: x86 CPUs without them, where a C++ compiler is at hand
 simulated  the same integers multiplied in floating point: the same int32 to the last bit, no speed-up, and the report says so
 
-COMPACTMIND_KERNEL=simulated in the environment asks for the second everywhere, as on a CPU without VNNI (`COMPACTMIND_KERNEL=simulated
-./test.sh`). No file depends on the kernel: the sums are the same, and what is written down are weights and scales.
+COMPACTMIND_KERNEL=simulated in the environment asks for the last everywhere, as on a machine that has none of the others
+(`COMPACTMIND_KERNEL=simulated ./test.sh`). No file depends on the kernel: the sums are the same, and what is written down are weights and
+scales.
 
 Not onednn.qlinear_pointwise with prepacked weights: no faster on 512 tokens, three times slower on one, twice the memory, and with
 signed activations torch 2.13 ships only its reference loop, a thousand times slower.
 """
 
-import os
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from compactmind.errors import CompactMindError
+from compactmind import kernels
 from compactmind.methods.quantization.rotation import InputRotation, rotate
 
 ACTIVATIONS = ("per_token", "per_tensor", "per_tensor_static")
 LEVELS = 127
 """Largest int8 magnitude used; -128 is left out so that the range is symmetric."""
-KERNEL_VARIABLE = "COMPACTMIND_KERNEL"
-"""Environment variable that may say `simulated`; empty or unset: whatever the machine has."""
 EXACT_IN_FLOAT32 = 2**24 // LEVELS**2
 """So many products of two int8 add up without rounding in float32, in whatever order: 1,040."""
 SMALLEST_SCALE = 1e-9
@@ -62,19 +61,14 @@ def kernel_for(device: torch.device, in_features: int, out_features: int) -> str
 
     Raises CompactMindError if COMPACTMIND_KERNEL names anything but `simulated`.
     """
-    wanted = os.environ.get(KERNEL_VARIABLE)
-    if wanted:
-        if wanted != "simulated":
-            raise CompactMindError(
-                f"{KERNEL_VARIABLE} is {wanted!r}: set it to simulated, or unset it for the kernel of the machine"
-            )
-        return wanted
+    if kernels.simulated_wanted():
+        return "simulated"
     if device.type == "cuda":
         capable = torch.cuda.get_device_capability(device) >= (7, 5) and in_features % 8 == 0 and out_features % 8 == 0
         return "int_mm" if capable else "simulated"
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported():
         return "int_mm"
-    return "simulated"
+    return "avx2" if kernels.usable_on(device) else "simulated"
 
 
 class Int8Parts(NamedTuple):
@@ -88,15 +82,28 @@ class Int8Parts(NamedTuple):
     activations: str
     kernel: str
 
-    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return x (..., in), rotated if there is a rotation, in int8, and its scale, which multiplies (..., 1)."""
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return x W^T + b of x (..., in): float32 (..., out). x is rotated if there is a rotation, and rounded to int8."""
         if self.rotation is not None:
             x = rotate(x.float(), self.rotation)
+        if self.kernel == "avx2":
+            return self._by_avx2(x, bias)
         scale = activation_scale(x, self.activations, self.input_scale)
-        return quantize_activation(x, scale), scale
+        product = self.product(quantize_activation(x, scale)) * self.channel_scale
+        return product.mul_(scale) if bias is None else torch.addcmul(bias, product, scale)
+
+    def _by_avx2(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1]).float().contiguous()
+        if self.activations == "per_token":
+            q, scale = torch.ops.compactmind.quantize_rows(rows)
+        else:
+            scale = activation_scale(rows, self.activations, self.input_scale)
+            q, scale = quantize_activation(rows, scale), scale.flatten().expand(len(rows)).contiguous()
+        result = torch.ops.compactmind.int8_linear(q, scale, self.weight, self.channel_scale, bias)
+        return result.view(*x.shape[:-1], -1)
 
     def product(self, q: torch.Tensor) -> torch.Tensor:
-        """Return q @ W_int8^T for int8 q (..., in): int32 (..., out), not yet scaled."""
+        """Return q @ W_int8^T for int8 q (..., in): int32 (..., out), not yet scaled, by the other kernels."""
         rows = q.reshape(-1, self.weight.shape[1])
         if self.kernel == "simulated":
             parts = zip(rows.split(EXACT_IN_FLOAT32, 1), self.weight.split(EXACT_IN_FLOAT32, 1), strict=True)
@@ -172,12 +179,8 @@ class W8A8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in_features) -> (..., out_features), in x's dtype."""
-        parts = self.parts
-        q, scale = parts.quantize(x.reshape(-1, self.in_features))
-        product = (parts.product(q) * parts.channel_scale).mul_(scale)
-        if self.bias is not None:
-            product = product + self.bias
-        return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        result = self.parts.linear(x.reshape(-1, self.in_features), self.bias)
+        return result.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Return what print(model) shows of it."""

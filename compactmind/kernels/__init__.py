@@ -1,0 +1,146 @@
+"""Kernels of our own, in C++, for what torch has no fast product for: built once on the machine that runs them.
+
+avx2.cpp   x86 CPUs with AVX2 and FMA, Linux, a C++ compiler (g++ or clang++, or what CXX names): int8 times int8, exact, where there are no
+           int8 instructions; few rows times integers of 2 to 8 bits in groups, read as they lie in a file
+
+Where they cannot be had everything runs without them, slower (w8a8_linear.py, grouped.py). They are built when first asked for, in some 20
+seconds, into TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions, under a name that changes with the source, torch and the options.
+"""
+
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from compactmind.errors import CompactMindError
+
+SOURCE = Path(__file__).with_name("avx2.cpp")
+OPTIONS = ["-std=c++20", "-O3", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=off", "-fopenmp", "-fPIC", "-Wall"]
+FEW_ROWS = 4
+"""So many rows `grouped_linear` takes (FEW of avx2.cpp)."""
+BUILD_SECONDS = 300
+KERNEL_VARIABLE = "COMPACTMIND_KERNEL"
+"""Environment variable that may say `simulated`: none of these, and no int8 instructions; empty or unset: whatever the machine has."""
+
+
+def simulated_wanted() -> bool:
+    """Tell whether KERNEL_VARIABLE asks for products without special kernels. Raises CompactMindError if it names anything else."""
+    wanted = os.environ.get(KERNEL_VARIABLE, "")
+    if wanted not in ("", "simulated"):
+        raise CompactMindError(
+            f"{KERNEL_VARIABLE} is {wanted!r}: set it to simulated, or unset it for the kernel of the machine"
+        )
+    return wanted == "simulated"
+
+
+def usable_on(device: torch.device) -> bool:
+    """Tell whether torch.ops.compactmind is to multiply on a device."""
+    return device.type == "cpu" and not simulated_wanted() and available()
+
+
+def compiler() -> list[str] | None:
+    """Return the command of a C++ compiler, None if there is none: CXX if that is set, else the first that is found."""
+    given = shlex.split(os.environ.get("CXX", ""))
+    found = [given] if given else [["g++"], ["clang++"], ["c++"]]
+    return next((command for command in found if shutil.which(command[0])), None)
+
+
+def reason_against() -> str | None:
+    """Return why this machine cannot have the kernels, None if nothing speaks against them."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return f"they are for Linux on x86-64, and this is {sys.platform} on {platform.machine()}"
+    if not torch.cpu._is_avx2_supported():
+        return "this CPU has no AVX2"
+    if not library().exists() and compiler() is None:
+        return "there is no C++ compiler: install g++ (`apt-get install g++`), or name one in CXX"
+    return None
+
+
+def library() -> Path:
+    """Return where the built kernels are, or will be."""
+    told = f"{SOURCE.read_text()} {torch.__version__} {OPTIONS}"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    return Path(root) / "compactmind" / f"avx2-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
+
+
+@functools.cache
+def available() -> bool:
+    """Tell whether torch.ops.compactmind can be called; the first time they are loaded and, if need be, built.
+
+    Says in one line on standard error why not, if a CPU could have them.
+    """
+    if reason := reason_against():
+        if sys.platform == "linux" and torch.cpu._is_avx2_supported():
+            print(f"compactmind: no kernels for quantized models, they run slower: {reason}", file=sys.stderr)
+        return False
+    path = library()
+    try:
+        if not path.exists():
+            build(path)
+        torch.ops.load_library(path)
+    except (OSError, subprocess.SubprocessError) as error:
+        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [type(error).__name__]
+        print(
+            f"compactmind: no kernels for quantized models, they run slower: building {path} failed: {told[-1]}",
+            file=sys.stderr,
+        )
+        return False
+    _tell_shapes()
+    return True
+
+
+def build(path: Path) -> None:
+    """Compile and link the kernels into `path`; two processes that do so at once do not disturb each other.
+
+    Raises OSError if the folder cannot be written, subprocess.SubprocessError if the compiler fails.
+    """
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    print("compactmind: building kernels for this CPU (once, some 20 seconds) ...", file=sys.stderr)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
+        run = functools.partial(subprocess.run, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+        run([*compiler(), *OPTIONS, *(f"-I{each}" for each in include_paths()), "-c", str(SOURCE), "-o", str(compiled)])
+        # Without -fopenmp: the threads are to be those of the OpenMP that torch brings, not of a second one.
+        run(
+            [
+                *compiler(),
+                "-shared",
+                str(compiled),
+                *(f"-L{each}" for each in library_paths()),
+                "-ltorch_cpu",
+                "-lc10",
+                "-o",
+                str(linked),
+            ]
+        )
+        os.replace(linked, path)
+
+
+def _tell_shapes() -> None:
+    """Tell torch.compile and the meta device what comes out."""
+
+    @torch.library.register_fake("compactmind::quantize_rows")
+    def _(x):
+        return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1)
+
+    @torch.library.register_fake("compactmind::int8_linear")
+    def _(q, row_scale, weight, channel_scale, bias):
+        return q.new_empty(q.shape[0], weight.shape[0], dtype=torch.float32)
+
+    @torch.library.register_fake("compactmind::grouped_dequantize")
+    def _(packed, scale, zero, bits, size, width):
+        return scale.new_empty(packed.shape[0], width, dtype=torch.float32)
+
+    @torch.library.register_fake("compactmind::grouped_linear")
+    def _(x, packed, scale, zero, bits, size):
+        return x.new_empty(x.shape[0], packed.shape[0])

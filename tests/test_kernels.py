@@ -1,0 +1,235 @@
+"""The C++ kernels against the same arithmetic in torch, at widths that are multiples of nothing, and how they are built."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from compactmind import kernels
+from compactmind.kernels import KERNEL_VARIABLE
+from compactmind.methods.quantization.gptq import round_nearest
+from compactmind.methods.quantization.grid import BITS, ZEROS, Grid
+from compactmind.methods.quantization.grouped import GroupedEmbedding, GroupedLinear, TiedHead, pack
+from compactmind.methods.quantization.w8a8_linear import (
+    ACTIVATIONS,
+    W8A8Linear,
+    activation_scale,
+    quantize_activation,
+)
+
+needs_kernels = pytest.mark.skipif(kernels.reason_against() is not None, reason=f"no kernels: {kernels.reason_against()}")
+GRIDS = [Grid(bits, size, zero) for bits in BITS for zero in ZEROS for size in (32, 64, -1)]
+
+
+@pytest.fixture(autouse=True)
+def native(monkeypatch):
+    monkeypatch.delenv(KERNEL_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def ops():
+    assert kernels.available()
+    return torch.ops.compactmind
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def integers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------------------------- int8
+@needs_kernels
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 6, 7, 13, 65])
+@pytest.mark.parametrize(("width", "channels"), [(1, 1), (8, 3), (31, 16), (32, 17), (576, 50), (1030, 33)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_int8_are_exact_and_scaled_in_a_known_order(ops, rows, width, channels, bias):
+    q, weight = integers(rows, width), integers(channels, width, seed=1)
+    if rows:
+        q[0], weight[0], weight[-1] = 127, 127, -127
+    row, channel, added = drawn(rows, 1).abs(), drawn(channels, seed=1).abs(), drawn(channels, seed=2)
+    found = ops.int8_linear(q, row, weight, channel, added if bias else None)
+    expected = (q.long() @ weight.long().t()).to(torch.int32) * channel * row
+    assert torch.equal(found, expected + added if bias else expected)
+
+
+@needs_kernels
+def test_the_largest_sums_do_not_overflow_or_saturate(ops):
+    for rows in (1, 4, 8):
+        q, weight = torch.full((rows, 11008), 127, dtype=torch.int8), torch.full((5, 11008), -127, dtype=torch.int8)
+        found = ops.int8_linear(q, torch.ones(rows, 1), weight, torch.ones(5), None)
+        assert torch.equal(found, torch.full((rows, 5), -11008.0 * 127 * 127))
+    with pytest.raises(RuntimeError, match="do not fit into 32 bits"):
+        wide = torch.zeros(1, 140000, dtype=torch.int8)
+        ops.int8_linear(wide, torch.ones(1, 1), wide, torch.ones(1), None)
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [1, 7, 8, 31, 32, 33, 100, 576])
+def test_rows_are_rounded_to_int8_as_torch_rounds_them(ops, width):
+    x = drawn(9, width) * torch.logspace(-4, 4, 9)[:, None]
+    x[3] = 0
+    x[4] = (torch.arange(width) % 13 - 6 + 0.5) * 2  # halves: to the even
+    x[4, 0] = 254
+    q, scale = ops.quantize_rows(x)
+    expected = activation_scale(x, "per_token")
+    assert torch.equal(scale, expected) and torch.equal(q, quantize_activation(x, expected))
+
+
+@needs_kernels
+@pytest.mark.parametrize("place", [0, 9, 33])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_does_not_come_out_finite(ops, place, value):
+    x = drawn(3, 34)
+    x[1, place] = value
+    q, scale = ops.quantize_rows(x)
+    found = ops.int8_linear(q, scale, integers(5, 34), torch.ones(5), None)
+    assert not found[1].isfinite().any() and found[[0, 2]].isfinite().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_a_layer_gives_the_same_numbers_with_and_without_them(monkeypatch, activations, bias, rows):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    linear = torch.nn.Linear(100, 33, bias=bias).requires_grad_(False)
+    layer = W8A8Linear.from_linear(linear, activations, 1.9)
+    assert layer.kernel == "avx2"
+    x = drawn(2, rows, 100)
+    found = layer(x)
+    layer.kernel = "simulated"
+    assert torch.allclose(found, layer(x), rtol=1e-6, atol=1e-6) and found.shape == (2, rows, 33)
+    assert torch.equal(found[0], found[:1][0])
+
+
+# ---------------------------------------------------------------------------------------------------------------- in groups
+def rounded(grid: Grid, rows: int, width: int) -> tuple[GroupedLinear, torch.Tensor]:
+    """Return a layer and the weights its integers stand for, by torch alone."""
+    found = round_nearest(drawn(rows, width) + 0.3, grid)
+    return GroupedLinear.of(found.q, found.scale, found.zero, grid), found.weight()
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [5, 40, 96, 100])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_packed_integers_are_the_weights_they_stand_for(grid, width):
+    layer, weight = rounded(grid, 11, width)
+    assert layer.kernel == "avx2" and torch.equal(layer.dequantize(), weight)
+    for rows in (1, 2, 3, 4, 5, 9):
+        x = drawn(rows, width, seed=rows)
+        expected = (x.double() @ weight.double().t()).float()
+        allowed = 1e-6 * x.norm(dim=1, keepdim=True) * weight.norm(dim=1)
+        assert ((layer(x) - expected).abs() <= allowed).all() and ((layer(x[None])[0] - expected).abs() <= allowed).all()
+    assert layer.unpacked is None  # nothing was made larger on the way
+
+
+@needs_kernels
+def test_a_table_and_its_head_read_the_packed_integers():
+    found = round_nearest(drawn(50, 64), Grid(6, 32))
+    table = GroupedEmbedding.of(found.q, found.scale, found.zero, found.grid)
+    ids = torch.tensor([[3, 49, 0]])
+    assert torch.equal(table(ids), found.weight()[ids]) and table.unpacked is None
+    x = drawn(1, 1, 64)
+    assert torch.allclose(TiedHead(table)(x), x @ found.weight().t(), rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+def test_gradients_go_through_a_layer_to_what_is_before_it():
+    layer, weight = rounded(Grid(4, 32), 6, 64)
+    x = drawn(2, 64).requires_grad_()
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, weight.sum(0).expand(2, -1), rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+def test_groups_that_begin_inside_a_byte_are_left_to_torch():
+    layer, weight = rounded(Grid(3, 12), 6, 64)
+    assert layer.kernel == "dequantized" and torch.equal(layer.dequantize(), weight)
+
+
+@needs_kernels
+@pytest.mark.parametrize("changed", [{"bits": 8}, {"size": 32}, {"width": 1000}, {"bits": 7}])
+def test_what_does_not_fit_together_is_refused(ops, changed):
+    layer, _ = rounded(Grid(4, 64), 6, 128)
+    given = {"bits": 4, "size": 64, "width": 128} | changed
+    with pytest.raises(RuntimeError, match="not a weight of 6 x|integers of 7 bits"):
+        ops.grouped_dequantize(layer.packed, layer.scale, layer.zero, given["bits"], given["size"], given["width"])
+
+
+@needs_kernels
+def test_shapes_are_known_without_computing():
+    ops = torch.ops.compactmind
+    with torch.device("meta"):
+        q, scale = ops.quantize_rows(torch.empty(3, 64))
+        assert (q.shape, q.dtype, scale.shape) == ((3, 64), torch.int8, (3, 1))
+        assert ops.int8_linear(q, scale, torch.empty(5, 64, dtype=torch.int8), torch.empty(5), None).shape == (3, 5)
+        parts = torch.empty(5, 8, dtype=torch.int32), torch.empty(5, 1).half(), torch.empty(5, 1, dtype=torch.uint8)
+        assert ops.grouped_dequantize(*parts, 4, 64, 64).shape == (5, 64)
+        assert ops.grouped_linear(torch.empty(2, 64), *parts, 4, 64).shape == (2, 5)
+
+
+# ----------------------------------------------------------------------------------------------------------------- without them
+@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(3, -1, "float"), Grid(5, 64, "integer")], ids=str)
+def test_without_kernels_integers_are_unpacked_once(monkeypatch, grid):
+    monkeypatch.setenv(KERNEL_VARIABLE, "simulated")
+    layer, weight = rounded(grid, 6, 72)
+    assert layer.kernel == "dequantized" and layer.unpacked is None
+    x = drawn(3, 72)
+    assert torch.equal(layer(x), x @ weight.t())
+    assert torch.equal(pack(layer.unpacked, grid.bits), layer.packed)
+    before = layer.unpacked
+    layer(x)
+    assert layer.unpacked is before
+    layer.to(torch.float64)
+    assert layer.unpacked is None
+
+
+def loaded(environment: dict[str, str]) -> subprocess.CompletedProcess:
+    code = "from compactmind import kernels; print(kernels.available(), kernels.available())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+@needs_kernels
+def test_they_are_built_once_into_a_folder_of_ones_own(tmp_path, monkeypatch):
+    if kernels.compiler() is None:
+        pytest.skip("no C++ compiler")
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": ":".join(sys.path), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    first = loaded(environment)
+    assert first.stdout == "True True\n" and first.stderr.count("building kernels") == 1
+    (built,) = (tmp_path / "compactmind").iterdir()  # and nothing of the work is left
+    assert built.name.startswith("avx2-") and built.suffix == ".so"
+    again = loaded(environment | {"PATH": "/nowhere"})
+    assert (again.stdout, again.stderr) == ("True True\n", "")
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"PATH": "/nowhere"}, r"there is no C\+\+ compiler: install g\+\+"),
+        ({"CXX": "false"}, "building .* failed: Command .*false"),
+        ({"TORCH_EXTENSIONS_DIR": "/dev/null"}, "building .* failed: .*Not a directory|building .* failed: .*File exists"),
+    ],
+)
+def test_a_machine_that_cannot_build_them_goes_on_without_and_says_why(tmp_path, changed, said):
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": ":".join(sys.path), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    done = loaded(environment | changed)
+    assert done.stdout == "False False\n" and done.returncode == 0
+    told = [line for line in done.stderr.splitlines() if "no kernels" in line]
+    assert len(told) == 1 and re.search(said, told[0])
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_other_machines_are_told_apart(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert "Linux on x86-64" in kernels.reason_against() and "darwin" in kernels.reason_against()
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: False)
+    monkeypatch.setattr(kernels.platform, "machine", lambda: "x86_64")
+    assert kernels.reason_against() == "this CPU has no AVX2"
