@@ -32,6 +32,7 @@ from compactmind.evaluation.perplexity import paired_ratio, perplexity_of
 from compactmind.files import lock_directory, write_json_atomically
 from compactmind.formats.table import kernel_of
 from compactmind.forward import next_token_logits
+from compactmind.gguf_source import folder_of
 from compactmind.guards import check_outputs, check_released
 from compactmind.manifest import identity_of, is_up_to_date, read_manifest, weights_fingerprint
 from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4
@@ -82,7 +83,7 @@ def plot_alphas(description: dict, table: list[dict], path: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------- main
 def main(config: SmoothQuantConfig) -> None:
-    source = Path(config.model_path) if config.model_path else config.models_dir / "llama"
+    source = folder_of(Path(config.model_path), config.models_dir) if config.model_path else config.models_dir / "llama"
     check_released(source)
     names = [config.output_dir, f"{config.output_dir}_naive", config.nf4_dir] + [config.smoothed_dir] * config.save_smoothed
     check_outputs([config.models_dir / name for name in names], "4_smoothquant_llama.py", [source], config.models_dir)

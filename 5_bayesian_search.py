@@ -29,7 +29,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from compactmind.evaluation.cost import weight_bytes
 from compactmind.evaluation.divergence import measure_windows
 from compactmind.evaluation.perplexity import paired_ratio, perplexity_of
 from compactmind.files import lock_directory, write_json_atomically
+from compactmind.gguf_source import folder_of
 from compactmind.guards import check_outputs
 from compactmind.manifest import add_to_manifest, identity_of, is_up_to_date, read_manifest
 from compactmind.methods.registry import METHODS, Resources
@@ -471,6 +472,8 @@ def replay(config: SearchConfig, output: Path) -> None:
 def main(config: SearchConfig) -> None:
     if len(set(config.objectives)) < len(config.objectives):
         raise CompactMindError(f"objectives {config.objectives}: name each once, for example --objectives perplexity bytes")
+    if config.model_path:
+        config = replace(config, model_path=str(folder_of(Path(config.model_path), config.models_dir)))
     given, models = Path(config.output) if config.output else None, config.models_dir
     if config.replay >= 0:
         replay(config, given or place_of_study(config, models / f"llama_trial_{config.replay}", "_"))

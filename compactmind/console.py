@@ -11,13 +11,15 @@ from compactmind.checkpoint import Checkpoint, load_any
 from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.failures import reason_of
+from compactmind.gguf_source import folder_of
 
 TASKS = {"SequenceClassification": ("classifier", "classify.py"), "CausalLM": ("language model", "generate.py")}
 """What the name of an architecture says -> what such a model is called, and what to try it with."""
 
 
 def open_model(directory: Path, task: str) -> Checkpoint:
-    """Load a checkpoint or any Hugging Face folder whose architecture is of `task`, a key of TASKS. Raises CompactMindError."""
+    """Load a checkpoint, a Hugging Face folder or a GGUF file whose architecture is of `task`, a key of TASKS. Raises CompactMindError."""
+    directory = folder_of(directory, Path("models"), lambda line: print(line, file=sys.stderr))
     try:
         checkpoint = load_any(directory, default_device())
     except CompactMindError:

@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 MANIFEST_VERSION = 3
 """2: what travels with a model (TRAVELLING) lies beside it, too. 3: what was made from a GGUF file says so (`published_as`)."""
 CARD = "README.md"
-ADDED_LATER = (MANIFEST, CARD, "model.onnx")
+ADDED_LATER = (MANIFEST, CARD, "model.onnx", "model.gguf")
 """Files of a checkpoint that its manifest does not vouch for."""
 
 GPTQ = """python 5_bayesian_search.py --strategy fixed --calibration_windows 16 --train_windows 16 \

@@ -8,7 +8,7 @@ import pytest
 ABOVE = (
     ("methods",),
     ("formats",),
-    ("manifest", "guards", "model_card", "checkpoint", "onnx_export", "generation"),
+    ("manifest", "guards", "model_card", "checkpoint", "onnx_export", "generation", "gguf_export", "gguf_source"),
     ("evaluation",),
     ("search", "report", "console"),
 )

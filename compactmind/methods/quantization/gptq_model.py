@@ -9,7 +9,7 @@ Memory is one block in float32; all others wait in the dtype they were released 
 
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from compactmind.methods.quantization.allocation import Choice, allocate
 from compactmind.methods.quantization.blockwise import walk_blocks
 from compactmind.methods.quantization.calibration import SITES, require_dense, require_text
 from compactmind.methods.quantization.gptq import ORDERS, columns_in_order, inverse_factor, round_compensated, round_nearest
-from compactmind.methods.quantization.grid import BITS, Grid
+from compactmind.methods.quantization.grid import BITS, GGUF_BLOCK, GGUF_TYPES, Grid
 from compactmind.methods.quantization.grouped import GroupedLinear, forget_unpacked
 from compactmind.methods.quantization.scale_tuning import tune_scales
 from compactmind.methods.quantization.sensitivity import (
@@ -43,6 +43,7 @@ TABLE_GRIDS = [Grid(bits, size) for bits in (4, 5, 6, 8) for size in (32, 64, -1
 """... and for tables and heads."""
 TABLE_REFERENCE = Grid(4, 64)
 """What a table is rounded to when its cost is measured."""
+LAYOUTS = ("any", "gguf")
 SENSITIVITIES = ("measured", "gradients")
 SENSITIVITY_WINDOWS = 4
 """Windows of the calibration text that costs are measured on."""
@@ -62,6 +63,8 @@ class GPTQRecipe:
     """symmetric, integer (a zero point) or float (a minimum in fp16). A target chooses by itself."""
     embeddings: str = AUTO
     """Width of table and head: one of EMBEDDINGS; auto: int8, or what a target chooses."""
+    layout: str = "any"
+    """any grid, or those that GGUF holds as they are (gguf: 4, 5 or 8 bits in groups of 32, symmetric or with a float zero)."""
     target_compression: float = 0.0
     """Bytes of the dense weight file as released / bytes of the result, at least; bits are chosen tensor by tensor. 0: `bits` for all."""
     compensation: bool = True
@@ -84,7 +87,7 @@ class GPTQRecipe:
 
     def __post_init__(self):
         Grid(self.bits, self.group_size, self.zero)
-        choices = {"embeddings": (AUTO, *EMBEDDINGS), "order": ORDERS, "sensitivity": SENSITIVITIES}
+        choices = {"layout": LAYOUTS, "embeddings": (AUTO, *EMBEDDINGS), "order": ORDERS, "sensitivity": SENSITIVITIES}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
@@ -93,6 +96,12 @@ class GPTQRecipe:
         for name in ("damping", "tuning_lr"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name):g} is not in (0, 1]")
+        if self.layout == "gguf":
+            blocks = [] if self.target_compression else [Grid(self.bits, self.group_size, self.zero)]
+            table = [self.table] if self.table and self.embeddings != AUTO else []
+            if wrong := [grid for grid in blocks + table if not grid.is_gguf]:
+                known = ", ".join(f"{bits} bits {zero}" for zero, bits in GGUF_TYPES)
+                raise ValueError(f"layout gguf has no {wrong[0]}: choose one of {known}, in groups of {GGUF_BLOCK}")
         if self.tuning_tokens < 0:
             raise ValueError(f"tuning_tokens {self.tuning_tokens} is not in [0, inf)")
 
@@ -105,7 +114,8 @@ class GPTQRecipe:
     @property
     def table(self) -> Grid | None:
         """The grid of table and head where no target chooses, None: as released."""
-        return table_grid("int8" if self.embeddings == AUTO else self.embeddings)
+        grid = table_grid("int8" if self.embeddings == AUTO else self.embeddings)
+        return replace(grid, group_size=GGUF_BLOCK) if grid and self.layout == "gguf" else grid
 
 
 # ---------------------------------------------------------------------------------------------------------------- allocation
@@ -173,6 +183,8 @@ def choose_grids(
     tables, fixed = tables_of(model), recipe.embeddings != AUTO
     if fixed:
         choices = {name: each for name, each in choices.items() if name not in tables}
+    if recipe.layout == "gguf":
+        choices = {name: [each for each in its if each.what.is_gguf] for name, its in choices.items()}
     taken = _bytes_beside(model, choices, uncounted, tables if fixed else {}, recipe.table, released.itemsize, budget_bytes)
     choices = {
         name: [each._replace(bits=each.bits + 8 * _bytes_of_head(name, each.what, budget_bytes)) for each in its]
@@ -306,6 +318,7 @@ def describe(recipe: GPTQRecipe, grids: dict[str, Grid], predicted: float | None
         "bits": recipe.bits if not recipe.target_compression else {str(width): count for width, count in sorted(bits.items())},
         "granularity": "groups of a row, see tensors",
         "whole_groups": whole_groups,
+        "layout": recipe.layout,
         "target_compression": recipe.target_compression or None,
         "expected_kl": predicted,
         "order": recipe.order,

@@ -20,6 +20,12 @@ BITS = (2, 3, 4, 5, 6, 8)
 ZEROS = ("symmetric", "integer", "float")
 SHRINK = {2: 16, 3: 12, 4: 10, 5: 6, 6: 4, 8: 2}
 """Bits -> how many ranges are tried, from the extremes down in steps of 1 / 20: fewer levels gain more from leaving outliers out."""
+GGUF_BLOCK = 32
+"""Weights that share a scale in the simple types of GGUF."""
+GGUF_TYPES = {
+    ("symmetric", 4): "Q4_0", ("symmetric", 5): "Q5_0", ("symmetric", 8): "Q8_0", ("float", 4): "Q4_1", ("float", 5): "Q5_1",
+}  # fmt: skip
+"""Zero and bits -> the type of GGUF that has these levels."""
 SMALLEST = 2.0**-24
 """The smallest number of fp16: no scale is 0."""
 
@@ -62,6 +68,19 @@ class Grid:
         groups = len(self.groups(in_features))
         zeros = {"symmetric": 0, "integer": self.bits, "float": 16}[self.zero]
         return -(-in_features * self.bits // 32) * 32 + groups * (16 + zeros)
+
+    @property
+    def gguf_type(self) -> str | None:
+        """The type of GGUF that holds the weights exactly, in blocks of GGUF_BLOCK, None if none does."""
+        wide = [bits for zero, bits in GGUF_TYPES if zero == self.zero and bits >= self.bits]
+        if not wide or (self.group_size != -1 and self.group_size % GGUF_BLOCK):
+            return None
+        return GGUF_TYPES[self.zero, min(wide)]
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether GGUF holds the weights exactly in as many bytes as they take here."""
+        return (self.zero, self.bits) in GGUF_TYPES and self.group_size == GGUF_BLOCK
 
     def described(self) -> dict[str, int | str]:
         """Return it as JSON has it: Grid(**described()) is the same."""

@@ -1,0 +1,336 @@
+"""A Llama as one GGUF file, which llama.cpp and what is built on it (Ollama, LM Studio) run: weights, tokenizer and chat template.
+
+Integers in groups (methods/quantization/grouped.py) lie on the grids of GGUF's simple types, so nothing is rounded a second time:
+
+| grid                           | type | bits a weight | a weight is            |
+|--------------------------------|------|---------------|------------------------|
+| symmetric, 2 to 4 bits         | Q4_0 | 4.5           | scale * (q - 8)        |
+| symmetric, 5 bits              | Q5_0 | 5.5           | scale * (q - 16)       |
+| symmetric, 6 and 8 bits        | Q8_0 | 8.5           | scale * q              |
+| with a minimum, 2 to 4 bits    | Q4_1 | 5             | scale * q + minimum    |
+| with a minimum, 5 bits         | Q5_1 | 6             | scale * q + minimum    |
+
+Their blocks have 32 weights; of a larger group every block gets the scale. What has the bits of its type and groups of 32 takes as many
+bytes as it did (`"layout": "gguf"` of gptq chooses among these alone). Rows of q and k are in another order there: the two halves that RoPE
+turns together are next to each other. Norms are float32, everything else that is not rounded has the dtype that is asked for.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compactmind.errors import CompactMindError
+from compactmind.files import replace_file, require_free_space
+from compactmind.methods.llama import LINEARS, LlamaBlock, llama_blocks
+from compactmind.methods.quantization.grid import GGUF_BLOCK as BLOCK
+from compactmind.methods.quantization.grouped import GroupedEmbedding, GroupedLinear, GroupedWeight, TiedHead
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""What weights that are not rounded may be written as."""
+FAMILIES = ("llama", "mistral")
+"""`model_type` of the models that llama.cpp computes as its `llama`."""
+PARTS = {
+    "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
+}  # fmt: skip
+"""Linear of a block -> its name there."""
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""How the tokenizer of Llama 3 cuts text before it looks for pieces; that of Qwen 2 takes digits one by one."""
+
+
+# ----------------------------------------------------------------------------------------------------------------- weights
+def encoded(weight: GroupedWeight, rows: torch.Tensor | None = None) -> tuple[numpy.ndarray, str]:
+    """Return the bytes of a weight, uint8 (rows, bytes of a row), with its rows in the order `rows`, and their type.
+
+    Raises ValueError if GGUF has no type for it.
+    """
+    kind, grid, width = weight.grid.gguf_type, weight.grid, weight.shape[1]
+    if kind is None or width % BLOCK:
+        raise ValueError(f"no GGUF type holds rows of {width} weights in {grid}")
+    order = slice(None) if rows is None else rows
+    q = weight.q[order].to(torch.int16).view(-1, width // BLOCK, BLOCK)
+    times = (width if grid.group_size == -1 else grid.group_size) // BLOCK
+    scale, zero = (each[order].repeat_interleave(times, 1)[:, : width // BLOCK, None] for each in (weight.scale, weight.zero))
+    bits = int(kind[1])
+    parts = [_bytes_of(scale.half())]
+    if kind.endswith("_1"):
+        parts.append(_bytes_of(zero.half()))
+    else:
+        q = q - 2 ** (grid.bits - 1) + (0 if bits == 8 else 2 ** (bits - 1))
+    if bits == 8:
+        parts.append(_bytes_of(q.to(torch.int8)))
+    else:
+        if bits == 5:
+            high = (q >> 4).to(torch.int64) << torch.arange(BLOCK, device=q.device)
+            parts.append(_bytes_of(high.sum(-1, keepdim=True))[..., :4])  # 32 bits, the lowest first
+        low = q & 15
+        parts.append(_bytes_of((low[..., : BLOCK // 2] | low[..., BLOCK // 2 :] << 4).to(torch.uint8)))
+    return numpy.concatenate(parts, -1).reshape(len(q), -1), kind
+
+
+def _bytes_of(tensor: torch.Tensor) -> numpy.ndarray:
+    return tensor.contiguous().cpu().numpy().view(numpy.uint8)
+
+
+def rope_order(rows: int, heads: int) -> torch.Tensor:
+    """Return the order, (rows,), in which llama.cpp has the rows of q or k: of each head the two halves in turns."""
+    return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).flatten()
+
+
+def tensors_of(model: PreTrainedModel, dtype: str) -> Iterator[tuple[str, numpy.ndarray, str]]:
+    """Yield the name, the data and the type of every tensor of a file. Raises CompactMindError naming a weight that GGUF cannot hold."""
+
+    def told(name: str, module: nn.Module, rows: torch.Tensor | None = None) -> tuple[str, numpy.ndarray, str]:
+        try:
+            if isinstance(module, GroupedWeight):
+                return f"{name}.weight", *encoded(module, rows)
+            return f"{name}.weight", *_plain(module.weight.detach()[slice(None) if rows is None else rows], dtype)
+        except ValueError as error:
+            raise CompactMindError(
+                f'{name}: {error}; make it with `"layout": "gguf"` among the params of gptq, which takes the grids GGUF has'
+            ) from None
+
+    yield told("token_embd", model.get_input_embeddings())
+    head = model.get_output_embeddings()
+    if not isinstance(head, TiedHead) and not _same(head, model.get_input_embeddings()):
+        yield told("output", head)
+    yield "output_norm.weight", *_plain(model.model.norm.weight.detach(), "F32")
+    if (factors := _rope_factors(model)) is not None:
+        yield "rope_freqs.weight", *_plain(factors, "F32")
+    for number, block in enumerate(llama_blocks(model)):
+        for norm, name in ((block.input_norm, "attn_norm"), (block.post_norm, "ffn_norm")):
+            yield f"blk.{number}.{name}.weight", *_plain(norm.weight.detach(), "F32")
+        for field in LINEARS:
+            linear, rows = getattr(block, field), None
+            if field in ("q", "k"):
+                rows = rope_order(linear.out_features, linear.out_features // block.head_dim)
+            yield told(f"blk.{number}.{PARTS[field]}", linear, rows)
+            if linear.bias is not None:
+                bias = linear.bias.detach()[slice(None) if rows is None else rows]
+                yield f"blk.{number}.{PARTS[field]}.bias", *_plain(bias, "F32")
+
+
+def _plain(weight: torch.Tensor, dtype: str) -> tuple[numpy.ndarray, str]:
+    if dtype == "BF16":
+        return _bytes_of(weight.to(torch.bfloat16).view(torch.int16)), dtype
+    return weight.to(DTYPES[dtype]).contiguous().cpu().numpy(), dtype
+
+
+def _same(head: nn.Module, table: nn.Module) -> bool:
+    one, other = getattr(head, "weight", None), getattr(table, "weight", None)
+    return one is not None and other is not None and one.data_ptr() == other.data_ptr()
+
+
+def _rope_factors(model: PreTrainedModel) -> torch.Tensor | None:
+    """Return what the frequencies of RoPE are divided by, (head_dim / 2,), None where they are those of the base."""
+    rope = model.config.rope_parameters
+    if rope.get("rope_type", "default") != "llama3":
+        return None
+    size = llama_blocks(model)[0].head_dim
+    plain = rope["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
+    return plain / model.model.rotary_emb.inv_freq.float().cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------- what can be
+def require_exportable(model: PreTrainedModel) -> None:
+    """Raise CompactMindError, before anything is written, if llama.cpp has no architecture for a model."""
+    config = model.config
+    if config.model_type not in FAMILIES or not hasattr(getattr(model, "model", None), "layers"):
+        raise CompactMindError(
+            f"a {config.model_type} model ({type(model).__name__}) is not exported to GGUF: {' and '.join(FAMILIES)} are; "
+            "a dense model of another family is converted by llama.cpp's convert_hf_to_gguf.py"
+        )
+    blocks = llama_blocks(model)
+    for field in LINEARS:
+        shapes = {(getattr(block, field).out_features, getattr(block, field).in_features) for block in blocks}
+        if len(shapes) > 1:
+            told = ", ".join(f"{out} x {into}" for out, into in sorted(shapes))
+            raise CompactMindError(
+                f'{field} is {told} in different blocks: llama.cpp wants the same widths everywhere; prune with `"scope": "uniform"`'
+            )
+    found = {f"{block.name}.{LINEARS[field]}": getattr(block, field) for block in blocks for field in LINEARS}
+    found |= {"the table": model.get_input_embeddings(), "the head": model.get_output_embeddings()}
+    for name, module in found.items():
+        if type(module) not in (nn.Linear, nn.Embedding, GroupedLinear, GroupedEmbedding, TiedHead):
+            raise CompactMindError(
+                f"{name} is a {type(module).__name__}: dense and gptq models are exported to GGUF; "
+                "make one with `python 5_bayesian_search.py --strategy fixed --pipeline "
+                '\'[{"method": "gptq", "params": {"bits": 4, "layout": "gguf"}}]\'`'
+            )
+    if getattr(config, "hidden_act", "silu") != "silu":
+        raise CompactMindError(f"hidden_act {config.hidden_act!r}: llama.cpp's llama knows silu alone")
+    kind = config.rope_parameters.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3"):
+        raise CompactMindError(f"rope_type {kind!r} is not exported: default, linear and llama3 are")
+
+
+def _metadata(writer: Any, model: PreTrainedModel, block: LlamaBlock, name: str) -> None:
+    config, rope = model.config, model.config.rope_parameters
+    heads, key_heads = (getattr(block, field).out_features // block.head_dim for field in ("q", "k"))
+    writer.add_name(name)
+    writer.add_quantized_by("compactmind")
+    writer.add_quantization_version(2)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(block.input_norm.weight.numel())
+    writer.add_block_count(len(llama_blocks(model)))
+    writer.add_feed_forward_length(block.up.out_features)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(key_heads)
+    writer.add_key_length(block.head_dim)
+    writer.add_value_length(block.head_dim)
+    writer.add_rope_dimension_count(block.head_dim)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope.get("rope_type") == "linear":
+        import gguf
+
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+
+# --------------------------------------------------------------------------------------------------------------- tokenizer
+def pre_tokenizer_of(told: dict[str, Any]) -> str | None:
+    """Return llama.cpp's name of the way a byte-level BPE tokenizer cuts text first, from its tokenizer.json; None if it has none."""
+    pre = told.get("pre_tokenizer") or {}
+    parts = pre.get("pretokenizers", [pre])
+    if not parts or parts[-1].get("type") != "ByteLevel" or parts[-1].get("add_prefix_space"):
+        return None
+    before, regex = parts[:-1], parts[-1].get("use_regex", True)
+    if regex and not before:
+        return "gpt-2"
+    if regex and [(each["type"], each.get("individual_digits")) for each in before] == [("Digits", True)]:
+        return "smollm"
+    if not regex and len(before) == 1 and before[0]["type"] == "Split":
+        pattern = before[0].get("pattern", {}).get("Regex")
+        return {LLAMA3: "llama-bpe", LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}.get(pattern)
+    return None
+
+
+def _tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Write a tokenizer. Raises CompactMindError if it is of a kind that GGUF has no name for."""
+    import json
+
+    from gguf import TokenType
+
+    if not tokenizer.is_fast:
+        raise CompactMindError("the tokenizer has no tokenizer.json: GGUF wants the pieces of a fast one")
+    told = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, added = told["model"], {each["id"]: each for each in told["added_tokens"]}
+    pieces = model.get("byte_fallback") and any(name.startswith("<0x") for name in model["vocab"])
+    pre = pre_tokenizer_of(told)
+    if model["type"] != "BPE" or not (pieces or pre):
+        raise CompactMindError(
+            f"the tokenizer ({model['type']}, {json.dumps(told.get('pre_tokenizer'))[:120]}) is none that GGUF has a name for: "
+            "BPE of SentencePiece as of Llama 2 and Mistral, and byte-level BPE as of GPT-2, SmolLM, Llama 3 and Qwen 2 are exported"
+        )
+    names = {number: name for name, number in tokenizer.get_vocab().items()}
+    tokens, types = [], []
+    for number in range(rows):
+        name = names.get(number)
+        tokens.append(f"[PAD{number}]" if name is None else name)
+        if name is None:
+            types.append(TokenType.UNUSED)
+        elif number in added:
+            types.append(TokenType.CONTROL if added[number]["special"] else TokenType.USER_DEFINED)
+        elif pieces and re.fullmatch(r"<0x[0-9A-F]{2}>", name):
+            types.append(TokenType.BYTE)
+        else:
+            types.append(TokenType.NORMAL)
+    if pieces:
+        if tokenizer.unk_token_id is not None:
+            types[tokenizer.unk_token_id] = TokenType.UNKNOWN
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list(tokens)
+        writer.add_token_scores([-float(number) for number in range(rows)])  # pieces stand in the order they were merged in
+        writer.add_add_space_prefix(bool(tokenizer("a", add_special_tokens=False).tokens()[0].startswith("\u2581")))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+        writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in model["merges"]])
+    writer.add_token_types(types)
+    for kind in ("bos", "eos", "unk", "pad"):
+        if (number := getattr(tokenizer, f"{kind}_token_id")) is not None:
+            getattr(writer, f"add_{kind}_token_id")(number)
+    first = tokenizer("a")["input_ids"][:1]
+    writer.add_add_bos_token(tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id])
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+# -------------------------------------------------------------------------------------------------------------------- file
+def export_gguf(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, name: str, dtype: str = "BF16"
+) -> dict[str, int]:
+    """Write a Llama as a GGUF file; returns how many tensors it has of each type. An older file is replaced when the new one is whole.
+
+    `name`: what the file says it is called; `dtype`: one of DTYPES, of weights that are not rounded. Raises CompactMindError saying what
+    cannot be exported and what could be instead, before the file is touched.
+    """
+    import gguf
+
+    require_exportable(model)
+    require_free_space(path.parent, sum(each.numel() * each.element_size() for each in model.state_dict().values()))
+    counts: dict[str, int] = {}
+    with replace_file(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, "llama")
+        try:
+            _metadata(writer, model, llama_blocks(model)[0], name)
+            _tokenizer(writer, tokenizer, model.get_input_embeddings().num_embeddings)
+            for tensor, data, kind in tensors_of(model, dtype):
+                counts[kind] = counts.get(kind, 0) + 1
+                raw = gguf.GGMLQuantizationType[kind]
+                writer.add_tensor(tensor, data, raw_dtype=raw)
+            most = max((kind for kind in counts if kind != "F32"), key=counts.get, default="F32")
+            writer.add_file_type(gguf.LlamaFileType["ALL_F32" if most == "F32" else f"MOSTLY_{most}"])
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+        if difference := largest_difference(model, temporary, dtype):
+            raise CompactMindError(f"{path} would not hold the weights of the model ({difference}): it was not kept")
+    return counts
+
+
+def largest_difference(model: PreTrainedModel, path: Path, dtype: str = "F32") -> str:
+    """Return which tensor of a GGUF file, read by gguf's own code, is not the model's, and by how much; empty if all are.
+
+    A minimum is added by gguf after the product was rounded to float32, here before: they may differ in the last place.
+    """
+    import gguf
+
+    held = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for name, wanted in _weights_of(model):
+        tensor = held[name]
+        found = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        if tensor.tensor_type.name in DTYPES:
+            wanted = wanted.to(DTYPES[tensor.tensor_type.name]).float()
+        most = float((found.view_as(wanted) - wanted).abs().max()) / max(float(wanted.abs().max()), 1e-30)
+        if not most <= 3e-7:
+            return f"{name} by {most:.1e}"
+    return ""
+
+
+def _weights_of(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights that are computed with, float32, by their names in a file."""
+
+    def weight(module: nn.Module) -> torch.Tensor:
+        return module.dequantize() if isinstance(module, GroupedWeight) else module.weight.detach().float()
+
+    yield "token_embd.weight", weight(model.get_input_embeddings())
+    for number, block in enumerate(llama_blocks(model)):
+        for field in LINEARS:
+            linear = getattr(block, field)
+            found = weight(linear)
+            if field in ("q", "k"):
+                heads = linear.out_features // block.head_dim
+                found = found.view(heads, 2, -1, found.shape[1]).transpose(1, 2).reshape(found.shape)
+            yield f"blk.{number}.{PARTS[field]}.weight", found

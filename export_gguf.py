@@ -1,0 +1,40 @@
+"""Write a language model as one GGUF file for llama.cpp, Ollama and LM Studio: weights, tokenizer, chat template.
+
+Run:   python export_gguf.py                                 (after 5_bayesian_search.py, see "A Llama of a given size" in README.md)
+       python export_gguf.py --model models/llama_gptq_3.5x --output x.gguf
+Reads: a Llama or Mistral under models/, dense, uniformly pruned or of the method gptq, or any such Hugging Face folder
+Writes: the file; an older one is replaced only when the new one, read back by gguf's own code, holds the weights of the model
+
+What gptq rounded is written on the very same levels (compactmind/gguf_export.py); made with `"layout": "gguf"` it also has no wider type
+than it needs.
+"""
+
+from pathlib import Path
+
+from common import PROFILE, GGUFConfig, parse_command_line, run_stage
+from compactmind.checkpoint import load_any
+from compactmind.errors import CompactMindError
+from compactmind.files import weight_files
+from compactmind.gguf_export import export_gguf
+
+# ------------------------------------------------------------------------------------------------------------ constants
+# Every field, its reason and its range: common.GGUFConfig.
+CONFIG = GGUFConfig.for_profile(PROFILE)
+
+
+def main(config: GGUFConfig) -> None:
+    directory = Path(config.model) if config.model else config.models_dir / "llama_gptq_3.5x"
+    checkpoint = load_any(directory)
+    path = Path(config.output) if config.output else directory / "model.gguf"
+    if path.suffix != ".gguf" or path.is_dir():
+        raise CompactMindError(f"output {path}: the name of a file that ends in .gguf")
+    counts = export_gguf(checkpoint.model, checkpoint.tokenizer, path, directory.name, config.dtype)
+    told = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items(), key=lambda each: -each[1]))
+    before = sum(file.stat().st_size for file in weight_files(directory))
+    print(
+        f"{path} {path.stat().st_size / 1e6:.1f} MB with tokenizer ({before / 1e6:.1f} MB of weights in {directory}); tensors: {told}"
+    )
+
+
+if __name__ == "__main__":
+    run_stage(main, parse_command_line(CONFIG))
