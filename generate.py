@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
-from transformers import TextStreamer, set_seed
+from transformers import TextStreamer
 
 from compactmind.checkpoint import silence_libraries
 from compactmind.console import errors_in_one_line, open_model, texts_of
@@ -46,7 +46,7 @@ def generate(model, tokenizer, prompt: str, asked: argparse.Namespace) -> dict[s
     longest = positions_of(model) or getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if count >= longest:
         raise CompactMindError(f"the prompt has {count} tokens, and the model was made for {longest} with what it says: shorten it")
-    set_seed(asked.seed)
+    torch.manual_seed(asked.seed)
     sampling = (
         {"do_sample": True, "temperature": asked.temperature, "top_p": 0.95} if asked.temperature > 0 else {"do_sample": False}
     )

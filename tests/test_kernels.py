@@ -13,6 +13,7 @@ from compactmind.kernels import KERNEL_VARIABLE
 from compactmind.methods.quantization.gptq import round_nearest
 from compactmind.methods.quantization.grid import BITS, ZEROS, Grid
 from compactmind.methods.quantization.grouped import GroupedEmbedding, GroupedLinear, TiedHead, pack
+from compactmind.methods.quantization.rotation import hadamard, rotate
 from compactmind.methods.quantization.w8a8_linear import (
     ACTIVATIONS,
     W8A8Linear,
@@ -76,9 +77,26 @@ def test_rows_are_rounded_to_int8_as_torch_rounds_them(ops, width):
     x[3] = 0
     x[4] = (torch.arange(width) % 13 - 6 + 0.5) * 2  # halves: to the even
     x[4, 0] = 254
-    q, scale = ops.quantize_rows(x)
+    q, scale = ops.quantize_rows(x, None, 0.0, False, 0)
     expected = activation_scale(x, "per_token")
     assert torch.equal(scale, expected) and torch.equal(q, quantize_activation(x, expected))
+
+
+@needs_kernels
+@pytest.mark.parametrize("rotation", [0, 2, 8, 32])
+@pytest.mark.parametrize("first", ["nothing", "norm", "gate"])
+def test_what_comes_before_the_rounding_is_done_on_the_way(ops, first, rotation):
+    x, weight = drawn(7, 128 if first == "gate" else 64) * 3, drawn(64, seed=1)
+    q, scale = ops.quantize_rows(x, weight if first == "norm" else None, 1e-5, first == "gate", rotation)
+    wanted = x.double()
+    if first == "norm":
+        wanted = torch.nn.functional.rms_norm(wanted, (64,), weight.double(), 1e-5)
+    if first == "gate":
+        wanted = torch.nn.functional.silu(wanted[:, :64]) * wanted[:, 64:]
+    if rotation:
+        wanted = rotate(wanted, hadamard(rotation))
+    assert torch.allclose(scale.double(), wanted.abs().amax(1, keepdim=True) / 127, rtol=1e-6)
+    assert ((q * scale.double() - wanted).abs() <= 0.5001 * scale).all()
 
 
 @needs_kernels
@@ -87,7 +105,7 @@ def test_rows_are_rounded_to_int8_as_torch_rounds_them(ops, width):
 def test_a_row_that_is_not_finite_does_not_come_out_finite(ops, place, value):
     x = drawn(3, 34)
     x[1, place] = value
-    q, scale = ops.quantize_rows(x)
+    q, scale = ops.quantize_rows(x, None, 0.0, False, 0)
     found = ops.int8_linear(q, scale, integers(5, 34), torch.ones(5), None)
     assert not found[1].isfinite().any() and found[[0, 2]].isfinite().all()
 
@@ -166,7 +184,7 @@ def test_what_does_not_fit_together_is_refused(ops, changed):
 def test_shapes_are_known_without_computing():
     ops = torch.ops.compactmind
     with torch.device("meta"):
-        q, scale = ops.quantize_rows(torch.empty(3, 64))
+        q, scale = ops.quantize_rows(torch.empty(3, 64), None, 0.0, False, 0)
         assert (q.shape, q.dtype, scale.shape) == ((3, 64), torch.int8, (3, 1))
         assert ops.int8_linear(q, scale, torch.empty(5, 64, dtype=torch.int8), torch.empty(5), None).shape == (3, 5)
         parts = torch.empty(5, 8, dtype=torch.int32), torch.empty(5, 1).half(), torch.empty(5, 1, dtype=torch.uint8)

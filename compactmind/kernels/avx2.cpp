@@ -20,52 +20,151 @@ using std::optional;
 constexpr int FEW = 4;  // rows whose products read every weight once and keep nothing packed
 constexpr float SMALLEST = 1e-9f;  // scale of a row of zeros, times 127
 
-// -------------------------------------------------------------------------------------------------------- activations to int8
-float largest_of(__m256 v) {
-  __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+// ------------------------------------------------------------------------------------------------------------------ small parts
+float sum_of(__m256 v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-// x (rows, width) float32 -> int8 and the scale of each row: max(|x|, SMALLEST) / 127, halves to even.
-std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x) {
+// e^x to about two units in the last place, for x below 88: 2^n e^r with |r| <= ln 2 / 2 (the polynomial of Cephes' expf).
+__m256 exponential(__m256 x) {
+  x = _mm256_max_ps(x, _mm256_set1_ps(-87.0f));
+  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+  __m256 y = _mm256_set1_ps(1.9875691500e-4f);
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c));
+  y = _mm256_add_ps(_mm256_fmadd_ps(y, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.0f));
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_mul_ps(y, _mm256_castsi256_ps(power));
+}
+
+float dot(const float* a, const float* b, int64_t count) {
+  __m256 acc[4];
+  for (auto& each : acc) each = _mm256_setzero_ps();
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32)
+    for (int p = 0; p < 4; ++p) acc[p] = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8 * p), _mm256_loadu_ps(b + i + 8 * p), acc[p]);
+  for (; i + 8 <= count; i += 8) acc[0] = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i), acc[0]);
+  float sum = sum_of(_mm256_add_ps(_mm256_add_ps(acc[0], acc[1]), _mm256_add_ps(acc[2], acc[3])));
+  for (; i < count; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+void rms_norm(const float* x, const float* weight, int64_t width, double eps, float* y) {
+  const float factor = 1.0f / std::sqrt(dot(x, x, width) / static_cast<float>(width) + static_cast<float>(eps));
+  for (int64_t i = 0; i < width; ++i) y[i] = x[i] * factor * weight[i];
+}
+
+// y (width) = SiLU(gate) * up.
+void gated(const float* gate, const float* up, int64_t width, float* y) {
+  int64_t i = 0;
+  for (; i + 8 <= width; i += 8) {
+    const __m256 g = _mm256_loadu_ps(gate + i);
+    const __m256 below = _mm256_add_ps(_mm256_set1_ps(1.0f), exponential(_mm256_min_ps(_mm256_sub_ps(_mm256_setzero_ps(), g), _mm256_set1_ps(87.0f))));
+    _mm256_storeu_ps(y + i, _mm256_mul_ps(_mm256_div_ps(g, below), _mm256_loadu_ps(up + i)));
+  }
+  for (; i < width; ++i) y[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+}
+
+// x times the Hadamard matrix of Sylvester of 8 rows, whose three steps each exchange lanes and turn the sign of half of them.
+__m256 hadamard8(__m256 x) {
+  const float n = -0.0f;
+  const __m256 ones = _mm256_setr_ps(0, n, 0, n, 0, n, 0, n), twos = _mm256_setr_ps(0, 0, n, n, 0, 0, n, n), fours = _mm256_setr_ps(0, 0, 0, 0, n, n, n, n);
+  x = _mm256_add_ps(_mm256_permute_ps(x, 0xb1), _mm256_xor_ps(x, ones));
+  x = _mm256_add_ps(_mm256_permute_ps(x, 0x4e), _mm256_xor_ps(x, twos));
+  return _mm256_add_ps(_mm256_permute2f128_ps(x, x, 1), _mm256_xor_ps(x, fours));
+}
+
+// Every `size` of x (width) multiplied, in place, by the Hadamard matrix of Sylvester / sqrt(size).
+void rotate(float* x, int64_t width, int64_t size) {
+  const float norm = 1.0f / std::sqrt(static_cast<float>(size));
+  int64_t half = 1;
+  if (size >= 8) {
+    for (int64_t i = 0; i < width; i += 8) _mm256_storeu_ps(x + i, hadamard8(_mm256_loadu_ps(x + i)));
+    half = 8;
+  }
+  for (; half < size; half *= 2)
+    for (int64_t i = 0; i < width; i += 2 * half)
+      for (int64_t j = i; j < i + half; ++j) {
+        const float left = x[j], right = x[j + half];
+        x[j] = left + right;
+        x[j + half] = left - right;
+      }
+  for (int64_t i = 0; i < width; ++i) x[i] *= norm;
+}
+
+// -------------------------------------------------------------------------------------------------------- activations to int8
+// x (width) -> q, int8 or wider, and the scale: max(|x|, SMALLEST) / 127, halves to even; `fixed`: the scale there is, not positive: none.
+template <class Q>
+float quantize_row(const float* x, int64_t width, float fixed, Q* q) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  __m256 most = _mm256_setzero_ps(), unordered = _mm256_setzero_ps();
+  int64_t i = 0;
+  for (; i + 8 <= width; i += 8) {
+    const __m256 v = _mm256_loadu_ps(x + i);
+    most = _mm256_max_ps(most, _mm256_andnot_ps(sign, v));
+    unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  }
+  alignas(32) float lanes[8];
+  _mm256_store_ps(lanes, most);
+  float top = *std::max_element(lanes, lanes + 8);
+  bool nan = _mm256_movemask_ps(unordered) != 0;
+  for (; i < width; ++i) {
+    top = std::max(top, std::fabs(x[i]));
+    nan = nan || std::isnan(x[i]);
+  }
+  if (nan) top = std::numeric_limits<float>::quiet_NaN();  // as every product of the row will be
+  const float step = nan ? top : fixed > 0 ? fixed : (top < SMALLEST ? SMALLEST : top) / 127.0f, inverse = 1.0f / step;
+  const __m256 factor = _mm256_set1_ps(inverse), low = _mm256_set1_ps(-127.0f), high = _mm256_set1_ps(127.0f);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const auto eight = [&](int64_t at) {
+    return _mm256_cvtps_epi32(_mm256_max_ps(_mm256_min_ps(_mm256_mul_ps(_mm256_loadu_ps(x + at), factor), high), low));
+  };
+  for (i = 0; i + 32 <= width; i += 32) {
+    const __m256i first = _mm256_packs_epi32(eight(i), eight(i + 8)), second = _mm256_packs_epi32(eight(i + 16), eight(i + 24));
+    if constexpr (sizeof(Q) == 1) {
+      const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(first, second), order);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), bytes);
+    } else {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), _mm256_permute4x64_epi64(first, 0xd8));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i + 16), _mm256_permute4x64_epi64(second, 0xd8));
+    }
+  }
+  for (; i < width; ++i) q[i] = static_cast<Q>(_mm_cvtss_si32(_mm_set_ss(std::max(std::min(x[i] * inverse, 127.0f), -127.0f))));
+  return step;
+}
+
+// x (rows, width) float32 -> int8 and the scale of each row. With a `norm` RMSNorm first; `gate`: x is (rows, 2 width), and SiLU of the first
+// half times the second is taken; then, with a `rotation`, every so many channels are rotated.
+std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, const optional<Tensor>& norm, double eps, bool gate, int64_t rotation) {
   TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == at::kFloat, "x: contiguous float32 (rows, width)");
-  const int64_t rows = x.size(0), width = x.size(1);
+  const int64_t rows = x.size(0), given = x.size(1), width = gate ? given / 2 : given;
+  TORCH_CHECK(!norm || (norm->is_contiguous() && norm->scalar_type() == at::kFloat && norm->numel() == width), "norm: contiguous float32 (width,)");
+  TORCH_CHECK(rotation == 0 || (width % rotation == 0 && (rotation & (rotation - 1)) == 0), "a rotation of ", rotation, " of ", width, " channels");
   Tensor q = at::empty({rows, width}, x.options().dtype(at::kChar)), scale = at::empty({rows, 1}, x.options());
   const auto* from = x.const_data_ptr<float>();
+  const auto* weight = norm ? norm->const_data_ptr<float>() : nullptr;
   auto* to = q.mutable_data_ptr<int8_t>();
   auto* scales = scale.mutable_data_ptr<float>();
-  const __m256 sign = _mm256_set1_ps(-0.0f);
-  const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1)), [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      const float* x_row = from + row * width;
-      int8_t* q_row = to + row * width;
-      __m256 most = _mm256_setzero_ps(), unordered = _mm256_setzero_ps();
-      int64_t i = 0;
-      for (; i + 8 <= width; i += 8) {
-        const __m256 v = _mm256_loadu_ps(x_row + i);
-        most = _mm256_max_ps(most, _mm256_andnot_ps(sign, v));
-        unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    std::vector<float> row(width);
+    for (int64_t r = first; r < last; ++r) {
+      const float* read = from + r * given;
+      if (weight || gate || rotation) {
+        if (weight) {
+          rms_norm(read, weight, width, eps, row.data());
+        } else if (gate) {
+          gated(read, read + width, width, row.data());
+        } else {
+          std::memcpy(row.data(), read, width * sizeof(float));
+        }
+        if (rotation) rotate(row.data(), width, rotation);
+        read = row.data();
       }
-      float top = largest_of(most);
-      bool nan = _mm256_movemask_ps(unordered) != 0;
-      for (; i < width; ++i) {
-        top = std::max(top, std::fabs(x_row[i]));
-        nan = nan || std::isnan(x_row[i]);
-      }
-      if (nan) top = std::numeric_limits<float>::quiet_NaN();  // as every product of the row will be
-      const float step = (top < SMALLEST ? SMALLEST : top) / 127.0f, inverse = 1.0f / step;
-      scales[row] = step;
-      const __m256 factor = _mm256_set1_ps(inverse);
-      for (i = 0; i + 32 <= width; i += 32) {  // no |x| / step rounds to more than 127
-        __m256i part[4];
-        for (int p = 0; p < 4; ++p) part[p] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x_row + i + 8 * p), factor));
-        const __m256i low = _mm256_packs_epi32(part[0], part[1]), high = _mm256_packs_epi32(part[2], part[3]);
-        const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), lanes);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(q_row + i), bytes);
-      }
-      for (; i < width; ++i) q_row[i] = static_cast<int8_t>(_mm_cvtss_si32(_mm_set_ss(x_row[i] * inverse)));
+      scales[r] = quantize_row(read, width, 0.0f, to + r * width);
     }
   });
   return {q, scale};
@@ -240,12 +339,6 @@ Tensor int8_linear(const Tensor& q, const Tensor& row_scale, const Tensor& weigh
 }
 
 // ------------------------------------------------------------------------------------------- integers of 2 to 8 bits in groups
-float sum_of(__m256 v) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
-
 // The 8 integers q of BITS bits that begin at a byte, as float32 q - 2^(BITS - 1). Reads 8 bytes (BEHIND) from there on.
 constexpr int64_t BEHIND = 8;
 
@@ -436,32 +529,6 @@ Tensor grouped_linear(const Tensor& x, const Tensor& packed, const Tensor& scale
 }
 
 // ------------------------------------------------------------------------------------------------------- one token of a Llama
-// e^x to about two units in the last place, for x below 88: 2^n e^r with |r| <= ln 2 / 2 (the polynomial of Cephes' expf).
-__m256 exponential(__m256 x) {
-  x = _mm256_max_ps(x, _mm256_set1_ps(-87.0f));
-  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
-  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
-  __m256 y = _mm256_set1_ps(1.9875691500e-4f);
-  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c));
-  y = _mm256_add_ps(_mm256_fmadd_ps(y, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.0f));
-  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-  return _mm256_mul_ps(y, _mm256_castsi256_ps(power));
-}
-
-float dot(const float* a, const float* b, int64_t count) {
-  __m256 acc[4];
-  for (auto& each : acc) each = _mm256_setzero_ps();
-  int64_t i = 0;
-  for (; i + 32 <= count; i += 32)
-    for (int p = 0; p < 4; ++p) acc[p] = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8 * p), _mm256_loadu_ps(b + i + 8 * p), acc[p]);
-  for (; i + 8 <= count; i += 8) acc[0] = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i), acc[0]);
-  float sum = sum_of(_mm256_add_ps(_mm256_add_ps(acc[0], acc[1]), _mm256_add_ps(acc[2], acc[3])));
-  for (; i < count; ++i) sum += a[i] * b[i];
-  return sum;
-}
-
 enum Kind : int64_t { FLOAT, INT8, GROUPED };
 
 // y (out) = W x: W as `kind` says, from three tensors and two numbers, see `decode`.
@@ -487,27 +554,14 @@ struct Linear {
 
   void int8(const float* x, int64_t width, float* y) const {
     std::vector<float> turned;
-    if (first) {  // the Hadamard matrix of Sylvester on every `first` inputs
+    if (first) {
       turned.assign(x, x + width);
-      for (int64_t at = 0; at < width; at += first)
-        for (int64_t half = 1; half < first; half *= 2)
-          for (int64_t i = at; i < at + first; i += 2 * half)
-            for (int64_t j = i; j < i + half; ++j) {
-              const float left = turned[j], right = turned[j + half];
-              turned[j] = left + right;
-              turned[j + half] = left - right;
-            }
-      const float norm = 1.0f / std::sqrt(static_cast<float>(first));
-      for (auto& each : turned) each *= norm;
+      rotate(turned.data(), width, first);
       x = turned.data();
     }
-    float top = 0;
-    for (int64_t i = 0; i < width; ++i) top = std::isnan(x[i]) ? x[i] : std::max(top, std::fabs(x[i]));
-    const float step = c.numel() ? *c.const_data_ptr<float>() : (top < SMALLEST ? SMALLEST : top) / 127.0f, inverse = 1.0f / step;
     const int64_t stride = (width + 31) / 32 * 32;
     std::vector<int16_t> wide(stride, 0);
-    for (int64_t i = 0; i < width; ++i)
-      wide[i] = static_cast<int16_t>(std::clamp(_mm_cvtss_si32(_mm_set_ss(x[i] * inverse)), -127, 127));
+    const float step = quantize_row(x, width, c.numel() ? *c.const_data_ptr<float>() : 0.0f, wide.data());
     const Scales scales{&step, b.const_data_ptr<float>(), nullptr};
     at::parallel_for(0, out(), std::max<int64_t>(16, 65536 / width), [&](int64_t n0, int64_t n1) {
       few_rows<1>(wide.data(), stride, a.const_data_ptr<int8_t>(), width, n0, n1, scales, y, out());
@@ -519,11 +573,6 @@ struct Linear {
     few_grouped(g, first, x, 1, y);
   }
 };
-
-void rms_norm(const float* x, const float* weight, int64_t width, double eps, float* y) {
-  const float factor = 1.0f / std::sqrt(dot(x, x, width) / static_cast<float>(width) + static_cast<float>(eps));
-  for (int64_t i = 0; i < width; ++i) y[i] = x[i] * factor * weight[i];
-}
 
 // Each head of x (heads, size) turned by its position: halves (a, b) become (a cos - b sin, b cos + a sin).
 void turn(float* x, int64_t heads, int64_t size, const float* cos, const float* sin) {
@@ -615,14 +664,7 @@ Tensor decode(const Tensor& hidden, const Tensor& cos, const Tensor& sin, at::Te
     rms_norm(stream, norms[2 * block + 1].const_data_ptr<float>(), channels, eps, normed.data());
     apply(4, normed, gate);
     apply(5, normed, up);
-    const int64_t inner = static_cast<int64_t>(gate.size());
-    int64_t i = 0;
-    for (; i + 8 <= inner; i += 8) {  // SiLU(gate) * up
-      const __m256 g = _mm256_loadu_ps(gate.data() + i);
-      const __m256 below = _mm256_add_ps(_mm256_set1_ps(1.0f), exponential(_mm256_min_ps(_mm256_sub_ps(_mm256_setzero_ps(), g), _mm256_set1_ps(87.0f))));
-      _mm256_storeu_ps(gate.data() + i, _mm256_mul_ps(_mm256_div_ps(g, below), _mm256_loadu_ps(up.data() + i)));
-    }
-    for (; i < inner; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+    gated(gate.data(), up.data(), static_cast<int64_t>(gate.size()), gate.data());
     apply(6, gate, added);
     for (int64_t j = 0; j < channels; ++j) stream[j] += added[j];
   }
@@ -632,7 +674,7 @@ Tensor decode(const Tensor& hidden, const Tensor& cos, const Tensor& sin, at::Te
 }  // namespace
 
 TORCH_LIBRARY(compactmind, m) {
-  m.def("quantize_rows(Tensor x) -> (Tensor, Tensor)");
+  m.def("quantize_rows(Tensor x, Tensor? norm, float eps, bool gate, int rotation) -> (Tensor, Tensor)");
   m.def("int8_linear(Tensor q, Tensor row_scale, Tensor weight, Tensor channel_scale, Tensor? bias) -> Tensor");
   m.def("grouped_dequantize(Tensor packed, Tensor scale, Tensor zero, int bits, int size, int width) -> Tensor");
   m.def("grouped_linear(Tensor x, Tensor packed, Tensor scale, Tensor zero, int bits, int size) -> Tensor");

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -38,7 +37,7 @@ def before_attention(
     hidden (batch, tokens, channels), cos and sin (batch or 1, tokens, head_dim). Returns the turned heads and the others, both
     (batch, heads, tokens, head_dim) in the dtype of `hidden`.
     """
-    heads = qkv.linear(_rms_norm(hidden, norm_weight, eps)).unflatten(-1, (-1, head_dim))
+    heads = qkv.linear(hidden, norm=norm_weight, eps=eps).unflatten(-1, (-1, head_dim))
     first, second = heads[:, :, :rotated].chunk(2, dim=-1)  # not torch.roll: compiled, its indices make this 50 times slower
     cos, sin = (angle.float().unsqueeze(2).chunk(2, dim=-1) for angle in (cos, sin))
     turned = torch.cat((first * cos[0] - second * sin[0], second * cos[1] + first * sin[1]), dim=-1)
@@ -50,12 +49,8 @@ def after_attention(
 ) -> Tensor:
     """o_proj, RMSNorm, SiLU(gate) * up and down_proj with their two additions to the residual stream (batch, tokens, channels)."""
     hidden = (residual.float() + o.linear(attended)).to(residual.dtype)
-    gate, up = gate_up.linear(_rms_norm(hidden, norm_weight, eps)).chunk(2, dim=-1)
-    return (hidden.float() + down.linear(F.silu(gate).mul_(up))).to(residual.dtype)
-
-
-def _rms_norm(hidden, weight, eps):
-    return F.rms_norm(hidden.float(), weight.shape, weight.float(), eps)
+    gate_and_up = gate_up.linear(hidden, norm=norm_weight, eps=eps)
+    return (hidden.float() + down.linear(gate_and_up, gate=True)).to(residual.dtype)
 
 
 COMPILED_TOKENS = 16

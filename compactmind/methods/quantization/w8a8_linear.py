@@ -82,25 +82,38 @@ class Int8Parts(NamedTuple):
     activations: str
     kernel: str
 
-    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Return x W^T + b of x (..., in): float32 (..., out). x is rotated if there is a rotation, and rounded to int8."""
-        if self.rotation is not None:
-            x = rotate(x.float(), self.rotation)
-        if self.kernel == "avx2":
-            return self._by_avx2(x, bias)
-        scale = activation_scale(x, self.activations, self.input_scale)
-        product = self.product(quantize_activation(x, scale)) * self.channel_scale
-        return product.mul_(scale) if bias is None else torch.addcmul(bias, product, scale)
+    def linear(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        norm: torch.Tensor | None = None,
+        eps: float = 0.0,
+        gate: bool = False,
+    ) -> torch.Tensor:
+        """Return x W^T + b of x (..., in): float32 (..., out). x is rotated if there is a rotation, and rounded to int8.
 
-    def _by_avx2(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1]).float().contiguous()
-        if self.activations == "per_token":
-            q, scale = torch.ops.compactmind.quantize_rows(rows)
+        `norm` (in,): RMSNorm with this weight and `eps` comes first. `gate`: x is (..., 2 in), and SiLU of the first half times the second
+        is taken.
+        """
+        if self.kernel == "avx2" and self.activations == "per_token":
+            rows, rotation = x.reshape(-1, x.shape[-1]).float().contiguous(), 0 if self.rotation is None else len(self.rotation)
+            q, scale = torch.ops.compactmind.quantize_rows(rows, None if norm is None else norm.float(), eps, gate, rotation)
         else:
-            scale = activation_scale(rows, self.activations, self.input_scale)
-            q, scale = quantize_activation(rows, scale), scale.flatten().expand(len(rows)).contiguous()
-        result = torch.ops.compactmind.int8_linear(q, scale, self.weight, self.channel_scale, bias)
-        return result.view(*x.shape[:-1], -1)
+            if norm is not None:
+                x = nn.functional.rms_norm(x.float(), norm.shape, norm.float(), eps)
+            if gate:
+                first, second = x.chunk(2, dim=-1)
+                x = nn.functional.silu(first).mul_(second)
+            if self.rotation is not None:
+                x = rotate(x.float(), self.rotation)
+            scale = activation_scale(x, self.activations, self.input_scale)
+            q = quantize_activation(x, scale)
+        if self.kernel != "avx2":
+            product = self.product(q) * self.channel_scale
+            return product.mul_(scale) if bias is None else torch.addcmul(bias, product, scale)
+        q = q.reshape(-1, q.shape[-1])
+        scale = scale.flatten().expand(len(q)).contiguous()
+        return torch.ops.compactmind.int8_linear(q, scale, self.weight, self.channel_scale, bias).view(*x.shape[:-1], -1)
 
     def product(self, q: torch.Tensor) -> torch.Tensor:
         """Return q @ W_int8^T for int8 q (..., in): int32 (..., out), not yet scaled, by the other kernels."""
