@@ -200,6 +200,7 @@ def test_the_table_for_spreadsheets_agrees_with_the_report(reported):
 def test_the_plots_are_pictures(reported):
     folder, _ = reported
     names = ("final_report", "model_comparison", "perplexity_against_size", "divergence_against_size", "tensor_bits", "latency")
+    names += ("divergence_against_speed",)
     names += ("training_curves", "alpha_curve")
     summary = helpers.read_json(folder / "results" / "search" / "summary.json")
     empty = {"importance": not summary["importances"], "retraining_gain": not summary["retraining"]}

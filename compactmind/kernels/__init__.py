@@ -75,11 +75,10 @@ def library() -> Path:
 def available() -> bool:
     """Tell whether torch.ops.compactmind can be called; the first time they are loaded and, if need be, built.
 
-    Says in one line on standard error why not, if a CPU could have them.
+    Says in one line on standard error why not: whoever makes or loads a quantized model learns that it will be slow here.
     """
     if reason := reason_against():
-        if sys.platform == "linux" and torch.cpu._is_avx2_supported():
-            print(f"compactmind: no kernels for quantized models, they run slower: {reason}", file=sys.stderr)
+        print(f"compactmind: no kernels for quantized models, they run slower: {reason}", file=sys.stderr)
         return False
     path = library()
     try:

@@ -53,7 +53,7 @@ def sections(report: dict[str, Any], drawn: dict[str, str]) -> list[Section]:
         Section(
             "LLM track", [*languages, *([checked] if checked else [])],
             [tables.language_table(report), tables.gsm8k_table(report), tables.steps_table(report)],
-            ["perplexity_against_size", "divergence_against_size", "tensor_bits", "alpha_curve"],
+            ["perplexity_against_size", "divergence_against_size", "divergence_against_speed", "tensor_bits", "alpha_curve"],
         ),
         Section("Search", tables=[tables.search_table(report)], figures=search_figures),
         Section("Goals", tables=[tables.goals_table(report)] if report["profile"] != "smoke" else []),

@@ -20,7 +20,7 @@ from compactmind.methods.llama import LINEARS  # noqa: E402
 from compactmind.methods.quantization.grid import BITS  # noqa: E402
 from compactmind.report import search_figures  # noqa: E402
 from compactmind.report.as_shipped import KIND  # noqa: E402
-from compactmind.report.sentences import bits_per_weight, largest_batch, measured, speedup  # noqa: E402
+from compactmind.report.sentences import bits_per_weight, largest_batch, measured, speedup, tokens_per_second  # noqa: E402
 
 COLOURS = ("#4d4d4d", "#9a6fb0", "#1f5fa8", "#b03a2e", "#5aa1d8", "#e08e79", "#2e7d32", "#c79a00", "#00838f", "#6d4c41")
 """One colour per row of a track, the same in every figure."""
@@ -215,26 +215,36 @@ def perplexity_against_size(report: dict[str, Any]) -> Figure | None:
 
 def divergence_against_size(report: dict[str, Any]) -> Figure | None:
     """One point per language model made from the dense one: MB of the weight file, KL with its interval (log); dense as a line."""
-    everyone, rows = measured(report, "llm"), beside_dense(report)
+    return _divergence_against(report, lambda row: row["size_mb"], "{:.0f} MB", "size of the weight file (MB)")
+
+
+def divergence_against_speed(report: dict[str, Any]) -> Figure | None:
+    """The same points over tokens generated per second at batch 1; models that were not timed are left out."""
+    return _divergence_against(report, tokens_per_second, "{:.1f} tokens/s", "tokens generated per second, batch 1")
+
+
+def _divergence_against(
+    report: dict[str, Any], value: Callable[[dict[str, Any]], float | None], form: str, label: str
+) -> Figure | None:
+    everyone = measured(report, "llm")
+    rows = {name: row for name, row in beside_dense(report).items() if value(row) is not None}
     points = {name: row for name, row in rows.items() if row["divergence"] and row["divergence"]["mean"] > 0}
     if not points:
         return None
     figure, axes = plt.subplots(figsize=(8, 6), constrained_layout=True)
     floor = min(row["divergence"]["mean"] for row in points.values()) / 2
     for name, row in rows.items():
-        colour, kl = colours_of(everyone)[name], row["divergence"]
+        colour, kl, place = colours_of(everyone)[name], row["divergence"], value(row)
         if name == report["references"]["llm"]:  # at 0, which has no place on a log axis
-            axes.axvline(row["size_mb"], color=colour, ls=":", label=f"{name}: 0, {row['size_mb']:.0f} MB")
+            axes.axvline(place, color=colour, ls=":", label=f"{name}: 0, {form.format(place)}")
         if name not in points:
             continue
         low, high = max(floor, kl["interval"][0]), kl["interval"][1]
         axes.errorbar(
-            row["size_mb"], kl["mean"], yerr=[[max(0, kl["mean"] - low)], [high - kl["mean"]]], fmt="o", ms=8, capsize=3, color=colour,
-            label=f"{name}: {kl['mean']:.3g}, same top token {kl['same_top']:.0%}, {row['size_mb']:.0f} MB",
+            place, kl["mean"], yerr=[[max(0, kl["mean"] - low)], [high - kl["mean"]]], fmt="o", ms=8, capsize=3, color=colour,
+            label=f"{name}: {kl['mean']:.3g}, same top token {kl['same_top']:.0%}, {form.format(place)}",
         )  # fmt: skip
-    axes.set(
-        xlabel="size of the weight file (MB)", ylabel="KL to dense (nats a token), 95% interval", xlim=(0, None), yscale="log"
-    )
+    axes.set(xlabel=label, ylabel="KL to dense (nats a token), 95% interval", xlim=(0, None), yscale="log")
     axes.set_title(
         f"How far from the dense model, on {next(iter(points.values()))['protocol']['windows']} windows of held-out text"
     )
@@ -334,6 +344,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure | None]]] = {
     "model_comparison": ("Classifiers: accuracy, time, load time, size.", model_comparison),
     "perplexity_against_size": ("Language models: perplexity against size.", perplexity_against_size),
     "divergence_against_size": ("Language models: KL to the dense model against size.", divergence_against_size),
+    "divergence_against_speed": ("Language models: KL to the dense model against speed.", divergence_against_speed),
     "tensor_bits": ("Language models: bits of every tensor.", tensor_bits),
     "latency": ("Measured speed-ups.", latency),
     "training_curves": ("Training curves of the encoder track.", training_curves),

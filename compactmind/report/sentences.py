@@ -28,6 +28,12 @@ def largest_batch(report: dict[str, Any]) -> str:
     return f"batch_{max(report['settings']['latency_batches'])}"
 
 
+def tokens_per_second(row: dict[str, Any]) -> float | None:
+    """Return how many tokens a language model generates in a second, None where it was not measured."""
+    decode = (row.get("generation") or {}).get("decode") or {}
+    return 1e3 / decode["median_ms"] if decode.get("median_ms") else None
+
+
 def speedup(row: dict[str, Any], what: str) -> float | None:
     """Return a row's speed-up at a batch size (batch_32) or in a phase (prefill, decode), None where it was not measured."""
     return ((row.get("latency") or row.get("generation") or {}).get(what) or {}).get("speedup")

@@ -10,7 +10,7 @@ from typing import Any
 
 from compactmind.report.as_shipped import as_shipped
 from compactmind.report.literature import beside_the_literature
-from compactmind.report.sentences import largest_batch, speedup
+from compactmind.report.sentences import largest_batch, speedup, tokens_per_second
 
 NOTHING = "-"
 VERDICTS = {True: "met", False: "MISSED", None: "not run"}
@@ -106,7 +106,7 @@ def language_table(report: dict[str, Any]) -> Table:
     """Return the language models side by side."""
     header = ["model", "perplexity [95%]", "against dense [95%, paired]", "KL, nats [95%]", "KL 99.9%", "same top", "M param", "MB",
               "ratio", "prefill ms", "prefill",
-              "decode ms", "decode", "load s", "peak MB", "kernel"]  # fmt: skip
+              "decode ms", "decode", "tokens/s", "load s", "peak MB", "kernel"]  # fmt: skip
     lines = []
     rows = [row for row in report["models"] if row["track"] == "llm"]
     for row in rows:
@@ -127,7 +127,7 @@ def language_table(report: dict[str, Any]) -> Table:
                 number(kl and kl["p999"]), number(kl and kl["same_top"], ".1%"), f"{row['parameters'] / 1e6:.1f}",
                 f"{row['size_mb']:.1f}", number(row["compression_ratio"], ".2f", "x"), number(prefill.get("median_ms"), ".0f"),
                 number(prefill.get("speedup"), ".2f", "x"), number(decode.get("median_ms"), ".1f"),
-                number(decode.get("speedup"), ".2f", "x"),
+                number(decode.get("speedup"), ".2f", "x"), number(tokens_per_second(row), ".1f"),
                 number(row["load_seconds"]), number(row["peak_memory_mb"], ".0f"), row["kernel"],
             ]
         )  # fmt: skip
