@@ -390,43 +390,91 @@ struct Grouped {
     std::memcpy(copy.data(), packed + j * bytes, bytes);
     return copy.data();
   }
-  float scale_of(int64_t at) const { return _cvtsh_ss(scale[at]); }
-  float beside(int64_t at, float step) const { return minimum ? _cvtsh_ss(minimum[at]) + half * step : (half - zero[at]) * step; }
 };
 
-// x (ROWS, stride) float32 with zeros behind the width, `sums` (ROWS, groups) of it: the channels from n0 to n1 of out (ROWS, rows).
+// What the weights of a row are made of its integers by, eight groups at a time: weight = step * (q - half) + offset.
+struct Steps {
+  std::vector<float> step, offset;
+  explicit Steps(const Grouped& g) : step((g.groups + 7) / 8 * 8), offset(step.size()) {}
+
+  // What is behind the last group of a row is another row's: it meets sums of 0.
+  void read(const Grouped& g, int64_t row) {
+    const __m256 half = _mm256_set1_ps(g.half);
+    for (int64_t group = 0; group < g.groups; group += 8) {
+      const int64_t at = row * g.groups + group, left = g.rows * g.groups - at;
+      const __m256 scale = _mm256_cvtph_ps(eight_of(g.scale + at, left));
+      _mm256_storeu_ps(step.data() + group, scale);
+      __m256 beside;
+      if (g.minimum) {
+        beside = _mm256_fmadd_ps(half, scale, _mm256_cvtph_ps(eight_of(g.minimum + at, left)));
+      } else {
+        uint64_t zeros = 0;
+        if (left >= 8)
+          std::memcpy(&zeros, g.zero + at, sizeof zeros);
+        else
+          std::memcpy(&zeros, g.zero + at, left);
+        const __m256 zero = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(zeros))));
+        beside = _mm256_mul_ps(_mm256_sub_ps(half, zero), scale);
+      }
+      _mm256_storeu_ps(offset.data() + group, beside);
+    }
+  }
+
+ private:
+  static __m128i eight_of(const uint16_t* from, int64_t left) {
+    if (left >= 8) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    alignas(16) uint16_t some[8] = {};
+    std::memcpy(some, from, left * sizeof(uint16_t));
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(some));
+  }
+};
+
+// x (ROWS, stride) float32 with zeros behind the width, `sums` (ROWS, groups, filled up to whole eights) of it: the channels from n0 to n1 of
+// out (ROWS, rows).
 template <int BITS, int ROWS>
 void few_rows_grouped(const Grouped& g, const float* x, int64_t stride, const float* sums, float* out, int64_t n0, int64_t n1) {
+  constexpr int CHAINS = ROWS == 1 ? 4 : 2;  // sums that do not wait for each other
   const Eight<BITS> eight;
   std::vector<uint8_t> copy;
+  Steps steps(g);
+  const auto padded = static_cast<int64_t>(steps.step.size());
   for (int64_t j = n0; j < n1; ++j) {
     const uint8_t* row = g.row(j, copy);
+    steps.read(g, j);
     __m256 total[ROWS];
-    float beside[ROWS];
-    for (int r = 0; r < ROWS; ++r) total[r] = _mm256_setzero_ps(), beside[r] = 0;
+    for (int r = 0; r < ROWS; ++r) {
+      total[r] = _mm256_setzero_ps();
+      for (int64_t group = 0; group < padded; group += 8)
+        total[r] = _mm256_fmadd_ps(_mm256_loadu_ps(steps.offset.data() + group), _mm256_loadu_ps(sums + r * padded + group), total[r]);
+    }
     for (int64_t group = 0; group < g.groups; ++group) {
       const int64_t first = group * g.size, last = std::min(first + g.size, g.width);
-      __m256 acc[ROWS][2];
-      for (int r = 0; r < ROWS; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_ps();
+      __m256 acc[ROWS][CHAINS];
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < CHAINS; ++c) acc[r][c] = _mm256_setzero_ps();
+      const uint8_t* p = row + first / 8 * BITS;
       int64_t i = first;
-      for (; i + 16 <= last; i += 16) {
-        const __m256 a = eight(row + i * BITS / 8), b = eight(row + (i + 8) * BITS / 8);
-        for (int r = 0; r < ROWS; ++r) {
-          acc[r][0] = _mm256_fmadd_ps(a, _mm256_loadu_ps(x + r * stride + i), acc[r][0]);
-          acc[r][1] = _mm256_fmadd_ps(b, _mm256_loadu_ps(x + r * stride + i + 8), acc[r][1]);
+      for (; i + 8 * CHAINS <= last; i += 8 * CHAINS, p += CHAINS * BITS)
+#pragma GCC unroll 4
+        for (int c = 0; c < CHAINS; ++c) {
+          const __m256 a = eight(p + c * BITS);
+#pragma GCC unroll 4
+          for (int r = 0; r < ROWS; ++r) acc[r][c] = _mm256_fmadd_ps(a, _mm256_loadu_ps(x + r * stride + i + 8 * c), acc[r][c]);
         }
-      }
-      for (; i < last; i += 8) {
-        const __m256 all = eight(row + i * BITS / 8), a = i + 8 <= last ? all : first_of(all, last - i);
+      for (; i < last; i += 8, p += BITS) {
+        const __m256 all = eight(p), a = i + 8 <= last ? all : first_of(all, last - i);
         for (int r = 0; r < ROWS; ++r) acc[r][0] = _mm256_fmadd_ps(a, _mm256_loadu_ps(x + r * stride + i), acc[r][0]);
       }
-      const float step = g.scale_of(j * g.groups + group), offset = g.beside(j * g.groups + group, step);
-      for (int r = 0; r < ROWS; ++r) {
-        total[r] = _mm256_fmadd_ps(_mm256_add_ps(acc[r][0], acc[r][1]), _mm256_set1_ps(step), total[r]);
-        beside[r] += offset * sums[r * g.groups + group];
-      }
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int c = 1; c < CHAINS; ++c) acc[r][0] = _mm256_add_ps(acc[r][0], acc[r][c]);
+      const __m256 step = _mm256_set1_ps(steps.step[group]);
+      for (int r = 0; r < ROWS; ++r) total[r] = _mm256_fmadd_ps(acc[r][0], step, total[r]);
     }
-    for (int r = 0; r < ROWS; ++r) out[r * g.rows + j] = sum_of(total[r]) + beside[r];
+    for (int r = 0; r < ROWS; ++r) out[r * g.rows + j] = sum_of(total[r]);
   }
 }
 
@@ -439,17 +487,18 @@ void dequantize_rows(const Grouped& g, float* out, int64_t first_row, int64_t la
     float* to = out + j * g.width;
     for (int64_t group = 0; group < g.groups; ++group) {
       const int64_t first = group * g.size, last = std::min(first + g.size, g.width), at = j * g.groups + group;
-      const float step = g.scale_of(at);
+      const float step = _cvtsh_ss(g.scale[at]);
       const __m256 scale = _mm256_set1_ps(step), half = _mm256_set1_ps(g.half);
       const __m256 zero = _mm256_set1_ps(g.minimum ? _cvtsh_ss(g.minimum[at]) : g.zero[at] - g.half);
       const auto weights = [&](__m256 q) {
         return g.minimum ? _mm256_fmadd_ps(_mm256_add_ps(q, half), scale, zero) : _mm256_mul_ps(_mm256_sub_ps(q, zero), scale);
       };
+      const uint8_t* p = row + first / 8 * BITS;
       int64_t i = first;
-      for (; i + 8 <= last; i += 8) _mm256_storeu_ps(to + i, weights(eight(row + i * BITS / 8)));
+      for (; i + 8 <= last; i += 8, p += BITS) _mm256_storeu_ps(to + i, weights(eight(p)));
       if (i < last) {
         float rest[8];
-        _mm256_storeu_ps(rest, weights(eight(row + i * BITS / 8)));
+        _mm256_storeu_ps(rest, weights(eight(p)));
         std::memcpy(to + i, rest, (last - i) * sizeof(float));
       }
     }
@@ -501,15 +550,15 @@ Tensor grouped_dequantize(const Tensor& packed, const Tensor& scale, const Tenso
 
 // out (m, rows) = x (m, width) times the weights^T, m from 1 to FEW.
 void few_grouped(const Grouped& g, int64_t bits, const float* x, int64_t m, float* out) {
-  const int64_t stride = (g.width + 7) / 8 * 8;
-  std::vector<float> padded(m * stride, 0.0f), sums(m * g.groups, 0.0f);
+  const int64_t stride = (g.width + 7) / 8 * 8, groups = (g.groups + 7) / 8 * 8;
+  std::vector<float> padded(m * stride, 0.0f), sums(m * groups, 0.0f);
   for (int64_t r = 0; r < m; ++r) {
     std::memcpy(padded.data() + r * stride, x + r * g.width, g.width * sizeof(float));
     for (int64_t group = 0; group < g.groups; ++group) {
       const int64_t first = group * g.size, last = std::min(first + g.size, g.width);
       float sum = 0;
       for (int64_t i = first; i < last; ++i) sum += padded[r * stride + i];
-      sums[r * g.groups + group] = sum;
+      sums[r * groups + group] = sum;
     }
   }
   with_bits(bits, [&](auto b) {
