@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compactmind.errors import CompactMindError
 from compactmind.files import replace_file, require_free_space
+from compactmind.gguf_source import LLAMA3, QWEN2
 from compactmind.methods.llama import LINEARS, LlamaBlock, llama_blocks
 from compactmind.methods.quantization.grid import GGUF_BLOCK as BLOCK
 from compactmind.methods.quantization.grouped import GroupedEmbedding, GroupedLinear, GroupedWeight, TiedHead
@@ -39,8 +40,6 @@ PARTS = {
     "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
 }  # fmt: skip
 """Linear of a block -> its name there."""
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""How the tokenizer of Llama 3 cuts text before it looks for pieces; that of Qwen 2 takes digits one by one."""
 
 
 # ----------------------------------------------------------------------------------------------------------------- weights
@@ -208,7 +207,7 @@ def pre_tokenizer_of(told: dict[str, Any]) -> str | None:
         return "smollm"
     if not regex and len(before) == 1 and before[0]["type"] == "Split":
         pattern = before[0].get("pattern", {}).get("Regex")
-        return {LLAMA3: "llama-bpe", LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}.get(pattern)
+        return {LLAMA3: "llama-bpe", QWEN2: "qwen2"}.get(pattern)
     return None
 
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import torch
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from compactmind.checkpoint import save_checkpoint
@@ -13,12 +15,24 @@ from compactmind.manifest import MANIFEST_VERSION, is_up_to_date
 from compactmind.published import in_words, published_as
 
 SUFFIX = ".gguf"
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""How the tokenizer of Llama 3 cuts text before it looks for pieces."""
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+"""That of Qwen 2 takes digits one by one."""
+WAYS = {
+    "gpt-2": lambda: ByteLevel(add_prefix_space=False),
+    "smollm": lambda: Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
+    "llama-bpe": lambda: Sequence([Split(Regex(LLAMA3), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]),
+    "qwen2": lambda: Sequence([Split(Regex(QWEN2), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]),
+}
+"""`tokenizer.ggml.pre` of a byte-level tokenizer -> how it cuts text."""
 
 
 def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the model of a GGUF file, dequantized to bfloat16, and its tokenizer.
 
-    transformers counts a model read from GGUF as quantized and refuses to save it, so its weights move into a fresh one.
+    transformers counts a model read from GGUF as quantized and refuses to save it, so its weights move into a fresh one. Of a byte-level
+    tokenizer it does not read how text is cut before pieces are looked for: WAYS.
     """
     source = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
     settings = {k: v for k, v in source.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
@@ -28,7 +42,19 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model.load_state_dict(source.state_dict())
     model.tie_weights()
     model.config.name_or_path = ""  # the maker's working title
-    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    if (way := WAYS.get(way_of(path))) and tokenizer.is_fast:
+        tokenizer.backend_tokenizer.pre_tokenizer = way()
+    return model, tokenizer
+
+
+def way_of(path: Path) -> str | None:
+    """Return the name of the way a file's byte-level tokenizer cuts text, None for one of another kind."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    kind, way = (fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    return way.contents() if kind and kind.contents() == "gpt2" and way else None
 
 
 def folder_of(source: Path, models_dir: Path, show=print) -> Path:
@@ -66,4 +92,8 @@ def folder_of(source: Path, models_dir: Path, show=print) -> Path:
                 dtype="bfloat16",
             )
     show(in_words(str(directory), published))
+    if (way := way_of(source)) and way not in WAYS:
+        show(
+            f"{source}: how its tokenizer cuts text ({way}) is not known here: numbers and contractions may become other tokens"
+        )
     return directory

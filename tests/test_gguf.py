@@ -13,8 +13,8 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.errors import CompactMindError
-from compactmind.gguf_export import LLAMA3, encoded, export_gguf, largest_difference, pre_tokenizer_of, rope_order
-from compactmind.gguf_source import folder_of, read_gguf
+from compactmind.gguf_export import encoded, export_gguf, largest_difference, pre_tokenizer_of, rope_order
+from compactmind.gguf_source import LLAMA3, QWEN2, WAYS, folder_of, read_gguf
 from compactmind.methods.llama import LINEARS, llama_blocks
 from compactmind.methods.quantization.gptq import round_nearest
 from compactmind.methods.quantization.gptq_model import GPTQRecipe, quantize_gptq
@@ -103,7 +103,9 @@ def test_a_dense_model_comes_back(tmp_path, tied, dtype):
     assert counts == {dtype: 15 + (not tied), "F32": 5} if dtype != "F32" else {"F32": 20 + (not tied)}
     again, tokenizer = read_gguf(tmp_path / "x.gguf")
     assert again.config.tie_word_embeddings == tied and again.config.num_key_value_heads == model.config.num_key_value_heads
-    assert torch.allclose(logits_of(again), logits_of(model), rtol=1e-3 if dtype == "F16" else 0, atol=1e-2 if dtype == "F16" else 0)
+    assert torch.allclose(
+        logits_of(again), logits_of(model), rtol=1e-3 if dtype == "F16" else 0, atol=1e-2 if dtype == "F16" else 0
+    )
     assert byte_level().get_vocab().items() <= tokenizer.get_vocab().items()  # transformers adds tokens of its own
 
 
@@ -192,7 +194,7 @@ def split_by(pattern: str) -> dict:
         (pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"),
         (pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]), "smollm"),
         (split_by(LLAMA3), "llama-bpe"),
-        (split_by(LLAMA3.replace("{1,3}", "")), "qwen2"),
+        (split_by(QWEN2), "qwen2"),
         (pre_tokenizers.ByteLevel(add_prefix_space=True), None),
         (pre_tokenizers.Sequence([pre_tokenizers.Digits(False), pre_tokenizers.ByteLevel(add_prefix_space=False)]), None),
         (split_by("x"), None),
@@ -206,6 +208,21 @@ def test_ways_to_cut_text_are_known_by_name(pre_tokenizer, name):
         tokenizer.pre_tokenizer = pre_tokenizer
         pre_tokenizer = json.loads(tokenizer.to_str())["pre_tokenizer"]
     assert pre_tokenizer_of({"pre_tokenizer": pre_tokenizer}) == name
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_tokenizer_that_comes_back_cuts_text_as_it_did(tmp_path, way):
+    tokenizer = byte_level()
+    vocabulary = tokenizer.get_vocab() | {"12": 258, "34": 259, "'s": 260}
+    model = models.BPE(vocabulary, [("a", "b"), ("1", "2"), ("3", "4"), ("'", "s")])
+    tokenizer.backend_tokenizer.model, tokenizer.backend_tokenizer.pre_tokenizer = model, WAYS[way]()
+    export(llama(), tmp_path / "x.gguf", tokenizer)
+    assert values(tmp_path / "x.gguf")["tokenizer.ggml.pre"] == way
+    text = "It's 12345\n\n ab12 34"
+    again = read_gguf(tmp_path / "x.gguf")[1]
+    assert again(text, add_special_tokens=False)["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+    cut = {"gpt-2": ["12", "34", "5"], "smollm": list("12345"), "llama-bpe": ["12", *"345"], "qwen2": list("12345")}[way]
+    assert again.tokenize("12345") == cut
 
 
 def pieces() -> PreTrainedTokenizerFast:
@@ -339,6 +356,14 @@ def test_a_file_that_is_no_gguf_is_refused_in_one_line(tmp_path, content, said):
     with pytest.raises(CompactMindError, match=said):
         folder_of(path, tmp_path / "models")
     assert not (tmp_path / "models").exists()
+
+
+def test_a_tokenizer_of_another_kind_is_told(tmp_path, monkeypatch):
+    said = []
+    export(llama(), tmp_path / "x.gguf")
+    monkeypatch.setattr("compactmind.gguf_source.way_of", lambda path: "tekken")
+    folder_of(tmp_path / "x.gguf", tmp_path / "models", said.append)
+    assert "cuts text (tekken) is not known here" in said[-1]
 
 
 def test_a_name_that_another_model_has_is_not_taken(tmp_path):
