@@ -125,6 +125,8 @@ def _told(linear: nn.Module) -> tuple[list[torch.Tensor], list[int]]:
     if isinstance(linear, GroupedLinear):
         size = linear.in_features if linear.grid.group_size == -1 else linear.grid.group_size
         return [linear.packed, linear.scale, linear.zero], [2, linear.grid.bits, size]
+    if hasattr(linear, "levels"):  # NF4Linear, which takes seconds to import
+        return list(linear.levels), [3, 0, 0]
     return [linear.weight, linear.weight, linear.weight], [0, 0, 0]
 
 
@@ -149,6 +151,8 @@ def _can_be_told(linear: nn.Module) -> bool:
         return False
     if isinstance(linear, GroupedLinear):
         return linear.kernel == "avx2" and linear.scale.dtype == torch.float16
+    if hasattr(linear, "levels"):
+        return linear.levels is not None
     return isinstance(linear, W8A8Linear) or type(linear) is nn.Linear and linear.weight.dtype == torch.float32
 
 

@@ -192,6 +192,25 @@ def test_shapes_are_known_without_computing():
         assert ops.grouped_linear(torch.empty(2, 64), *parts, 4, 64).shape == (2, 5)
 
 
+@needs_kernels
+@pytest.mark.parametrize("double_quantization", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("width", [64, 100, 192])
+def test_nf4_is_multiplied_as_bitsandbytes_decodes_it(width, bias, double_quantization):
+    from compactmind.methods.quantization.packed_linear import packed_linear_like
+
+    linear = torch.nn.Linear(width, 11, bias=bias).requires_grad_(False)
+    packed = packed_linear_like(linear, "nf4", "cpu", double_quantization)
+    packed.pack(linear.weight)
+    packed.bias = linear.bias
+    for rows in (1, 2, 3, 4):
+        x = drawn(2, rows // 2 or 1, width) if rows != 3 else drawn(3, width)
+        many = x.reshape(-1, width).repeat(5, 1)  # what bitsandbytes multiplies
+        expected = packed(many)[: x[..., 0].numel()].view(*x.shape[:-1], 11)
+        assert len(many) > kernels.FEW_ROWS and torch.allclose(packed(x), expected, rtol=1e-5, atol=1e-5)
+    assert packed(x.bfloat16()).dtype == torch.bfloat16
+
+
 # ----------------------------------------------------------------------------------------------------------------- without them
 @pytest.mark.parametrize("grid", [Grid(4, 32), Grid(3, -1, "float"), Grid(5, 64, "integer")], ids=str)
 def test_without_kernels_integers_are_unpacked_once(monkeypatch, grid):

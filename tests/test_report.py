@@ -254,7 +254,7 @@ def test_language_models_are_measured_on_the_same_windows_and_against_the_dense_
         step["method"] for step in rows["llama_searched"]["pipeline"][1:]
     ]
     assert f"best: trial {search['best']['trial']}" in output
-    assert dense["kernel"] == "float32" and rows["llama_nf4"]["kernel"] == "bitsandbytes"
+    assert dense["kernel"] == "float32" and rows["llama_nf4"]["kernel"].endswith("bitsandbytes")
     assert rows["llama_w8a8"]["kernel"] in ("int_mm", "avx2", "simulated")
 
 

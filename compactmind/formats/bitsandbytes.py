@@ -76,8 +76,9 @@ def weights(module: nn.Module) -> list[tuple[torch.Tensor, int]]:
 
 
 def kernel(model: PreTrainedModel) -> str:
-    """Return what multiplies the blocks."""
-    return "bitsandbytes"
+    """Return what multiplies the blocks: few rows of NF4 our own kernel, where it can be had."""
+    ours = any(getattr(module, "levels", None) is not None for module in model.modules())
+    return "avx2, bitsandbytes" if ours else "bitsandbytes"
 
 
 def int8_caveat(quantization: dict[str, Any]) -> str:

@@ -141,6 +141,10 @@ def _tell_shapes() -> None:
     def _(packed, scale, zero, bits, size, width):
         return scale.new_empty(packed.shape[0], width, dtype=torch.float32)
 
+    @torch.library.register_fake("compactmind::levels_linear")
+    def _(x, packed, scale, levels):
+        return x.new_empty(x.shape[0], scale.shape[0])
+
     @torch.library.register_fake("compactmind::grouped_linear")
     def _(x, packed, scale, zero, bits, size):
         return x.new_empty(x.shape[0], packed.shape[0])

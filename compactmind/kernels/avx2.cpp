@@ -577,8 +577,75 @@ Tensor grouped_linear(const Tensor& x, const Tensor& packed, const Tensor& scale
   return out;
 }
 
+// -------------------------------------------------------------------------------------------------- 4 bits with 16 levels of any kind
+// x (1 to FEW, width) float32 times weights (rows, width)^T that are 16 `levels` times a scale for every 64 of a row, as bitsandbytes packs
+// them: two to a byte, the first in the upper half.
+constexpr int64_t LEVEL_BLOCK = 64;
+
+struct Levels {
+  const uint8_t* packed;
+  const float *scale, *levels;
+  int64_t rows, width;
+};
+
+template <int ROWS>
+void few_rows_levels(const Levels& w, const float* x, float* out, int64_t n0, int64_t n1) {
+  const __m256 low = _mm256_loadu_ps(w.levels), high = _mm256_loadu_ps(w.levels + 8);
+  const __m256i shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
+  const int64_t blocks = w.width / LEVEL_BLOCK;
+  for (int64_t j = n0; j < n1; ++j) {
+    __m256 total[ROWS];
+    for (int r = 0; r < ROWS; ++r) total[r] = _mm256_setzero_ps();
+    for (int64_t block = 0; block < blocks; ++block) {
+      const uint8_t* p = w.packed + (j * w.width + block * LEVEL_BLOCK) / 2;
+      __m256 acc[ROWS][2];
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_ps();
+#pragma GCC unroll 8
+      for (int c = 0; c < LEVEL_BLOCK / 8; ++c) {
+        int32_t v;
+        std::memcpy(&v, p + 4 * c, sizeof v);
+        const __m256i number = _mm256_srlv_epi32(_mm256_set1_epi32(v), shifts);
+        const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(number, 28));  // its sign is the fourth bit
+        const __m256 q = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, number), _mm256_permutevar8x32_ps(high, number), upper);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r)
+          acc[r][c % 2] = _mm256_fmadd_ps(q, _mm256_loadu_ps(x + r * w.width + block * LEVEL_BLOCK + 8 * c), acc[r][c % 2]);
+      }
+      const __m256 scale = _mm256_set1_ps(w.scale[j * blocks + block]);
+      for (int r = 0; r < ROWS; ++r) total[r] = _mm256_fmadd_ps(_mm256_add_ps(acc[r][0], acc[r][1]), scale, total[r]);
+    }
+    for (int r = 0; r < ROWS; ++r) out[r * w.rows + j] = sum_of(total[r]);
+  }
+}
+
+// `x` has `given` columns of the `width` that the weights have: behind them rows are filled up with zeros.
+void few_levels(const Levels& w, const float* x, int64_t m, int64_t given, float* out) {
+  std::vector<float> filled(m * w.width, 0.0f);
+  for (int64_t r = 0; r < m; ++r) std::memcpy(filled.data() + r * w.width, x + r * given, given * sizeof(float));
+  const auto run = m == 1 ? few_rows_levels<1> : m == 2 ? few_rows_levels<2> : m == 3 ? few_rows_levels<3> : few_rows_levels<4>;
+  at::parallel_for(0, w.rows, std::max<int64_t>(16, 32768 / w.width), [&](int64_t n0, int64_t n1) { run(w, filled.data(), out, n0, n1); });
+}
+
+Levels levels_of(const Tensor& packed, const Tensor& scale, const Tensor& levels) {
+  const int64_t rows = scale.size(0), width = scale.size(1) * LEVEL_BLOCK;
+  TORCH_CHECK(scale.dim() == 2 && scale.is_contiguous() && scale.scalar_type() == at::kFloat && packed.is_contiguous() &&
+                  packed.scalar_type() == at::kByte && packed.numel() * 2 == rows * width && levels.numel() == 16 && levels.is_contiguous(),
+              "packed: uint8, two weights each; scale: float32 (rows, blocks of ", LEVEL_BLOCK, "); levels: 16");
+  return {packed.const_data_ptr<uint8_t>(), scale.const_data_ptr<float>(), levels.const_data_ptr<float>(), rows, width};
+}
+
+Tensor levels_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& levels) {
+  const Levels w = levels_of(packed, scale, levels);
+  TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == at::kFloat && 1 <= x.size(0) && x.size(0) <= FEW && x.size(1) <= w.width,
+              "x: contiguous float32 (1 to ", FEW, ", in)");
+  Tensor out = at::empty({x.size(0), w.rows}, x.options());
+  few_levels(w, x.const_data_ptr<float>(), x.size(0), x.size(1), out.mutable_data_ptr<float>());
+  return out;
+}
+
 // ------------------------------------------------------------------------------------------------------- one token of a Llama
-enum Kind : int64_t { FLOAT, INT8, GROUPED };
+enum Kind : int64_t { FLOAT, INT8, GROUPED, LEVELS };
 
 // y (out) = W x: W as `kind` says, from three tensors and two numbers, see `decode`.
 struct Linear {
@@ -586,7 +653,7 @@ struct Linear {
   Tensor a, b, c;
   int64_t first, second;
 
-  int64_t out() const { return a.size(0); }
+  int64_t out() const { return kind == LEVELS ? b.size(0) : a.size(0); }
   void operator()(const float* x, int64_t width, float* y) const {
     const int64_t n = out();
     if (kind == FLOAT) {
@@ -596,6 +663,8 @@ struct Linear {
       });
     } else if (kind == INT8) {
       int8(x, width, y);
+    } else if (kind == LEVELS) {
+      few_levels(levels_of(a, b, c), x, 1, width, y);
     } else {
       grouped_product(x, width, y);
     }
@@ -662,7 +731,7 @@ void attend(const float* query, const float* keys, const float* values, int64_t 
 
 // All blocks of a Llama for one token of one text, `hidden` (channels,) float32.
 // per block: `norms` 2 weights; `linears` q, k, v, o, gate, up, down, three tensors each: weight (FLOAT); int8 weight, scale of its channels,
-// scale of its input or nothing (INT8); integers, scales, zeros (GROUPED); `kinds` three numbers each: the kind; size of the rotation of the
+// scale of its input or nothing (INT8); integers, scales, zeros (GROUPED); packed, scales, levels (LEVELS); `kinds` three numbers each: the kind; size of the rotation of the
 // input or 0 (INT8), bits and group (GROUPED). `keys`, `values` per block (1, heads, tokens, head_dim), with the place of the new one at the end.
 Tensor decode(const Tensor& hidden, const Tensor& cos, const Tensor& sin, at::TensorList norms, at::TensorList linears, at::IntArrayRef kinds,
               at::TensorList keys, at::TensorList values, double eps, double scaling) {
@@ -727,6 +796,7 @@ TORCH_LIBRARY(compactmind, m) {
   m.def("int8_linear(Tensor q, Tensor row_scale, Tensor weight, Tensor channel_scale, Tensor? bias) -> Tensor");
   m.def("grouped_dequantize(Tensor packed, Tensor scale, Tensor zero, int bits, int size, int width) -> Tensor");
   m.def("grouped_linear(Tensor x, Tensor packed, Tensor scale, Tensor zero, int bits, int size) -> Tensor");
+  m.def("levels_linear(Tensor x, Tensor packed, Tensor scale, Tensor levels) -> Tensor");
   m.def("decode(Tensor hidden, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] linears, int[] kinds, Tensor(a!)[] keys, Tensor(b!)[] values, "
         "float eps, float scaling) -> Tensor");
 }
@@ -736,5 +806,6 @@ TORCH_LIBRARY_IMPL(compactmind, CPU, m) {
   m.impl("int8_linear", &int8_linear);
   m.impl("grouped_dequantize", &grouped_dequantize);
   m.impl("grouped_linear", &grouped_linear);
+  m.impl("levels_linear", &levels_linear);
   m.impl("decode", &decode);
 }

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from compactmind import kernels
 from compactmind.methods.quantization.error_compensation import compensate_rounding, smaller_scales
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises optional CPU kernels at import
@@ -45,6 +46,7 @@ class NF4Linear(bnb.nn.Linear4bit):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.in_features = in_features
         self.double_quantization = double_quantization
+        self._levels: tuple[torch.Tensor, ...] | None = None
         # On CPUs with AVX512-BF16, bitsandbytes would repack the weights at the first call and multiply in bf16: slower for
         # batches, and not the logits that were saved.
         self.support_avx512bf16_for_cpu = False
@@ -85,8 +87,28 @@ class NF4Linear(bnb.nn.Linear4bit):
         """Set, in place, the 4-bit weight from a file's tensors; `statistics` are those whose names begin with `weight.`."""
         self.weight = bnb.nn.Params4bit.from_prequantized(packed, statistics, device=device, module=self)
 
+    @property
+    def levels(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """What kernels/ multiplies by: packed weights, the scale of every block float32 (out, blocks), the 16 levels; None on a GPU."""
+        state = self.weight.quant_state
+        if state is None or not kernels.usable_on(self.weight.device):
+            return None
+        if self._levels is None or self._levels[0].data_ptr() != self.weight.data_ptr():
+            scale = state.absmax
+            if state.nested:
+                scale = bnb.functional.dequantize_blockwise(scale, state.state2).float() + state.offset
+            scale = scale.float().reshape(self.out_features, -1).contiguous()
+            self._levels = self.weight.data.flatten(), scale, state.code.float().contiguous()
+        return self._levels
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
+        few = 0 < hidden_states.numel() <= kernels.FEW_ROWS * self.in_features
+        if few and not (hidden_states.requires_grad and torch.is_grad_enabled()) and (levels := self.levels):
+            rows = hidden_states.reshape(-1, self.in_features).float().contiguous()
+            result = torch.ops.compactmind.levels_linear(rows, *levels).to(hidden_states.dtype)
+            result = result if self.bias is None else result + self.bias.to(result.dtype)
+            return result.view(*hidden_states.shape[:-1], self.out_features)
         if self.padding:
             hidden_states = functional.pad(hidden_states, (0, self.padding))
         return super().forward(hidden_states)
