@@ -4,8 +4,10 @@ growing_cache   Keys and values stay where they are and a new token is written b
                 for every token.
 decode          Where compactmind/kernels can be had, all blocks of a Llama are one call for one token of one text, in whatever format its
                 linears are: float32, W8A8, integers in groups. Otherwise the blocks run as they do for many tokens.
+bf16            Float32 weights that are all bf16 numbers, as a checkpoint in bf16 has them, are multiplied from a copy in bf16 for a single
+                token: the same products, half as much to read. The head's always, the blocks' where all copies fit into COPIES.
 
-Both come with the cache: `model.generate(..., past_key_values=growing_cache(model))`, or `model(..., past_key_values=...)`. Its plan holds
+All come with the cache: `model.generate(..., past_key_values=growing_cache(model))`, or `model(..., past_key_values=...)`. Its plan holds
 the weights as they are when it is made.
 """
 
@@ -28,6 +30,8 @@ from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 
 ROOM = 64
 """Tokens there is room for at least beyond those that are there; half as many as are there, where that is more."""
+COPIES = 2**30
+"""Bytes that bf16 copies of a model's weights may take, the head's aside."""
 MODELS = (LlamaModel, MistralModel)
 """Models whose one token `decode` computes; others run as they always do."""
 
@@ -76,13 +80,16 @@ class GrowingCache(DynamicCache):
 def growing_cache(model: PreTrainedModel) -> GrowingCache:
     """Return an empty cache for one text that a model generates; while it does, the model's weights have to stay what they are.
 
-    Layers with a sliding window keep the kind of cache that transformers has for them. The model's class learns, in place, to use the plan.
+    Layers with a sliding window keep the kind of cache that transformers has for them. The model's class learns, in place, to use the plan,
+    and its head's to use bf16.
     """
     cache = GrowingCache(config=model.config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     cache.plan = plan_of(model)
     if cache.plan is not None and not isinstance(model.model, DecodesByPlan):
         model.model.__class__ = _decoding(type(model.model))
+    if cache.plan is not None and type(model.lm_head) is nn.Linear and bf16_of(model.lm_head) is not None:
+        model.lm_head.__class__ = Bf16Head
     return cache
 
 
@@ -99,9 +106,10 @@ class Plan:
         self.norms = [norm.weight for block in blocks for norm in (block.input_norm, block.post_norm)]
         self.linears: list[torch.Tensor] = []
         self.kinds: list[int] = []
+        floats = sum(getattr(block, field).weight.numel() for block in blocks for field in LINEARS if _is_float(getattr(block, field)))
         for block in blocks:
             for field in LINEARS:
-                tensors, kind = _told(getattr(block, field))
+                tensors, kind = _told(getattr(block, field), narrow=2 * floats <= COPIES)
                 self.linears += tensors
                 self.kinds += kind
         self.eps, self.scaling = blocks[0].input_norm.variance_epsilon, blocks[0].module.self_attn.scaling
@@ -115,8 +123,37 @@ class Plan:
         return torch.ops.compactmind.decode(hidden, cos.contiguous(), sin.contiguous(), *parts).view_as(hidden)
 
 
-def _told(linear: nn.Module) -> tuple[list[torch.Tensor], list[int]]:
-    """Return the three tensors and three numbers by which `decode` knows a linear."""
+def bf16_of(linear: nn.Linear) -> torch.Tensor | None:
+    """Return a copy in bf16 of a linear's float32 weights if it is exact, else None. Made once for a weight, and kept with the linear."""
+    weight = linear.weight
+    made_of = weight.data_ptr(), weight.shape, None if weight.is_inference() else weight._version
+    if linear.__dict__.get("bf16", (None,))[0] != made_of:
+        copy = None
+        if weight.dtype == torch.float32 and weight.device.type == "cpu":
+            copy = weight.detach().to(torch.bfloat16, memory_format=torch.contiguous_format)
+            copy = copy if torch.equal(copy.float(), weight) else None
+        linear.__dict__["bf16"] = made_of, copy
+    return linear.__dict__["bf16"][1]
+
+
+class Bf16Head(nn.Linear):
+    """A float32 head that multiplies few rows from `bf16_of` its weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., channels) -> (..., words)."""
+        few = 0 < x.numel() <= kernels.FEW_ROWS * self.in_features and x.dtype == torch.float32 and self.bias is None
+        if not few or torch.is_grad_enabled() or not kernels.usable_on(x.device) or (weight := bf16_of(self)) is None:
+            return super().forward(x)
+        flat = x.reshape(-1, self.in_features).contiguous()
+        return torch.ops.compactmind.bfloat16_linear(flat, weight).view(*x.shape[:-1], -1)
+
+
+def _is_float(linear: nn.Module) -> bool:
+    return type(linear) is nn.Linear and linear.weight.dtype == torch.float32
+
+
+def _told(linear: nn.Module, narrow: bool) -> tuple[list[torch.Tensor], list[int]]:
+    """Return the three tensors and three numbers by which `decode` knows a linear; `narrow`: float32 in bf16 where that is exact."""
     if isinstance(linear, W8A8Linear):
         nothing = linear.weight_scale.new_empty(0)
         scale = nothing if linear.input_scale is None else linear.input_scale
@@ -127,7 +164,8 @@ def _told(linear: nn.Module) -> tuple[list[torch.Tensor], list[int]]:
         return [linear.packed, linear.scale, linear.zero], [2, linear.grid.bits, size]
     if hasattr(linear, "levels"):  # NF4Linear, which takes seconds to import
         return list(linear.levels), [3, 0, 0]
-    return [linear.weight, linear.weight, linear.weight], [0, 0, 0]
+    copy = bf16_of(linear) if narrow else None
+    return [linear.weight if copy is None else copy] * 3, [0, 0, 0]
 
 
 def plan_of(model: PreTrainedModel) -> Plan | None:
@@ -153,7 +191,7 @@ def _can_be_told(linear: nn.Module) -> bool:
         return linear.kernel == "avx2" and linear.scale.dtype == torch.float16
     if hasattr(linear, "levels"):
         return linear.levels is not None
-    return isinstance(linear, W8A8Linear) or type(linear) is nn.Linear and linear.weight.dtype == torch.float32
+    return isinstance(linear, W8A8Linear) or _is_float(linear)
 
 
 class DecodesByPlan:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_w8a8_block import make_model
 from torch import nn
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from compactmind import generation, kernels
 from compactmind.generation import DecodesByPlan, GrowingCache, GrowingLayer, growing_cache, plan_of
@@ -208,3 +208,41 @@ def test_without_kernels_there_is_no_plan_and_the_cache_still_grows(monkeypatch)
     assert cache.plan is None and not isinstance(model.model, DecodesByPlan)
     plain = model.generate(windows, max_new_tokens=20, do_sample=False)
     assert torch.equal(model.generate(windows, max_new_tokens=20, do_sample=False, past_key_values=cache), plain)
+
+
+def in_bf16_numbers() -> LlamaForCausalLM:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2)).eval().requires_grad_(False)
+    for weight in model.parameters():
+        weight.copy_(weight.bfloat16())
+    return model
+
+
+@needs_kernels
+def test_weights_that_are_bf16_numbers_are_read_as_bf16_and_give_the_same_logits():
+    model = in_bf16_numbers()
+    ids, (first, wanted) = torch.arange(7).view(1, -1), (copy.deepcopy(model), model)
+    with torch.inference_mode():
+        cache = growing_cache(first)
+        for each, past in ((first, cache), (wanted, DynamicCache(config=model.config))):
+            each(input_ids=ids, past_key_values=past)
+            each.found = each(input_ids=ids[:, :1], past_key_values=past).logits
+    assert type(first.lm_head) is generation.Bf16Head and {each.dtype for each in cache.plan.linears} == {torch.bfloat16}
+    torch.testing.assert_close(first.found, wanted.found, rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
+def test_other_numbers_stay_float32_and_a_changed_weight_is_read_anew(monkeypatch):
+    linear = nn.Linear(16, 8, bias=False).requires_grad_(False)
+    assert generation.bf16_of(linear) is None
+    linear.weight.copy_(linear.weight.bfloat16())
+    once = generation.bf16_of(linear)
+    assert once is generation.bf16_of(linear) and torch.equal(once.float(), linear.weight)
+    linear.weight.mul_(2)
+    assert torch.equal(generation.bf16_of(linear).float(), linear.weight)
+    linear.__class__ = generation.Bf16Head
+    x = torch.randn(1, 16)
+    torch.testing.assert_close(linear(x), x @ linear.weight.T, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(generation, "COPIES", 0)
+    model = in_bf16_numbers()
+    assert {each.dtype for each in plan_of(model).linears} == {torch.float32}

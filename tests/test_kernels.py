@@ -270,3 +270,17 @@ def test_other_machines_are_told_apart(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: False)
     monkeypatch.setattr(kernels.platform, "machine", lambda: "x86_64")
     assert kernels.reason_against() == "this CPU has no AVX2"
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [3, 8, 31, 576, 1001])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_products_with_bf16_weights_are_those_of_the_same_numbers_in_float32(ops, width, rows):
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(rows, width, generator=generator)
+    weight = torch.randn(77, width, generator=generator).bfloat16()
+    torch.testing.assert_close(ops.bfloat16_linear(x, weight), (x.double() @ weight.double().T).float(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="bf16"):
+        ops.bfloat16_linear(x, weight.float())
+    with pytest.raises(RuntimeError, match="1 to 4"):
+        ops.bfloat16_linear(torch.cat([x] * 5), weight)

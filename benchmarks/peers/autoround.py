@@ -31,7 +31,8 @@ def main() -> None:
     weights = {f"{name}.weight": module.weight.detach().float().clone() for name, module in model.named_modules()
                if name.rpartition(".")[2] in LINEARS}  # fmt: skip
     written = found.output / WRITTEN
-    rounding.save_quantized(str(written), format="auto_round")
+    # with a zero point 0.16.1 would write AWQ's layout, and fails at it; GPTQ's has the same bytes
+    rounding.save_quantized(str(written), format="auto_round" if found.symmetric else "auto_gptq")
     cost = taken.stop()
     version = importlib.metadata.version("auto-round")
     write_result(found, weights, "AutoRound", version, cost, written_bytes(written), table_bytes(written))

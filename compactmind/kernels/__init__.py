@@ -1,7 +1,7 @@
 """Kernels of our own, in C++, for what torch has no fast product for: built once on the machine that runs them.
 
 avx2.cpp   x86 CPUs with AVX2 and FMA, Linux, a C++ compiler (g++ or clang++, or what CXX names): int8 times int8, exact, where there are no
-           int8 instructions; few rows times integers of 2 to 8 bits in groups, read as they lie in a file
+           int8 instructions; few rows times integers of 2 to 8 bits in groups, read as they lie in a file, and times bf16
 
 Where they cannot be had everything runs without them, slower (w8a8_linear.py, grouped.py). They are built when first asked for, in some 20
 seconds, into TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions, under a name that changes with the source, torch and the options.
@@ -25,7 +25,7 @@ from compactmind.errors import CompactMindError
 SOURCE = Path(__file__).with_name("avx2.cpp")
 OPTIONS = ["-std=c++20", "-O3", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=off", "-fopenmp", "-fPIC", "-Wall"]
 FEW_ROWS = 4
-"""So many rows `grouped_linear` takes (FEW of avx2.cpp)."""
+"""So many rows `grouped_linear`, `levels_linear` and `bfloat16_linear` take (FEW of avx2.cpp)."""
 BUILD_SECONDS = 300
 KERNEL_VARIABLE = "COMPACTMIND_KERNEL"
 """Environment variable that may say `simulated`: none of these, and no int8 instructions; empty or unset: whatever the machine has."""
@@ -140,6 +140,10 @@ def _tell_shapes() -> None:
     @torch.library.register_fake("compactmind::grouped_dequantize")
     def _(packed, scale, zero, bits, size, width):
         return scale.new_empty(packed.shape[0], width, dtype=torch.float32)
+
+    @torch.library.register_fake("compactmind::bfloat16_linear")
+    def _(x, weight):
+        return x.new_empty(x.shape[0], weight.shape[0])
 
     @torch.library.register_fake("compactmind::levels_linear")
     def _(x, packed, scale, levels):

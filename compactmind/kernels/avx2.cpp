@@ -53,6 +53,53 @@ float dot(const float* a, const float* b, int64_t count) {
   return sum;
 }
 
+// The same of bf16, the upper halves of float32.
+float dot(const uint16_t* a, const float* b, int64_t count) {
+  const auto eight = [&](int64_t at) {
+    const __m128i upper = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a + at));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(upper), 16));
+  };
+  __m256 acc[4];
+  for (auto& each : acc) each = _mm256_setzero_ps();
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32)
+    for (int p = 0; p < 4; ++p) acc[p] = _mm256_fmadd_ps(eight(i + 8 * p), _mm256_loadu_ps(b + i + 8 * p), acc[p]);
+  for (; i + 8 <= count; i += 8) acc[0] = _mm256_fmadd_ps(eight(i), _mm256_loadu_ps(b + i), acc[0]);
+  float sum = sum_of(_mm256_add_ps(_mm256_add_ps(acc[0], acc[1]), _mm256_add_ps(acc[2], acc[3])));
+  for (; i < count; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(a[i]) << 16;
+    float weight;
+    std::memcpy(&weight, &bits, sizeof weight);
+    sum += weight * b[i];
+  }
+  return sum;
+}
+
+// out (m, rows) = x (m, width) times weights^T, float32 or bf16.
+void few_floats(const Tensor& weight, const float* x, int64_t m, float* out) {
+  const int64_t rows = weight.size(0), width = weight.size(1);
+  const auto run = [&](const auto* w) {
+    at::parallel_for(0, rows, std::max<int64_t>(16, 32768 / std::max<int64_t>(width, 1)), [&](int64_t n0, int64_t n1) {
+      for (int64_t j = n0; j < n1; ++j)
+        for (int64_t r = 0; r < m; ++r) out[r * rows + j] = dot(w + j * width, x + r * width, width);
+    });
+  };
+  if (weight.scalar_type() == at::kBFloat16) {
+    run(static_cast<const uint16_t*>(weight.const_data_ptr()));
+  } else {
+    run(weight.const_data_ptr<float>());
+  }
+}
+
+Tensor bfloat16_linear(const Tensor& x, const Tensor& weight) {
+  TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous() && weight.scalar_type() == at::kBFloat16, "weight: contiguous bf16 (out, in)");
+  TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == at::kFloat && 1 <= x.size(0) && x.size(0) <= FEW && x.size(1) == weight.size(1),
+              "x: contiguous float32 (1 to ", FEW, ", in)");
+  Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
+  few_floats(weight, x.const_data_ptr<float>(), x.size(0), out.mutable_data_ptr<float>());
+  return out;
+}
+
 void rms_norm(const float* x, const float* weight, int64_t width, double eps, float* y) {
   const float factor = 1.0f / std::sqrt(dot(x, x, width) / static_cast<float>(width) + static_cast<float>(eps));
   for (int64_t i = 0; i < width; ++i) y[i] = x[i] * factor * weight[i];
@@ -655,12 +702,8 @@ struct Linear {
 
   int64_t out() const { return kind == LEVELS ? b.size(0) : a.size(0); }
   void operator()(const float* x, int64_t width, float* y) const {
-    const int64_t n = out();
     if (kind == FLOAT) {
-      const auto* w = a.const_data_ptr<float>();
-      at::parallel_for(0, n, std::max<int64_t>(16, 32768 / width), [&](int64_t n0, int64_t n1) {
-        for (int64_t j = n0; j < n1; ++j) y[j] = dot(w + j * width, x, width);
-      });
+      few_floats(a, x, 1, y);
     } else if (kind == INT8) {
       int8(x, width, y);
     } else if (kind == LEVELS) {
@@ -730,7 +773,7 @@ void attend(const float* query, const float* keys, const float* values, int64_t 
 }
 
 // All blocks of a Llama for one token of one text, `hidden` (channels,) float32.
-// per block: `norms` 2 weights; `linears` q, k, v, o, gate, up, down, three tensors each: weight (FLOAT); int8 weight, scale of its channels,
+// per block: `norms` 2 weights; `linears` q, k, v, o, gate, up, down, three tensors each: weight, float32 or bf16 (FLOAT); int8 weight, scale of its channels,
 // scale of its input or nothing (INT8); integers, scales, zeros (GROUPED); packed, scales, levels (LEVELS); `kinds` three numbers each: the kind; size of the rotation of the
 // input or 0 (INT8), bits and group (GROUPED). `keys`, `values` per block (1, heads, tokens, head_dim), with the place of the new one at the end.
 Tensor decode(const Tensor& hidden, const Tensor& cos, const Tensor& sin, at::TensorList norms, at::TensorList linears, at::IntArrayRef kinds,
@@ -796,6 +839,7 @@ TORCH_LIBRARY(compactmind, m) {
   m.def("int8_linear(Tensor q, Tensor row_scale, Tensor weight, Tensor channel_scale, Tensor? bias) -> Tensor");
   m.def("grouped_dequantize(Tensor packed, Tensor scale, Tensor zero, int bits, int size, int width) -> Tensor");
   m.def("grouped_linear(Tensor x, Tensor packed, Tensor scale, Tensor zero, int bits, int size) -> Tensor");
+  m.def("bfloat16_linear(Tensor x, Tensor weight) -> Tensor");
   m.def("levels_linear(Tensor x, Tensor packed, Tensor scale, Tensor levels) -> Tensor");
   m.def("decode(Tensor hidden, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] linears, int[] kinds, Tensor(a!)[] keys, Tensor(b!)[] values, "
         "float eps, float scaling) -> Tensor");
@@ -806,6 +850,7 @@ TORCH_LIBRARY_IMPL(compactmind, CPU, m) {
   m.impl("int8_linear", &int8_linear);
   m.impl("grouped_dequantize", &grouped_dequantize);
   m.impl("grouped_linear", &grouped_linear);
+  m.impl("bfloat16_linear", &bfloat16_linear);
   m.impl("levels_linear", &levels_linear);
   m.impl("decode", &decode);
 }

@@ -119,14 +119,14 @@ class GroupedWeight(nn.Module):
 
     def dequantize(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Return the weights that the integers stand for in float32, (rows, width), or those of some `rows` (any shape)."""
-        if self._native and rows is None:
-            parts = self.packed, self.scale, self.zero, self.grid.bits, self._group, self.shape[1]
-            return torch.ops.compactmind.grouped_dequantize(*parts)
         if self._native:
-            q = unpack(self.packed[rows].flatten(0, -2), self.grid.bits, self.shape[1]).view(*rows.shape, -1)
-        else:
-            self.unpacked = self.q if self.unpacked is None else self.unpacked
-            q = self.unpacked if rows is None else self.unpacked[rows]
+            parts = (self.packed, self.scale, self.zero)
+            if rows is not None:
+                parts = (each[rows.flatten()] for each in parts)
+            result = torch.ops.compactmind.grouped_dequantize(*parts, self.grid.bits, self._group, self.shape[1])
+            return result if rows is None else result.view(*rows.shape, -1)
+        self.unpacked = self.q if self.unpacked is None else self.unpacked
+        q = self.unpacked if rows is None else self.unpacked[rows]
         scale, zero = (each if rows is None else each[rows] for each in (self.scale, self.zero))
         size, width = self.grid.group_size, self.shape[1]
         if size == -1 or width % size:  # one group, or a shorter last one
