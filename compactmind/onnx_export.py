@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from compactmind.errors import CompactMindError
 from compactmind.files import replace_file
+from compactmind.methods.quantization.grouped import GroupedWeight, forget_unpacked
 from compactmind.methods.quantization.w8a8_encoder import W8A8EncoderBlock
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 
@@ -52,7 +53,7 @@ class Logits(nn.Module):
 def traceable(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy to be traced, not to be run: W8A8 linears multiply with `int_mm`, whether this machine can or not.
 
-    Its blocks have the forward pass of transformers: that of W8A8 blocks is written for PyTorch's caches.
+    Tables in integers stay packed. Its blocks have the forward pass of transformers: that of W8A8 blocks is written for PyTorch's caches.
     """
     model = copy.deepcopy(model).cpu().eval()
     for module in model.modules():
@@ -60,6 +61,9 @@ def traceable(model: PreTrainedModel) -> PreTrainedModel:
             module.__class__ = type(module).__mro__[2]
         if isinstance(module, W8A8Linear):
             module.kernel = "int_mm"
+        if isinstance(module, GroupedWeight):
+            module.kernel = "dequantized"
+    forget_unpacked(model)  # rows of tables stay packed in the file
     return model
 
 

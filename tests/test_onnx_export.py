@@ -14,6 +14,7 @@ from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.kernels import KERNEL_VARIABLE
 from compactmind.methods.pruning.masks import compact
+from compactmind.methods.quantization.grouped import GroupedWeight
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 from compactmind.onnx_export import FILE, OnnxClassifier, export_classifier, require_onnx
@@ -79,6 +80,11 @@ def test_tables_in_integers_are_exported_too(tmp_path, embeddings):
     quantize_encoder(model, embeddings)
     export_classifier(model, tmp_path / FILE)
     assert difference(model, tmp_path / FILE) < 0.02
+    import onnx
+
+    packed = next(module.packed for module in model.modules() if isinstance(module, GroupedWeight))
+    stored = [each for each in onnx.load(tmp_path / FILE).graph.initializer if each.data_type == onnx.TensorProto.INT32]
+    assert list(packed.shape) in [list(each.dims) for each in stored]  # four bits are four bits there too
 
 
 @needs_onnx

@@ -125,8 +125,12 @@ class GroupedWeight(nn.Module):
                 parts = (each[rows.flatten()] for each in parts)
             result = torch.ops.compactmind.grouped_dequantize(*parts, self.grid.bits, self._group, self.shape[1])
             return result if rows is None else result.view(*rows.shape, -1)
-        self.unpacked = self.q if self.unpacked is None else self.unpacked
-        q = self.unpacked if rows is None else self.unpacked[rows]
+        if rows is None:
+            q = self.unpacked = self.q if self.unpacked is None else self.unpacked
+        elif self.unpacked is None:
+            q = unpack(self.packed[rows].flatten(0, -2), self.grid.bits, self.shape[1]).view(*rows.shape, -1)
+        else:
+            q = self.unpacked[rows]
         scale, zero = (each if rows is None else each[rows] for each in (self.scale, self.zero))
         size, width = self.grid.group_size, self.shape[1]
         if size == -1 or width % size:  # one group, or a shorter last one
