@@ -213,12 +213,13 @@ def diagnosed(what: str, measure: Callable[[], Any]) -> Any:
 
 
 def make_and_save(
-    config: SearchConfig, steps: list[Step], output: Path, strategy: str, study: dict | None = None, extra: dict | None = None
+    config: SearchConfig, steps: list[Step], output: Path, strategy: str, study: dict | None = None, extra: dict | None = None,
+    material: Material | None = None,
 ) -> None:
     """Run a pipeline, save its model, then measure the error of every step, and print all; nothing to do if that model is there.
 
-    `study` says which study and trial the pipeline is from. What another pipeline has begun with is taken from the cache, unless
-    --force True.
+    `study` says which study and trial the pipeline is from, `material` is what has been read already. What another pipeline has begun
+    with, or all of it, is taken from the cache, unless --force True.
     """
     context = context_of(config)
     stage = {
@@ -238,15 +239,15 @@ def make_and_save(
         if "layer_errors" in record and path.is_file():
             print(f"{output} is up to date: skipped (--force True makes it again)")
             return
-        material = read_material(config, lambda dense: check_steps(steps, dense))
-        resources = material.resources
+        material = material or read_material(config, lambda dense: check_steps(steps, dense))
+        resources, cache = material.resources, None if config.force else cache_of(config)
         if made:  # and this process was killed before it had measured the rest
             record = {name: record[name] for name in ("pipeline", *(extra or {}))}
             model = load_checkpoint(output, resources.device).model
         else:
             if sum(step.method.kind == "retrain" for step in steps) == 1:  # two could not tell their states apart
                 resources.resume = TrainingState(output, stage)
-            found = run_pipeline(steps, resources, material.on_test, cache=None if config.force else cache_of(config))
+            found = run_pipeline(steps, resources, material.on_test, cache=cache)
             model, dense_losses = found.model, found.steps[0]["losses"]
             for row in found.steps:
                 row["against_dense"] = paired_ratio(row.pop("losses"), dense_losses)
@@ -264,7 +265,7 @@ def make_and_save(
         errors = diagnosed(
             "the error of every layer", lambda: layer_errors(resources.teacher(), model, resources.held_out[:ERROR_WINDOWS])
         )
-        together = diagnosed("the interaction", lambda: interaction(steps, resources, material.on_test, record["pipeline"]))
+        together = diagnosed("the interaction", lambda: interaction(steps, resources, material.on_test, record["pipeline"], cache))
         record |= {"interaction": together, "layer_errors": errors}
         add_to_manifest(output, record)
         write_json_atomically(path, record)
@@ -411,7 +412,7 @@ def run_search(config: SearchConfig, output: Path) -> None:
             compressed = runner.run(steps)
             together = diagnosed(
                 "the interaction",
-                lambda steps=steps, rows=compressed.steps: interaction(steps, material.resources, runner.first_look, rows),
+                lambda steps=steps, rows=compressed.steps: interaction(steps, material.resources, runner.first_look, rows, cache),
             )
             confirmed[trial.number] = {**runner.measure(compressed), "steps": brief(compressed.steps), "interaction": together}
             del compressed
@@ -421,7 +422,7 @@ def run_search(config: SearchConfig, output: Path) -> None:
     print(trials_table(study, config.target_compression, confirmed))
     print(f"\nbest: trial {summary['best']['trial']}; any of them again: {replay_command(config, summary['best']['trial'])}")
     print(f"to look into the study: optuna-dashboard {without_password(storage)}")
-    save_best(config, study, storage, summary["best"], output)
+    save_best(config, study, storage, summary["best"], output, material)
 
 
 def nothing_reached(study: optuna.Study, target: float, folder: Path) -> str:
@@ -451,9 +452,11 @@ def nothing_reached(study: optuna.Study, target: float, folder: Path) -> str:
     )
 
 
-def save_best(config: SearchConfig, study: optuna.Study, storage: str, best: dict, output: Path) -> None:
-    steps = read_pipeline(best["pipeline"])
-    make_and_save(config, steps, output, config.strategy, origin(config, study, storage, best["trial"]), {"search": best})
+def save_best(
+    config: SearchConfig, study: optuna.Study, storage: str, best: dict, output: Path, material: Material | None = None
+) -> None:
+    found_by = origin(config, study, storage, best["trial"])
+    make_and_save(config, read_pipeline(best["pipeline"]), output, config.strategy, found_by, {"search": best}, material)
 
 
 def replay(config: SearchConfig, output: Path) -> None:

@@ -16,14 +16,13 @@ from common import PROFILE, PROFILES, StageConfig, parse_command_line, setting_p
 
 MODELS = "<models_dir>"
 """Stands for --models_dir in what a script is told."""
-FIXED = ("5_bayesian_search.py", "--strategy=fixed", "--calibration_windows=32")
+FIXED = ("5_bayesian_search.py", "--strategy=fixed")
 
 
 def gptq_run(times: str) -> tuple[str, ...]:
     """Return the run that makes the Llama so many times smaller by integers alone."""
     pipeline = f'[{{"method": "gptq", "params": {{"target_compression": {times}}}}}]'
-    few = ("--calibration_windows=16", "--train_windows=16")  # nothing is trained: no need to tokenize all of the text
-    return (*FIXED[:2], *few, f"--output={MODELS}/llama_gptq_{times}x", f"--pipeline={pipeline}")
+    return (*FIXED, f"--output={MODELS}/llama_gptq_{times}x", f"--pipeline={pipeline}")
 
 
 RUNS = (

@@ -117,19 +117,14 @@ def save_checkpoint(
     infinite: such a model is not saved.
     """
     form, directory = format_named(kind), Path(directory)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in _without_tied_copies(model.state_dict()).items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in without_tied_copies(model.state_dict()).items()}
     if bad := first_not_finite(state.items()):
         raise CompactMindError(
             f"{directory} was not written: {bad} holds NaN or infinite numbers, so the model is of no use; what stood there before is "
             "unchanged. After training: a lower learning rate; else look at what the model was made from"
         )
-    module = Path(sys.modules[type(model).__module__].__file__) if type(model).__name__ in PRUNED_CLASSES else None
-    config = _config_to_save(model, form, quantization, dtype, module)
     with replace_directory(directory, needed_bytes=bytes_to_save(model) + 5_000_000) as temporary:
-        config.save_pretrained(temporary)
-        if module:
-            shutil.copyfile(module, temporary / module.name)
-        save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+        write_model(temporary, model, state, form, quantization, dtype)
         tokenizer.save_pretrained(temporary)
         _copy_what_travels(beside, temporary, model)
         if history is not None:
@@ -159,6 +154,22 @@ def save_checkpoint(
         write_text_atomically(temporary / CARD, model_card(directory.name, manifest))  # no part of `files`: a report adds to it
         if check:
             check(temporary)
+
+
+def write_model(
+    directory: Path, model: PreTrainedModel, state: dict[str, torch.Tensor], form: Format, quantization: dict[str, Any] | None, dtype: str
+) -> None:
+    """Write configuration and tensors alone: `state` is what of the model's state dict the file shall hold."""
+    module = Path(sys.modules[type(model).__module__].__file__) if type(model).__name__ in PRUNED_CLASSES else None
+    _config_to_save(model, form, quantization, dtype, module).save_pretrained(directory)
+    if module:
+        shutil.copyfile(module, directory / module.name)
+    save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def model_class_named(architecture: str) -> type[PreTrainedModel] | None:
+    """Return the class of that name, ours or that of transformers; None if there is none."""
+    return PRUNED_CLASSES.get(architecture) or getattr(transformers, architecture, None)
 
 
 def _config_to_save(
@@ -192,10 +203,10 @@ def _copy_what_travels(source: Path | None, target: Path, model: PreTrainedModel
 
 def bytes_to_save(model: PreTrainedModel) -> int:
     """Return the bytes of the tensors `save_checkpoint` would write."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in _without_tied_copies(model.state_dict()).values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in without_tied_copies(model.state_dict()).values())
 
 
-def _without_tied_copies(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def without_tied_copies(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the state dict without tensors that are another one's memory (a head tied to the embeddings)."""
     seen: set[tuple[int, torch.Size]] = set()
     kept = {}
@@ -233,7 +244,7 @@ def _load_once(directory: Path, device: str | torch.device, dtype: torch.dtype, 
     manifest = read_manifest(directory, verify)
     architecture, script = manifest["architecture"], manifest["stage"].get("script", "the stage that wrote it")
     again = f"run `{how_to_make(directory) or f'python {script}'}` again with --force True"
-    model_class = PRUNED_CLASSES.get(architecture) or getattr(transformers, architecture, None)
+    model_class = model_class_named(architecture)
     if model_class is None:
         raise CompactMindError(f"{directory / MANIFEST}: unknown architecture {architecture!r}: {again}")
     try:

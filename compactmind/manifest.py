@@ -24,8 +24,8 @@ CARD = "README.md"
 ADDED_LATER = (MANIFEST, CARD, "model.onnx", "model.gguf")
 """Files of a checkpoint that its manifest does not vouch for."""
 
-GPTQ = """python 5_bayesian_search.py --strategy fixed --calibration_windows 16 --train_windows 16 \
---output models/llama_gptq_{times}x --pipeline '[{{"method": "gptq", "params": {{"target_compression": {times}}}}}]'"""
+GPTQ = """python 5_bayesian_search.py --strategy fixed --output models/llama_gptq_{times}x \
+--pipeline '[{{"method": "gptq", "params": {{"target_compression": {times}}}}}]'"""
 
 MADE_BY = {
     "teacher_base": "python download_model.py",

@@ -11,8 +11,11 @@ from compactmind.data import BLANK, HALF_A_PAIR, SPLITS, read_json_lines, unread
 from compactmind.errors import CompactMindError
 
 JOIN = "\n\n"
-CHARACTERS_PER_TOKEN = 64
-"""Far more than a token has on average: a prefix this long is tokenized when only the first windows are wanted."""
+CHARACTERS_PER_TOKEN = 8
+"""More than a token has on average: when only the first windows are wanted, a prefix this long is tokenized, and where it is too short
+one four times as long."""
+LAST = 16
+"""Tokens at the end of a prefix that may be others where the text goes on."""
 WINDOW_CHOICES = ("spread", "first")
 """Which windows of a text are taken where not all are. The first ones are of a few documents; spread ones stand for the whole text."""
 READABLE = (".raw", ".txt", ".tokens", ".parquet", ".jsonl")
@@ -74,10 +77,13 @@ def token_windows(
     if choice not in WINDOW_CHOICES:
         raise ValueError(f"unknown choice of windows {choice!r}, expected one of {', '.join(WINDOW_CHOICES)}")
     joined = JOIN.join(documents)
-    enough = (max_windows * seq_len * CHARACTERS_PER_TOKEN if choice == "first" else 0) or len(joined)
-    ids = tokenizer(joined[:enough], return_tensors="pt", verbose=False)["input_ids"][0]
-    if enough < len(joined) and len(ids) < max_windows * seq_len + 1:  # unusually long tokens: take all of the text
-        ids = tokenizer(joined, return_tensors="pt", verbose=False)["input_ids"][0]
+    wanted = max_windows * seq_len if choice == "first" else 0
+    characters = wanted * CHARACTERS_PER_TOKEN or len(joined)
+    while True:
+        ids = tokenizer(joined[:characters], return_tensors="pt", verbose=False)["input_ids"][0]
+        if len(ids) > wanted + LAST or characters >= len(joined):
+            break
+        characters *= 4
     count = len(ids) // seq_len
     if count == 0:
         raise CompactMindError(

@@ -283,3 +283,12 @@ def test_a_wikitext_of_two_parts_divides_the_one_that_is_not_the_test(part):
     known = [str(number) for number in range(25)]
     splits = split_wikitext({part: known, "test": ["d", "e"]})
     assert splits == {"train": known[:22], "validation": known[22:], "test": ["d", "e"]}
+
+
+@pytest.mark.parametrize("windows", [1, 3, 40])
+def test_the_first_windows_are_those_of_the_whole_text_however_long_its_tokens_are(tmp_path, windows):
+    tokenizer = helpers.make_tokenizer(tmp_path)
+    for document in ("the film is good " * 40, "good                    " * 40, "goodgoodgoodgoodgoodgood " * 40):
+        whole = token_windows(tokenizer, [document] * 20, 16)
+        assert len(whole) > 40
+        assert torch.equal(token_windows(tokenizer, [document] * 20, 16, windows), whole[:windows])

@@ -1,6 +1,7 @@
 """A trial of the search: what is skipped and stopped before it costs time, what is measured, and what the cache gives back."""
 
 import gc
+import json
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ from compactmind.evaluation.perplexity import perplexity
 from compactmind.methods.registry import METHODS, Resources
 from compactmind.search import trials
 from compactmind.search.cache import PrefixCache
-from compactmind.search.compressor import Measure, read_pipeline, run_pipeline, store_as_released
+from compactmind.search.compressor import Measure, read_pipeline, run_pipeline, store_as_released, stored_bytes
 from compactmind.search.engine import Skipped, Stopped, counted_trials, open_study, search
 from compactmind.search.space import make_space
 from compactmind.search.trials import BEFORE_ANY, HOPELESS, OPTIMISM, OUT_OF_REACH, TrialRunner
@@ -158,6 +159,22 @@ def test_pipelines_that_begin_alike_share_that_beginning(windows, tmp_path, call
     assert second.steps[-1]["loss"] == fresh.steps[-1]["loss"] and second.kind == fresh.kind
     runner.run(read_pipeline([prune, {"method": "retrain", "params": {"tokens": 48}}]))
     assert calls[2:] == ["prune", "retrain", "retrain"]  # of the run without a cache, then the other retraining alone
+
+
+@pytest.mark.parametrize("last", ["nf4", "w8a8", "gptq"])
+def test_a_whole_pipeline_comes_back_as_it_was(windows, tmp_path, last):
+    params = {"nf4": {"embeddings": "int8"}, "w8a8": {"stream_rotation": True}, "gptq": {"bits": 3, "embeddings": "int8"}}[last]
+    runner, steps = make_runner(windows, tmp_path), read_pipeline([PRUNE, {"method": last, "params": params}])
+    first = runner.run(steps)
+    for step in steps:
+        step.method = replace(step.method, apply=lambda *_: pytest.fail("it was done again"))
+    again = run_pipeline(steps, runner.resources, runner.first_look, cache=runner.cache, show=False)
+    assert [row.get("cached", False) for row in again.steps] == [False, True, True] and again.kind == first.kind
+    assert json.loads(json.dumps(first.quantization)) == again.quantization
+    assert stored_bytes(again, torch.bfloat16) == stored_bytes(first, torch.bfloat16)
+    assert runner.measure(again) == runner.measure(first)
+    with torch.no_grad():
+        assert torch.equal(again.model(windows).logits, first.model(windows).logits)
 
 
 def test_a_model_from_the_cache_is_measured_anew_on_another_text(windows, tmp_path, calls):

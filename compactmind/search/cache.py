@@ -1,8 +1,8 @@
-"""Models half way through a pipeline, found again by what was done to them: pipelines that begin alike share that beginning.
+"""Models half way through a pipeline or at its end, found again by what was done to them: pipelines that begin alike share that beginning.
 
-An entry is a directory named by the hash of its context (model, data, windows) and its steps: weights, configuration, and the row
-of the last step. Weights whose values a half-precision file holds exactly are stored in that dtype. The entries used longest ago go when
-the directory grows beyond its limit.
+An entry is a directory named by the hash of its context (model, data, windows) and its steps: weights as a checkpoint holds them,
+configuration, and the row of the last step. Weights whose values a half-precision file holds exactly are stored in that dtype. The
+entries used longest ago go when the directory grows beyond its limit.
 """
 
 import hashlib
@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from compactmind.checkpoint import PRUNED_CLASSES
+from compactmind.checkpoint import model_class_named, without_tied_copies, write_model
 from compactmind.errors import CompactMindError
 from compactmind.files import replace_directory, write_json_atomically
+from compactmind.formats.table import FORMATS
 
 RECORD = "record.json"
 
@@ -44,38 +44,40 @@ class PrefixCache:
         """Return what is known of the last of these steps: `row`, and `measured` by measure; None if it is not there or damaged."""
         try:
             record = json.loads((self.place(steps) / RECORD).read_text(encoding="utf-8"))
-            record["architecture"], record["row"], record["measured"]
+            record["architecture"], record["kind"], record["row"]["done"], record["measured"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return record
 
     def model(self, steps: Sequence[str], device: str = "cpu") -> PreTrainedModel | None:
-        """Return the float32 model after these steps in evaluation mode; None if it is not there or damaged."""
+        """Return the model after these steps in evaluation mode, float32 where it is not packed; None if it is not there or damaged."""
         record, place = self.record(steps), self.place(steps)
         if record is None:
             return None
         try:
-            model_class = PRUNED_CLASSES.get(record["architecture"]) or getattr(transformers, record["architecture"])
-            model = model_class.from_pretrained(place, dtype=torch.float32)
+            model_class, form = model_class_named(record["architecture"]), FORMATS[record["kind"]]
+            model = form.load(place, model_class, record["row"]["done"], device, torch.float32)
             os.utime(place)  # used just now
-        except (OSError, ValueError, AttributeError, SafetensorError):
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError):
             return None
         return model.to(device).eval()
 
-    def save(self, steps: Sequence[str], model: PreTrainedModel, row: dict[str, Any], released: torch.dtype) -> None:
-        """Keep a model and the row of its last step, then make room; one that alone is beyond the limit is not kept."""
-        exact = all(torch.equal(weight, weight.to(released).to(weight.dtype)) for weight in model.parameters())
-        stored: dict[int, torch.Tensor] = {}  # by place in memory: what is tied stays tied
-        state = {}
-        for name, tensor in model.state_dict().items():
-            state[name] = stored.setdefault(tensor.data_ptr(), tensor.to(released) if exact else tensor)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    def save(self, steps: Sequence[str], model: PreTrainedModel, kind: str, row: dict[str, Any], released: torch.dtype) -> None:
+        """Keep a model of a `kind` (a key of FORMATS) and the row of its last step, then make room; one beyond the limit is not kept."""
+        form = FORMATS[kind]
+        floats = {name: weight for name, weight in model.named_parameters() if form.as_released(name, weight)}
+        exact = all(torch.equal(weight, weight.to(released).to(weight.dtype)) for weight in floats.values())
+        state = {
+            name: (tensor.to(released) if exact and name in floats else tensor).detach().cpu().contiguous()
+            for name, tensor in without_tied_copies(model.state_dict()).items()
+        }
+        size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         if size > self.limit_bytes:
             return
-        record = {"architecture": type(model).__name__, "row": row, "measured": {}}
+        record = {"architecture": type(model).__name__, "kind": kind, "row": row, "measured": {}}
         try:
             with replace_directory(self.place(steps), needed_bytes=size + 1_000_000) as temporary:
-                model.save_pretrained(temporary, state_dict=state)
+                write_model(temporary, model, state, form, row["done"], "float32")
                 write_json_atomically(temporary / RECORD, record)
             self.make_room()
         except (OSError, CompactMindError, SafetensorError) as error:  # a full disk, or another process at the same entry

@@ -148,7 +148,7 @@ def run_pipeline(
     if done:
         check(done, rows)
     kind = next((step.method.result for step in reversed(steps[:done]) if step.method.result), "dense")
-    quantization = None
+    quantization = next((row["done"] for step, row in zip(steps, rows[1:], strict=False) if step.method.kind == "quantize"), None)
     for number, step in enumerate(steps[done:], start=done + 1):
         if show:
             print(f"{step.method.name} {json.dumps(step.described()['params'])} ...", flush=True)
@@ -163,8 +163,8 @@ def run_pipeline(
         seconds = time.perf_counter() - started
         row, measured = {**step.described(), "done": description, "seconds": seconds}, measure.of(model)
         rows.append(row | measured)
-        if cache and step.method.kind != "quantize":
-            cache.save(identities[:number], model, row, resources.released)
+        if cache:
+            cache.save(identities[:number], model, kind, row, resources.released)
             cache.add_measured(identities[:number], measure.name, measured)
         check(number, rows)
         if show and "perplexity" in rows[-1]:
@@ -179,7 +179,7 @@ def _recall(
     for count in range(len(steps), 0, -1):
         beginnings = [identities[:number] for number in range(1, count + 1)]
         records = [cache.record(beginning) for beginning in beginnings]
-        if steps[count - 1].method.kind == "quantize" or None in records:
+        if None in records:
             continue
         model, rows = cache.model(identities[:count], device), []
         for beginning, record in zip(beginnings, records, strict=True):
@@ -196,14 +196,16 @@ def _recall(
     return None, []
 
 
-def interaction(steps: Sequence[Step], resources: Resources, measure: Measure, rows: Sequence[dict[str, Any]]) -> float | None:
+def interaction(
+    steps: Sequence[Step], resources: Resources, measure: Measure, rows: Sequence[dict[str, Any]], cache: PrefixCache | None = None
+) -> float | None:
     """Return the loss of the whole minus the sum of the losses of its parts, in nats; None unless it ends in a quantization of something.
 
     The last step is run alone on the dense model for it; `rows` are those of the whole and carry a `loss` from `measure`.
     """
     if len(steps) < 2 or steps[-1].method.kind != "quantize":
         return None
-    alone = run_pipeline(steps[-1:], resources, measure, show=False).steps[-1]["loss"]
+    alone = run_pipeline(steps[-1:], resources, measure, cache=cache, show=False).steps[-1]["loss"]
     dense, before, whole = rows[0]["loss"], rows[-2]["loss"], rows[-1]["loss"]
     return (whole - dense) - ((before - dense) + (alone - dense))
 
