@@ -247,7 +247,7 @@ class SmoothQuantConfig(StageConfig):
 
 PRUNE_AND_RETRAIN = (
     '[{"method": "prune", "params": {"sparsity": 0.2, "criterion": "taylor", "scope": "uniform"}}, '
-    '{"method": "retrain", "params": {"tokens": 40000}}]'
+    '{"method": "retrain", "params": {"tokens": 24000}}]'
 )
 
 
@@ -301,7 +301,7 @@ class SearchConfig(StageConfig):
     calibration_windows: int = 16
     """Windows of training text on which activations and gradients are observed; what a prune step costs grows with them."""
     train_windows: int = 2048
-    """Windows of training text to retrain on, the first ones; 0 = all there are. Here a million tokens, 26 times what is read of them."""
+    """Windows of training text to retrain on, the first ones; 0 = all there are. Here a million tokens, 40 times what is read of them."""
     held_out_windows: int = 4
     """Windows of validation text that decide which weights of retraining are kept."""
     few_windows: int = 2

@@ -31,7 +31,7 @@ RUNS = (
     ("2_prune_finetune.py",),
     ("3_quantize.py",),
     ("4_smoothquant_llama.py",),
-    FIXED,
+    (*FIXED, "--calibration_windows=32"),
     gptq_run("2.5"),
     gptq_run("3.5"),
     ("5_bayesian_search.py",),

@@ -41,7 +41,7 @@ MADE_BY = {
     "llama_w8a8": "python 4_smoothquant_llama.py",
     "llama_w8a8_naive": "python 4_smoothquant_llama.py",
     "llama_nf4": "python 4_smoothquant_llama.py",
-    "llama_pruned": "python 5_bayesian_search.py --strategy fixed",
+    "llama_pruned": "python 5_bayesian_search.py --strategy fixed --calibration_windows 32",
     "llama_gptq_2.5x": GPTQ.format(times="2.5"),
     "llama_gptq_3.5x": GPTQ.format(times="3.5"),
     "llama_searched": "python 5_bayesian_search.py",

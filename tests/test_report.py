@@ -28,9 +28,9 @@ ROWS = ["teacher", "student_finetuned", "student_distilled", "student_pruned", "
 LANGUAGE_ROWS = ["llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_gptq_2.5x", "llama_gptq_3.5x", "llama_pruned",
                  "llama_searched"]  # fmt: skip
 FIXED = "5_bayesian_search.py --strategy=fixed"
-STAGES = ("download_model.py", "1_distill.py", "2_prune_finetune.py", "3_quantize.py", "4_smoothquant_llama.py", f"{FIXED},",
-          f"{FIXED} --output=models/llama_gptq_2.5x", f"{FIXED} --output=models/llama_gptq_3.5x", "5_bayesian_search.py,",
-          "6_evaluate_report.py")  # fmt: skip
+STAGES = ("download_model.py", "1_distill.py", "2_prune_finetune.py", "3_quantize.py", "4_smoothquant_llama.py",
+          f"{FIXED} --calibration_windows=32,", f"{FIXED} --output=models/llama_gptq_2.5x",
+          f"{FIXED} --output=models/llama_gptq_3.5x", "5_bayesian_search.py,", "6_evaluate_report.py")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
