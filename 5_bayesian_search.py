@@ -30,6 +30,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,10 @@ from compactmind.data import data_fingerprint, read_dataset_description
 from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import weight_bytes
-from compactmind.evaluation.divergence import measure_windows
+from compactmind.evaluation.divergence import measure_windows, summary, token_divergences
 from compactmind.evaluation.perplexity import paired_ratio, perplexity_of
 from compactmind.files import lock_directory, write_json_atomically
+from compactmind.forward import loss_of, next_token_logits
 from compactmind.gguf_source import folder_of
 from compactmind.guards import check_outputs
 from compactmind.manifest import add_to_manifest, identity_of, is_up_to_date, read_manifest
@@ -75,6 +77,8 @@ from compactmind.training import TrainingState
 # Every field, its reason and its range: common.SearchConfig. For example: for_profile(PROFILE, n_trials=50)
 CONFIG = SearchConfig.for_profile(PROFILE)
 
+LOGITS_TO_KEEP = 2**31
+"""Bytes of the dense model's logits that are kept for the steps to come instead of computed for each: 10,000 tokens of 50,000 words."""
 ERROR_WINDOWS = 2
 """Windows of validation text on which the error of every layer is measured."""
 
@@ -96,16 +100,29 @@ class Material:
     window_choice: str
     fingerprint: str
 
+    @cached_property
+    def dense_on_test(self) -> list[torch.Tensor] | None:
+        """The dense model's logits of every window of test text; None where they are too many to keep."""
+        dense = self.resources.teacher()
+        if self.test.numel() * dense.config.vocab_size * 4 > LOGITS_TO_KEEP:
+            return None
+        return [next_token_logits(dense, window) for window in self.test]
+
     @property
     def on_test(self) -> Measure:
         """Perplexity and KL to the dense model on test text: of what is saved, and of nothing that is chosen between."""
 
         def measure(model) -> dict:
-            dense = self.resources.teacher()
-            seen = measure_windows({"dense": dense} | ({} if model is dense else {"model": model}), self.test, "dense")
-            seen = seen["dense" if model is dense else "model"]
-            found = perplexity_of(seen["losses"], self.test.shape[1], f"{self.text}, test", self.window_choice)
-            far = {name: seen["divergence"][name] for name in ("mean", "interval", "p999", "same_top")}
+            dense, known = self.resources.teacher(), self.dense_on_test
+            if model is dense and known:
+                losses = torch.stack([loss_of(logits, window) for logits, window in zip(known, self.test, strict=True)])
+                far = summary([token_divergences(logits, logits) for logits in known])
+            else:
+                models = {"model": model} if known or model is dense else {"dense": dense, "model": model}
+                seen = measure_windows(models, self.test, known or ("model" if model is dense else "dense"))["model"]
+                losses, far = seen["losses"], seen["divergence"]
+            found = perplexity_of(losses, self.test.shape[1], f"{self.text}, test", self.window_choice)
+            far = {name: far[name] for name in ("mean", "interval", "p999", "same_top")}
             return {**{name: found[name] for name in ("perplexity", "loss", "losses", "protocol")}, "divergence": far}
 
         return Measure(f"test, {len(self.test)} windows, {self.window_choice}", measure)

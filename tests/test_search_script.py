@@ -2,6 +2,7 @@
 
 import csv
 import json
+import runpy
 import shlex
 import shutil
 
@@ -16,6 +17,7 @@ from compactmind.checkpoint import load_checkpoint
 from compactmind.evaluation.divergence import divergence
 from compactmind.evaluation.perplexity import paired_ratio, perplexity
 from compactmind.manifest import read_manifest
+from compactmind.methods.registry import Resources
 from compactmind.search import compressor, findings
 from compactmind.search.findings import known_findings, write_findings
 from compactmind.text import load_documents, token_windows
@@ -60,6 +62,19 @@ def test_the_default_pipeline_prunes_and_retrains(finished):
         assert torch.equal(model(helpers.example_windows()).logits, plain(helpers.example_windows()).logits)
     assert AutoModelForCausalLM.from_pretrained(folder / "models" / "llama_pruned").dtype == torch.bfloat16  # as released
     assert models_in(folder) == ["llama", "llama_pruned"]  # no state of retraining
+
+
+def test_logits_of_the_dense_model_that_are_kept_change_no_number():
+    windows, found = helpers.example_windows(count=3, length=12), []
+    stage = runpy.run_path(str(helpers.REPOSITORY / SCRIPT), run_name="stage")
+    for kept in (2**31, 0):
+        stage["Material"].on_test.fget.__globals__["LOGITS_TO_KEEP"] = kept
+        resources = Resources(windows, windows, windows, helpers.make_llama)
+        material = stage["Material"](None, None, resources, windows, windows, "text", "first", "")
+        assert bool(material.dense_on_test) == bool(kept)
+        found.append([material.on_test.of(model) for model in (resources.teacher(), helpers.make_llama(seed=1))])
+    assert found[0] == found[1]
+    assert found[0][0]["divergence"]["mean"] == 0 < found[0][1]["divergence"]["mean"]
 
 
 def test_a_second_run_has_nothing_to_do(finished, run_here):
