@@ -3,9 +3,10 @@
 Paper: Xiao et al. 2023 (SmoothQuant, https://arxiv.org/abs/2211.10438); Ashkboos et al. 2024 (QuaRot, https://arxiv.org/abs/2404.00456).
 Run:   python 4_smoothquant_llama.py            (after python download_model.py; every setting: --help)
        python 4_smoothquant_llama.py --alpha 0.85 --sites qkv gate_up --rotations      (SmoothQuant's own recipe)
+       python 4_smoothquant_llama.py --rotations qkv o gate_up down    (nearer to the dense model; other readers need a recipe)
        python 4_smoothquant_llama.py --model_path /path/to/a/llama         (any local Hugging Face folder)
 Reads: models/llama, wikitext_data/{train,validation,test}.jsonl
-Writes: models/llama_w8a8          smoothed and rotated, int8 weights and activations
+Writes: models/llama_w8a8          smoothed, o rotated in the weights, int8 weights and activations
         models/llama_w8a8_naive    control: the same without either
         models/llama_nf4           control: bitsandbytes NF4, 4-bit weights with compensated rounding, int8 tables
         models/llama_smoothed      smoothed but not quantized (--save_smoothed True)
@@ -35,6 +36,7 @@ from compactmind.forward import next_token_logits
 from compactmind.gguf_source import folder_of
 from compactmind.guards import check_outputs, check_released
 from compactmind.manifest import identity_of, is_up_to_date, read_manifest, weights_fingerprint
+from compactmind.methods.quantization.calibration import SITES
 from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4
 from compactmind.methods.quantization.w8a8_model import (
     PER_LAYER,
@@ -51,7 +53,7 @@ from compactmind.text import load_documents, token_windows
 # Every field, its reason and its range: common.SmoothQuantConfig. For example: for_profile(PROFILE, alpha=0.85)
 CONFIG = SmoothQuantConfig.for_profile(PROFILE)
 
-VALIDATION_WINDOWS = 8
+VALIDATION_WINDOWS = 4
 """Windows of validation text on which values of alpha are compared."""
 
 
@@ -64,7 +66,7 @@ def plot_alphas(description: dict, table: list[dict], path: Path) -> None:
         [row["alpha"] for row in curve], [row["divergence"] for row in curve], "o-", color="#1f5fa8", label="one alpha for all"
     )
     levels = [(row["alpha"], row["divergence"]) for row in table if isinstance(row["alpha"], str)]
-    for (name, level), style, colour in zip(levels, ("-", "--", ":"), ("#4d4d4d", "#b03a2e", "#2e7d32"), strict=False):
+    for (name, level), style, colour in zip(levels, ("-", "--", ":", "-."), ("#4d4d4d", "#b03a2e", "#2e7d32", "#8e44ad"), strict=False):
         left.axhline(level, ls=style, color=colour, label=name)
     left.set(
         xlabel="alpha",
@@ -171,13 +173,15 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
     naive = recipe(0.5, sites=(), rotations=(), stream_rotation=False)
     nf4 = NF4Recipe(compensation=config.nf4_compensation, embeddings=config.nf4_embeddings)
 
-    # ---- alpha against KL and perplexity, on validation text; the dense logits of it are kept: 0.8 GB with 49,152 words
+    # ---- alpha against KL and perplexity, on validation text; the dense logits of it are kept: 0.4 GB with 49,152 words
     table: list[dict] = []
     alpha = config.alpha
     if config.output_dir in due:
         compared = {"naive": naive, PER_LAYER: recipe(PER_LAYER)}
         if config.rotations or config.stream_rotation:
             compared[f"{PER_LAYER}, not rotated"] = recipe(PER_LAYER, rotations=(), stream_rotation=False)
+        if set(config.rotations) < set(SITES) and not config.stream_rotation and config.activations != "per_tensor_static":
+            compared[f"{PER_LAYER}, all rotated"] = recipe(PER_LAYER, rotations=tuple(SITES))
         compared |= {value: recipe(value) for value in config.alpha_grid}
         model = load_as_released(source)[0].to(device).float()
         logits = [next_token_logits(model, window) for window in validation]

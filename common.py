@@ -218,7 +218,7 @@ class SmoothQuantConfig(StageConfig):
     """Directory under models_dir for it."""
     text_dir: Path = Path("wikitext_data")
     """Running text: calibration from train, choices on validation, reported perplexity on test."""
-    calibration_windows: int = 32
+    calibration_windows: int = 16
     """Windows of text on which activations are observed (the paper: 512 sentences)."""
     seq_len: int = 512
     """Tokens per window, in calibration and in perplexity."""
@@ -233,12 +233,13 @@ class SmoothQuantConfig(StageConfig):
     """What per_layer and global choose from."""
     sites: tuple[Literal["qkv", "o", "gate_up", "down"], ...] = ("qkv", "o", "gate_up", "down")
     """Inputs that are smoothed; the paper's two are qkv and gate_up."""
-    rotations: tuple[Literal["qkv", "o", "gate_up", "down"], ...] = ("qkv", "o", "gate_up", "down")
-    """Inputs that are rotated (Hadamard, as in QuaRot): o costs nothing, the others a small float product while the model runs.
-    Readers without `transform_config` (transformers 5.23) need --rotations o. None with per_tensor_static."""
+    rotations: tuple[Literal["qkv", "o", "gate_up", "down"], ...] = ("o",)
+    """Inputs that are rotated (Hadamard, as in QuaRot): o is folded into the weights, costs nothing, and any reader of compressed-tensors
+    gets it right; the others are a small float product while the model runs, nearer to the dense model, and want a reader that knows
+    `transform_config` (not transformers 5.23). None with per_tensor_static."""
     stream_rotation: bool = False
-    """Turn the residual stream in the weights instead of rotating before qkv and gate_up: nothing to do while the model runs, and with
-    --rotations o any reader of compressed-tensors gets it right. A head tied to the embeddings becomes a table of its own."""
+    """Turn the residual stream in the weights instead of rotating before qkv and gate_up: nothing to do while the model runs, and any
+    reader gets it right. A head tied to the embeddings becomes a table of its own."""
     activations: Literal["per_token", "per_tensor", "per_tensor_static"] = "per_token"
     """Granularity of the activations' scale: the paper's O1, O2 and O3."""
     embeddings: Literal["as_released", "int8", "int6", "int5", "int4"] = "as_released"
@@ -266,7 +267,7 @@ class SearchConfig(StageConfig):
     """fixed: JSON, a list of steps, each with method (prune, retrain, smooth, w8a8, nf4, gptq) and params."""
     replay: int = -1
     """Number of the trial of the study whose model to make again; -1 = search."""
-    n_trials: int = 6
+    n_trials: int = 5
     """Trials the study shall have in all; more only go on from there. 30 take about 35 minutes on 2 CPU cores (embedded profile)."""
     target_compression: float = 2.5
     """Bytes of the dense weight file as released / bytes of the result: at least this."""

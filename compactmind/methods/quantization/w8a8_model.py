@@ -49,8 +49,9 @@ class W8A8Recipe:
     """In [0, 1], or per_layer: the best of `grid` by the output error of what reads the input."""
     sites: Sequence[str] = tuple(SITES)
     """Inputs that are smoothed."""
-    rotations: Sequence[str] = tuple(SITES)
-    """Inputs that are rotated; none with per_tensor_static, whose scale is calibrated on inputs as they are."""
+    rotations: Sequence[str] = (FOLDED_SITE,)
+    """Inputs that are rotated: o in the weights alone, the others while the model runs. None with per_tensor_static, whose scale is
+    calibrated on inputs as they are."""
     grid: Sequence[float] = (0.5,)
     activations: str = "per_token"
     embeddings: str = "as_released"
