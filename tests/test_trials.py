@@ -161,10 +161,24 @@ def test_pipelines_that_begin_alike_share_that_beginning(windows, tmp_path, call
     assert calls[2:] == ["prune", "retrain", "retrain"]  # of the run without a cache, then the other retraining alone
 
 
-@pytest.mark.parametrize("last", ["nf4", "w8a8", "gptq"])
-def test_a_whole_pipeline_comes_back_as_it_was(windows, tmp_path, last):
-    params = {"nf4": {"embeddings": "int8"}, "w8a8": {"stream_rotation": True}, "gptq": {"bits": 3, "embeddings": "int8"}}[last]
-    runner, steps = make_runner(windows, tmp_path), read_pipeline([PRUNE, {"method": last, "params": params}])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "last",
+    [
+        {"method": "nf4", "params": {"embeddings": "int8"}},
+        {"method": "nf4", "params": {"embeddings": "as_released"}},
+        {"method": "w8a8"},
+        W8A8,
+        {"method": "w8a8", "params": {"stream_rotation": True}},
+        {"method": "gptq", "params": {"bits": 3, "embeddings": "int8"}},
+        {"method": "gptq", "params": {"bits": 3, "embeddings": "as_released"}},
+        RETRAIN,
+    ],
+    ids=lambda step: " ".join([step["method"], *map(str, step.get("params", {}).values())]),
+)
+def test_a_whole_pipeline_comes_back_as_it_was(windows, tmp_path, last, tied):
+    dense = partial(helpers.make_llama, tie_word_embeddings=tied)
+    runner, steps = make_runner(windows, tmp_path, dense=dense), read_pipeline([PRUNE, last])
     first = runner.run(steps)
     for step in steps:
         step.method = replace(step.method, apply=lambda *_: pytest.fail("it was done again"))

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from compactmind.files import WEIGHTS
 from compactmind.formats import compressed_tensors
-from compactmind.formats.loading import require_every_tensor
+from compactmind.formats.loading import require_every_tensor, tie_table
 from compactmind.methods.quantization.grid import Grid
 from compactmind.methods.quantization.grouped import TENSORS, GroupedEmbedding, GroupedLinear, GroupedWeight, TiedHead
 
@@ -44,6 +44,7 @@ def load(
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     require_every_tensor(model_class, *model.load_state_dict(state, strict=False, assign=True))
+    tie_table(model)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # computed, not stored: the one on meta is empty
     return model
 

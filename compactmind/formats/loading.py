@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -12,6 +13,13 @@ def uninitialized_model(model_class: type[PreTrainedModel], config: PretrainedCo
         model = model_class(config)
     model.tie_weights()  # a part of the initialization that was left out
     return model
+
+
+def tie_table(model: PreTrainedModel) -> None:
+    """Make head and table, in place, one parameter where the configuration ties them and both are as released."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if model.config.tie_word_embeddings and type(table) is nn.Embedding and type(head) is nn.Linear:
+        head.weight = table.weight
 
 
 def require_every_tensor(model_class: type[PreTrainedModel], missing: Sequence[str], unexpected: Sequence[str]) -> None:

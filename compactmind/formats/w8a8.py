@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from compactmind.files import WEIGHTS
 from compactmind.formats import compressed_tensors
 from compactmind.formats.grouped import take_grouped
-from compactmind.formats.loading import require_every_tensor, uninitialized_model
+from compactmind.formats.loading import require_every_tensor, tie_table, uninitialized_model
 from compactmind.methods.llama import LINEARS, is_llama, llama_blocks
 from compactmind.methods.quantization.calibration import SITES
 from compactmind.methods.quantization.packed_model import linears_to_quantize, replace_by_half_tables
@@ -87,6 +87,7 @@ def _llama(
         for name in [name for name in model.state_dict() if name.startswith("lm_head.") and name not in state]:
             state[name] = state[name.replace("lm_head.", "model.embed_tokens.")]
     require_every_tensor(model_class, *model.load_state_dict(state, strict=False, assign=True))
+    tie_table(model)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # computed, not stored: the one on meta is empty
     return model
 
