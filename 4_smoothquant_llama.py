@@ -73,7 +73,7 @@ def plot_alphas(description: dict, table: list[dict], path: Path) -> None:
         ylabel="KL to the dense model (nats a token)",
         title=f"Alpha, {VALIDATION_WINDOWS} windows of validation text",
     )
-    left.legend(frameon=False)
+    left.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.13), ncols=3)  # below: the curve is wherever it likes
     for site, marker in zip(description["sites"], "osv^", strict=False):
         right.plot([layer[site] for layer in description["alphas"]], marker=marker, lw=1, label=site)
     right.set(xlabel="layer", ylabel="alpha", ylim=(0, 1.02), title="Alpha of every layer and input")
