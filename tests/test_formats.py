@@ -169,9 +169,8 @@ def test_every_kind_says_what_multiplies_it_and_what_its_file_is(tmp_path, monke
     assert said == (None if filled_up else {"nf4": "bitsandbytes", "w8a8": "compressed-tensors"}.get(kind))
     card = (directory / "README.md").read_text()
     assert FORMATS[kind].words in card
-    rotated = kind == "w8a8" and llama
-    assert (f"With {FORMATS[kind].libraries}" in card) == (kind in ("dense", "pruned", "w8a8") and not rotated)
-    assert ("logits are wrong" in card) == (rotated or kind == "int8")
+    assert (f"With {FORMATS[kind].libraries}" in card) == (kind in ("dense", "pruned", "w8a8"))
+    assert ("logits are wrong" in card) == (kind == "int8")
 
 
 def test_a_foreign_model_multiplies_in_its_dtype_and_is_called_nothing(bert):
