@@ -15,7 +15,7 @@ Writes: models/llama_searched      the best pipeline that reaches the target (--
         models/llama_pruned, results/pipeline_llama_pruned.json      with --strategy fixed
         Any study but that of models/llama by Bayesian search has places of its own: results/search/<study>/,
         models/llama_searched_<study>, models/llama_trial_<N>_<study>.
-Time:  on 2 CPU cores, embedded profile: fixed about 10 minutes, more than half of it retraining; a trial of a
+Time:  on 2 CPU cores, embedded profile: fixed about 10 minutes, half of it retraining; a trial of a
        search from seconds to a few minutes, depending on what it shares with earlier ones and whether it retrains.
 
 Killed at any time, the same command goes on: finished trials are kept, the one that was interrupted is run once more. Several processes

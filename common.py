@@ -238,8 +238,8 @@ class SmoothQuantConfig(StageConfig):
     gets it right; the others are a small float product while the model runs, nearer to the dense model, and want a reader that knows
     `transform_config` (not transformers 5.23). None with per_tensor_static."""
     stream_rotation: bool = False
-    """Turn the residual stream in the weights instead of rotating before qkv and gate_up: nothing to do while the model runs, and any
-    reader gets it right. A head tied to the embeddings becomes a table of its own."""
+    """Turn the residual stream in the weights instead of rotating before qkv and gate_up: nothing to do while the model runs, and with
+    --rotations o any reader gets it right. A head tied to the embeddings becomes a table of its own."""
     activations: Literal["per_token", "per_tensor", "per_tensor_static"] = "per_token"
     """Granularity of the activations' scale: the paper's O1, O2 and O3."""
     embeddings: Literal["as_released", "int8", "int6", "int5", "int4"] = "as_released"

@@ -278,7 +278,7 @@ def alpha_curve(report: dict[str, Any]) -> Figure | None:
     )
     axes.set_title("SmoothQuant: how much to smooth")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
     return figure
 
 
