@@ -10,14 +10,14 @@ latency       wall time of one forward pass; all models take turns within each r
 peak memory   what loading and running the model adds to a fresh process, see `peak_memory`.
 """
 
-import json
+import multiprocessing
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -196,15 +196,27 @@ def peak_memory(directory: Path, batch_size: int, sequence_length: int) -> float
     On a CPU: high-water mark of resident memory minus what was resident after the imports. With CUDA: peak of allocated
     device memory. Raises CompactMindError with the process's last words if it fails.
     """
-    command = [sys.executable, "-m", "compactmind.evaluation.cost", str(directory), str(batch_size), str(sequence_length)]
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path[1:]])}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if result.returncode:
-        told = result.stderr.strip().splitlines() or [f"its process ended with {result.returncode}"]
-        killed = " (killed: most likely the memory was not enough)" if result.returncode == -signal.SIGKILL else ""
-        raise CompactMindError(f"measuring the memory of {directory} failed: {told[-1].strip()}{killed}")
-    return json.loads(result.stdout.splitlines()[-1])["peak_mb"]
+    # A server that has imported what a model needs forks a process seconds sooner than one imports it. Not where a GPU may be in use:
+    # nothing forked from there can use it.
+    forked = sys.platform == "linux" and default_device() != "cuda"
+    context = multiprocessing.get_context("forkserver" if forked else "spawn")
+    if forked:
+        context.set_forkserver_preload([__name__, "compactmind.checkpoint"])
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_silence) as pool:
+        try:
+            return pool.submit(_peak_of_this_process, directory, batch_size, sequence_length).result()
+        except BrokenProcessPool:
+            what = "its process was killed: most likely the memory was not enough"
+        except Exception as error:  # noqa: BLE001  any folder may be measured, and each library has its own way to say what it lacks
+            what = str(error) or repr(error)
+    raise CompactMindError(f"measuring the memory of {directory} failed: {what}")
+
+
+def _silence() -> None:
+    """Send what libraries print to nowhere: an error comes back as what it is."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
 
 
 def resident_bytes() -> tuple[int, int]:
@@ -224,13 +236,13 @@ def resident_bytes() -> tuple[int, int]:
     return memory.rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
 
 
-def _measure_peak_of_this_process(directory: str, batch_size: int, sequence_length: int) -> float:
+def _peak_of_this_process(directory: Path, batch_size: int, sequence_length: int) -> float:
     from compactmind.checkpoint import load_any
 
     device = default_device()
     torch.nn.Linear(64, 64).to(device)(torch.ones(64, 64, device=device))  # the runtime's own buffers come before the mark
     before, _ = resident_bytes()
-    model = load_any(Path(directory), device).model
+    model = load_any(directory, device).model
     with torch.inference_mode():
         ids = torch.full((batch_size, sequence_length), min(7, model.config.vocab_size - 1), device=device)
         last_only = {"logits_to_keep": 1} if hasattr(model, "lm_head") else {}
@@ -238,7 +250,3 @@ def _measure_peak_of_this_process(directory: str, batch_size: int, sequence_leng
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     return (resident_bytes()[1] - before) / 1e6
-
-
-if __name__ == "__main__":
-    print(json.dumps({"peak_mb": _measure_peak_of_this_process(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))}))
