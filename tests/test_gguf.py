@@ -323,7 +323,7 @@ def test_a_layout_that_gguf_has_not_is_refused_before_any_work(changed):
         GPTQRecipe(layout="gguf", **changed)
     with pytest.raises(ValueError, match="layout 'ggml': choose one of any, gguf"):
         GPTQRecipe(layout="ggml")
-    assert GPTQRecipe(layout="gguf", target_compression=3.0).table == Grid(8, 32)
+    assert GPTQRecipe(layout="gguf", target_compression=3.0).table_of(576) == Grid(8, 32)
 
 
 # -------------------------------------------------------------------------------------------------------------- as a source

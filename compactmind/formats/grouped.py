@@ -103,6 +103,8 @@ def _reason_against(quantization: dict[str, Any]) -> str | None:
         return "its embedding table is packed (embeddings as_released would not be)"
     if any(grid.zero == "float" for grid in grids):
         return "its zeros are floating-point"
+    if any(grid.superblocks for grid in grids):
+        return "its scales are multiples of one number for 256 weights"
     if not quantization.get("whole_groups"):
         return "its last groups of a row are shorter than the others"
     if len(grids) > 1 and any(grid.zero == "integer" for grid in grids):

@@ -195,6 +195,7 @@ def _gptq(model, resources: Resources, recipe: GPTQRecipe):
 def _choices(model, resources: Resources, recipe: GPTQRecipe):
     """Measure what tensors cost once for all targets; of the dense model for all runs."""
     settings = ["stream turned"] * recipe.stream_rotation + [f"damping {recipe.damping:g}"] * (recipe.sensitivity == "gradients")
+    settings += ["with K types"] * (recipe.layout == "gguf_k")
     name = ", ".join([f"costs {recipe.sensitivity}", f"{len(resources.calibration[:SENSITIVITY_WINDOWS])} windows", *settings])
 
     def measured():

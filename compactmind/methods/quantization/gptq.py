@@ -10,8 +10,9 @@ behind j cannot make up for. That is the importance by which the scales of a gro
 
 import torch
 
-from compactmind.methods.quantization.grid import Grid, fit, from_integers, to_integers
+from compactmind.methods.quantization.grid import Grid, from_integers, to_integers
 from compactmind.methods.quantization.replayed import replayed
+from compactmind.methods.quantization.superblocks import fit_groups
 
 ORDERS = ("activation", "index")
 AT_ONCE = 2**21
@@ -43,7 +44,7 @@ def _empty(weight: torch.Tensor, grid: Grid) -> Rounded:
 
 
 def columns_in_order(moment: torch.Tensor, grid: Grid, order: str) -> torch.Tensor:
-    """Return the columns (in,) in the order in which they are rounded, the columns of a group together.
+    """Return the columns (in,) in the order in which they are rounded, the columns of a group together, and of a super-block.
 
     index: as they stand. activation: the group with the largest input first, and in a group the largest first: an error that is made early
     has many columns to make up for it, and what makes up for the error of a large input is changed little where it is small.
@@ -52,7 +53,12 @@ def columns_in_order(moment: torch.Tensor, grid: Grid, order: str) -> torch.Tens
     if order == "index":
         return torch.arange(width, device=moment.device)
     groups = [columns.start + squares[columns].argsort(descending=True, stable=True) for columns in grid.groups(width)]
-    return torch.cat(sorted(groups, key=lambda columns: -float(squares[columns[0]])))
+
+    def largest_first(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        return sorted(parts, key=lambda columns: -float(squares[columns[0]]))
+
+    count = grid.fitted_together
+    return torch.cat(largest_first([torch.cat(largest_first(groups[at : at + count])) for at in range(0, len(groups), count)]))
 
 
 def inverse_factor(moment: torch.Tensor, damping: float) -> torch.Tensor:
@@ -70,7 +76,7 @@ def inverse_factor(moment: torch.Tensor, damping: float) -> torch.Tensor:
 
 @replayed
 def _fit(weight: torch.Tensor, importance: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    return fit(weight, grid, importance)
+    return fit_groups(weight, grid, importance)
 
 
 @replayed
@@ -92,7 +98,8 @@ def round_compensated(weight: torch.Tensor, factor: torch.Tensor, order: torch.T
     """Return weight (out, in) on its grid, rounded column by column.
 
     `order` (in,) comes from `columns_in_order`, and `factor` from `inverse_factor` of the moment whose rows and columns are in that order.
-    The scales of a group are chosen when its turn comes, from the weights as the errors before have shifted them.
+    The scales of a group, or of all of a super-block, are chosen when its turn comes, from the weights as the errors before have shifted
+    them.
     """
     weight = weight.detach().float()[:, order]
     rows, width = weight.shape
@@ -100,18 +107,22 @@ def round_compensated(weight: torch.Tensor, factor: torch.Tensor, order: torch.T
     importance = factor.diagonal().reciprocal().square()
     scales, zeros = (torch.empty(rows, len(groups), device=weight.device) for _ in range(2))
     rounded = torch.empty(width, rows, dtype=torch.uint8, device=weight.device)  # in order
-    places, start = order.tolist(), 0
+    places, size, start = order.tolist(), groups[0].stop, 0
     while start < width:
-        number = places[start] // len(range(width)[groups[0]])
-        stop = start + len(range(width)[groups[number]])
-        scale, zero = _fit(weight[:, start:stop], importance[start:stop], grid)
-        scales[:, number], zeros[:, number] = scale[:, 0], zero[:, 0]
-        for first in range(start, stop, COLUMNS_AT_ONCE):
-            last = min(first + COLUMNS_AT_ONCE, stop)
-            block = weight[:, first:last].t().contiguous()  # (columns, out)
-            rounded[first:last], errors = _round_columns(block, factor[first:last, first:last], scale[:, 0], zero[:, 0], grid)
-            weight[:, last:].addmm_(errors.t(), factor[first:last, last:], alpha=-1)
-        start = stop
+        numbers = [column // size for column in places[start : start + grid.fitted_together * size : size]]
+        parts = sum(len(range(width)[groups[number]]) for number in numbers)
+        chosen = weight[:, start : start + parts].unflatten(1, (len(numbers), -1))  # a shorter last group comes alone
+        scale, zero = _fit(chosen, importance[start : start + parts].view(chosen.shape[1:]), grid)
+        scales[:, numbers], zeros[:, numbers] = scale[..., 0], zero[..., 0]
+        for place, number in enumerate(numbers):
+            stop = start + len(range(width)[groups[number]])
+            for first in range(start, stop, COLUMNS_AT_ONCE):
+                last = min(first + COLUMNS_AT_ONCE, stop)
+                block = weight[:, first:last].t().contiguous()  # (columns, out)
+                its = factor[first:last, first:last], scale[:, place, 0], zero[:, place, 0]
+                rounded[first:last], errors = _round_columns(block, *its, grid)
+                weight[:, last:].addmm_(errors.t(), factor[first:last, last:], alpha=-1)
+            start = stop
     q = torch.empty(rows, width, dtype=torch.uint8, device=weight.device)
     q[:, order] = rounded.t()
     return Rounded(q, scales, zeros, grid)
@@ -137,8 +148,8 @@ def round_nearest(
     parts = []
     for columns in [slice(0, whole)] + [slice(whole, None)] * (whole < weight.shape[1]):
         part = weight[:, columns].float()
-        part = part.unflatten(1, (-1, size if columns.start == 0 else part.shape[1]))  # (out, groups, size)
+        part = part.unflatten(1, (-1, grid.fitted_together, size if columns.start == 0 else part.shape[1]))
         counts = None if importance is None else importance[columns].view(part.shape[1:])
-        scale, zero = fit(part, grid, counts, ranges)
-        parts.append((to_integers(part, scale, zero, grid).to(torch.uint8).flatten(1), scale[..., 0], zero[..., 0]))
-    return Rounded(*(torch.cat(each, 1) for each in zip(*parts, strict=True)), grid)
+        scale, zero = fit_groups(part, grid, counts, ranges)
+        parts.append((to_integers(part, scale, zero, grid).to(torch.uint8), scale, zero))
+    return Rounded(*(torch.cat([each.flatten(1) for each in those], 1) for those in zip(*parts, strict=True)), grid)

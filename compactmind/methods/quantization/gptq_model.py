@@ -33,7 +33,8 @@ from compactmind.methods.quantization.sensitivity import (
     table_errors,
 )
 from compactmind.methods.quantization.stream_rotation import random_orthogonal, turn_stream
-from compactmind.methods.quantization.tables import EMBEDDINGS, replace_tables, table_grid, tables_of
+from compactmind.methods.quantization.superblocks import K_GRIDS, k_grid_for
+from compactmind.methods.quantization.tables import EMBEDDINGS, INTEGERS, replace_tables, table_grid, tables_of
 
 AUTO = "auto"
 GRIDS = [Grid(bits, size) for bits in BITS for size in (32, 64, 128)] + [Grid(bits, 32, "float") for bits in (2, 3, 4, 5)]
@@ -43,7 +44,7 @@ TABLE_GRIDS = [Grid(bits, size) for bits in (4, 5, 6, 8) for size in (32, 64, -1
 """... and for tables and heads."""
 TABLE_REFERENCE = Grid(4, 64)
 """What a table is rounded to when its cost is measured."""
-LAYOUTS = ("any", "gguf")
+LAYOUTS = ("any", "gguf", "gguf_k")
 SENSITIVITIES = ("measured", "gradients")
 SENSITIVITY_WINDOWS = 4
 """Windows of the calibration text that costs are measured on."""
@@ -64,7 +65,8 @@ class GPTQRecipe:
     embeddings: str = AUTO
     """Width of table and head: one of EMBEDDINGS; auto: int8, or what a target chooses."""
     layout: str = "any"
-    """any grid, or those that GGUF holds as they are (gguf: 4, 5 or 8 bits in groups of 32, symmetric or with a float zero)."""
+    """any grid, or those that GGUF holds as they are: gguf, its simple types (4, 5 or 8 bits in groups of 32, symmetric or with a float
+    zero); gguf_k, its K types (superblocks.py) too: without a target the one of `bits` bits, 2 to 6, whatever group_size and zero are."""
     target_compression: float = 0.0
     """Bytes of the dense weight file as released / bytes of the result, at least; bits are chosen tensor by tensor. 0: `bits` for all."""
     compensation: bool = True
@@ -97,23 +99,31 @@ class GPTQRecipe:
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name):g} is not in (0, 1]")
         if self.layout == "gguf":
-            blocks = [] if self.target_compression else [Grid(self.bits, self.group_size, self.zero)]
-            table = [self.table] if self.table and self.embeddings != AUTO else []
+            blocks = [] if self.target_compression else [self.grid_of(0)]
+            table = [self.table_of(0)] if self.table_of(0) and self.embeddings != AUTO else []
             if wrong := [grid for grid in blocks + table if not grid.is_gguf]:
                 known = ", ".join(f"{bits} bits {zero}" for zero, bits in GGUF_TYPES)
                 raise ValueError(f"layout gguf has no {wrong[0]}: choose one of {known}, in groups of {GGUF_BLOCK}")
+        if self.layout == "gguf_k" and not self.target_compression and self.bits not in K_GRIDS:
+            raise ValueError(f"layout gguf_k has no type of {self.bits} bits: choose one of {', '.join(map(str, K_GRIDS))}")
         if self.tuning_tokens < 0:
             raise ValueError(f"tuning_tokens {self.tuning_tokens} is not in [0, inf)")
 
     @property
     def bits_per_weight(self) -> tuple[float, float | None]:
         """Bits of a weight of the blocks and of a table, scales included, where no target chooses; None: as released."""
-        blocks, wide = Grid(self.bits, self.group_size, self.zero), 1024
-        return blocks.stored_bits(wide) / wide, self.table and self.table.stored_bits(wide) / wide
+        wide = 1024
+        table = self.table_of(wide)
+        return self.grid_of(wide).stored_bits(wide) / wide, table and table.stored_bits(wide) / wide
 
-    @property
-    def table(self) -> Grid | None:
-        """The grid of table and head where no target chooses, None: as released."""
+    def grid_of(self, width: int) -> Grid:
+        """Return the grid of a linear of the blocks with rows of `width`, where no target chooses."""
+        return k_grid_for(self.bits, width) if self.layout == "gguf_k" else Grid(self.bits, self.group_size, self.zero)
+
+    def table_of(self, width: int) -> Grid | None:
+        """Return the grid of a table or head with rows of `width` where no target chooses, None: as released."""
+        if self.layout == "gguf_k" and self.embeddings in (AUTO, *INTEGERS):
+            return k_grid_for(6 if self.embeddings == AUTO else int(self.embeddings.removeprefix("int")), width)
         grid = table_grid("int8" if self.embeddings == AUTO else self.embeddings)
         return replace(grid, group_size=GGUF_BLOCK) if grid and self.layout == "gguf" else grid
 
@@ -131,16 +141,15 @@ def tensor_choices(model: PreTrainedModel, windows: torch.Tensor, recipe: GPTQRe
     they cost is in its costs.
     """
     windows = windows[:SENSITIVITY_WINDOWS]
+    more = list(K_GRIDS.values()) if recipe.layout == "gguf_k" else []
+    grids = GRIDS + more
     by_gradients = recipe.sensitivity == "gradients"
-    costs = gradient_costs(model, windows, GRIDS, recipe.damping) if by_gradients else measured_costs(model, windows, GRIDS)
+    costs = gradient_costs(model, windows, grids, recipe.damping) if by_gradients else measured_costs(model, windows, grids)
     choices: Choices = {}
     for index, block in enumerate(llama_blocks(model)):
         for field, path in LINEARS.items():
             weight = getattr(block, field).weight
-            choices[f"{block.name}.{path}"] = [
-                Choice(grid, grid.stored_bits(weight.shape[1]) * len(weight), cost)
-                for grid, cost in zip(GRIDS, costs[index, field], strict=True)
-            ]
+            choices[f"{block.name}.{path}"] = _choices(weight, grids, costs[index, field])
     tables = tables_of(model)
     for name in tables:
         if name in uncounted:
@@ -150,12 +159,19 @@ def tensor_choices(model: PreTrainedModel, windows: torch.Tensor, recipe: GPTQRe
         )
         weight = tables[name].weight
         found = measured_table_cost(model, windows, together, TABLE_REFERENCE)
-        of_reference, *errors = table_errors(weight, [TABLE_REFERENCE, *TABLE_GRIDS])
-        choices[name] = [
-            Choice(grid, grid.stored_bits(weight.shape[1]) * len(weight), found * error / max(of_reference, 1e-30))
-            for grid, error in zip(TABLE_GRIDS, errors, strict=True)
-        ]
+        grids = TABLE_GRIDS + more
+        of_reference, *errors = table_errors(weight, [TABLE_REFERENCE, *grids])
+        choices[name] = _choices(weight, grids, [found * error / max(of_reference, 1e-30) for error in errors])
     return choices
+
+
+def _choices(weight: torch.Tensor, grids: Sequence[Grid], costs: Sequence[float]) -> list[Choice]:
+    """Return the ways to store a weight (out, in), those of `grids` that its rows fit."""
+    return [
+        Choice(grid, grid.stored_bits(weight.shape[1]) * len(weight), cost)
+        for grid, cost in zip(grids, costs, strict=True)
+        if grid.fits(weight.shape[1])
+    ]
 
 
 def choices_to_keep(choices: Choices) -> dict[str, list[list[Any]]]:
@@ -183,17 +199,18 @@ def choose_grids(
     tables, fixed = tables_of(model), recipe.embeddings != AUTO
     if fixed:
         choices = {name: each for name, each in choices.items() if name not in tables}
-    if recipe.layout == "gguf":
+    if recipe.layout != "any":
         choices = {name: [each for each in its if each.what.is_gguf] for name, its in choices.items()}
-    taken = _bytes_beside(model, choices, uncounted, tables if fixed else {}, recipe.table, released.itemsize, budget_bytes)
+    table = recipe.table_of(model.config.hidden_size) if fixed else None
+    taken = _bytes_beside(model, choices, uncounted, tables if fixed else {}, table, released.itemsize, budget_bytes)
     choices = {
         name: [each._replace(bits=each.bits + 8 * _bytes_of_head(name, each.what, budget_bytes)) for each in its]
         for name, its in choices.items()
     }
     picked = allocate(choices, int(budget_bytes - taken) * 8)
     grids = {name: choice.what for name, choice in picked.items()}
-    if fixed and recipe.table:
-        grids |= dict.fromkeys(tables, recipe.table)
+    if table:
+        grids |= dict.fromkeys(tables, table)
     elif not fixed:
         counted = next(name for name in tables if name not in uncounted)
         grids |= {name: grids[counted] for name in uncounted}
@@ -226,6 +243,8 @@ def _bytes_of_head(name: str, grid: Grid, whole: int) -> int:
     """Return the bytes of a weight that are neither integers, scales nor zeros: its shape, and what the head of the file says of it."""
     zeros = {"symmetric": [], "integer": ["weight_zero_point"], "float": ["weight_minimum"]}[grid.zero]
     tensors = ["weight_packed", "weight_scale", "weight_shape", *zeros]
+    if grid.superblocks:
+        tensors += [f"{each}_step" for each in ("weight_scale", *zeros)]
     return 2 * torch.int64.itemsize + sum(_bytes_of_entry(f"{name}.{each}", whole) for each in tensors)
 
 
@@ -262,9 +281,13 @@ def quantize_gptq(
         turn_stream(model, random_orthogonal(model.config.hidden_size))
     tables = tables_of(model)
     released = released or model.dtype
-    grid, predicted = Grid(recipe.bits, recipe.group_size, recipe.zero), None
-    grids = {f"{block.name}.{path}": grid for block in llama_blocks(model) for path in LINEARS.values()}
-    grids |= {name: recipe.table for name in tables if recipe.table}
+    predicted, table = None, recipe.table_of(model.config.hidden_size)
+    grids = {
+        f"{block.name}.{path}": recipe.grid_of(getattr(block, field).in_features)
+        for block in llama_blocks(model)
+        for field, path in LINEARS.items()
+    }
+    grids |= {name: table for name in tables if table}
     if recipe.target_compression:
         show("allocation ...")
         budget = int(whole / recipe.target_compression)
@@ -286,7 +309,7 @@ def quantize_gptq(
                 name, linear = f"{block.name}.{LINEARS[field]}", getattr(block, field)
                 grid = grids[name]
                 if recipe.compensation:
-                    key = recipe.order == "activation" and grid.group_size  # what the order depends on
+                    key = recipe.order == "activation" and (grid.group_size, grid.superblocks)  # what the order depends on
                     if key not in factors:
                         order = columns_in_order(moment, grid, recipe.order)
                         factors[key] = order, inverse_factor(moment[order[:, None], order], recipe.damping)

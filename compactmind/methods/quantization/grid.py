@@ -26,6 +26,10 @@ GGUF_TYPES = {
     ("symmetric", 4): "Q4_0", ("symmetric", 5): "Q5_0", ("symmetric", 8): "Q8_0", ("float", 4): "Q4_1", ("float", 5): "Q5_1",
 }  # fmt: skip
 """Zero and bits -> the type of GGUF that has these levels."""
+SUPERBLOCK = 256
+"""Weights of a row that share one number for their scales, and one for their minima, in the K types of GGUF (superblocks.py)."""
+K_TYPES = {2: (16, "float", 4), 3: (16, "symmetric", 6), 4: (32, "float", 6), 5: (32, "float", 6), 6: (16, "symmetric", 8)}
+"""Bits -> group_size, zero and scale_bits of the K type of GGUF with so many."""
 SMALLEST = 2.0**-24
 """The smallest number of fp16: no scale is 0."""
 
@@ -37,6 +41,8 @@ class Grid:
     bits: int
     group_size: int
     zero: str = "symmetric"
+    scale_bits: int = 16
+    """Of a scale, and of a minimum: 16, each in fp16, or as few as K_TYPES has, in multiples of one number for SUPERBLOCK weights."""
 
     def __post_init__(self):
         if self.bits not in BITS:
@@ -45,6 +51,19 @@ class Grid:
             raise ValueError(f"zero {self.zero!r}: choose one of {', '.join(ZEROS)}")
         if self.group_size != -1 and not (isinstance(self.group_size, int) and self.group_size >= 8):
             raise ValueError(f"group_size {self.group_size!r}: choose 32, 64, 128, or -1 for a whole row")
+        if self.scale_bits != 16 and K_TYPES.get(self.bits) != (self.group_size, self.zero, self.scale_bits):
+            known = "; ".join(", ".join(map(str, (bits, *each))) for bits, each in K_TYPES.items())
+            raise ValueError(f"scale_bits {self.scale_bits!r}: choose 16, or bits, group_size, zero and scale_bits of {known}")
+
+    @property
+    def superblocks(self) -> bool:
+        """Whether scales are multiples of one number for SUPERBLOCK weights."""
+        return self.scale_bits != 16
+
+    @property
+    def fitted_together(self) -> int:
+        """How many groups have their scales chosen at one time."""
+        return SUPERBLOCK // self.group_size if self.superblocks else 1
 
     @property
     def levels(self) -> int:
@@ -52,9 +71,15 @@ class Grid:
         return 2**self.bits
 
     def groups(self, in_features: int) -> list[slice]:
-        """Return the columns of each group of a row."""
+        """Return the columns of each group of a row. Raises ValueError if super-blocks do not fill it."""
+        if not self.fits(in_features):
+            raise ValueError(f"{self} is for rows of a multiple of {SUPERBLOCK} weights, not {in_features}")
         size = in_features if self.group_size == -1 else self.group_size
         return [slice(start, min(start + size, in_features)) for start in range(0, in_features, size)]
+
+    def fits(self, in_features: int) -> bool:
+        """Tell whether rows of so many weights can be on this grid."""
+        return not self.superblocks or in_features % SUPERBLOCK == 0
 
     def divides(self, in_features: int) -> bool:
         """Tell whether every group of a row is whole."""
@@ -66,12 +91,17 @@ class Grid:
         Zero points fill theirs along the outputs, which a row cannot tell: below 32 bits more for each group.
         """
         groups = len(self.groups(in_features))
+        if self.superblocks:
+            parts = 2 if self.zero == "float" else 1
+            return in_features * self.bits + parts * (-(-groups * self.scale_bits // 32) * 32 + in_features // SUPERBLOCK * 16)
         zeros = {"symmetric": 0, "integer": self.bits, "float": 16}[self.zero]
         return -(-in_features * self.bits // 32) * 32 + groups * (16 + zeros)
 
     @property
     def gguf_type(self) -> str | None:
-        """The type of GGUF that holds the weights exactly, in blocks of GGUF_BLOCK, None if none does."""
+        """The type of GGUF that holds the weights exactly, None if none does."""
+        if self.superblocks:
+            return f"Q{self.bits}_K"
         wide = [bits for zero, bits in GGUF_TYPES if zero == self.zero and bits >= self.bits]
         if not wide or (self.group_size != -1 and self.group_size % GGUF_BLOCK):
             return None
@@ -80,15 +110,15 @@ class Grid:
     @property
     def is_gguf(self) -> bool:
         """Whether GGUF holds the weights exactly in as many bytes as they take here."""
-        return (self.zero, self.bits) in GGUF_TYPES and self.group_size == GGUF_BLOCK
+        return self.superblocks or (self.zero, self.bits) in GGUF_TYPES and self.group_size == GGUF_BLOCK
 
     def described(self) -> dict[str, int | str]:
         """Return it as JSON has it: Grid(**described()) is the same."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "scale_bits" or value != 16}
 
     def __str__(self) -> str:
         group = "row" if self.group_size == -1 else f"g{self.group_size}"
-        return f"{self.bits}b {group} {self.zero}"
+        return f"{self.bits}b {group} {self.zero}" + (f" {self.scale_bits}b scales" if self.superblocks else "")
 
 
 def _half(x: torch.Tensor) -> torch.Tensor:
@@ -138,6 +168,8 @@ def _ranges(weight: torch.Tensor, grid: Grid, most_steps: int) -> Iterator[tuple
     """Yield scale and zero, (..., 1) each, of ranges to try for groups (..., size), the extremes first."""
     top, half = grid.levels - 1, grid.levels // 2
     low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
+    if grid.superblocks and grid.zero == "float":
+        low, high = low.clamp(max=0), high.clamp(min=0)  # no minimum is positive there, no scale negative
     longer = torch.where(high > -low, high, low)
     for step in range(min(SHRINK[grid.bits], most_steps)):
         share = 1 - step / 20
@@ -162,7 +194,10 @@ def _least_squares(
         mean_q, mean_w = ((importance * each).sum(-1, keepdim=True) / total for each in (q, weight))
         spread = (importance * (q - mean_q).square()).sum(-1, keepdim=True).clamp_min(1e-30)
         scale = _nonzero((importance * (q - mean_q) * (weight - mean_w)).sum(-1, keepdim=True) / spread)
-        return scale, _half(mean_w - scale * mean_q)
+        if grid.superblocks:
+            scale = scale.clamp_min(SMALLEST)
+        zero = _half(mean_w - scale * mean_q)
+        return scale, zero.clamp(max=0) if grid.superblocks else zero
     step = q - zero
     spread = (importance * step.square()).sum(-1, keepdim=True).clamp_min(1e-30)
     return _nonzero((importance * step * weight).sum(-1, keepdim=True) / spread), zero

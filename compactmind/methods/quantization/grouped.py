@@ -9,8 +9,11 @@ weight_zero_point  int32 (ceil(out * bits / 32), groups), packed along the rows:
 weight_minimum     fp16 (out, groups): with a float zero
 weight_shape       int64 (2,): out, in
 
-Without a minimum that is the layout `pack-quantized` of compressed-tensors 0.20.0 to the bit (formats/grouped.py says who reads it); 0.15
-packed widths that do not divide 32 otherwise. What multiplies them:
+With super-blocks (superblocks.py) weight_scale and weight_minimum are int32 (out, ceil(groups * scale_bits / 32)), packed: multiples of
+weight_scale_step and weight_minimum_step, fp16 (out, super-blocks); those of a scale with a sign have half their range added.
+
+Without a minimum and super-blocks that is the layout `pack-quantized` of compressed-tensors 0.20.0 to the bit (formats/grouped.py says who
+reads it); 0.15 packed widths that do not divide 32 otherwise. What multiplies them:
 
 avx2         compactmind/kernels: few rows of inputs times the packed integers, which are made floating-point in registers
 dequantized  all integers are unpacked, a byte each, at the first product and made floating-point for every one
@@ -25,8 +28,11 @@ from torch import nn
 
 from compactmind import kernels
 from compactmind.methods.quantization.grid import Grid, from_integers
+from compactmind.methods.quantization.superblocks import from_multiples, multiples_of, sign_of
 
-TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_minimum", "weight_shape")
+TENSORS = (
+    "weight_packed", "weight_scale", "weight_scale_step", "weight_zero_point", "weight_minimum", "weight_minimum_step", "weight_shape",
+)  # fmt: skip
 """What a file may hold of a weight."""
 
 
@@ -71,6 +77,19 @@ def _places(bits: int) -> tuple[list[tuple[int, int]], int]:
     """Return the word and the bit at which each integer begins until one begins with a word again, and how many words that takes."""
     count = 32 // math.gcd(32, bits)
     return [divmod(number * bits, 32) for number in range(count)], count * bits // 32
+
+
+def _stepped(name: str, values: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
+    """Return the tensors of the scales or minima of a grid with super-blocks, none for minima that it has not."""
+    if name == "weight_minimum" and grid.zero != "float":
+        return {}
+    step, multiples = multiples_of(values.detach().half(), grid.fitted_together)
+    return {name: pack((multiples + sign_of(grid)).to(torch.uint8), grid.scale_bits), f"{name}_step": step}
+
+
+def _from_steps(name: str, tensors: dict[str, torch.Tensor], grid: Grid, groups: int) -> torch.Tensor:
+    multiples = unpack(tensors[name], grid.scale_bits, groups).to(torch.int16) - sign_of(grid)
+    return from_multiples(tensors[f"{name}_step"], multiples)
 
 
 # ------------------------------------------------------------------------------------------------------------------- layers
@@ -154,10 +173,10 @@ class GroupedWeight(nn.Module):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return what a file holds, see the top of this file."""
-        found = {
-            "weight_packed": self.packed, "weight_scale": self.scale.detach().half(),
-            "weight_shape": torch.tensor(self.shape),
-        }  # fmt: skip
+        found = {"weight_packed": self.packed, "weight_shape": torch.tensor(self.shape)}
+        if self.grid.superblocks:
+            return found | _stepped("weight_scale", self.scale, self.grid) | _stepped("weight_minimum", -self.zero, self.grid)
+        found["weight_scale"] = self.scale.detach().half()
         if self.grid.zero == "integer":
             found["weight_zero_point"] = pack(self.zero.t().contiguous(), self.grid.bits).t().contiguous()
         if self.grid.zero == "float":
@@ -171,18 +190,22 @@ class GroupedWeight(nn.Module):
         Raises KeyError if one is missing, ValueError if they do not fit the grid.
         """
         rows, width = tensors["weight_shape"].tolist()
-        packed, scale, groups = tensors["weight_packed"], tensors["weight_scale"], len(grid.groups(width))
-        expected = {"weight_packed": (rows, -(-width * grid.bits // 32)), "weight_scale": (rows, groups)}
-        if grid.zero == "float":
-            expected["weight_minimum"] = (rows, groups)
-        elif grid.zero == "integer":
+        packed, groups = tensors["weight_packed"], len(grid.groups(width))
+        words, blocks = -(-groups * grid.scale_bits // 32), groups // grid.fitted_together
+        expected = {"weight_packed": (rows, -(-width * grid.bits // 32))}
+        for name in ["weight_scale"] + ["weight_minimum"] * (grid.zero == "float"):
+            expected[name] = (rows, words if grid.superblocks else groups)
+            if grid.superblocks:
+                expected[f"{name}_step"] = (rows, blocks)
+        if grid.zero == "integer":
             expected["weight_zero_point"] = (-(-rows * grid.bits // 32), groups)
         if wrong := [name for name, shape in expected.items() if tensors[name].shape != shape]:
             found = ", ".join(f"{name} of {list(tensors[name].shape)}" for name in wrong)
             raise ValueError(f"a weight of {rows} x {width} in {grid} has other tensors: {found}")
+        scale = _from_steps("weight_scale", tensors, grid, groups) if grid.superblocks else tensors["weight_scale"]
         zero = torch.full_like(scale, grid.levels // 2, dtype=torch.uint8)
         if grid.zero == "float":
-            zero = tensors["weight_minimum"]
+            zero = -_from_steps("weight_minimum", tensors, grid, groups) if grid.superblocks else tensors["weight_minimum"]
         elif grid.zero == "integer":
             zero = unpack(tensors["weight_zero_point"].t().contiguous(), grid.bits, rows).t().contiguous()
         return cls(packed, width, scale, zero, grid, *others)

@@ -47,7 +47,9 @@ def tune_scales(
     model.requires_grad_(False)
     places = [(norm, "weight") for norm in stream_norms(model)]
     for module in model.modules():
-        if isinstance(module, GroupedLinear) and module is not model.get_output_embeddings():  # whose scales a table may share
+        if not isinstance(module, GroupedLinear) or module.grid.superblocks:  # of which not every scale can be written
+            continue
+        if module is not model.get_output_embeddings():  # whose scales a table may share
             places += [(module, "scale")] + [(module, "zero")] * (module.grid.zero == "float")
     before = [getattr(module, name).detach().clone() for module, name in places]
     _put(places, [each.float().clone() for each in before])  # which an optimizer changes

@@ -12,6 +12,7 @@ inputs hundreds of times as large as the others', and hardly any gradient.
 One pass forward and one backward, block by block: of the gradients sums are kept, of the states what each block reads.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -128,10 +129,19 @@ def sampled_rows(count: int) -> slice:
 
 
 def _errors(weight: torch.Tensor, grids: Sequence[Grid], rows: torch.Tensor, columns: torch.Tensor) -> list[float]:
-    """Return the squared rounding error of a weight (out, in) on each grid, counted by a factor per row and one per column."""
+    """Return the squared rounding error of a weight (out, in) on each grid, counted by a factor per row and one per column.
+
+    It is infinite on a grid that rows of this width cannot be on.
+    """
     chosen = sampled_rows(len(weight))
     part, share = weight[chosen].float(), rows[chosen] * (rows.sum() / rows[chosen].sum().clamp_min(1e-30))
-    return [float(share @ ((round_nearest(part, grid, columns, RANGES).weight() - part).square() @ columns)) for grid in grids]
+
+    def error(grid: Grid) -> float:
+        if not grid.fits(weight.shape[1]):
+            return math.inf
+        return float(share @ ((round_nearest(part, grid, columns, RANGES).weight() - part).square() @ columns))
+
+    return [error(grid) for grid in grids]
 
 
 def gradient_cost(
@@ -256,7 +266,12 @@ def measured_table_cost(model: PreTrainedModel, windows: torch.Tensor, tables: S
 def table_errors(weight: torch.Tensor, grids: Sequence[Grid]) -> list[float]:
     """Return the squared rounding error of a table (rows, channels) on each grid, on an even sample of its rows."""
     part = weight[:: max(1, len(weight) // 4096)].float()
-    return [float((round_nearest(part, grid, ranges=RANGES).weight() - part).square().sum()) for grid in grids]
+    return [
+        float((round_nearest(part, grid, ranges=RANGES).weight() - part).square().sum())
+        if grid.fits(part.shape[1])
+        else math.inf
+        for grid in grids
+    ]
 
 
 def _squares_watcher(seen: dict[str, torch.Tensor], site: str):

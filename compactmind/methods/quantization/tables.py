@@ -5,7 +5,6 @@ a head that is tied to the table reads the table's integers, which a file has on
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -63,4 +62,4 @@ def replace_tables(model: PreTrainedModel, grids: Mapping[str, Grid]) -> dict[st
         model.set_submodule(name, small)
         if tied:
             model.set_output_embeddings(TiedHead(small))
-    return {name: asdict(grid) for name, grid in grids.items()}
+    return {name: grid.described() for name, grid in grids.items()}
