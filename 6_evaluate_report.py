@@ -32,13 +32,14 @@ from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.classifiers import measure_classifiers
 from compactmind.evaluation.failures import fail, row_fails_alone
-from compactmind.evaluation.language import measure_gsm8k, measure_language_models
+from compactmind.evaluation.language import measure_gsm8k, measure_in_llama_cpp, measure_language_models
+from compactmind.evaluation.llama_cpp import installed
 from compactmind.files import sha256_of, write_json_atomically, write_text_atomically
 from compactmind.manifest import CARD, MADE_BY, MANIFEST, identity_of, read_manifest, versions
 from compactmind.model_card import model_card
 from compactmind.onnx_export import FILE
 from compactmind.report import tables
-from compactmind.report.as_shipped import SUFFIX, row_as_shipped
+from compactmind.report.as_shipped import SUFFIX, row_as_shipped, row_of_llama_cpp
 from compactmind.report.documents import write_documents
 from compactmind.report.goals import goals
 from compactmind.report.sentences import sentences, warnings
@@ -66,6 +67,8 @@ DENSE_LANGUAGE_MODEL = "llama"
 """The language model that those made from it are compared with."""
 AS_SHIPPED = DENSE_LANGUAGE_MODEL + SUFFIX
 """The row of the file it was published as, if it was made of one: no model of its own, see compactmind/report/as_shipped.py."""
+LLAMA_CPP = ("Q8_0", "Q4_0")
+"""Types that llama.cpp rounds the dense language model to, where it is installed: a row each, run by llama.cpp."""
 TASKS = {"encoder": "SequenceClassification", "llm": "CausalLM"}
 """Track -> how the architectures end that belong to it."""
 ENCODER_SETTINGS = ("max_length", "eval_batch_size", "cost_length", "latency_batches", "latency_repeats")
@@ -178,8 +181,9 @@ def compared_with(row: dict[str, Any], track: str, config: ReportConfig) -> str 
     return row["name"] if row["name"] == DENSE_LANGUAGE_MODEL else row["made_from"]
 
 
-def with_as_shipped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of a report with that of the file the dense language model was published as behind it, if it was made of one."""
+def with_as_shipped(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a report with those that are no models of their own behind the dense language model: that of the file it was
+    published as, if it was made of one, and those `beside` it."""
     found = []
     for row in rows:
         if row["name"] != DENSE_LANGUAGE_MODEL:
@@ -191,6 +195,7 @@ def with_as_shipped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             published = None
         dense = {name: value for name, value in row.items() if name != "published_as"}  # an earlier report's may be another
         found += [dense | {"published_as": published}, row_as_shipped(dense, published)] if published else [dense]
+        found += beside
     return found
 
 
@@ -296,6 +301,30 @@ def measure_track(
         measure_gsm8k(needed, checkpoints, config.gsm8k_problems, file if file.is_file() else None)
 
 
+def measure_llama_cpp(
+    config: ReportConfig, rows: list[dict[str, Any]], known: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the rows of the dense language model as llama.cpp rounds and runs it, with the earlier measurements where they hold.
+
+    There are none where llama.cpp is not installed or the dense model is not measured.
+    """
+    dense = next((row for row in rows if row["name"] == DENSE_LANGUAGE_MODEL and row["status"] == "measured"), None)
+    if not dense or not installed():
+        return []
+    found = [row_of_llama_cpp(dense, kind, installed()) for kind in LLAMA_CPP]
+    earlier = [known.get(row["name"], {}) for row in found]
+    if all(
+        each.get("status") == "measured" and each["measured_with"] == row["measured_with"]
+        for each, row in zip(earlier, found, strict=True)
+    ):
+        return earlier
+    checkpoint = load_any(Path(dense["directory"]), "cpu")
+    documents = load_documents(config.text_dir, "test")
+    windows = token_windows(checkpoint.tokenizer, documents, config.seq_len, config.eval_windows, config.window_choice)
+    measure_in_llama_cpp(found, checkpoint, dense, windows, **config.relevant("prompt_tokens"), repeats=config.latency_repeats)
+    return found
+
+
 # ------------------------------------------------------------------------------------------------- what other stages found
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return what a stage wrote, None if it has not run or was interrupted while it wrote."""
@@ -370,7 +399,8 @@ def measured_report(config: ReportConfig, path: Path) -> dict[str, Any]:
     rows = sorted(list_rows(config), key=lambda row: list(TASKS).index(row["track"]))
     for track in TASKS:
         measure_track(config, track, rows, known, where["machine"])
-        told = with_as_shipped([finished(row, known) for row in rows])
+        beside = measure_llama_cpp(config, rows, known) if track == "llm" else []
+        told = with_as_shipped([finished(row, known) for row in rows], beside)
         report = json.loads(json.dumps(report_of(config, told, description, where)))
         write_json_atomically(path, report)
     return report

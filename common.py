@@ -339,8 +339,8 @@ class GGUFConfig(StageConfig):
     """Folder of the model; empty: models_dir/llama_gptq_3.5x."""
     output: str = ""
     """File to write; empty: model.gguf in the folder of the model."""
-    dtype: Literal["BF16", "F16", "F32"] = "BF16"
-    """Type of the weights that are not rounded; norms are F32."""
+    dtype: Literal["BF16", "F16", "F32", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"] = "BF16"
+    """Type of the weights that are not rounded yet, the Q types to the nearest level as llama.cpp's own quantizer; norms are F32."""
 
 
 @dataclass(frozen=True)

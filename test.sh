@@ -3,10 +3,10 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup.sh
-# an extra that run.sh does without; its tests are skipped where it cannot be installed
-.venv/bin/python -c 'import onnx, onnxruntime, onnxscript' 2>/dev/null ||
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-export.txt ||
-  echo "requirements-export.txt could not be installed: the tests of ONNX are skipped"
+# extras that run.sh does without; their tests are skipped where they cannot be installed
+.venv/bin/python -c 'import onnx, onnxruntime, onnxscript, xllamacpp' 2>/dev/null ||
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-export.txt -r requirements-llama_cpp.txt ||
+  echo "requirements-export.txt and requirements-llama_cpp.txt could not be installed: the tests of ONNX and llama.cpp are skipped"
 .venv/bin/ruff check .
 # the whole run: two processes of one thread each, which files of compactmind/ no test reaches, and no less than 85% of the lines
 if [ $# -eq 0 ]; then

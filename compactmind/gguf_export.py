@@ -38,6 +38,8 @@ from compactmind.methods.quantization.superblocks import multiples_of
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """What weights that are not rounded may be written as."""
+ROUNDED = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+"""... or in blocks of 32, to the nearest level as llama.cpp's quantizer does it; table and head in Q8_0 then."""
 FAMILIES = ("llama", "mistral")
 """`model_type` of the models that llama.cpp computes as its `llama`."""
 PARTS = {
@@ -136,20 +138,22 @@ def rope_order(rows: int, heads: int) -> torch.Tensor:
 def tensors_of(model: PreTrainedModel, dtype: str) -> Iterator[tuple[str, numpy.ndarray, str]]:
     """Yield the name, the data and the type of every tensor of a file. Raises CompactMindError naming a weight that GGUF cannot hold."""
 
-    def told(name: str, module: nn.Module, rows: torch.Tensor | None = None) -> tuple[str, numpy.ndarray, str]:
+    def told(
+        name: str, module: nn.Module, rows: torch.Tensor | None = None, kind: str = dtype
+    ) -> tuple[str, numpy.ndarray, str]:
         try:
             if isinstance(module, GroupedWeight):
                 return f"{name}.weight", *encoded(module, rows)
-            return f"{name}.weight", *_plain(module.weight.detach()[slice(None) if rows is None else rows], dtype)
+            return f"{name}.weight", *_plain(module.weight.detach()[slice(None) if rows is None else rows], kind)
         except ValueError as error:
-            raise CompactMindError(
-                f'{name}: {error}; make it with `"layout": "gguf"` among the params of gptq, which takes the grids GGUF has'
-            ) from None
+            way = 'make it with `"layout": "gguf"` among the params of gptq, which takes the grids GGUF has'
+            raise CompactMindError(f"{name}: {error}; {way if isinstance(module, GroupedWeight) else 'write it as BF16'}") from None
 
-    yield told("token_embd", model.get_input_embeddings())
+    of_tables = "Q8_0" if dtype in ROUNDED else dtype
+    yield told("token_embd", model.get_input_embeddings(), kind=of_tables)
     head = model.get_output_embeddings()
     if not isinstance(head, TiedHead) and not _same(head, model.get_input_embeddings()):
-        yield told("output", head)
+        yield told("output", head, kind=of_tables)
     yield "output_norm.weight", *_plain(model.model.norm.weight.detach(), "F32")
     if (factors := _rope_factors(model)) is not None:
         yield "rope_freqs.weight", *_plain(factors, "F32")
@@ -167,9 +171,20 @@ def tensors_of(model: PreTrainedModel, dtype: str) -> Iterator[tuple[str, numpy.
 
 
 def _plain(weight: torch.Tensor, dtype: str) -> tuple[numpy.ndarray, str]:
+    if dtype in ROUNDED:
+        return _rounded(weight, dtype), dtype
     if dtype == "BF16":
         return _bytes_of(weight.to(torch.bfloat16).view(torch.int16)), dtype
     return weight.to(DTYPES[dtype]).contiguous().cpu().numpy(), dtype
+
+
+def _rounded(weight: torch.Tensor, dtype: str) -> numpy.ndarray:
+    """Return a weight in one of ROUNDED, uint8 (rows, bytes of a row). Raises ValueError if blocks do not fill its rows."""
+    import gguf
+
+    if weight.shape[1] % BLOCK:
+        raise ValueError(f"{dtype} is for rows of a multiple of {BLOCK} weights, not {weight.shape[1]}")
+    return gguf.quants.quantize(weight.float().cpu().numpy(), gguf.GGMLQuantizationType[dtype])
 
 
 def _same(head: nn.Module, table: nn.Module) -> bool:
@@ -322,8 +337,8 @@ def export_gguf(
 ) -> dict[str, int]:
     """Write a Llama as a GGUF file; returns how many tensors it has of each type. An older file is replaced when the new one is whole.
 
-    `name`: what the file says it is called; `dtype`: one of DTYPES, of weights that are not rounded. Raises CompactMindError saying what
-    cannot be exported and what could be instead, before the file is touched.
+    `name`: what the file says it is called; `dtype`: one of DTYPES or ROUNDED, of weights that are not rounded yet. Raises
+    CompactMindError saying what cannot be exported and what could be instead, before the file is touched.
     """
     import gguf
 
@@ -361,24 +376,27 @@ def largest_difference(model: PreTrainedModel, path: Path, dtype: str = "F32") -
     import gguf
 
     held = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    for name, wanted in _weights_of(model):
+    for name, module, wanted in _weights_of(model):
         tensor = held[name]
         found = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
         if tensor.tensor_type.name in DTYPES:
             wanted = wanted.to(DTYPES[tensor.tensor_type.name]).float()
+        elif dtype in ROUNDED and not isinstance(module, GroupedWeight):
+            again = gguf.quants.dequantize(_rounded(wanted, tensor.tensor_type.name), tensor.tensor_type)
+            wanted = torch.from_numpy(again.copy())
         most = float((found.view_as(wanted) - wanted).abs().max()) / max(float(wanted.abs().max()), 1e-30)
         if not most <= 3e-7:
             return f"{name} by {most:.1e}"
     return ""
 
 
-def _weights_of(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the weights that are computed with, float32, by their names in a file."""
+def _weights_of(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
+    """Yield the weights that are computed with, float32, by their names in a file, and what has them."""
 
     def weight(module: nn.Module) -> torch.Tensor:
         return module.dequantize() if isinstance(module, GroupedWeight) else module.weight.detach().float()
 
-    yield "token_embd.weight", weight(model.get_input_embeddings())
+    yield "token_embd.weight", model.get_input_embeddings(), weight(model.get_input_embeddings())
     for number, block in enumerate(llama_blocks(model)):
         for field in LINEARS:
             linear = getattr(block, field)
@@ -386,4 +404,4 @@ def _weights_of(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
             if field in ("q", "k"):
                 heads = linear.out_features // block.head_dim
                 found = found.view(heads, 2, -1, found.shape[1]).transpose(1, 2).reshape(found.shape)
-            yield f"blk.{number}.{PARTS[field]}.weight", found
+            yield f"blk.{number}.{PARTS[field]}.weight", linear, found

@@ -14,7 +14,7 @@ from compactmind.data import write_dataset
 from compactmind.evaluation import language
 from compactmind.manifest import add_to_manifest, identity_of
 from compactmind.report import tables
-from compactmind.report.as_shipped import as_shipped, row_as_shipped
+from compactmind.report.as_shipped import as_shipped, compressed, row_as_shipped, row_of_llama_cpp
 from compactmind.report.documents import sections, write_documents
 from compactmind.report.figures import latency, perplexity_against_size
 from compactmind.report.goals import goals
@@ -40,6 +40,21 @@ def shipped(report):  # noqa: F811
 
 def by_name(found: dict) -> dict[str, dict]:
     return {row["name"]: row for row in found["models"]}
+
+
+def test_what_llama_cpp_makes_is_a_row_and_a_point_and_none_of_our_models(shipped, tmp_path):
+    before = compressed(shipped, as_shipped(shipped))
+    dense = shipped["models"][3] | {"measured_with": {"weights": "a"}, "identity": "a"}
+    row = row_of_llama_cpp(dense, "Q4_0", "1.2")
+    row |= {name: by_name(shipped)["llama_w8a8"][name] for name in ("generation", "divergence", "against_dense", "perplexity")}
+    shipped["models"].insert(5, row | {"status": "measured", "size_mb": 90.0, "compression_ratio": 2.99})
+    assert compressed(shipped, as_shipped(shipped)) == before
+    assert [line[0] for line in tables.language_table(shipped).rows].count("llama.cpp Q4_0") == 1
+    told = [each for each in sentences(shipped) if each.startswith("llama.cpp Q4_0")]
+    assert len(told) == 1 and not any("llama.cpp Q4_0 is" in each for each in warnings(shipped))
+    labels = [text.get_text() for text in perplexity_against_size(shipped).axes[0].get_legend().get_texts()]
+    assert any(label.startswith("llama.cpp Q4_0") for label in labels)
+    assert all(path.stat().st_size for path in write_documents(shipped, tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------------------- the row

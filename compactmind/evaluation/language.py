@@ -5,10 +5,12 @@ KL                 compactmind/evaluation/divergence.py, to the model it was mad
 compression ratio  bytes of the weight files of the model it was made from, in the dtype they were released in / bytes of its own
 prefill, decode    compactmind/evaluation/cost.py, measure_generation
 GSM8K              compactmind/evaluation/capability.py
+llama.cpp          compactmind/evaluation/llama_cpp.py, on the same windows and the same prompt
 kernel             what multiplies the matrices of the blocks; `simulated` is the right numbers without an int8 kernel
 """
 
 import functools
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from transformers import PreTrainedTokenizerBase
 
 from compactmind.checkpoint import Checkpoint, load_any
@@ -24,8 +27,10 @@ from compactmind.evaluation.capability import gsm8k
 from compactmind.evaluation.cost import NEW_TOKENS, measure_generation, measure_load_time, peak_memory, weight_bytes
 from compactmind.evaluation.divergence import measure_windows
 from compactmind.evaluation.failures import cell_fails_alone, leave_out, row_fails_alone
+from compactmind.evaluation.llama_cpp import LlamaCpp
 from compactmind.evaluation.perplexity import paired_ratio, perplexity_of
 from compactmind.formats.table import kernel_of
+from compactmind.gguf_export import export_gguf
 from compactmind.limits import positions_of, require_known_ids, require_positions
 
 
@@ -153,3 +158,44 @@ def measure_gsm8k(rows: list[dict[str, Any]], checkpoints: dict[str, Checkpoint]
         checkpoint = checkpoints[row["name"]]
         with cell_fails_alone(row, "gsm8k"):
             row["gsm8k"] = gsm8k(checkpoint.model, checkpoint.tokenizer, problems, file=file)
+
+
+def measure_in_llama_cpp(
+    rows: list[dict[str, Any]], dense: Checkpoint, base: dict[str, Any], windows: torch.Tensor, *, prompt_tokens: int, repeats: int
+) -> None:
+    """Add, in place, to rows of a dense model that llama.cpp rounds and runs, by their `dtype`, what `measure_language_models` adds.
+
+    `base` is the measured row of the dense model and `windows` (windows, seq_len) what its numbers are of. Memory is not measured: what
+    llama.cpp maps from a file is not told from what it needs. Each row fails alone.
+    """
+    models: dict[str, Any] = {base["name"]: dense.model}
+    try:
+        for row in rows:
+            with row_fails_alone(row), tempfile.TemporaryDirectory() as folder:
+                print(f"{row['name']:<24} perplexity, KL and speed ...", flush=True)
+                file = Path(folder, "model.gguf")
+                export_gguf(dense.model, dense.tokenizer, file, base["name"], row["dtype"])
+                row["size_mb"] = sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors) / 1e6
+                room = max(windows.shape[1], prompt_tokens + NEW_TOKENS)
+
+                def load(file: Path = file, room: int = room) -> LlamaCpp:
+                    return LlamaCpp(file, room, dense.model.config.vocab_size, torch.get_num_threads())
+
+                models[row["name"]] = load()
+                row["load_seconds"] = measure_load_time(lambda load=load: load().close())
+        found = measure_windows(models, windows, base["name"])
+        speeds = measure_generation(models, prompt_tokens, repeats, base["name"])
+    finally:
+        for name, model in models.items():
+            if name != base["name"]:
+                model.close()
+    for row in rows:
+        if row["name"] not in found:
+            continue
+        with row_fails_alone(row):
+            protocol = base["protocol"]
+            result = perplexity_of(found[row["name"]]["losses"], windows.shape[1], protocol["text"], protocol["windows_from"])
+            row |= {"losses": result["losses"], "protocol": protocol, "perplexity": result["perplexity"]}
+            row |= {"perplexity_interval": result["interval"], "divergence": found[row["name"]]["divergence"]}
+            row["against_dense"] = paired_ratio(row["losses"], base["losses"])
+            row |= {"compression_ratio": base["size_mb"] / row["size_mb"], "generation": speeds[row["name"]], "status": "measured"}

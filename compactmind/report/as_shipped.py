@@ -7,6 +7,9 @@ it: what runs such a file is another program. Whatever is made of the dense mode
 from typing import Any
 
 KIND = "published"
+LLAMA_CPP = "llama.cpp"
+OTHERS = (KIND, LLAMA_CPP)
+"""Kinds of rows that are no models of this project: the published file, and what llama.cpp makes and runs (evaluation/llama_cpp.py)."""
 SUFFIX = "_as_shipped"
 NOT_OF_THE_FILE = ("measured_with", "machine", "not_measured", "history", "gsm8k", "error", "parent", "layers", "quantization")
 """What of the dense model's row the file's leaves out: what was measured with the model itself, and how it lies under models/."""
@@ -26,6 +29,17 @@ def row_as_shipped(dense: dict[str, Any], published: dict[str, Any]) -> dict[str
     }  # fmt: skip
 
 
+def row_of_llama_cpp(dense: dict[str, Any], dtype: str, version: str) -> dict[str, Any]:
+    """Return the row, still to be measured, of the model of the measured row `dense` as llama.cpp rounds it to `dtype` and runs it."""
+    row = {name: value for name, value in dense.items() if name not in (*NOT_OF_THE_FILE, "published_as")}
+    return row | {
+        "name": f"llama.cpp {dtype}", "kind": LLAMA_CPP, "dtype": dtype, "directory": None, "made_from": dense["name"],
+        "compared_with": dense["name"], "kernel": f"llama.cpp ({version})", "stage": {}, "load_seconds": None, "peak_memory_mb": None,
+        "identity": f"{dense['identity']} {dtype}", "status": "found", "machine": dense.get("machine"),
+        "measured_with": {**dense["measured_with"], "llama.cpp": version},
+    }  # fmt: skip
+
+
 def as_shipped(report: dict[str, Any]) -> dict[str, Any] | None:
     """Return the measured row of the file that the dense language model was published as, None without one."""
     return next((row for row in report["models"] if row.get("kind") == KIND and row["status"] == "measured"), None)
@@ -38,7 +52,7 @@ def compressed(report: dict[str, Any], file: dict[str, Any]) -> list[dict[str, A
         row
         for row in report["models"]
         if row["track"] == "llm" and row["status"] == "measured" and row["compared_with"] == dense
-        and row["name"] != dense and row is not file and row["against_dense"]
+        and row["name"] != dense and row["kind"] not in OTHERS and row["against_dense"]
     ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from compactmind.files import write_text_atomically
 from compactmind.published import in_words
 from compactmind.report import tables
-from compactmind.report.as_shipped import KIND, as_shipped
+from compactmind.report.as_shipped import OTHERS, as_shipped
 from compactmind.report.figures import FIGURES, draw_all, model_comparison, save_figure
 from compactmind.report.literature import check_llama_2
 from compactmind.report.sentences import measured, sentences, warnings
@@ -95,7 +95,7 @@ def render(name: str, report: dict[str, Any], drawn: dict[str, str], folder: Pat
     )  # fmt: skip
     environment.filters |= {"tex": escape_tex, "md": escape_markdown, "picture": picture, "anchor": anchor}
     models = {track: measured(report, track).values() for track in ("encoder", "llm")}
-    rows = {track: sum(row["kind"] != KIND for row in found) for track, found in models.items()}
+    rows = {track: sum(row["kind"] not in OTHERS for row in found) for track, found in models.items()}
     return environment.get_template(f"report.{name}.j2").render(
         report=report, sections=sections(report, drawn), captions=drawn, rows=rows, left=tables.LEFT
     )
