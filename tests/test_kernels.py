@@ -4,11 +4,13 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from compactmind import kernels
+from compactmind.formats import w8a8
 from compactmind.kernels import KERNEL_VARIABLE
 from compactmind.methods.quantization.gptq import round_nearest
 from compactmind.methods.quantization.grid import BITS, ZEROS, Grid
@@ -68,6 +70,44 @@ def test_the_largest_sums_do_not_overflow_or_saturate(ops):
     with pytest.raises(RuntimeError, match="do not fit into 32 bits"):
         wide = torch.zeros(1, 140000, dtype=torch.int8)
         ops.int8_linear(wide, torch.ones(1, 1), wide, torch.ones(1), None)
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [0, 1, 5, 70])
+@pytest.mark.parametrize("channels", [1, 7, 96])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_another_kernel_are_scaled_in_the_same_order(ops, rows, channels, bias):
+    product = torch.randint(-(2**30), 2**30, (rows, channels), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    row, channel, added = drawn(rows, 1).abs(), drawn(1, channels, seed=1).abs(), drawn(channels, seed=2)
+    found = ops.scale_product(product, row, channel, added if bias else None)
+    assert torch.equal(found, product * channel * row + added if bias else product * channel * row)
+
+
+@needs_kernels
+def test_the_report_names_the_instructions(ops, monkeypatch):
+    flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
+    assert ops.avx_vnni() == ("avx_vnni" in flags)
+    assert kernels.int8_instructions() == ("avx_vnni" if "avx_vnni" in flags else "avx2")
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    layer = W8A8Linear.from_linear(torch.nn.Linear(64, 8))
+    assert w8a8.kernel(torch.nn.Sequential(layer)) == kernels.int8_instructions()
+
+
+@needs_kernels
+@pytest.mark.parametrize("rotation", [0, 8])
+@pytest.mark.parametrize("shape", [(1, 64), (2, 9, 64)], ids=str)
+def test_they_do_what_is_around_the_products_of_torch(ops, monkeypatch, shape, rotation):
+    if not torch.cpu._is_vnni_supported():
+        pytest.skip("torch._int_mm saturates without int8 instructions")
+    linear = torch.nn.Linear(64, 24).requires_grad_(False)
+    layer, x = W8A8Linear.from_linear(linear, rotation=rotation), drawn(*shape)
+    assert layer.kernel == "int_mm" and layer.parts.around
+    found = layer(x)
+    layer.around = False
+    expected = layer(x)
+    assert found.shape == (*shape[:-1], 24) and torch.allclose(found, expected, atol=0.02 * float(expected.std()))
+    if not rotation:
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @needs_kernels

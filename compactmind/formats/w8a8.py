@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from compactmind import kernels
 from compactmind.files import WEIGHTS
 from compactmind.formats import compressed_tensors
 from compactmind.formats.grouped import take_grouped
@@ -161,5 +162,6 @@ def weights(module: nn.Module) -> list[tuple[torch.Tensor, int]]:
 
 
 def kernel(model: PreTrainedModel) -> str:
-    """Return the int8 kernels by name; `simulated` is the right numbers without one."""
-    return ", ".join(sorted({module.kernel for module in model.modules() if isinstance(module, W8A8Linear)}))
+    """Return the int8 kernels by name, `avx2` as `avx_vnni` where it is that; `simulated` is the right numbers without one."""
+    found = {module.kernel for module in model.modules() if isinstance(module, W8A8Linear)}
+    return ", ".join(sorted(kernels.int8_instructions() if name == "avx2" else name for name in found))

@@ -46,6 +46,11 @@ def usable_on(device: torch.device) -> bool:
     return device.type == "cpu" and not simulated_wanted() and available()
 
 
+def int8_instructions() -> str:
+    """Return what the int8 products of the kernels, which are there, are made of: "avx_vnni" where the CPU has it, else "avx2"."""
+    return "avx_vnni" if torch.ops.compactmind.avx_vnni() else "avx2"
+
+
 def compiler() -> list[str] | None:
     """Return the command of a C++ compiler, None if there is none: CXX if that is set, else the first that is found."""
     given = shlex.split(os.environ.get("CXX", ""))
@@ -136,6 +141,10 @@ def _tell_shapes() -> None:
     @torch.library.register_fake("compactmind::int8_linear")
     def _(q, row_scale, weight, channel_scale, bias):
         return q.new_empty(q.shape[0], weight.shape[0], dtype=torch.float32)
+
+    @torch.library.register_fake("compactmind::scale_product")
+    def _(product, row_scale, channel_scale, bias):
+        return product.new_empty(product.shape, dtype=torch.float32)
 
     @torch.library.register_fake("compactmind::grouped_dequantize")
     def _(packed, scale, zero, bits, size, width):

@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <cpuid.h>
 #include <immintrin.h>
 #include <torch/library.h>
 
@@ -306,24 +307,51 @@ void pack(const int8_t* from, int64_t rows, int64_t k, int64_t first, int64_t k0
   }
 }
 
-// c (MR, NR) int32 = or += a (depth / 2, MR, 2) times b (depth / 2, NR, 2).
-void tile(const int16_t* a, const int16_t* b, int64_t depth, int32_t* c, bool add) {
-  __m256i acc[MR][VECTORS];
-  for (int r = 0; r < MR; ++r)
-    for (int h = 0; h < VECTORS; ++h)
-      acc[r][h] = add ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(c + r * NR + 8 * h)) : _mm256_setzero_si256();
-  for (int64_t i = 0; i < depth / 2; ++i) {
-    __m256i weights[VECTORS];
-    for (int h = 0; h < VECTORS; ++h) weights[h] = _mm256_load_si256(reinterpret_cast<const __m256i*>(b + (i * VECTORS + h) * 16));
-    for (int r = 0; r < MR; ++r) {
-      int32_t two;
-      std::memcpy(&two, a + (i * MR + r) * 2, sizeof two);
-      const __m256i x = _mm256_set1_epi32(two);
-      for (int h = 0; h < VECTORS; ++h) acc[r][h] = _mm256_add_epi32(acc[r][h], _mm256_madd_epi16(x, weights[h]));
-    }
+// c (MR, NR) int32 = or += a (depth / 2, MR, 2) times b (depth / 2, NR, 2). AVX-VNNI multiplies pairs and adds them up in one instruction.
+#define TILE(NAME, TARGET, ADD_PAIRS)                                                                                                   \
+  TARGET void NAME(const int16_t* a, const int16_t* b, int64_t depth, int32_t* c, bool add) {                                           \
+    __m256i acc[MR][VECTORS];                                                                                                           \
+    for (int r = 0; r < MR; ++r)                                                                                                        \
+      for (int h = 0; h < VECTORS; ++h)                                                                                                 \
+        acc[r][h] = add ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(c + r * NR + 8 * h)) : _mm256_setzero_si256();            \
+    for (int64_t i = 0; i < depth / 2; ++i) {                                                                                           \
+      __m256i weights[VECTORS];                                                                                                         \
+      for (int h = 0; h < VECTORS; ++h) weights[h] = _mm256_load_si256(reinterpret_cast<const __m256i*>(b + (i * VECTORS + h) * 16));   \
+      for (int r = 0; r < MR; ++r) {                                                                                                    \
+        int32_t two;                                                                                                                    \
+        std::memcpy(&two, a + (i * MR + r) * 2, sizeof two);                                                                            \
+        const __m256i x = _mm256_set1_epi32(two);                                                                                       \
+        for (int h = 0; h < VECTORS; ++h) acc[r][h] = ADD_PAIRS(acc[r][h], x, weights[h]);                                              \
+      }                                                                                                                                 \
+    }                                                                                                                                   \
+    for (int r = 0; r < MR; ++r)                                                                                                        \
+      for (int h = 0; h < VECTORS; ++h) _mm256_storeu_si256(reinterpret_cast<__m256i*>(c + r * NR + 8 * h), acc[r][h]);                 \
   }
-  for (int r = 0; r < MR; ++r)
-    for (int h = 0; h < VECTORS; ++h) _mm256_storeu_si256(reinterpret_cast<__m256i*>(c + r * NR + 8 * h), acc[r][h]);
+#define MULTIPLY_AND_ADD(acc, x, w) _mm256_add_epi32(acc, _mm256_madd_epi16(x, w))
+TILE(tile_avx2, , MULTIPLY_AND_ADD)
+#if defined(__has_builtin) && (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 12)
+#define KNOWS_AVX_VNNI 1
+TILE(tile_vnni, __attribute__((target("avx2,fma,avxvnni"))), _mm256_dpwssd_avx_epi32)
+#endif
+
+// Whether the CPU has AVX-VNNI (leaf 7, subleaf 1, bit 4 of EAX) and the compiler knew it.
+bool has_avx_vnni() {
+#ifdef KNOWS_AVX_VNNI
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  static const bool found = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+  return found;
+#else
+  return false;
+#endif
+}
+
+using Tile = void (*)(const int16_t*, const int16_t*, int64_t, int32_t*, bool);
+
+Tile tile_of(bool vnni) {
+#ifdef KNOWS_AVX_VNNI
+  if (vnni) return tile_vnni;
+#endif
+  return tile_avx2;
 }
 
 // The rows of c (m, NR) int32, scaled, into the columns from j on of out (m, n).
@@ -370,6 +398,7 @@ Tensor int8_linear(const Tensor& q, const Tensor& row_scale, const Tensor& weigh
   at::parallel_for(0, panels, 4, [&](int64_t p0, int64_t p1) {
     for (int64_t p = p0; p < p1; ++p) pack(x, m, k, p * MR, 0, depth16, MR, a + p * stride);
   });
+  const Tile tile = tile_of(has_avx_vnni());
   at::parallel_for(0, (n + NR - 1) / NR, 1, [&](int64_t j0, int64_t j1) {
     std::vector<int32_t> c(panels * MR * NR);
     alignas(64) int16_t b[KC * NR];
@@ -380,6 +409,30 @@ Tensor int8_linear(const Tensor& q, const Tensor& row_scale, const Tensor& weigh
         for (int64_t p = 0; p < panels; ++p) tile(a + p * stride + k0 * MR, b, depth, c.data() + p * MR * NR, k0 > 0);
       }
       scaled(c.data(), m, j, n, scales, y);
+    }
+  });
+  return out;
+}
+
+// product (m, n) int32 of another kernel, scaled: float32.
+Tensor scale_product(const Tensor& product, const Tensor& row_scale, const Tensor& channel_scale, const optional<Tensor>& bias) {
+  const int64_t m = product.size(0), n = product.size(1);
+  TORCH_CHECK(product.is_contiguous() && product.scalar_type() == at::kInt, "product: contiguous int32 (rows, channels)");
+  TORCH_CHECK(row_scale.is_contiguous() && row_scale.numel() == m && channel_scale.is_contiguous() && channel_scale.numel() == n,
+              "a scale for each row and each channel");
+  Tensor out = at::empty({m, n}, product.options().dtype(at::kFloat));
+  const auto* from = product.const_data_ptr<int32_t>();
+  const auto *rows = row_scale.const_data_ptr<float>(), *channels = channel_scale.const_data_ptr<float>();
+  const auto* added = bias ? bias->const_data_ptr<float>() : nullptr;
+  auto* to = out.mutable_data_ptr<float>();
+  at::parallel_for(0, m, std::max<int64_t>(1, 16384 / std::max<int64_t>(n, 1)), [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      const int32_t* sums = from + r * n;
+      float* y = to + r * n;
+      for (int64_t j = 0; j < n; ++j) {
+        const float scaled = static_cast<float>(sums[j]) * channels[j] * rows[r];
+        y[j] = added ? scaled + added[j] : scaled;
+      }
     }
   });
   return out;
@@ -837,6 +890,8 @@ Tensor decode(const Tensor& hidden, const Tensor& cos, const Tensor& sin, at::Te
 TORCH_LIBRARY(compactmind, m) {
   m.def("quantize_rows(Tensor x, Tensor? norm, float eps, bool gate, int rotation) -> (Tensor, Tensor)");
   m.def("int8_linear(Tensor q, Tensor row_scale, Tensor weight, Tensor channel_scale, Tensor? bias) -> Tensor");
+  m.def("scale_product(Tensor product, Tensor row_scale, Tensor channel_scale, Tensor? bias) -> Tensor");
+  m.def("avx_vnni", &has_avx_vnni);
   m.def("grouped_dequantize(Tensor packed, Tensor scale, Tensor zero, int bits, int size, int width) -> Tensor");
   m.def("grouped_linear(Tensor x, Tensor packed, Tensor scale, Tensor zero, int bits, int size) -> Tensor");
   m.def("bfloat16_linear(Tensor x, Tensor weight) -> Tensor");
@@ -848,6 +903,7 @@ TORCH_LIBRARY(compactmind, m) {
 TORCH_LIBRARY_IMPL(compactmind, CPU, m) {
   m.impl("quantize_rows", &quantize_rows);
   m.impl("int8_linear", &int8_linear);
+  m.impl("scale_product", &scale_product);
   m.impl("grouped_dequantize", &grouped_dequantize);
   m.impl("grouped_linear", &grouped_linear);
   m.impl("bfloat16_linear", &bfloat16_linear);

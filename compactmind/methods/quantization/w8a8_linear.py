@@ -6,8 +6,11 @@ https://arxiv.org/abs/2211.10438). With a rotation, x is first multiplied by it 
 
 int_mm     torch._int_mm: CPUs with int8 instructions (VNNI), CUDA of compute capability 7.5 and later (widths multiples of 8);
            on CPUs without them it saturates: wrong numbers
-avx2       compactmind/kernels: x86 CPUs without them, where a C++ compiler is at hand
+avx2       compactmind/kernels: x86 CPUs without them, where a C++ compiler is at hand; with AVX-VNNI (`avx_vnni` in the report) a pair of
+           products and their sum are one instruction
 simulated  the same integers multiplied in floating point: the same int32 to the last bit, no speed-up, and the report says so
+
+Where there is a compiler compactmind/kernels also do what is around int_mm on a CPU: norm, gate, rotation, rounding and scales.
 
 COMPACTMIND_KERNEL=simulated in the environment asks for the last everywhere, as on a machine that has none of the others
 (`COMPACTMIND_KERNEL=simulated ./test.sh`). No file depends on the kernel: the sums are the same, and what is written down are weights and
@@ -81,6 +84,8 @@ class Int8Parts(NamedTuple):
     input_scale: torch.Tensor | None
     activations: str
     kernel: str
+    around: bool
+    """Whether compactmind/kernels do what is around the product: norm, gate, rotation, rounding, scales."""
 
     def linear(
         self,
@@ -95,7 +100,8 @@ class Int8Parts(NamedTuple):
         `norm` (in,): RMSNorm with this weight and `eps` comes first. `gate`: x is (..., 2 in), and SiLU of the first half times the second
         is taken.
         """
-        if self.kernel == "avx2" and self.activations == "per_token":
+        native = self.around and self.activations == "per_token"
+        if native:
             rows, rotation = x.reshape(-1, x.shape[-1]).float().contiguous(), 0 if self.rotation is None else len(self.rotation)
             q, scale = torch.ops.compactmind.quantize_rows(rows, None if norm is None else norm.float(), eps, gate, rotation)
         else:
@@ -108,6 +114,9 @@ class Int8Parts(NamedTuple):
                 x = rotate(x.float(), self.rotation)
             scale = activation_scale(x, self.activations, self.input_scale)
             q = quantize_activation(x, scale)
+        if self.kernel == "int_mm" and native:
+            product = torch._int_mm(q, self.weight.t())
+            return torch.ops.compactmind.scale_product(product, scale, self.channel_scale, bias).view(*x.shape[:-1], -1)
         if self.kernel != "avx2":
             product = self.product(q) * self.channel_scale
             return product.mul_(scale) if bias is None else torch.addcmul(bias, product, scale)
@@ -150,7 +159,7 @@ class W8A8Linear(nn.Module):
         )  # fmt: skip
         self.hadamard_input = InputRotation(rotation, device) if rotation else None
         self.bias = nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False) if bias else None
-        self.kernel = "simulated"
+        self.kernel, self.around = "simulated", False
 
     @classmethod
     def from_linear(
@@ -175,6 +184,7 @@ class W8A8Linear(nn.Module):
     def prepare(self) -> "W8A8Linear":
         """Choose the kernel for where the weights are now; after loading and after moving."""
         self.kernel = kernel_for(self.weight.device, self.in_features, self.out_features)
+        self.around = self.kernel != "simulated" and kernels.usable_on(self.weight.device)
         if self.hadamard_input is not None:
             self.hadamard_input.prepare()
         return self
@@ -188,7 +198,8 @@ class W8A8Linear(nn.Module):
     def parts(self) -> Int8Parts:
         """What a product needs, see there."""
         rotation = None if self.hadamard_input is None else self.hadamard_input.matrix
-        return Int8Parts(self.weight, self.weight_scale.t(), rotation, self.input_scale, self.activations, self.kernel)
+        around = self.around and self.kernel != "simulated"
+        return Int8Parts(self.weight, self.weight_scale.t(), rotation, self.input_scale, self.activations, self.kernel, around)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in_features) -> (..., out_features), in x's dtype."""
