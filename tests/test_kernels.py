@@ -51,22 +51,26 @@ def integers(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 6, 7, 13, 65])
 @pytest.mark.parametrize(("width", "channels"), [(1, 1), (8, 3), (31, 16), (32, 17), (576, 50), (1030, 33)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_of_int8_are_exact_and_scaled_in_a_known_order(ops, rows, width, channels, bias):
+@pytest.mark.parametrize("vnni", [False, True], ids=["avx2", "avx_vnni"])
+def test_products_of_int8_are_exact_and_scaled_in_a_known_order(ops, rows, width, channels, bias, vnni):
     q, weight = integers(rows, width), integers(channels, width, seed=1)
     if rows:
         q[0], weight[0], weight[-1] = 127, 127, -127
     row, channel, added = drawn(rows, 1).abs(), drawn(channels, seed=1).abs(), drawn(channels, seed=2)
-    found = ops.int8_linear(q, row, weight, channel, added if bias else None)
+    found = ops.int8_linear(q, row, weight, channel, added if bias else None, vnni)
     expected = (q.long() @ weight.long().t()).to(torch.int32) * channel * row
     assert torch.equal(found, expected + added if bias else expected)
 
 
 @needs_kernels
-def test_the_largest_sums_do_not_overflow_or_saturate(ops):
-    for rows in (1, 4, 8):
-        q, weight = torch.full((rows, 11008), 127, dtype=torch.int8), torch.full((5, 11008), -127, dtype=torch.int8)
-        found = ops.int8_linear(q, torch.ones(rows, 1), weight, torch.ones(5), None)
-        assert torch.equal(found, torch.full((rows, 5), -11008.0 * 127 * 127))
+@pytest.mark.parametrize("vnni", [False, True], ids=["avx2", "avx_vnni"])
+def test_the_largest_sums_do_not_overflow_or_saturate(ops, vnni):
+    for rows, width in ((1, 11008), (4, 11008), (8, 11008), (8, 131072)):
+        for sign in (-1, 1):
+            q = torch.full((rows, width), 127, dtype=torch.int8)
+            weight = torch.full((5, width), sign * 127, dtype=torch.int8)
+            found = ops.int8_linear(q, torch.ones(rows, 1), weight, torch.ones(5), None, vnni)
+            assert torch.equal(found, torch.full((rows, 5), float(sign * width * 127 * 127)))
     with pytest.raises(RuntimeError, match="do not fit into 32 bits"):
         wide = torch.zeros(1, 140000, dtype=torch.int8)
         ops.int8_linear(wide, torch.ones(1, 1), wide, torch.ones(1), None)

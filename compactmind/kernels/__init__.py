@@ -139,7 +139,7 @@ def _tell_shapes() -> None:
         return x.new_empty(x.shape[0], width, dtype=torch.int8), x.new_empty(x.shape[0], 1)
 
     @torch.library.register_fake("compactmind::int8_linear")
-    def _(q, row_scale, weight, channel_scale, bias):
+    def _(q, row_scale, weight, channel_scale, bias, vnni=True):
         return q.new_empty(q.shape[0], weight.shape[0], dtype=torch.float32)
 
     @torch.library.register_fake("compactmind::scale_product")

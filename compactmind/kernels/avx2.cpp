@@ -307,31 +307,79 @@ void pack(const int8_t* from, int64_t rows, int64_t k, int64_t first, int64_t k0
   }
 }
 
-// c (MR, NR) int32 = or += a (depth / 2, MR, 2) times b (depth / 2, NR, 2). AVX-VNNI multiplies pairs and adds them up in one instruction.
-#define TILE(NAME, TARGET, ADD_PAIRS)                                                                                                   \
-  TARGET void NAME(const int16_t* a, const int16_t* b, int64_t depth, int32_t* c, bool add) {                                           \
-    __m256i acc[MR][VECTORS];                                                                                                           \
-    for (int r = 0; r < MR; ++r)                                                                                                        \
-      for (int h = 0; h < VECTORS; ++h)                                                                                                 \
-        acc[r][h] = add ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(c + r * NR + 8 * h)) : _mm256_setzero_si256();            \
-    for (int64_t i = 0; i < depth / 2; ++i) {                                                                                           \
-      __m256i weights[VECTORS];                                                                                                         \
-      for (int h = 0; h < VECTORS; ++h) weights[h] = _mm256_load_si256(reinterpret_cast<const __m256i*>(b + (i * VECTORS + h) * 16));   \
-      for (int r = 0; r < MR; ++r) {                                                                                                    \
-        int32_t two;                                                                                                                    \
-        std::memcpy(&two, a + (i * MR + r) * 2, sizeof two);                                                                            \
-        const __m256i x = _mm256_set1_epi32(two);                                                                                       \
-        for (int h = 0; h < VECTORS; ++h) acc[r][h] = ADD_PAIRS(acc[r][h], x, weights[h]);                                              \
-      }                                                                                                                                 \
-    }                                                                                                                                   \
-    for (int r = 0; r < MR; ++r)                                                                                                        \
-      for (int h = 0; h < VECTORS; ++h) _mm256_storeu_si256(reinterpret_cast<__m256i*>(c + r * NR + 8 * h), acc[r][h]);                 \
+// c (MR, NR) int32 = or += a (depth / 2, MR, 2) times b (depth / 2, NR, 2).
+void tile(const int16_t* a, const int16_t* b, int64_t depth, int32_t* c, bool add) {
+  __m256i acc[MR][VECTORS];
+  for (int r = 0; r < MR; ++r)
+    for (int h = 0; h < VECTORS; ++h)
+      acc[r][h] = add ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(c + r * NR + 8 * h)) : _mm256_setzero_si256();
+  for (int64_t i = 0; i < depth / 2; ++i) {
+    __m256i weights[VECTORS];
+    for (int h = 0; h < VECTORS; ++h) weights[h] = _mm256_load_si256(reinterpret_cast<const __m256i*>(b + (i * VECTORS + h) * 16));
+    for (int r = 0; r < MR; ++r) {
+      int32_t two;
+      std::memcpy(&two, a + (i * MR + r) * 2, sizeof two);
+      const __m256i x = _mm256_set1_epi32(two);
+      for (int h = 0; h < VECTORS; ++h) acc[r][h] = _mm256_add_epi32(acc[r][h], _mm256_madd_epi16(x, weights[h]));
+    }
   }
-#define MULTIPLY_AND_ADD(acc, x, w) _mm256_add_epi32(acc, _mm256_madd_epi16(x, w))
-TILE(tile_avx2, , MULTIPLY_AND_ADD)
-#if defined(__has_builtin) && (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 12)
+  for (int r = 0; r < MR; ++r)
+    for (int h = 0; h < VECTORS; ++h) _mm256_storeu_si256(reinterpret_cast<__m256i*>(c + r * NR + 8 * h), acc[r][h]);
+}
+
+// AVX-VNNI multiplies four bytes without a sign by four with one and adds all up, exact (vpdpbusd): inputs have 128 added, and 128 times the sum
+// of a channel's weights is taken off again. Sums that wrap on the way come back.
+#if defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 12
 #define KNOWS_AVX_VNNI 1
-TILE(tile_vnni, __attribute__((target("avx2,fma,avxvnni"))), _mm256_dpwssd_avx_epi32)
+
+// As `pack`, columns in fours: (depth / 4, apart, 4) bytes, `depth` a multiple of 32, and each byte with the bits of `flip` turned.
+void pack4(const int8_t* from, int64_t rows, int64_t k, int64_t first, int64_t k0, int64_t depth, int64_t apart, uint8_t flip, uint8_t* to) {
+  for (int64_t i = 0; i < depth; i += 32) {
+    const int64_t left = std::min<int64_t>(32, k - (k0 + i));
+    __m256i r[8];
+    for (int64_t row = 0; row < 8; ++row) {
+      const int8_t* at = from + (first + row) * k + k0 + i;
+      if (first + row >= rows || row >= apart) {
+        r[row] = _mm256_setzero_si256();
+      } else {
+        alignas(32) int8_t rest[32] = {};
+        if (left < 32) std::memcpy(rest, at, left);
+        const __m256i bytes = left < 32 ? _mm256_load_si256(reinterpret_cast<const __m256i*>(rest)) : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+        r[row] = _mm256_xor_si256(bytes, _mm256_set1_epi8(static_cast<char>(flip)));
+      }
+    }
+    transpose8(r);
+    for (int64_t four = 0; four < 8; ++four)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (i / 4 + four) * apart * 4), r[four]);
+  }
+}
+
+// What is to be taken off: 128 times the sums of b (depth / 4, NR, 4) over its columns.
+__attribute__((target("avx2,fma,avxvnni"))) void excess(const uint8_t* b, int64_t depth, __m256i* found) {
+  for (int h = 0; h < VECTORS; ++h) found[h] = _mm256_setzero_si256();
+  for (int64_t i = 0; i < depth / 4; ++i)
+    for (int h = 0; h < VECTORS; ++h)
+      found[h] = _mm256_dpbusd_avx_epi32(found[h], _mm256_set1_epi8(-128), _mm256_load_si256(reinterpret_cast<const __m256i*>(b + (i * VECTORS + h) * 32)));
+}
+
+__attribute__((target("avx2,fma,avxvnni"))) void tile4(const uint8_t* a, const uint8_t* b, const __m256i* off, int64_t depth, int32_t* c, bool add) {
+  __m256i acc[MR][VECTORS];
+  for (int r = 0; r < MR; ++r)
+    for (int h = 0; h < VECTORS; ++h)
+      acc[r][h] = _mm256_sub_epi32(add ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(c + r * NR + 8 * h)) : _mm256_setzero_si256(), off[h]);
+  for (int64_t i = 0; i < depth / 4; ++i) {
+    __m256i weights[VECTORS];
+    for (int h = 0; h < VECTORS; ++h) weights[h] = _mm256_load_si256(reinterpret_cast<const __m256i*>(b + (i * VECTORS + h) * 32));
+    for (int r = 0; r < MR; ++r) {
+      int32_t four;
+      std::memcpy(&four, a + (i * MR + r) * 4, sizeof four);
+      const __m256i x = _mm256_set1_epi32(four);
+      for (int h = 0; h < VECTORS; ++h) acc[r][h] = _mm256_dpbusd_avx_epi32(acc[r][h], x, weights[h]);
+    }
+  }
+  for (int r = 0; r < MR; ++r)
+    for (int h = 0; h < VECTORS; ++h) _mm256_storeu_si256(reinterpret_cast<__m256i*>(c + r * NR + 8 * h), acc[r][h]);
+}
 #endif
 
 // Whether the CPU has AVX-VNNI (leaf 7, subleaf 1, bit 4 of EAX) and the compiler knew it.
@@ -343,15 +391,6 @@ bool has_avx_vnni() {
 #else
   return false;
 #endif
-}
-
-using Tile = void (*)(const int16_t*, const int16_t*, int64_t, int32_t*, bool);
-
-Tile tile_of(bool vnni) {
-#ifdef KNOWS_AVX_VNNI
-  if (vnni) return tile_vnni;
-#endif
-  return tile_avx2;
 }
 
 // The rows of c (m, NR) int32, scaled, into the columns from j on of out (m, n).
@@ -372,7 +411,9 @@ void scaled(const int32_t* c, int64_t m, int64_t j, int64_t n, Scales scales, fl
   }
 }
 
-Tensor int8_linear(const Tensor& q, const Tensor& row_scale, const Tensor& weight, const Tensor& channel_scale, const optional<Tensor>& bias) {
+// `vnni`: with AVX-VNNI where the CPU has it.
+Tensor int8_linear(const Tensor& q, const Tensor& row_scale, const Tensor& weight, const Tensor& channel_scale, const optional<Tensor>& bias,
+                   bool vnni) {
   const int64_t m = q.size(0), k = q.size(1), n = weight.size(0);
   TORCH_CHECK(q.is_contiguous() && weight.is_contiguous() && weight.size(1) == k, "q (rows, in) and weight (out, in): contiguous int8");
   TORCH_CHECK(row_scale.is_contiguous() && row_scale.numel() == m && channel_scale.is_contiguous() && channel_scale.numel() == n,
@@ -392,14 +433,39 @@ Tensor int8_linear(const Tensor& q, const Tensor& row_scale, const Tensor& weigh
                        [&](int64_t n0, int64_t n1) { run(wide.data(), stride, w, k, n0, n1, scales, y, n); });
     return out;
   }
-  const int64_t panels = (m + MR - 1) / MR, depth16 = (k + 15) / 16 * 16, stride = MR * depth16 + 16;
+  const int64_t panels = (m + MR - 1) / MR, whole = (n + NR - 1) / NR;
+#ifdef KNOWS_AVX_VNNI
+  if (vnni && has_avx_vnni()) {
+    const int64_t depth32 = (k + 31) / 32 * 32, stride = MR * depth32 + 32;
+    Tensor packed = at::empty({panels * stride}, q.options().dtype(at::kByte));  // each panel (depth / 4, MR, 4)
+    auto* a = packed.mutable_data_ptr<uint8_t>();
+    at::parallel_for(0, panels, 4, [&](int64_t p0, int64_t p1) {
+      for (int64_t p = p0; p < p1; ++p) pack4(x, m, k, p * MR, 0, depth32, MR, 0x80, a + p * stride);
+    });
+    at::parallel_for(0, whole, 1, [&](int64_t j0, int64_t j1) {
+      std::vector<int32_t> c(panels * MR * NR);
+      alignas(64) uint8_t b[KC * NR];
+      __m256i off[VECTORS];
+      for (int64_t j = j0 * NR; j < j1 * NR; j += NR) {
+        for (int64_t k0 = 0; k0 < depth32; k0 += KC) {
+          const int64_t depth = std::min(KC, depth32 - k0);
+          for (int64_t half = 0; half < NR; half += 8) pack4(w, n, k, j + half, k0, depth, NR, 0, b + half * 4);
+          excess(b, depth, off);
+          for (int64_t p = 0; p < panels; ++p) tile4(a + p * stride + k0 * MR, b, off, depth, c.data() + p * MR * NR, k0 > 0);
+        }
+        scaled(c.data(), m, j, n, scales, y);
+      }
+    });
+    return out;
+  }
+#endif
+  const int64_t depth16 = (k + 15) / 16 * 16, stride = MR * depth16 + 16;
   Tensor packed = at::empty({panels * stride}, q.options().dtype(at::kShort));  // each panel (depth / 2, MR, 2)
   auto* a = packed.mutable_data_ptr<int16_t>();
   at::parallel_for(0, panels, 4, [&](int64_t p0, int64_t p1) {
     for (int64_t p = p0; p < p1; ++p) pack(x, m, k, p * MR, 0, depth16, MR, a + p * stride);
   });
-  const Tile tile = tile_of(has_avx_vnni());
-  at::parallel_for(0, (n + NR - 1) / NR, 1, [&](int64_t j0, int64_t j1) {
+  at::parallel_for(0, whole, 1, [&](int64_t j0, int64_t j1) {
     std::vector<int32_t> c(panels * MR * NR);
     alignas(64) int16_t b[KC * NR];
     for (int64_t j = j0 * NR; j < j1 * NR; j += NR) {
@@ -889,7 +955,7 @@ Tensor decode(const Tensor& hidden, const Tensor& cos, const Tensor& sin, at::Te
 
 TORCH_LIBRARY(compactmind, m) {
   m.def("quantize_rows(Tensor x, Tensor? norm, float eps, bool gate, int rotation) -> (Tensor, Tensor)");
-  m.def("int8_linear(Tensor q, Tensor row_scale, Tensor weight, Tensor channel_scale, Tensor? bias) -> Tensor");
+  m.def("int8_linear(Tensor q, Tensor row_scale, Tensor weight, Tensor channel_scale, Tensor? bias, bool vnni=True) -> Tensor");
   m.def("scale_product(Tensor product, Tensor row_scale, Tensor channel_scale, Tensor? bias) -> Tensor");
   m.def("avx_vnni", &has_avx_vnni);
   m.def("grouped_dequantize(Tensor packed, Tensor scale, Tensor zero, int bits, int size, int width) -> Tensor");

@@ -6,7 +6,7 @@ https://arxiv.org/abs/2211.10438). With a rotation, x is first multiplied by it 
 
 int_mm     torch._int_mm: CPUs with int8 instructions (VNNI), CUDA of compute capability 7.5 and later (widths multiples of 8);
            on CPUs without them it saturates: wrong numbers
-avx2       compactmind/kernels: x86 CPUs without them, where a C++ compiler is at hand; with AVX-VNNI (`avx_vnni` in the report) a pair of
+avx2       compactmind/kernels: x86 CPUs without them, where a C++ compiler is at hand; with AVX-VNNI (`avx_vnni` in the report) four
            products and their sum are one instruction
 simulated  the same integers multiplied in floating point: the same int32 to the last bit, no speed-up, and the report says so
 
