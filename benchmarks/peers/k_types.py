@@ -27,37 +27,57 @@ from compactmind.checkpoint import silence_libraries  # noqa: E402
 from compactmind.evaluation.divergence import measure_windows  # noqa: E402
 from compactmind.evaluation.perplexity import paired_ratio  # noqa: E402
 from compactmind.forward import next_token_logits  # noqa: E402
+from compactmind.methods.llama import LINEARS, llama_blocks  # noqa: E402
 from compactmind.methods.quantization.blockwise import walk_blocks  # noqa: E402
 from compactmind.methods.quantization.calibration import SITES  # noqa: E402
 from compactmind.methods.quantization.gptq import columns_in_order, inverse_factor, round_compensated  # noqa: E402
 from compactmind.methods.quantization.superblocks import K_GRIDS  # noqa: E402
 
 DAMPING = 0.05
-WAYS = ("llama.cpp", "llama.cpp, importance", "gptq")
 
 
 @torch.no_grad()
-def rounded(folder: Path, bits: int, way: str, windows: torch.Tensor):
-    """Return the model with every linear that can be in the K type of `bits` bits, and how many these are."""
+def importances(folder: Path, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the mean squared input (in,) of every linear of the dense model."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    grid, count = K_GRIDS[bits], 0
+    return {
+        f"{block.name}.{LINEARS[field]}": moments[site].diagonal().float().clone()
+        for _, block, moments in walk_blocks(model, windows, None)
+        for site, fields in SITES.items()
+        for field in fields
+    }
+
+
+@torch.no_grad()
+def by_llama_cpp(folder: Path, bits: int, importance: dict[str, torch.Tensor] | None):
+    """Return the model with every linear that can be in the K type of `bits` bits, rounded by llama.cpp."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    kind = gguf.GGMLQuantizationType[K_GRIDS[bits].gguf_type]
+    for name, weight in weights_of(model, bits).items():
+        packed = quantize(weight, kind, importance[name] if importance else None)
+        weight.copy_(torch.from_numpy(gguf.quants.dequantize(packed, kind).copy()))
+    return model
+
+
+@torch.no_grad()
+def by_gptq(folder: Path, bits: int, windows: torch.Tensor):
+    """Return the same, rounded by gptq."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    grid, chosen = K_GRIDS[bits], weights_of(model, bits)
     for _, block, moments in walk_blocks(model, windows, None):
         for site, fields in SITES.items():
             for field in fields:
-                linear = getattr(block, field)
-                if not grid.fits(linear.in_features):
-                    continue
-                count += 1
-                if way == "gptq":
+                if (weight := chosen.get(f"{block.name}.{LINEARS[field]}")) is not None:
                     order = columns_in_order(moments[site], grid, "activation")
                     factor = inverse_factor(moments[site][order[:, None], order], DAMPING)
-                    linear.weight.data = round_compensated(linear.weight, factor, order, grid).weight()
-                else:
-                    kind = gguf.GGMLQuantizationType[grid.gguf_type]
-                    importance = moments[site].diagonal().float() if "importance" in way else None
-                    packed = quantize(linear.weight.data.float(), kind, importance)
-                    linear.weight.data = torch.from_numpy(gguf.quants.dequantize(packed, kind).copy()).view_as(linear.weight)
-    return model, count
+                    weight.copy_(round_compensated(weight, factor, order, grid).weight())
+    return model
+
+
+def weights_of(model, bits: int) -> dict[str, torch.Tensor]:
+    """Return the weights of a float32 model whose rows super-blocks fill, by name; they are changed in place."""
+    found = {f"{block.name}.{path}": getattr(block, field) for block in llama_blocks(model) for field, path in LINEARS.items()}
+    return {name: linear.weight.data for name, linear in found.items() if K_GRIDS[bits].fits(linear.in_features)}
 
 
 def main() -> None:
@@ -76,13 +96,19 @@ def main() -> None:
     with torch.inference_mode():
         logits = [next_token_logits(dense, window) for window in held_out]
     base = measure_windows({"dense": dense}, held_out, logits)["dense"]
+    importance = importances(asked.model, windows)
+    ways = {
+        "llama.cpp": lambda bits: by_llama_cpp(asked.model, bits, None),
+        "llama.cpp, importance": lambda bits: by_llama_cpp(asked.model, bits, importance),
+        "gptq": lambda bits: by_gptq(asked.model, bits, windows),
+    }
     for bits in asked.bits:
-        for way in WAYS:
-            model, count = rounded(asked.model, bits, way, windows)
+        for way, make in ways.items():
+            model = make(bits)
             found = measure_windows({"model": model}, held_out, logits)["model"]
             ratio = paired_ratio(found["losses"].tolist(), base["losses"].tolist())["ratio"]
-            kind = K_GRIDS[bits].gguf_type
-            print(f"{kind} {count} linears {way:<24} perplexity {ratio - 1:+.2%}, KL {found['divergence']['mean']:.5f}", flush=True)
+            told = f"{K_GRIDS[bits].gguf_type}, {len(weights_of(model, bits))} linears, {way}"
+            print(f"{told:<48} perplexity {ratio - 1:+.2%}, KL {found['divergence']['mean']:.5f}", flush=True)
 
 
 if __name__ == "__main__":
