@@ -17,6 +17,9 @@ import torch
 
 from compactmind.methods.quantization.grid import K_TYPES, SMALLEST, Grid, fit, from_integers, to_integers
 
+SHARES = (1.1, 1.0, 0.95, 0.9, 0.85)
+"""Shares of the largest scale that the largest multiple is tried to reach."""
+
 
 def most_of(grid: Grid) -> int:
     """Return the largest multiple that a scale of a grid may be; scales without a minimum have a sign."""
@@ -40,25 +43,62 @@ def fit_groups(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scale and zero, (..., groups, 1) each, of the groups of a weight (..., groups, size), as `fit` does.
 
-    The groups are those of one super-block if the grid has any. Scales are chosen one by one and rounded to multiples then, from above, so
-    that the largest is still reached; minima are fitted to what that gives, and rounded in their turn.
+    The groups are those of one super-block if the grid has any. What they share is chosen by error, as a scale is: of several numbers the
+    one with the smallest squared error of all groups, each of which takes the multiple below or above the scale that fits it best alone.
+    Minima are fitted to what that gives, and chosen likewise.
     """
     if not grid.superblocks:
         return fit(weight, grid, importance, ranges)
     weight, most = weight.float(), most_of(grid)
-    scale, zero = fit(weight, grid, importance, ranges)
-    step = _rounded_up(scale.abs().amax(-2, keepdim=True) / most, most)
-    multiple = (scale / step).round().clamp(-most, most)
-    scale = torch.where(multiple == 0, torch.ones_like(multiple), multiple) * step
-    if grid.zero != "float":
-        return scale, zero
     counts = torch.ones_like(weight) if importance is None else importance.float().expand_as(weight)
-    counts = counts / counts.sum(-1, keepdim=True).clamp_min(1e-30)
-    for _ in range(2):
+    means = counts / counts.sum(-1, keepdim=True).clamp_min(1e-30)
+    wanted, at_first = fit(weight, grid, importance, ranges)
+    has_minimum = grid.zero == "float"
+
+    def error(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         q = to_integers(weight, scale, zero, grid)
-        zero = (counts * (weight - from_integers(q, scale, torch.zeros_like(zero), grid))).sum(-1, keepdim=True).clamp(max=0)
-    step = _rounded_up((-zero).amax(-2, keepdim=True) / most, most)
-    return scale, -((-zero / step).round().clamp(0, most) * step)
+        return ((from_integers(q, scale, zero, grid) - weight).square() * counts).sum(-1, keepdim=True)
+
+    def minimum_for(scale: torch.Tensor) -> torch.Tensor:
+        if not has_minimum:
+            return at_first
+        q = to_integers(weight, scale, at_first, grid)
+        return (means * (weight - q * scale)).sum(-1, keepdim=True).clamp(max=0)
+
+    found: Found = ()
+    for share in SHARES:
+        single: Found = ()
+        for scale in _multiples_beside(wanted, share, most, least=1):
+            zero = minimum_for(scale)
+            single = _better(single, (error(scale, zero), scale, zero))
+        if has_minimum:
+            _, scale, zero = single
+            single = ()
+            for minimum in _multiples_beside(-zero, 1.0, most, least=0):
+                single = _better(single, (error(scale, -minimum), scale, -minimum))
+        errors, scale, zero = single
+        found = _better(found, (errors.sum(-2, keepdim=True), scale, zero))
+    return found[1], found[2]
+
+
+Found = tuple[torch.Tensor, ...]
+"""An error and the scale and zero that leave it, or nothing yet."""
+
+
+def _better(found: Found, tried: Found) -> Found:
+    """Return, place by place, what leaves less error."""
+    return tuple(torch.where(tried[0] < found[0], *pair) for pair in zip(tried, found, strict=True)) if found else tried
+
+
+def _multiples_beside(values: torch.Tensor, share: float, most: int, least: int) -> list[torch.Tensor]:
+    """Return the multiples below and above values (..., groups, 1), from `least` to `most`, of a number for all groups.
+
+    The largest multiple of the number reaches `share` of the largest value.
+    """
+    step = _rounded_up(share * values.abs().amax(-2, keepdim=True) / most, most)
+    below = (values.abs() / step).floor()
+    sign = torch.where(values < 0, -step, step)
+    return [each.clamp(least, most) * sign for each in (below, below + 1)]
 
 
 def multiples_of(values: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
