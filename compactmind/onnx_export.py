@@ -60,7 +60,7 @@ def traceable(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(module, W8A8EncoderBlock):
             module.__class__ = type(module).__mro__[2]
         if isinstance(module, W8A8Linear):
-            module.kernel = "int_mm"
+            module.kernel, module.around = "int_mm", False
         if isinstance(module, GroupedWeight):
             module.kernel = "dequantized"
     forget_unpacked(model)  # rows of tables stay packed in the file

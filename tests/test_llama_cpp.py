@@ -126,10 +126,23 @@ def test_one_that_fails_fails_alone(dense, monkeypatch):
 
     def export(model, tokenizer, path, name, dtype):
         if dtype == "Q4_0":
-            raise CompactMindError("no room for it")
+            raise OSError("no room for it")
         return real(model, tokenizer, path, name, dtype)
 
     monkeypatch.setattr(language, "export_gguf", export)
     rows = [row_of_llama_cpp(base, kind, "1.2") for kind in ("Q8_0", "Q4_0")]
     measure_in_llama_cpp(rows, checkpoint, base, WINDOWS, prompt_tokens=16, repeats=1)
-    assert rows[0]["status"] == "measured" and (rows[1]["status"], rows[1]["error"]) == ("failed", "no room for it")
+    assert rows[0]["status"] == "measured" and (rows[1]["status"], rows[1]["error"]) == ("failed", "OSError: no room for it")
+
+
+@needs_it
+def test_what_gguf_cannot_hold_is_left_out_and_said(dense, monkeypatch, capsys):
+    base, checkpoint = dense
+
+    def export(*_):
+        raise CompactMindError("hidden_act 'gelu': llama.cpp's llama knows silu alone")
+
+    monkeypatch.setattr(language, "export_gguf", export)
+    rows = [row_of_llama_cpp(base, kind, "1.2") for kind in ("Q8_0", "Q4_0")]
+    measure_in_llama_cpp(rows, checkpoint, base, WINDOWS, prompt_tokens=16, repeats=1)
+    assert rows == [] and "llama.cpp Q8_0: left out, hidden_act 'gelu'" in capsys.readouterr().out

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from compactmind.checkpoint import Checkpoint, load_any
 from compactmind.devices import default_device
+from compactmind.errors import CompactMindError
 from compactmind.evaluation.capability import gsm8k
 from compactmind.evaluation.cost import NEW_TOKENS, measure_generation, measure_load_time, peak_memory, weight_bytes
 from compactmind.evaluation.divergence import measure_windows
@@ -166,15 +167,20 @@ def measure_in_llama_cpp(
     """Add, in place, to rows of a dense model that llama.cpp rounds and runs, by their `dtype`, what `measure_language_models` adds.
 
     `base` is the measured row of the dense model and `windows` (windows, seq_len) what its numbers are of. Memory is not measured: what
-    llama.cpp maps from a file is not told from what it needs. Each row fails alone.
+    llama.cpp maps from a file is not told from what it needs. Each row fails alone; one of a model that GGUF cannot hold is left out.
     """
     models: dict[str, Any] = {base["name"]: dense.model}
     try:
-        for row in rows:
+        for row in list(rows):
             with row_fails_alone(row), tempfile.TemporaryDirectory() as folder:
                 print(f"{row['name']:<24} perplexity, KL and speed ...", flush=True)
                 file = Path(folder, "model.gguf")
-                export_gguf(dense.model, dense.tokenizer, file, base["name"], row["dtype"])
+                try:
+                    export_gguf(dense.model, dense.tokenizer, file, base["name"], row["dtype"])
+                except CompactMindError as error:
+                    print(f"{row['name']}: left out, {error}")
+                    rows.remove(row)
+                    continue
                 row["size_mb"] = sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors) / 1e6
                 room = max(windows.shape[1], prompt_tokens + NEW_TOKENS)
 
@@ -183,6 +189,8 @@ def measure_in_llama_cpp(
 
                 models[row["name"]] = load()
                 row["load_seconds"] = measure_load_time(lambda load=load: load().close())
+        if len(models) == 1:
+            return
         found = measure_windows(models, windows, base["name"])
         speeds = measure_generation(models, prompt_tokens, repeats, base["name"])
     finally:
