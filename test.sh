@@ -11,6 +11,6 @@ source ./setup.sh
 # the whole run: three processes of one thread each (they wait a fifth of the time), which files of compactmind/ no test reaches, and no less than 85% of the lines
 if [ $# -eq 0 ]; then
   export OMP_NUM_THREADS=1
-  set -- -n 2 --dist loadfile --no-loadscope-reorder --cov=compactmind --cov-report=term:skip-covered --cov-fail-under=85
+  set -- -n 3 --dist loadfile --no-loadscope-reorder --cov=compactmind --cov-report=term:skip-covered --cov-fail-under=85
 fi
 exec .venv/bin/python -m pytest "$@"
