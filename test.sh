@@ -8,9 +8,9 @@ source ./setup.sh
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-export.txt -r requirements-llama_cpp.txt ||
   echo "requirements-export.txt and requirements-llama_cpp.txt could not be installed: the tests of ONNX and llama.cpp are skipped"
 .venv/bin/ruff check .
-# the whole run: three processes of one thread each (they wait a fifth of the time), which files of compactmind/ no test reaches, and no less than 85% of the lines
+# the whole run: two processes of one thread each, which files of compactmind/ no test reaches, and no less than 85% of the lines
 if [ $# -eq 0 ]; then
   export OMP_NUM_THREADS=1
-  set -- -n 3 --dist loadfile --no-loadscope-reorder --cov=compactmind --cov-report=term:skip-covered --cov-fail-under=85
+  set -- -n 2 --dist loadfile --no-loadscope-reorder --cov=compactmind --cov-report=term:skip-covered --cov-fail-under=85
 fi
 exec .venv/bin/python -m pytest "$@"
