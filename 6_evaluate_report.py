@@ -306,10 +306,10 @@ def measure_llama_cpp(
 ) -> list[dict[str, Any]]:
     """Return the rows of the dense language model as llama.cpp rounds and runs it, with the earlier measurements where they hold.
 
-    There are none where llama.cpp is not installed or the dense model is not measured.
+    There are none where llama.cpp is not installed, the dense model is not measured or the others run on a GPU: this one does not.
     """
     dense = next((row for row in rows if row["name"] == DENSE_LANGUAGE_MODEL and row["status"] == "measured"), None)
-    if not dense or not installed():
+    if not dense or not installed() or default_device() == "cuda":
         return []
     found = [row_of_llama_cpp(dense, kind, installed()) for kind in LLAMA_CPP]
     earlier = [known.get(row["name"], {}) for row in found]

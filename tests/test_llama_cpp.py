@@ -136,6 +136,33 @@ def test_one_that_fails_fails_alone(dense, monkeypatch):
 
 
 @needs_it
+@pytest.mark.parametrize("tokens", [32, 16], ids=["windows", "prompt"])
+def test_one_that_stops_while_it_is_measured_fails_alone(dense, monkeypatch, tokens):
+    base, checkpoint = dense
+    real, refused = LlamaCpp.__call__, []
+
+    def call(self, input_ids, **more):
+        if input_ids.shape[1] == tokens and self is made[1]:
+            refused.append(self)
+            raise CompactMindError("llama.cpp cannot read it")
+        return real(self, input_ids, **more)
+
+    made, start = [], LlamaCpp.__init__
+
+    def begin(self, path, *more):
+        start(self, path, *more)
+        made.append(self)
+
+    monkeypatch.setattr(LlamaCpp, "__init__", begin)
+    monkeypatch.setattr(LlamaCpp, "__call__", call)
+    monkeypatch.setattr(language, "measure_load_time", lambda load: 0.1)
+    rows = [row_of_llama_cpp(base, kind, "1.2") for kind in ("Q8_0", "Q4_0")]
+    measure_in_llama_cpp(rows, checkpoint, base, WINDOWS, prompt_tokens=16, repeats=1)
+    assert refused and rows[0]["status"] == "measured" and rows[0]["generation"]
+    assert (rows[1]["status"], rows[1]["error"]) == ("failed", "llama.cpp cannot read it")
+
+
+@needs_it
 def test_what_gguf_cannot_hold_is_left_out_and_said(dense, monkeypatch, capsys):
     base, checkpoint = dense
 

@@ -162,7 +162,13 @@ def measure_gsm8k(rows: list[dict[str, Any]], checkpoints: dict[str, Checkpoint]
 
 
 def measure_in_llama_cpp(
-    rows: list[dict[str, Any]], dense: Checkpoint, base: dict[str, Any], windows: torch.Tensor, *, prompt_tokens: int, repeats: int
+    rows: list[dict[str, Any]],
+    dense: Checkpoint,
+    base: dict[str, Any],
+    windows: torch.Tensor,
+    *,
+    prompt_tokens: int,
+    repeats: int,
 ) -> None:
     """Add, in place, to rows of a dense model that llama.cpp rounds and runs, by their `dtype`, what `measure_language_models` adds.
 
@@ -170,6 +176,7 @@ def measure_in_llama_cpp(
     llama.cpp maps from a file is not told from what it needs. Each row fails alone; one of a model that GGUF cannot hold is left out.
     """
     models: dict[str, Any] = {base["name"]: dense.model}
+    errors: dict[str, Exception] = {}
     try:
         for row in list(rows):
             with row_fails_alone(row), tempfile.TemporaryDirectory() as folder:
@@ -191,19 +198,26 @@ def measure_in_llama_cpp(
                 row["load_seconds"] = measure_load_time(lambda load=load: load().close())
         if len(models) == 1:
             return
-        found = measure_windows(models, windows, base["name"])
-        speeds = measure_generation(models, prompt_tokens, repeats, base["name"])
+        found = measure_windows(models, windows, base["name"], errors)
+        running = {name: model for name, model in models.items() if name not in errors}
+        speeds = measure_generation(running, prompt_tokens, repeats, base["name"], errors=errors)
     finally:
         for name, model in models.items():
             if name != base["name"]:
                 model.close()
     for row in rows:
-        if row["name"] not in found:
+        if row["name"] not in models:
             continue
         with row_fails_alone(row):
+            if row["name"] in errors:
+                raise errors[row["name"]]
             protocol = base["protocol"]
             result = perplexity_of(found[row["name"]]["losses"], windows.shape[1], protocol["text"], protocol["windows_from"])
             row |= {"losses": result["losses"], "protocol": protocol, "perplexity": result["perplexity"]}
             row |= {"perplexity_interval": result["interval"], "divergence": found[row["name"]]["divergence"]}
             row["against_dense"] = paired_ratio(row["losses"], base["losses"])
-            row |= {"compression_ratio": base["size_mb"] / row["size_mb"], "generation": speeds[row["name"]], "status": "measured"}
+            row |= {
+                "compression_ratio": base["size_mb"] / row["size_mb"],
+                "generation": speeds[row["name"]],
+                "status": "measured",
+            }
