@@ -7,6 +7,10 @@ Prints: label, probability of the label and sentence, tab-separated; with --json
         of its classes, positive and negative where it has two without names.
 """
 
+import gc
+
+gc.disable()  # what importing makes stays: looking for garbage in it is a third of the time until the first answer
+
 import argparse
 import json
 import sys
@@ -21,6 +25,9 @@ from compactmind.errors import CompactMindError
 from compactmind.evaluation.classifiers import class_names, positive_class
 from compactmind.forward import predict_logits
 from compactmind.limits import positions_of
+
+gc.freeze()
+gc.enable()
 
 
 def classify(model, tokenizer, texts: list[str], max_length: int) -> list[dict[str, object]]:

@@ -1,5 +1,6 @@
 """Fixtures made from nothing: no network, no hub cache, no file outside the test's own directory."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: it reads this once
@@ -13,6 +14,11 @@ from accelerate.state import AcceleratorState
 from compactmind.data import EncodedSentences
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Nothing that importing made is garbage: looking for it took 0.3 s each time, half of the time of some files."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
