@@ -45,14 +45,15 @@ from compactmind.data import data_fingerprint, read_dataset_description
 from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import weight_bytes
-from compactmind.evaluation.divergence import measure_windows, summary, token_divergences
+from compactmind.evaluation.divergence import measure_logits, measure_windows
 from compactmind.evaluation.perplexity import paired_ratio, perplexity_of
 from compactmind.files import lock_directory, write_json_atomically
-from compactmind.forward import loss_of, next_token_logits
+from compactmind.forward import LogitsOf
 from compactmind.gguf_source import folder_of
 from compactmind.guards import check_outputs
 from compactmind.manifest import add_to_manifest, identity_of, is_up_to_date, read_manifest
 from compactmind.methods.registry import METHODS, Resources
+from compactmind.precision import work_in_float32
 from compactmind.search.cache import PrefixCache
 from compactmind.search.compressor import (
     Measure,
@@ -77,8 +78,6 @@ from compactmind.training import TrainingState
 # Every field, its reason and its range: common.SearchConfig. For example: for_profile(PROFILE, n_trials=50)
 CONFIG = SearchConfig.for_profile(PROFILE)
 
-LOGITS_TO_KEEP = 2**31
-"""Bytes of the dense model's logits that are kept for the steps to come instead of computed for each: 10,000 tokens of 50,000 words."""
 ERROR_WINDOWS = 2
 """Windows of validation text on which the error of every layer is measured."""
 
@@ -101,28 +100,20 @@ class Material:
     fingerprint: str
 
     @cached_property
-    def dense_on_test(self) -> list[torch.Tensor] | None:
-        """The dense model's logits of every window of test text; None where they are too many to keep."""
-        dense = self.resources.teacher()
-        if self.test.numel() * dense.config.vocab_size * 4 > LOGITS_TO_KEEP:
-            return None
-        return [next_token_logits(dense, window) for window in self.test]
+    def dense_on_test(self) -> LogitsOf:
+        """The dense model's logits of every window of test text."""
+        return LogitsOf(self.resources.teacher(), self.test)
 
     @property
     def on_test(self) -> Measure:
         """Perplexity and KL to the dense model on test text: of what is saved, and of nothing that is chosen between."""
 
         def measure(model) -> dict:
-            dense, known = self.resources.teacher(), self.dense_on_test
-            if model is dense and known:
-                losses = torch.stack([loss_of(logits, window) for logits, window in zip(known, self.test, strict=True)])
-                far = summary([token_divergences(logits, logits) for logits in known])
-            else:
-                models = {"model": model} if known or model is dense else {"dense": dense, "model": model}
-                seen = measure_windows(models, self.test, known or ("model" if model is dense else "dense"))["model"]
-                losses, far = seen["losses"], seen["divergence"]
-            found = perplexity_of(losses, self.test.shape[1], f"{self.text}, test", self.window_choice)
-            far = {name: far[name] for name in ("mean", "interval", "p999", "same_top")}
+            known = self.dense_on_test
+            dense = self.resources.is_teacher(model)
+            found = measure_logits(known, self.test) if dense else measure_windows({"": model}, self.test, known)[""]
+            far = {name: found["divergence"][name] for name in ("mean", "interval", "p999", "same_top")}
+            found = perplexity_of(found["losses"], self.test.shape[1], f"{self.text}, test", self.window_choice)
             return {**{name: found[name] for name in ("perplexity", "loss", "losses", "protocol")}, "divergence": far}
 
         return Measure(f"test, {len(self.test)} windows, {self.window_choice}", measure)
@@ -157,7 +148,7 @@ def read_material(config: SearchConfig, check: Callable[[Any], None]) -> Materia
     held_out = min(config.held_out_windows, len(validation) // 2)  # a short text is shared
     resources = Resources(
         calibration=train[: config.calibration_windows], train=train, held_out=validation[:held_out],
-        dense=lambda: load_as_released(source)[0].to(device).float(), released=released, released_bytes=weight_bytes(source),
+        dense=lambda: work_in_float32(load_as_released(source)[0].to(device)), released=released, released_bytes=weight_bytes(source),
         device=device, keep=keeper(config),
     )  # fmt: skip
     print(f"{len(train)} windows of {config.seq_len} tokens to train on, {len(resources.calibration)} of them to calibrate on")
@@ -265,7 +256,7 @@ def make_and_save(
             if sum(step.method.kind == "retrain" for step in steps) == 1:  # two could not tell their states apart
                 resources.resume = TrainingState(output, stage)
             found = run_pipeline(steps, resources, material.on_test, cache=cache)
-            model, dense_losses = found.model, found.steps[0]["losses"]
+            dense_losses = found.steps[0]["losses"]
             for row in found.steps:
                 row["against_dense"] = paired_ratio(row.pop("losses"), dense_losses)
             record = {"pipeline": found.steps, **(extra or {})}
@@ -277,11 +268,16 @@ def make_and_save(
                 )  # fmt: skip
             if resources.resume:
                 resources.resume.clear()
+            model = found.model
+            del found
 
         # ---- the model is safe: what else there is to know of it
         errors = diagnosed(
-            "the error of every layer", lambda: layer_errors(resources.teacher(), model, resources.held_out[:ERROR_WINDOWS])
+            "the error of every layer",
+            lambda model=model: layer_errors(resources.teacher(), model, resources.held_out[:ERROR_WINDOWS]),
         )
+        del model
+        resources.done_with_teacher()
         together = diagnosed("the interaction", lambda: interaction(steps, resources, material.on_test, record["pipeline"], cache))
         record |= {"interaction": together, "layer_errors": errors}
         add_to_manifest(output, record)

@@ -1,5 +1,8 @@
 """Plain forward passes over much text: what training, methods and evaluation ask a model, before anybody makes a metric of it."""
 
+import tempfile
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,6 +14,11 @@ from compactmind.limits import require_known_ids, rows_at_a_time
 
 LARGEST_LOSS = 700.0
 """Nats per token above which a model counts as damaged: guessing evenly costs 11, and exp(710) is no number any more."""
+
+LOGITS_TO_KEEP = 2**31
+"""Bytes of logits that are kept in memory instead of made again of what the head reads: 10,000 tokens of 50,000 words."""
+MEMORY_TO_KEEP = 2**28
+"""Bytes of anything else that is kept in memory; what is larger lies in a temporary file."""
 
 
 @torch.inference_mode()
@@ -54,3 +62,62 @@ def next_token_logits(model: PreTrainedModel, window: torch.Tensor) -> torch.Ten
 def loss_of(logits: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
     """Return the mean negative log-likelihood in nats of a window's predicted tokens, a float64 number on the CPU."""
     return F.cross_entropy(logits.float(), window[1:].to(logits.device)).double().cpu()
+
+
+def room_for(*shape: int) -> torch.Tensor:
+    """Return a float32 tensor of a shape to be filled: in memory, or beyond MEMORY_TO_KEEP in a file that goes with it."""
+    count = torch.Size(shape).numel()
+    if 4 * count <= MEMORY_TO_KEEP:
+        return torch.empty(shape)
+    with tempfile.NamedTemporaryFile(prefix="compactmind-") as file:  # what is mapped outlives its name
+        return torch.from_file(file.name, shared=True, size=count, dtype=torch.float32).view(shape)
+
+
+class HeadInputs:
+    """What the head of a language model reads, window by window, and the logits it makes of it.
+
+    Where logits are more than that (some models scale them) `head_is_all` is False, None before the first window.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.head, self.head_is_all = model.get_output_embeddings(), None
+
+    @torch.no_grad()
+    def read(self, model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return states (batch, tokens, channels) and logits (batch, tokens, vocabulary) of ids (batch, tokens), on the model's device."""
+        seen: list[torch.Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+        try:
+            logits = model(input_ids=input_ids.to(model.device), use_cache=False).logits
+        finally:
+            hook.remove()
+        if self.head_is_all is None:
+            self.head_is_all = torch.equal(self.head(seen[0]), logits)
+        return seen[0], logits
+
+
+class LogitsOf(Sequence):
+    """The next-token logits of a model for `windows` (windows, seq_len), which it reads once: number i is (seq_len - 1, vocabulary).
+
+    Kept are the logits where they are few, else what the head makes them of, so that of the model only the head has to stay.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: PreTrainedModel, windows: torch.Tensor):
+        reader, self.device, self.head = HeadInputs(model), model.device, None
+        few = 4 * windows.numel() * model.config.get_text_config().vocab_size <= LOGITS_TO_KEEP
+        for index, window in enumerate(windows):
+            states, logits = reader.read(model, window[None])
+            if index == 0:
+                self.head = None if few or not reader.head_is_all else reader.head
+                like = logits if self.head is None else states
+                self.kept = [None] * len(windows) if few else room_for(len(windows), *like.shape[1:])
+            self.kept[index] = logits[0] if self.head is None else states[0]
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    @torch.inference_mode()
+    def __getitem__(self, index: int) -> torch.Tensor:
+        kept = self.kept[index].to(self.device)
+        return (kept if self.head is None else self.head(kept[None])[0])[:-1]

@@ -4,8 +4,8 @@ import helpers
 import pytest
 import torch
 
+from compactmind.methods.blockwise import block_inputs, in_float32, run_block
 from compactmind.methods.llama import llama_blocks
-from compactmind.methods.quantization.blockwise import block_inputs, in_float32, run_block
 
 
 def state_of(model) -> dict:

@@ -417,11 +417,11 @@ def test_an_error_that_came_in_is_made_good(windows):
     block, before = llama_blocks(disturbed)[0], list(runner.states)
     runner.run_dense(block, 0)
     error = lambda states: sum((a - b).square().sum() for a, b in zip(states, runner.dense_states, strict=True))  # noqa: E731
-    untouched = error([block.module(state, **runner.arguments) for state in before])
-    runner.refit_output(block, torch.ones(32, dtype=torch.bool), 0.05)
+    untouched = error([block.module(state, **runner.arguments[0]) for state in before])
+    runner.refit_output(block, 0, torch.ones(32, dtype=torch.bool), 0.05)
     runner.refit_down(block, 0.05)
     assert error(runner.states) < 0.9 * untouched
-    again = [block.module(state, **runner.arguments) for state in before]
+    again = [block.module(state, **runner.arguments[0]) for state in before]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(runner.states, again, strict=True))
 
 
@@ -451,7 +451,7 @@ def test_block_by_block_is_the_model(windows, share):
     runner = BlockByBlock(model, windows)
     for number, block in enumerate(llama_blocks(model)):
         runner.run_dense(block, number)
-        runner.refit_output(block, torch.ones(32, dtype=torch.bool), 0.1)
+        runner.refit_output(block, number, torch.ones(32, dtype=torch.bool), 0.1)
         runner.refit_down(block, 0.1)
     for states in (runner.states, runner.dense_states):
         expected = model.lm_head(model.model.norm(torch.cat(states)))

@@ -12,8 +12,8 @@ from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.files import WEIGHTS
 from compactmind.formats.table import parameters_of
+from compactmind.methods.blockwise import walk_blocks
 from compactmind.methods.llama import LINEARS, llama_blocks
-from compactmind.methods.quantization.blockwise import walk_blocks
 from compactmind.methods.quantization.calibration import SITES
 from compactmind.methods.quantization.grouped import GroupedEmbedding, GroupedLinear, TiedHead
 from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4

@@ -27,8 +27,8 @@ from compactmind.checkpoint import silence_libraries  # noqa: E402
 from compactmind.evaluation.divergence import measure_windows  # noqa: E402
 from compactmind.evaluation.perplexity import paired_ratio  # noqa: E402
 from compactmind.forward import next_token_logits  # noqa: E402
+from compactmind.methods.blockwise import walk_blocks  # noqa: E402
 from compactmind.methods.llama import LINEARS, llama_blocks  # noqa: E402
-from compactmind.methods.quantization.blockwise import walk_blocks  # noqa: E402
 from compactmind.methods.quantization.calibration import SITES  # noqa: E402
 from compactmind.methods.quantization.gptq import columns_in_order, inverse_factor, round_compensated  # noqa: E402
 from compactmind.methods.quantization.superblocks import K_GRIDS  # noqa: E402

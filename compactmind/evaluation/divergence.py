@@ -83,6 +83,16 @@ def measure_windows(
     }
 
 
+@torch.inference_mode()
+def measure_logits(logits: Sequence[torch.Tensor], windows: torch.Tensor) -> dict[str, Any]:
+    """Return what `measure_windows` says of the dense model, of its `logits` of every window: its divergence from itself is 0."""
+    losses, tokens = [], []
+    for each, window in zip(logits, windows, strict=True):
+        losses.append(loss_of(each, window))
+        tokens.append((torch.zeros(len(each)), torch.ones(len(each), dtype=torch.bool)))
+    return {"losses": torch.stack(losses), "divergence": summary(tokens)}
+
+
 def summary(tokens: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
     """Return what the tokens of every window say together: per window what `token_divergences` returns.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from optuna import Trial
 from transformers import PreTrainedModel
 
@@ -26,7 +27,8 @@ from compactmind.methods.quantization.gptq_model import (
 from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4
 from compactmind.methods.quantization.tables import table_bits
 from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama, turn_for
-from compactmind.methods.retraining.causal_lm import RetrainRecipe, TeacherStates, retrain_causal_lm
+from compactmind.methods.retraining.causal_lm import RetrainRecipe, TeacherStates, retrain_causal_lm, windows_seen
+from compactmind.precision import is_small
 from compactmind.training import TrainingState
 
 
@@ -41,7 +43,7 @@ class Resources:
     held_out: torch.Tensor
     """Text that decides which weights of retraining are kept; never the text of a reported number."""
     dense: Callable[[], PreTrainedModel]
-    """Makes a fresh copy of the dense model in float32: the teacher."""
+    """Makes a fresh copy of the dense model that computes in float32: the teacher."""
     released: torch.dtype = torch.float32
     """What the dense model's file is in, and the result's will be."""
     released_bytes: int = 0
@@ -74,6 +76,16 @@ class Resources:
             self.remembered[(), "teacher"] = self.dense().eval().requires_grad_(False)
         return self.remembered[(), "teacher"]
 
+    def is_teacher(self, model: PreTrainedModel) -> bool:
+        """Tell whether `model` is the one that `teacher` returns."""
+        return self.remembered.get(((), "teacher")) is model
+
+    def done_with_teacher(self) -> None:
+        """Let the dense model go if it is a large one: what asks for it again loads it again."""
+        teacher = self.remembered.get(((), "teacher"))
+        if teacher is not None and not is_small(teacher):
+            del self.remembered[(), "teacher"]
+
     def teacher_states(self) -> TeacherStates:
         """Return what the teacher's head has read so far, for all retrainings on this text."""
         return self.remembered.setdefault(((), "teacher states"), TeacherStates())
@@ -100,6 +112,8 @@ class Method:
     """recipe -> the compression ratio it makes by itself, whatever was done before; None: `bits` tells."""
     aim: str | None = None
     """The parameter of that ratio: a search for one size sets it to its target, and it takes the place of `space`."""
+    beforehand: Callable[[Resources, Any], None] | None = None
+    """(resources, recipe) reads what it wants of the dense model before the model that it is done to is in memory."""
     check: Callable[[PreTrainedModel, Any, bool], None] | None = None
     """(dense model, recipe, whether it is done to this very model) raises CompactMindError if it cannot be done; it computes nothing."""
 
@@ -159,12 +173,29 @@ def _prune(model, resources: Resources, recipe: PruneRecipe):
     return prune_llama(model, recipe, resources.calibration, scores, resources.remember("states", DenseStates))
 
 
+def _read_teacher(resources: Resources, recipe: RetrainRecipe) -> None:
+    """Let a large teacher read all of the text that is trained on, so that it is not in memory beside the model that is trained."""
+    if recipe.distillation and not recipe.hidden_loss_weight and not is_small(resources.teacher()):
+        seen = windows_seen(resources.train, recipe, PartialState().num_processes)
+        print(f"the dense model reads {len(seen)} windows to train on ...", flush=True)
+        resources.teacher_states().read(resources.teacher(), seen)
+
+
 def _retrain(model, resources: Resources, recipe: RetrainRecipe):
-    teacher = resources.teacher() if recipe.distillation or recipe.hidden_loss_weight else None
-    return model, retrain_causal_lm(
-        model, resources.train, resources.held_out, recipe, teacher=teacher, teacher_states=resources.teacher_states(),
-        resume=resources.resume,
-    )  # fmt: skip
+    states, teacher = resources.teacher_states(), None
+    if recipe.distillation and not (
+        states.holds(windows_seen(resources.train, recipe, PartialState().num_processes)) and not recipe.hidden_loss_weight
+    ):
+        teacher = resources.teacher()
+    held = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    if recipe.mode == "full":
+        model.float()
+    done = retrain_causal_lm(
+        model, resources.train, resources.held_out, recipe, teacher=teacher, teacher_states=states, resume=resources.resume
+    )
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(held[name])
+    return model, done
 
 
 def _statistics(model, resources: Resources, turned: bool = False):
@@ -216,6 +247,7 @@ METHODS: dict[str, Method] = {
     "retrain": Method(
         "retrain", "retrain", RetrainRecipe, _retrain,
         {"tokens": (4096, 8192), "lr": (5e-5, 1e-4, 2e-4), "distillation": (True, False), "evaluations": (1,)},
+        beforehand=_read_teacher,
     ),
     "smooth": Method("smooth", "smooth", SmoothRecipe, _smooth, {"alpha": (0.5, 0.6, 0.7, 0.8, 0.9)}),
     "w8a8": Method(

@@ -73,6 +73,12 @@ class PrefixCache:
         }
         size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         if size > self.limit_bytes:
+            if not self.complained:
+                print(
+                    f"models half way through pipelines are not kept (said once): {size / 1e9:.1f} GB are more than --cache_gb "
+                    f"{self.limit_bytes / 1e9:g}", flush=True,
+                )  # fmt: skip
+            self.complained = True
             return
         record = {"architecture": type(model).__name__, "kind": kind, "row": row, "measured": {}}
         try:

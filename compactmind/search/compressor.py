@@ -20,6 +20,7 @@ from compactmind.checkpoint import bytes_to_save
 from compactmind.errors import CompactMindError
 from compactmind.formats.table import FORMATS
 from compactmind.methods.registry import Method, Resources, method_named
+from compactmind.precision import is_small, widen
 from compactmind.search.cache import PrefixCache
 
 EXAMPLE = '[{"method": "prune", "params": {"sparsity": 0.2}}, {"method": "retrain"}, {"method": "w8a8"}]'
@@ -137,13 +138,22 @@ def run_pipeline(
     in the cache.
     """
     identities = [step.identity() for step in steps]
+    resources.before = ()
+
+    def of_dense() -> dict[str, Any]:
+        check_steps(steps, resources.teacher())
+        return measure.of(resources.teacher())
+
+    measured = resources.remember(measure.name, of_dense)
     model, rows = _recall(steps, identities, measure, cache, resources.device) if cache else (None, [])
     done = len(rows)
-    resources.before = ()
+    for step in steps[done:]:
+        if step.method.beforehand:
+            step.method.beforehand(resources, step.recipe)
+    resources.done_with_teacher()
     if model is None:
         model = resources.dense()
         check_steps(steps, model)
-    measured = resources.remember(measure.name, lambda: measure.of(resources.teacher()))
     rows = [{"method": "dense", "params": {}, "done": {}, "seconds": 0.0, **measured}, *rows]
     if done:
         check(done, rows)
@@ -160,6 +170,8 @@ def run_pipeline(
             quantization = description
         if step.method.kind != "smooth":  # what is smoothed waits for the next step: rounding it would be a loss of its own
             _round(model, kind, resources.released)
+        if kind in ("dense", "pruned") and not is_small(model):
+            widen(model)  # another class of model has linears of its own
         seconds = time.perf_counter() - started
         row, measured = {**step.described(), "done": description, "seconds": seconds}, measure.of(model)
         rows.append(row | measured)

@@ -14,17 +14,14 @@ random      uniform noise: the control every criterion has to beat
 A group of several columns, or a structure of several matrices (l2), is put together by `aggregate`.
 """
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
+from compactmind.methods.blockwise import block_inputs, logits_behind, run_block
 from compactmind.methods.llama import LlamaBlock, llama_blocks, stream_norms
 from compactmind.methods.retraining.causal_lm import token_loss
 
@@ -96,7 +93,8 @@ def _l2(block: LlamaBlock, aggregate: str) -> BlockScores:
 def _taylor(model: PreTrainedModel, blocks: list[LlamaBlock], windows: torch.Tensor) -> list[BlockScores]:
     """Return x dL/dx at the inputs of down_proj and o_proj, summed per structure, squared, summed over tokens.
 
-    Blocks are computed again in the backward pass: a third more time, and the activations of one block instead of all.
+    The gradient goes back block by block, each computed again from what it read: a third more time, and the activations of one block
+    instead of all.
     """
     device = model.device
     scores = [
@@ -108,6 +106,31 @@ def _taylor(model: PreTrainedModel, blocks: list[LlamaBlock], windows: torch.Ten
     ]
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
+    try:
+        for window in windows.to(device):
+            (state,), arguments = block_inputs(model, window[None, :-1])
+            states = [state]
+            for block, others in zip(blocks, arguments, strict=True):
+                with torch.no_grad():
+                    states.append(run_block(block.module, states[-1], others))
+            with torch.enable_grad():
+                last = states.pop().requires_grad_(True)
+                logits = logits_behind(model, window[None, :-1], last)[0]
+                token_loss(logits, None, window[1:], temperature=1.0, alpha=0.0).backward()
+            gradient = last.grad
+            for block, others, found in zip(reversed(blocks), reversed(arguments), reversed(scores), strict=True):
+                gradient = _taylor_of_block(block, states.pop(), others, gradient, found)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+    return [BlockScores(found.channels.cpu(), found.groups.cpu()) for found in scores]
+
+
+@torch.enable_grad()
+def _taylor_of_block(
+    block: LlamaBlock, state: torch.Tensor, arguments: dict, gradient: torch.Tensor, found: BlockScores
+) -> torch.Tensor:
+    """Add, in place, what one window says of a block; return dL/d(its input) of `gradient`, dL/d(its output)."""
 
     def watch(total: torch.Tensor, columns: int):
         def before(_, inputs):
@@ -121,31 +144,15 @@ def _taylor(model: PreTrainedModel, blocks: list[LlamaBlock], windows: torch.Ten
 
         return before
 
-    try:
-        with ExitStack() as hooks, torch.enable_grad():
-            start = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))
-            hooks.callback(start.remove)
-            for block, found in zip(blocks, scores, strict=True):
-                for linear, hook in (
-                    (block.down, watch(found.channels, 1)),
-                    (block.o, watch(found.groups, block.groups * block.head_dim)),
-                ):
-                    hooks.callback(linear.register_forward_pre_hook(hook).remove)
-                hooks.callback(_recompute_in_backward(block.module))
-            for window in windows:
-                ids = window[None].to(device)
-                logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0]
-                token_loss(logits, None, ids[0, 1:], temperature=1.0, alpha=0.0).backward()
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-    return [BlockScores(found.channels.cpu(), found.groups.cpu()) for found in scores]
-
-
-def _recompute_in_backward(block: nn.Module) -> Callable[[], None]:
-    """Make a block, in place, keep nothing of a forward pass but its input; return what undoes that."""
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    return partial(delattr, block, "forward")
+    state.requires_grad_(True)
+    with ExitStack() as hooks:
+        for linear, hook in (
+            (block.down, watch(found.channels, 1)),
+            (block.o, watch(found.groups, block.groups * block.head_dim)),
+        ):
+            hooks.callback(linear.register_forward_pre_hook(hook).remove)
+        run_block(block.module, state, arguments).backward(gradient)
+    return state.grad
 
 
 @torch.no_grad()

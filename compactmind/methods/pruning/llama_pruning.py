@@ -13,12 +13,14 @@ smaller blocks before it pass it on; at no time is more than one block's moments
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
+from compactmind.methods.blockwise import block_inputs, run_block
 from compactmind.methods.llama import LlamaBlock, llama_blocks
 from compactmind.methods.pruning.llama_importance import (
     AGGREGATES,
@@ -43,6 +45,7 @@ from compactmind.methods.pruning.llama_structure import (
     require_class,
     shrink_block,
 )
+from compactmind.precision import is_widened, widen
 
 SCOPES = ("uniform", "global")
 TOLERANCE = 0.01
@@ -273,12 +276,13 @@ def refit(weight: torch.Tensor, moment: torch.Tensor, cross: torch.Tensor, keep:
     damping times the mean square of x times ||W' - W||^2 over the kept columns. Computed in float64.
     """
     kept = keep.nonzero()[:, 0].to(weight.device)
-    moment, old = moment.double(), weight.double()[:, kept]
-    inner = moment[kept][:, kept]
-    left = cross.double()[:, kept] - old @ inner  # (out, kept): what the old columns leave unexplained
-    inner.diagonal().add_(damping * moment.diagonal().mean() + 1e-12)
+    inner = moment.double() if keep.all() else moment[kept][:, kept].double()
+    old = weight.double()[:, kept]
+    left = cross.double()[:, kept].sub_(old @ inner)  # (out, kept): what the old columns leave unexplained
+    inner.diagonal().add_(damping * moment.diagonal().double().mean() + 1e-12)
+    factor = torch.linalg.cholesky(inner, out=inner)
     result = torch.zeros_like(weight)
-    result[:, kept] = (old + torch.linalg.solve(inner, left.t()).t()).to(weight.dtype)
+    result[:, kept] = old.add_(torch.cholesky_solve(left.t(), factor).t()).to(weight.dtype)
     return result
 
 
@@ -302,24 +306,10 @@ class BlockByBlock:
     """Runs a model on calibration text one block at a time, keeping only what passes between blocks: as the dense model has it, and as the
     smaller one has it so far."""
 
-    @torch.no_grad()
     def __init__(self, model: PreTrainedModel, windows: torch.Tensor, known: DenseStates | None = None):
-        self.states, self.arguments = [], {}
+        self.states, self.arguments = block_inputs(model, windows)
         self.targets: dict[str, list[torch.Tensor]] = {}
-        self.known, self.count = known or DenseStates(0), len(model.model.layers)
-
-        def catch(_, args, kwargs):
-            self.states.append((args[0] if args else kwargs["hidden_states"]).clone())
-            self.arguments = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "past_key_values")}
-            raise _Reached
-
-        handle = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            for window in windows:
-                with suppress(_Reached):
-                    model.model(input_ids=window[None].to(model.device), use_cache=False)
-        finally:
-            handle.remove()
+        self.known = known or DenseStates(0)
         self.dense_states = list(self.states)
         self.share = getattr(model.config, "residual_multiplier", 1.0)  # Granite adds only a share of what a block computes
 
@@ -333,18 +323,18 @@ class BlockByBlock:
         self.targets = {"o": [], "down": []}
         for index, state in enumerate(self.dense_states):
             with _inputs_of(block.post_norm, end=False) as middle:
-                self.dense_states[index] = block.module(state, **self.arguments)
+                self.dense_states[index] = run_block(block.module, state, self.arguments[number])
             self.targets["o"].append(middle[0])
             self.targets["down"].append(self.dense_states[index])
-        self.known.keep(number, self.targets, self.count)
+        self.known.keep(number, self.targets, len(self.arguments))
 
     @torch.no_grad()
-    def refit_output(self, block: LlamaBlock, keep: torch.Tensor, damping: float) -> None:
+    def refit_output(self, block: LlamaBlock, number: int, keep: torch.Tensor, damping: float) -> None:
         """Re-fit, in place, o_proj to what `run_dense` found behind it, and let the states pass through it; keep: (in,) boolean."""
         moments, inputs = _Moments(block.o), []
         for state, target in zip(self.states, self.targets["o"], strict=True):
             with _inputs_of(block.o) as x, suppress(_Reached):  # the rest of the block is not needed
-                block.module(state, **self.arguments)
+                run_block(block.module, state, self.arguments[number])
             moments.add(x[0], (target - state) / self.share)
             inputs.append(x[0])
         moments.refit(keep, damping)
@@ -367,18 +357,23 @@ class _Moments:
     """Means of x x^T and wanted x^T at a linear: x what goes in, wanted what should come out."""
 
     def __init__(self, linear: nn.Linear):
-        self.linear, self.total, self.cross, self.tokens = linear, 0.0, 0.0, 0
+        self.linear, self.tokens = linear, 0
+        zeros = partial(torch.zeros, device=linear.weight.device)
+        self.total = zeros(linear.in_features, linear.in_features)
+        self.cross = zeros(linear.out_features, linear.in_features)
 
     def add(self, x: torch.Tensor, wanted: torch.Tensor) -> None:
         if self.linear.bias is not None:
             wanted = wanted - self.linear.bias
         x, wanted = x.flatten(0, -2).float(), wanted.flatten(0, -2).float()
-        self.total, self.cross, self.tokens = self.total + x.t() @ x, self.cross + wanted.t() @ x, self.tokens + len(x)
+        self.total.addmm_(x.t(), x)
+        self.cross.addmm_(wanted.t(), x)
+        self.tokens += len(x)
 
     def refit(self, keep: torch.Tensor, damping: float) -> None:
         """Give the linear, in place, the weights that `refit` finds."""
         weight = self.linear.weight
-        weight.copy_(refit(weight, self.total / self.tokens, self.cross / self.tokens, keep, damping))
+        weight.copy_(refit(weight, self.total.div_(self.tokens), self.cross.div_(self.tokens), keep, damping))
 
 
 @contextmanager
@@ -439,6 +434,8 @@ def prune_llama(
         known = (scores, states) if number == 1 and not recipe.blocks and not recipe.hidden_sparsity else (None, None)
         _remove(model, replace(recipe, sparsity=max(0.0, 1 - wanted / prunable_parameters(model))), windows, *known)
     result = rebuilt(model)
+    if is_widened(model):
+        widen(result)
     description = {
         "sparsity": 1 - prunable_parameters(result) / before,
         "removed_blocks": sorted(removed),
@@ -470,7 +467,7 @@ def _remove(
         block = llama_blocks(model)[index]
         if runner:
             runner.run_dense(block, index)
-            runner.refit_output(block, columns_of_o(block, mask.groups), recipe.damping)
+            runner.refit_output(block, index, columns_of_o(block, mask.groups), recipe.damping)
         shrink_block(block, mask)
         if runner:  # what is pruned of the FFN has no part in it
             runner.refit_down(llama_blocks(model)[index], recipe.damping)

@@ -94,7 +94,7 @@ def shrink_block(block: LlamaBlock, mask: BlockMask) -> None:
 def _part(linear: nn.Linear, keep: torch.Tensor, dim: int) -> nn.Linear:
     index = keep.nonzero()[:, 0].to(linear.weight.device)
     weight = linear.weight.index_select(dim, index)
-    part = nn.Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None, device="meta")
+    part = type(linear)(weight.shape[1], weight.shape[0], bias=linear.bias is not None, device="meta")
     part.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
     if linear.bias is not None:
         part.bias = nn.Parameter(linear.bias.index_select(0, index) if dim == 0 else linear.bias.clone())

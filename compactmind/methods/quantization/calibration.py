@@ -16,6 +16,7 @@ from compactmind.errors import CompactMindError
 from compactmind.methods.llama import LINEARS, LlamaBlock, llama_blocks
 from compactmind.methods.quantization.packed_model import require_finite
 from compactmind.methods.quantization.tables import tables_of
+from compactmind.precision import WidenedLinear
 
 SITES = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 """Distinct inputs of a block -> the linears that read them."""
@@ -35,7 +36,7 @@ def require_dense(model: PreTrainedModel) -> None:
     linears = {
         f"{block.name}.{path}": getattr(block, field) for block in llama_blocks(model) for field, path in LINEARS.items()
     }
-    other = next((name for name, linear in linears.items() if type(linear) is not nn.Linear), None)
+    other = next((name for name, linear in linears.items() if type(linear) not in (nn.Linear, WidenedLinear)), None)
     if other:
         raise CompactMindError(
             f"{other} is a {type(linears[other]).__name__}: the model is quantized already; give the dense one"

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from compactmind.methods.blockwise import walk_blocks
 from compactmind.methods.llama import LINEARS, llama_blocks
 from compactmind.methods.quantization.allocation import Choice, allocate
-from compactmind.methods.quantization.blockwise import walk_blocks
 from compactmind.methods.quantization.calibration import SITES, require_dense, require_text
 from compactmind.methods.quantization.gptq import ORDERS, columns_in_order, inverse_factor, round_compensated, round_nearest
 from compactmind.methods.quantization.grid import BITS, GGUF_BLOCK, GGUF_TYPES, Grid

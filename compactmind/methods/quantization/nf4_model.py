@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from compactmind.methods.blockwise import walk_blocks
 from compactmind.methods.llama import LINEARS, llama_blocks
-from compactmind.methods.quantization.blockwise import walk_blocks
 from compactmind.methods.quantization.calibration import SITES, require_dense, require_text
 from compactmind.methods.quantization.packed_model import skipped_modules
 from compactmind.methods.quantization.tables import EMBEDDINGS, replace_tables, table_grid, tables_of

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
+from compactmind.methods.blockwise import block_inputs, run_block
 from compactmind.methods.llama import llama_blocks, stream_norms
-from compactmind.methods.quantization.blockwise import block_inputs, run_block
 from compactmind.methods.quantization.grouped import GroupedLinear, GroupedWeight, forget_unpacked
 
 TOKENS_AT_ONCE = 64

@@ -21,8 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
+from compactmind.methods.blockwise import block_inputs, in_float32, run_block, walk_blocks
 from compactmind.methods.llama import LINEARS, llama_blocks
-from compactmind.methods.quantization.blockwise import block_inputs, in_float32, run_block, walk_blocks
 from compactmind.methods.quantization.calibration import SITES, readers_of
 from compactmind.methods.quantization.gptq import inverse_factor, round_nearest
 from compactmind.methods.quantization.grid import Grid

@@ -27,10 +27,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
-from compactmind.forward import LARGEST_LOSS, window_losses
+from compactmind.forward import LARGEST_LOSS, HeadInputs, room_for, window_losses
 from compactmind.methods.distillation.soft_targets import hidden_state_loss
 from compactmind.methods.distillation.student import alternate_layers, matching_layers
 from compactmind.methods.llama import LINEARS, llama_blocks
+from compactmind.precision import is_widened
 from compactmind.training import Progress, TrainingState, are_finite, cpu_copy, make_accelerator, make_optimizer
 
 MODES = ("full", "lora")
@@ -106,6 +107,13 @@ class RetrainRecipe:
 def plan_steps(recipe: RetrainRecipe, seq_len: int, processes: int = 1) -> int:
     """Return the number of optimizer steps in which at least `recipe.tokens` tokens are seen, by all processes together."""
     return math.ceil(recipe.tokens / (recipe.batch_size * recipe.accumulation * processes * seq_len))
+
+
+def windows_seen(windows: torch.Tensor, recipe: RetrainRecipe, processes: int = 1) -> torch.Tensor:
+    """Return those of `windows` (windows, seq_len) that `retrain_causal_lm` trains on."""
+    size = recipe.batch_size * recipe.accumulation * processes
+    steps = range(1, plan_steps(recipe, windows.shape[1], processes) + 1)
+    return windows[torch.cat([batch_rows(len(windows), step, size, recipe.seed) for step in steps]).unique()]
 
 
 def batch_rows(windows: int, step: int, size: int, seed: int) -> torch.Tensor:
@@ -200,34 +208,48 @@ class TeacherStates:
     """What one teacher's head reads of every window, kept from one retraining to the next.
 
     A search retrains many models on the same text: the teacher then runs once, and its logits are made of states that are a
-    hundredth of their size. `limit_bytes` bounds what is kept; windows beyond it are read again each time.
+    hundredth of their size. `limit_bytes` bounds what is kept; windows beyond it are read again each time, except by `read`.
     """
 
     def __init__(self, limit_bytes: int = 1_000_000_000):
         self.room, self.kept = limit_bytes, {}
-        self.head_is_all: bool | None = None
-        """Whether the logits are what the head makes of the states (some models scale them afterwards); None before the first window."""
+        self.reader: HeadInputs | None = None
+
+    def read(self, teacher: PreTrainedModel, windows: torch.Tensor) -> None:
+        """Keep what is read of `windows` (windows, seq_len), if that is all there is to know; the teacher may go afterwards."""
+        self.reader = self.reader or HeadInputs(teacher)
+        left = [row for row in windows if not self.holds(row[None])]
+        for index, row in enumerate(left):
+            states, _ = self.reader.read(teacher, row[None, :-1])
+            if not self.reader.head_is_all:
+                return
+            if index == 0:
+                kept = room_for(len(left), *states.shape[1:])
+            kept[index] = states[0]
+            self.kept[_key(row[:-1])] = kept[index]
+
+    def holds(self, windows: torch.Tensor) -> bool:
+        """Tell whether the logits of all `windows` (windows, seq_len) are known without the teacher."""
+        return all(_key(row[:-1]) in self.kept for row in windows)
 
     @torch.no_grad()
-    def logits(self, teacher: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return the teacher's logits (batch, seq_len, vocab) of token ids (batch, seq_len)."""
-        head, keys = teacher.get_output_embeddings(), [row.cpu().numpy().tobytes() for row in input_ids]
+    def logits(self, teacher: PreTrainedModel | None, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the teacher's logits (batch, seq_len, vocab) of token ids (batch, seq_len); without a teacher of those it has read."""
+        keys = [_key(row) for row in input_ids]
         if self.kept.keys() >= set(keys):
-            return head(torch.stack([self.kept[key] for key in keys]).to(input_ids.device))
-        read = []
-        hook = head.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0]))
-        try:
-            logits = teacher(input_ids=input_ids, use_cache=False).logits
-        finally:
-            hook.remove()
-        if self.head_is_all is None:
-            self.head_is_all = torch.equal(head(read[0]), logits)
-        for key, states in zip(keys, read[0], strict=True):
-            size = states.numel() * states.element_size()
-            if self.head_is_all and key not in self.kept and size <= self.room:
-                self.kept[key] = states.to("cpu", copy=True)
+            return self.reader.head(torch.stack([self.kept[key] for key in keys]).to(input_ids.device))
+        self.reader = self.reader or HeadInputs(teacher)
+        states, logits = self.reader.read(teacher, input_ids)
+        for key, state in zip(keys, states, strict=True):
+            size = state.numel() * state.element_size()
+            if self.reader.head_is_all and key not in self.kept and size <= self.room:
+                self.kept[key] = state.to("cpu", copy=True)
                 self.room -= size
         return logits
+
+
+def _key(ids: torch.Tensor) -> bytes:
+    return ids.cpu().numpy().tobytes()
 
 
 class RetrainingLoss(nn.Module):
@@ -261,7 +283,7 @@ class RetrainingLoss(nn.Module):
             with torch.no_grad():
                 target = teacher(**arguments)
             logits = target.logits
-        elif teacher is not None:
+        elif recipe.distillation:
             logits = self.states.logits(teacher, input_ids)
         loss = token_loss(
             output.logits.flatten(0, 1),  # (batch * (seq_len - 1), vocab)
@@ -350,8 +372,12 @@ def check_inputs(
     held_out: torch.Tensor,
     recipe: RetrainRecipe,
     teacher: PreTrainedModel | None,
+    known: bool = False,
 ) -> None:
-    """Raise CompactMindError, before anything is computed, on models or text that cannot be trained with this recipe."""
+    """Raise CompactMindError, before anything is computed, on models or text that cannot be trained with this recipe.
+
+    `known`: what the teacher makes of the text has been read already.
+    """
     llama_blocks(model)
     if len(windows) < 1 or len(held_out) < 1:
         raise CompactMindError(
@@ -368,13 +394,15 @@ def check_inputs(
                 f"token ids {text.min()} to {text.max()} in the {what} windows, but the model knows 0 to "
                 f"{model.config.vocab_size - 1}: tokenize the text with the model's own tokenizer"
             )
-    if dtypes := {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}:
+    others = {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}
+    if others and not (recipe.mode == "lora" and is_widened(model)):
         raise CompactMindError(
-            f"weights of {', '.join(sorted(dtypes))} lose the small steps of training: load the model with dtype=torch.float32"
+            f"weights of {', '.join(sorted(others))} lose the small steps of training: load the model with dtype=torch.float32, or train "
+            "adapters (mode lora) beside weights that compute in float32 (compactmind.precision.widen)"
         )
     if recipe.mode == "full" and not any(parameter.requires_grad for parameter in model.parameters()):
         raise CompactMindError("requires_grad is False for every weight of the model: call model.requires_grad_(True) first")
-    if not recipe.distillation:
+    if not recipe.distillation or (teacher is None and known and not recipe.hidden_loss_weight):
         return
     if teacher is None:
         raise CompactMindError("distillation needs a teacher: give the dense model, or set distillation to False")
@@ -414,8 +442,9 @@ def retrain_causal_lm(
 ) -> dict[str, Any]:
     """Retrain a Llama-like causal LM in place and leave it in evaluation mode with the weights of its lowest held-out loss.
 
-    `model` has float32 weights; it and the `teacher` (used if `recipe.distillation`, its weights stay as they are) go to the
-    device of `accelerator`; `teacher_states` spares it the windows it has read in earlier retrainings. `windows` and `held_out`
+    `model` has float32 weights, or for adapters any that compute in float32; it and the `teacher` (used if `recipe.distillation`, its
+    weights stay as they are) go to the device of `accelerator`; `teacher_states` spares the teacher the windows it has read before, and
+    is enough without it where it has read all of them. `windows` and `held_out`
     (windows, seq_len) are int64 token ids. With `resume` the state is saved after every evaluation, and a run that was killed goes
     on from there and ends with the weights of an unbroken one, unless the number of steps, of processes or the precision is another:
     then it starts anew. Who called clears it, once the model it led to is safe.
@@ -427,9 +456,10 @@ def retrain_causal_lm(
     Raises CompactMindError on models or text that do not fit the recipe.
     """
     started = mark = time.perf_counter()
-    check_inputs(model, windows, held_out, recipe, teacher)
     accelerator = accelerator or make_accelerator()
     processes = accelerator.num_processes
+    known = teacher_states is not None and windows.numel() > 0 and teacher_states.holds(windows_seen(windows, recipe, processes))
+    check_inputs(model, windows, held_out, recipe, teacher, known)
     windows_per_step = recipe.batch_size * recipe.accumulation * processes
     total_steps = plan_steps(recipe, windows.shape[1], processes)
     evaluation_steps = {math.ceil(total_steps * number / recipe.evaluations) for number in range(1, recipe.evaluations + 1)}
@@ -444,7 +474,7 @@ def retrain_causal_lm(
 
     # ---- models
     model.to(accelerator.device)
-    teacher = teacher.to(accelerator.device).eval() if recipe.distillation else None
+    teacher = teacher.to(accelerator.device).eval() if recipe.distillation and teacher is not None else None
     loss_before = saved["loss_before"] if saved else held_out_loss(model, held_out, accelerator)
     if not loss_before < LARGEST_LOSS:
         raise CompactMindError(f"the held-out loss before retraining is {loss_before}: the model that came in is damaged")

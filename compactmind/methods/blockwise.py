@@ -1,6 +1,6 @@
 """A Llama block by block: what each block reads, and one block at a time in float32, so that memory holds one block and not a model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,12 +28,29 @@ def in_float32(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(wanted)
 
 
+@contextmanager
+def _instead_of_blocks(model: PreTrainedModel, forward: Callable[[int], Callable]) -> Iterator[None]:
+    """Inside the `with` block each decoder block does what `forward` of its number returns; the embeddings are float32."""
+    blocks = llama_blocks(model)
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda _, __, output: output.float()
+    )  # positions follow its dtype
+    try:
+        for index, block in enumerate(blocks):
+            block.module.forward = forward(index)
+        yield
+    finally:
+        handle.remove()
+        for block in blocks:
+            block.module.__dict__.pop("forward", None)
+
+
 @torch.no_grad()
 def block_inputs(model: PreTrainedModel, windows: torch.Tensor) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
     """Return what the first block reads of each of the `windows` (windows, seq_len), float32 (1, seq_len, channels) each, and every
     block's other arguments (masks, positions), which are the same for all windows."""
-    blocks, states = llama_blocks(model), []
-    arguments: list[dict[str, Any]] = [{} for _ in blocks]
+    states: list[torch.Tensor] = []
+    arguments: list[dict[str, Any]] = [{} for _ in model.model.layers]
 
     def standing_in(index: int):
         def forward(hidden_states, **others):
@@ -44,19 +61,16 @@ def block_inputs(model: PreTrainedModel, windows: torch.Tensor) -> tuple[list[to
 
         return forward
 
-    handle = model.get_input_embeddings().register_forward_hook(
-        lambda _, __, output: output.float()
-    )  # positions follow its dtype
-    try:
-        for index, block in enumerate(blocks):
-            block.module.forward = standing_in(index)
+    with _instead_of_blocks(model, standing_in):
         for window in windows:
             model.model(input_ids=window[None].to(model.device), use_cache=False)
-    finally:
-        handle.remove()
-        for block in blocks:
-            block.module.__dict__.pop("forward", None)
     return states, arguments
+
+
+def logits_behind(model: PreTrainedModel, ids: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+    """Return the logits (1, tokens, vocabulary) of ids (1, tokens) whose last block has written (1, tokens, channels)."""
+    with _instead_of_blocks(model, lambda _: lambda hidden_states, **__: written):
+        return model(input_ids=ids.to(model.device), use_cache=False).logits
 
 
 def run_block(block: nn.Module, states: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:

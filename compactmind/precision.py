@@ -1,0 +1,95 @@
+"""In what precision a language model is held, and in which it computes.
+
+Held: in the dtype it was released in, on every device; on a CPU its weights then stay in the mapped file until somebody changes them.
+Computed: in float32 by everything that measures, scores, calibrates or re-fits. A small model is float32 as a whole, which is fastest; of a
+large one each matrix is float32 only while it multiplies. The numbers are the same: bf16 and fp16 are float32 without the last bits.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+SMALL_BYTES = 1_000_000_000
+"""Bytes of all weights in float32 up to which a model is float32 as a whole: to widen each matrix anew takes a tenth of a forward pass."""
+ROWS_BYTES = 2**28
+"""Bytes in float32 that a matrix is widened by at a time: the head of a large vocabulary is the largest matrix of most models."""
+
+
+class WidenedLinear(nn.Linear):
+    """A linear that computes in the dtype of what it reads, or that of autocast, whatever its weights wait in; these get no gradients."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        dtype = torch.get_autocast_dtype(input.device.type) if torch.is_autocast_enabled(input.device.type) else input.dtype
+        if self.weight.dtype == dtype:
+            return super().forward(input)
+        return _Widened.apply(input.to(dtype), self.weight, self.bias)
+
+
+class WidenedEmbedding(nn.Embedding):
+    """A table whose output is float32, whatever it is held in."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(...) ids -> (..., channels) float32."""
+        return super().forward(input).float()
+
+
+class _Widened(torch.autograd.Function):
+    """x W^T + b with W widened some rows at a time, and once more in the backward pass: autograd would keep the wide one for it."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        parts = [
+            F.linear(x, weight[rows].to(x.dtype), None if bias is None else bias[rows].to(x.dtype)) for rows in _spans(weight)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        (weight,) = ctx.saved_tensors
+        if ctx.needs_input_grad[1]:
+            raise RuntimeError(f"a weight of {weight.dtype} is not trained: make the model float32 first, or freeze it")
+        return sum(gradient[..., rows] @ weight[rows].to(gradient.dtype) for rows in _spans(weight)), None, None
+
+
+def _spans(weight: torch.Tensor) -> list[slice]:
+    size = max(1, ROWS_BYTES // (4 * weight.shape[1]))
+    return [slice(start, start + size) for start in range(0, len(weight), size)]
+
+
+def is_small(model: PreTrainedModel) -> bool:
+    """Tell whether all weights of a model in float32 take no more than SMALL_BYTES."""
+    return 4 * sum(parameter.numel() for parameter in model.parameters()) <= SMALL_BYTES
+
+
+def work_in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    """Make, in place, a model of any floating-point dtype compute in float32; return it.
+
+    Logits are those of `model.float()`. The weights of a small one become float32, those of any other stay as they are and get no
+    gradients while they do.
+    """
+    return model.float() if is_small(model) else widen(model)
+
+
+def widen(model: PreTrainedModel) -> PreTrainedModel:
+    """Make, in place, plain linears and tables compute in float32 whatever they are held in; return the model."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = WidenedLinear
+        elif type(module) is nn.Embedding:
+            module.__class__ = WidenedEmbedding
+        elif isinstance(module, nn.LayerNorm):  # torch's wants one dtype; the norms of Llamas widen what they multiply
+            module.float()
+    return model
+
+
+def is_widened(model: PreTrainedModel) -> bool:
+    """Tell whether `widen` was done to a model."""
+    return any(isinstance(module, WidenedEmbedding | WidenedLinear) for module in model.modules())
+
+
+def computes_in_float32(model: PreTrainedModel) -> bool:
+    """Tell whether all weights of a dense model are float32 or widened where they are used."""
+    return is_widened(model) or all(parameter.dtype == torch.float32 for parameter in model.parameters())
