@@ -28,11 +28,11 @@ from compactmind.code_version import code_version
 from compactmind.data import data_fingerprint, read_dataset_description
 from compactmind.devices import default_device
 from compactmind.evaluation.cost import weight_bytes
-from compactmind.evaluation.divergence import measure_windows
+from compactmind.evaluation.divergence import measure_logits, measure_windows
 from compactmind.evaluation.perplexity import paired_ratio, perplexity_of
 from compactmind.files import lock_directory, write_json_atomically
 from compactmind.formats.table import kernel_of
-from compactmind.forward import next_token_logits
+from compactmind.forward import LogitsOf
 from compactmind.gguf_source import folder_of
 from compactmind.guards import check_outputs, check_released
 from compactmind.manifest import identity_of, is_up_to_date, read_manifest, weights_fingerprint
@@ -46,6 +46,7 @@ from compactmind.methods.quantization.w8a8_model import (
     smooth_llama,
     turn_for,
 )
+from compactmind.precision import work_in_float32
 from compactmind.report.figures import save_figure
 from compactmind.text import load_documents, token_windows
 
@@ -173,7 +174,7 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
     naive = recipe(0.5, sites=(), rotations=(), stream_rotation=False)
     nf4 = NF4Recipe(compensation=config.nf4_compensation, embeddings=config.nf4_embeddings)
 
-    # ---- alpha against KL and perplexity, on validation text; the dense logits of it are kept: 0.4 GB with 49,152 words
+    # ---- alpha against KL and perplexity, on validation text
     table: list[dict] = []
     alpha = config.alpha
     if config.output_dir in due:
@@ -183,11 +184,9 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
         if set(config.rotations) < set(SITES) and not config.stream_rotation and config.activations != "per_tensor_static":
             compared[f"{PER_LAYER}, all rotated"] = recipe(PER_LAYER, rotations=tuple(SITES))
         compared |= {value: recipe(value) for value in config.alpha_grid}
-        model = load_as_released(source)[0].to(device).float()
-        logits = [next_token_logits(model, window) for window in validation]
-        del model
+        logits = LogitsOf(work_in_float32(load_as_released(source)[0].to(device)), validation)
         for label, how in compared.items():
-            found = measure_windows({"": quantized(how)[0].float()}, validation, logits)[""]
+            found = measure_windows({"": work_in_float32(quantized(how)[0])}, validation, logits)[""]
             reached = perplexity_of(found["losses"], config.seq_len, "validation")["perplexity"]
             table.append({"alpha": label, "perplexity": reached, "divergence": found["divergence"]["mean"]})
             print(
@@ -226,11 +225,17 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
             )
         del model
 
-    # ---- all are saved: measure all on the same held-out windows, window by window
+    # ---- all are saved: measure all on the same held-out windows, one after the other
     released_bytes = weight_bytes(source)
-    models = {source.name: load_as_released(source)[0].to(device).float()}
-    models |= {name: load_checkpoint(config.models_dir / name, device).model for name in stages}
-    found = measure_windows(models, windows, source.name)
+    model = work_in_float32(load_as_released(source)[0].to(device))
+    logits, kernels = LogitsOf(model, windows), {source.name: kernel_of(model, "dense")}
+    found = {source.name: measure_logits(logits, windows)}
+    del model
+    for name in stages:
+        checkpoint = load_checkpoint(config.models_dir / name, device)
+        kernels[name] = kernel_of(checkpoint.model, checkpoint.manifest["kind"])
+        found[name] = measure_windows({name: checkpoint.model}, windows, logits)[name]
+        del checkpoint
     smoothed = read_manifest(config.models_dir / config.output_dir)
     table = smoothed.get("alpha_table", [])
     report = {"protocol": None, "models": [], "alpha_table": table, "measured": measured()}
@@ -238,12 +243,11 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
         f"\n{'model':<24}{'perplexity [95%]':>27}{'against dense [95%, paired]':>34}{'KL, nats [95%]':>26}{'same top':>10}{'MB':>9}"
         f"{'of released':>13}  kernel"
     )
-    for name, model in models.items():
+    for name, kernel in kernels.items():
         result = perplexity_of(found[name]["losses"], config.seq_len, f"{text}, test", config.window_choice)
         report["protocol"], far = result.pop("protocol"), found[name]["divergence"]
         first = report["models"][0] if report["models"] else result
         ratio = paired_ratio(result["losses"], first["losses"])
-        kernel = kernel_of(model, read_manifest(config.models_dir / name)["kind"] if name in stages else "dense")
         size = weight_bytes(source if name == source.name else config.models_dir / name)
         row = {"name": name, **result, "against_dense": ratio, "divergence": far, "bytes": size, "kernel": kernel}
         report["models"].append(row)

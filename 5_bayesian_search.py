@@ -262,7 +262,7 @@ def make_and_save(
             record = {"pipeline": found.steps, **(extra or {})}
             with store_as_released(found, resources.released):
                 save_checkpoint(
-                    output, model, material.tokenizer, kind=found.kind, parent=material.source.name, stage=stage,
+                    output, found.model, material.tokenizer, kind=found.kind, parent=material.source.name, stage=stage,
                     quantization=found.quantization, data_fingerprint=material.fingerprint, extra=record,
                     dtype=str(resources.released).removeprefix("torch."), beside=material.source,
                 )  # fmt: skip

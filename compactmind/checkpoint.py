@@ -53,6 +53,7 @@ from compactmind.methods.pruning.modeling_pruned_encoder import (
 )
 from compactmind.methods.pruning.modeling_pruned_llama import PrunedLlamaForCausalLM
 from compactmind.model_card import model_card
+from compactmind.precision import dtype_to_hold, widen, work_in_float32
 
 GENERATION = "generation_config.json"
 TRAVELLING = (GENERATION, "*.jinja", "special_tokens_map.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*_POLICY*")
@@ -219,11 +220,12 @@ def without_tied_copies(state: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def load_checkpoint(
-    directory: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, verify: bool = True
+    directory: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, verify: bool = True
 ) -> Checkpoint:
     """Load any checkpoint of this project, strictly: a missing, unexpected or misshapen tensor is an error.
 
-    Returns the model on `device` in evaluation mode, its tokenizer and manifest; weights that are not packed are of `dtype`. Without
+    Returns the model on `device` in evaluation mode, its tokenizer and manifest; weights that are not packed are of `dtype`, by default
+    float32, or of a large language model what the file has, and it computes in float32 (precision.py). Without
     `verify` the files' SHA-256 and the numbers are not looked at. Raises CompactMindError.
     """
     directory = Path(directory)
@@ -240,7 +242,7 @@ def load_checkpoint(
     raise CompactMindError(f"{directory} is written again and again by other processes: wait until they end")
 
 
-def _load_once(directory: Path, device: str | torch.device, dtype: torch.dtype, verify: bool) -> Checkpoint:
+def _load_once(directory: Path, device: str | torch.device, dtype: torch.dtype | None, verify: bool) -> Checkpoint:
     manifest = read_manifest(directory, verify)
     architecture, script = manifest["architecture"], manifest["stage"].get("script", "the stage that wrote it")
     again = f"run `{how_to_make(directory) or f'python {script}'}` again with --force True"
@@ -248,7 +250,8 @@ def _load_once(directory: Path, device: str | torch.device, dtype: torch.dtype, 
     if model_class is None:
         raise CompactMindError(f"{directory / MANIFEST}: unknown architecture {architecture!r}: {again}")
     try:
-        model = FORMATS[manifest["kind"]].load(directory, model_class, manifest["quantization"], device, dtype)
+        held = dtype or dtype_to_hold(architecture, manifest["parameters"])
+        model = FORMATS[manifest["kind"]].load(directory, model_class, manifest["quantization"], device, held)
         if (directory / GENERATION).is_file():
             model.generation_config = GenerationConfig.from_pretrained(directory)
         # With the config at hand, transformers need not ask whether to trust the modelling file beside the weights.
@@ -257,13 +260,16 @@ def _load_once(directory: Path, device: str | torch.device, dtype: torch.dtype, 
         raise CompactMindError(f"{directory} could not be loaded ({error}): {again}") from error
     if verify and (bad := first_not_finite(model.state_dict().items())):
         raise CompactMindError(f"{directory}: {bad} holds NaN or infinite numbers, so the model is of no use: {again}")
+    if held is None:
+        widen(model)
     return Checkpoint(model.to(device).eval(), tokenizer, manifest)
 
 
 def load_any(directory: Path, device: str | torch.device = "cpu", verify: bool = True) -> Checkpoint:
-    """Load a checkpoint of this project, or any Hugging Face folder with a sequence classifier or a causal language model, in float32.
+    """Load a checkpoint of this project, or any Hugging Face folder with a sequence classifier or a causal language model.
 
-    A foreign folder gets a manifest with what can be read off it: kind, architecture, parameters. Raises CompactMindError.
+    What is not quantized computes in float32. A foreign folder gets a manifest with what can be read off it: kind, architecture,
+    parameters. Raises CompactMindError.
     """
     if (directory / MANIFEST).is_file() or not (directory / "config.json").is_file():
         return load_checkpoint(directory, device, verify=verify)
@@ -273,16 +279,19 @@ def load_any(directory: Path, device: str | torch.device = "cpu", verify: bool =
         auto = next((each for task, each in FOREIGN.items() if architecture.endswith(task)), None)
         if auto is None:
             raise CompactMindError(f"{directory} holds a {architecture}: only {' and '.join(FOREIGN)} can be measured")
-        # a quantized one keeps the types its file has
-        dtype = "auto" if getattr(config, "quantization_config", None) else torch.float32
+        quantized = getattr(config, "quantization_config", None) is not None  # it keeps the types its file has
+        generates = auto is AutoModelForCausalLM
+        dtype = "auto" if quantized or generates else torch.float32
         model, report = auto.from_pretrained(directory, dtype=dtype, output_loading_info=True)
-        if report["missing_keys"] and dtype != "auto":  # transformers would fill them with random numbers
+        if report["missing_keys"] and not quantized:  # transformers would fill them with random numbers
             raise CompactMindError(
                 f"{directory} holds no {architecture}: its weights lack {', '.join(sorted(report['missing_keys'])[:3])}"
             )
         tokenizer = AutoTokenizer.from_pretrained(directory)
         if verify and (bad := first_not_finite(model.state_dict().items())):
             raise ValueError(f"{bad} holds NaN or infinite numbers")
+        if generates and not quantized:
+            work_in_float32(model)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise CompactMindError(f"{directory} could not be loaded ({str(error).strip()[:300]})") from error
     manifest = {

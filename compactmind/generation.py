@@ -27,6 +27,7 @@ from compactmind.methods.llama import LINEARS, LlamaBlock, is_llama, llama_block
 from compactmind.methods.quantization.grouped import GroupedLinear
 from compactmind.methods.quantization.w8a8_block import LAYERS, W8A8Block
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
+from compactmind.precision import WidenedLinear
 
 ROOM = 64
 """Tokens there is room for at least beyond those that are there; half as many as are there, where that is more."""
@@ -88,7 +89,7 @@ def growing_cache(model: PreTrainedModel) -> GrowingCache:
     cache.plan = plan_of(model)
     if cache.plan is not None and not isinstance(model.model, DecodesByPlan):
         model.model.__class__ = _decoding(type(model.model))
-    if cache.plan is not None and type(model.lm_head) is nn.Linear and bf16_of(model.lm_head) is not None:
+    if cache.plan is not None and type(model.lm_head) in (nn.Linear, WidenedLinear) and bf16_of(model.lm_head) is not None:
         model.lm_head.__class__ = Bf16Head
     return cache
 
@@ -106,7 +107,8 @@ class Plan:
         self.norms = [norm.weight for block in blocks for norm in (block.input_norm, block.post_norm)]
         self.linears: list[torch.Tensor] = []
         self.kinds: list[int] = []
-        floats = sum(getattr(block, field).weight.numel() for block in blocks for field in LINEARS if _is_float(getattr(block, field)))
+        linears = (getattr(block, field) for block in blocks for field in LINEARS)
+        floats = sum(linear.weight.numel() for linear in linears if _is_float(linear) and linear.weight.dtype == torch.float32)
         for block in blocks:
             for field in LINEARS:
                 tensors, kind = _told(getattr(block, field), narrow=2 * floats <= COPIES)
@@ -124,8 +126,10 @@ class Plan:
 
 
 def bf16_of(linear: nn.Linear) -> torch.Tensor | None:
-    """Return a copy in bf16 of a linear's float32 weights if it is exact, else None. Made once for a weight, and kept with the linear."""
+    """Return a linear's weights in bf16 if that is exact, else None. A copy is made once for a weight, and kept with the linear."""
     weight = linear.weight
+    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
+        return weight
     made_of = weight.data_ptr(), weight.shape, None if weight.is_inference() else weight._version
     if linear.__dict__.get("bf16", (None,))[0] != made_of:
         copy = None
@@ -136,8 +140,8 @@ def bf16_of(linear: nn.Linear) -> torch.Tensor | None:
     return linear.__dict__["bf16"][1]
 
 
-class Bf16Head(nn.Linear):
-    """A float32 head that multiplies few rows from `bf16_of` its weights."""
+class Bf16Head(WidenedLinear):
+    """A head that multiplies few rows from `bf16_of` its weights."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., channels) -> (..., words)."""
@@ -149,7 +153,8 @@ class Bf16Head(nn.Linear):
 
 
 def _is_float(linear: nn.Module) -> bool:
-    return type(linear) is nn.Linear and linear.weight.dtype == torch.float32
+    wide = type(linear) in (nn.Linear, WidenedLinear) and linear.weight.dtype == torch.float32
+    return wide or type(linear) is WidenedLinear and linear.weight.dtype == torch.bfloat16
 
 
 def _told(linear: nn.Module, narrow: bool) -> tuple[list[torch.Tensor], list[int]]:

@@ -59,6 +59,11 @@ def _spans(weight: torch.Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(weight), size)]
 
 
+def dtype_to_hold(architecture: str, parameters: int) -> torch.dtype | None:
+    """Return the dtype that the weights of a model are to be held in, None for what its file has: then `widen` it."""
+    return None if "CausalLM" in architecture and 4 * parameters > SMALL_BYTES else torch.float32
+
+
 def is_small(model: PreTrainedModel) -> bool:
     """Tell whether all weights of a model in float32 take no more than SMALL_BYTES."""
     return 4 * sum(parameter.numel() for parameter in model.parameters()) <= SMALL_BYTES
@@ -74,13 +79,13 @@ def work_in_float32(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def widen(model: PreTrainedModel) -> PreTrainedModel:
-    """Make, in place, plain linears and tables compute in float32 whatever they are held in; return the model."""
+    """Make, in place, norms float32, and plain linears and tables compute in it whatever they are held in; return the model."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = WidenedLinear
         elif type(module) is nn.Embedding:
             module.__class__ = WidenedEmbedding
-        elif isinstance(module, nn.LayerNorm):  # torch's wants one dtype; the norms of Llamas widen what they multiply
+        elif type(module).__name__.endswith("Norm"):  # vectors: what they take does not count
             module.float()
     return model
 

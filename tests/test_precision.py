@@ -8,8 +8,11 @@ import torch
 from transformers import GraniteConfig, GraniteForCausalLM, Qwen2Config, Qwen2ForCausalLM, StableLmConfig, StableLmForCausalLM
 
 from compactmind import forward, precision
+from compactmind.checkpoint import MANIFEST, load_any, load_checkpoint, save_checkpoint
 from compactmind.evaluation.divergence import measure_logits, measure_windows
+from compactmind.formats.table import kernel_of
 from compactmind.forward import LogitsOf, next_token_logits
+from compactmind.generation import cache_for
 from compactmind.methods.pruning.llama_importance import score
 from compactmind.methods.pruning.llama_pruning import PruneRecipe, prune_llama
 from compactmind.methods.registry import METHODS, Resources
@@ -31,6 +34,11 @@ def held_in(dtype: torch.dtype, model):
     """Return the model held in a dtype, and one that is float32 with the same values."""
     model = helpers.cast_parameters(model, dtype)
     return model, helpers.cast_parameters(copy.deepcopy(model), torch.float32)
+
+
+def matrices_of(model) -> set[torch.dtype]:
+    """Return the dtypes that its matrices are held in."""
+    return {parameter.dtype for parameter in model.parameters() if parameter.ndim == 2}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -68,7 +76,7 @@ def test_only_large_models_are_widened(monkeypatch):
     assert not is_widened(small) and {parameter.dtype for parameter in small.parameters()} == {torch.float32}
     monkeypatch.setattr(precision, "SMALL_BYTES", 0)
     large = work_in_float32(held_in(torch.bfloat16, helpers.make_llama())[0])
-    assert is_widened(large) and {parameter.dtype for parameter in large.parameters()} == {torch.bfloat16}
+    assert is_widened(large) and matrices_of(large) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "activation", "variance", "l2"])
@@ -87,6 +95,28 @@ def test_a_widened_model_is_pruned_as_in_float32_but_for_the_rounding_of_what_is
     assert found.model.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
     far = next_token_logits(found, WINDOWS[0]) - next_token_logits(wanted, WINDOWS[0])
     assert 0 < far.norm() < 0.02 * next_token_logits(wanted, WINDOWS[0]).norm()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_large_checkpoint_is_held_as_its_file_and_gives_the_same_logits_and_tokens(tmp_path, monkeypatch, dtype):
+    model, wide = held_in(getattr(torch, dtype), helpers.make_llama())
+    save_checkpoint(tmp_path / "llama", model, helpers.make_byte_tokenizer(), kind="dense", parent=None, stage={}, dtype=dtype)
+    wanted, logits = generated(wide), next_token_logits(wide, WINDOWS[0])
+    for load in (load_checkpoint, load_any):
+        monkeypatch.setattr(precision, "SMALL_BYTES", 0)
+        found = load(tmp_path / "llama").model
+        assert found.lm_head.weight.dtype == getattr(torch, dtype) and kernel_of(found, "dense") == "float32"
+        assert torch.equal(next_token_logits(found, WINDOWS[0]), logits) and torch.equal(generated(found), wanted)
+        (tmp_path / "llama" / MANIFEST).unlink(missing_ok=True)  # the second time it is a folder of somebody else
+    monkeypatch.undo()
+    assert load_any(tmp_path / "llama").model.lm_head.weight.dtype == torch.float32
+
+
+def generated(model) -> torch.Tensor:
+    return model.generate(
+        WINDOWS[:1], attention_mask=torch.ones_like(WINDOWS[:1]), past_key_values=cache_for(model), max_new_tokens=8, do_sample=False,
+        pad_token_id=0,
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- retraining
@@ -147,7 +177,7 @@ def test_a_large_teacher_goes_before_the_model_is_made_and_is_not_loaded_again_t
     assert len(loaded) == 2 and done["tokens_seen"] >= 96
     full, _ = METHODS["retrain"].apply(dense(), resources, recipe_for(mode="full", lr=1e-3))
     for each in (model, full):
-        assert {parameter.dtype for parameter in each.parameters()} == {torch.bfloat16}
+        assert matrices_of(each) == {torch.bfloat16}
 
 
 # ------------------------------------------------------------------------------------------------------------ dense logits

@@ -23,7 +23,7 @@ def load(
     model_class: type[PreTrainedModel],
     quantization: dict[str, Any],
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> PreTrainedModel:
     """Rebuild a packed model from the description `quantize_model` returned; the packed weights are on `device`, the rest in float32.
 

@@ -30,7 +30,7 @@ def load(
     model_class: type[PreTrainedModel],
     quantization: dict[str, Any],
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> PreTrainedModel:
     """Rebuild a model from the description `quantize_gptq` returned, whose `tensors` say the grid of each; the rest is of `dtype`.
 
@@ -42,7 +42,7 @@ def load(
     take_grouped(model, state, quantization["tensors"])
     if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
-    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    state = {name: tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     require_every_tensor(model_class, *model.load_state_dict(state, strict=False, assign=True))
     tie_table(model)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # computed, not stored: the one on meta is empty

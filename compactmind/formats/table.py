@@ -26,9 +26,9 @@ class Format:
     """The `kind` of a manifest."""
     words: str
     """What that means, for the card."""
-    load: Callable[[Path, type[PreTrainedModel], dict[str, Any] | None, torch.device | str, torch.dtype], PreTrainedModel]
-    """(directory, class, quantization, device, dtype of what is not packed) -> the model, strictly: a tensor that is missing or left
-    over raises ValueError or KeyError."""
+    load: Callable[[Path, type[PreTrainedModel], dict[str, Any] | None, torch.device | str, torch.dtype | None], PreTrainedModel]
+    """(directory, class, quantization, device, dtype of what is not packed or None for the file's) -> the model, strictly: a tensor that
+    is missing or left over raises ValueError or KeyError."""
     quantized: bool = True
     """Whether it can no longer be pruned, trained, smoothed or quantized."""
     quantization_config: Callable[[PreTrainedModel, dict[str, Any]], dict[str, Any] | None] = lambda model, quantization: None

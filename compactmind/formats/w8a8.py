@@ -37,7 +37,7 @@ def load(
     model_class: type[PreTrainedModel],
     quantization: dict[str, Any],
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> PreTrainedModel:
     """Rebuild a model from the description `quantize_llama` or `quantize_encoder` returned; what is left of a Llama is of `dtype`.
 
@@ -60,7 +60,7 @@ def _llama(
     config: PretrainedConfig,
     quantization: dict[str, Any],
     state: dict[str, torch.Tensor],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> PreTrainedModel:
     activations = quantization["granularity"]["activations"]
     with torch.device("meta"):
@@ -81,7 +81,7 @@ def _llama(
     packed = {name for name, module in model.named_modules() if isinstance(module, (W8A8Linear, InputRotation, Int8Embedding))}
     for name, tensor in state.items():
         if tensor.is_floating_point() and name.rpartition(".")[0] not in packed:
-            state[name] = tensor.to(dtype)
+            state[name] = tensor.to(dtype or tensor.dtype)
         if name.endswith(".input_scale"):
             state[name] = tensor.reshape(1)  # (1, 1) in files written before
     if config.tie_word_embeddings:

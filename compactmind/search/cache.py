@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from compactmind.checkpoint import model_class_named, without_tied_copies, write_model
 from compactmind.errors import CompactMindError
 from compactmind.files import replace_directory, write_json_atomically
-from compactmind.formats.table import FORMATS
+from compactmind.formats.table import FORMATS, parameters_of
+from compactmind.precision import dtype_to_hold, widen
 
 RECORD = "record.json"
 
@@ -44,19 +45,22 @@ class PrefixCache:
         """Return what is known of the last of these steps: `row`, and `measured` by measure; None if it is not there or damaged."""
         try:
             record = json.loads((self.place(steps) / RECORD).read_text(encoding="utf-8"))
-            record["architecture"], record["kind"], record["row"]["done"], record["measured"]
+            record["architecture"], record["parameters"], record["kind"], record["row"]["done"], record["measured"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return record
 
     def model(self, steps: Sequence[str], device: str = "cpu") -> PreTrainedModel | None:
-        """Return the model after these steps in evaluation mode, float32 where it is not packed; None if it is not there or damaged."""
+        """Return the model after these steps in evaluation mode, computing in float32; None if it is not there or damaged."""
         record, place = self.record(steps), self.place(steps)
         if record is None:
             return None
         try:
             model_class, form = model_class_named(record["architecture"]), FORMATS[record["kind"]]
-            model = form.load(place, model_class, record["row"]["done"], device, torch.float32)
+            held = dtype_to_hold(record["architecture"], record["parameters"])
+            model = form.load(place, model_class, record["row"]["done"], device, held)
+            if held is None:
+                widen(model)
             os.utime(place)  # used just now
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError):
             return None
@@ -80,7 +84,9 @@ class PrefixCache:
                 )  # fmt: skip
             self.complained = True
             return
-        record = {"architecture": type(model).__name__, "kind": kind, "row": row, "measured": {}}
+        record = {
+            "architecture": type(model).__name__, "parameters": parameters_of(model), "kind": kind, "row": row, "measured": {},
+        }  # fmt: skip
         try:
             with replace_directory(self.place(steps), needed_bytes=size + 1_000_000) as temporary:
                 write_model(temporary, model, state, form, row["done"], "float32")
