@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
-from compactmind.methods.llama import LlamaBlock, llama_blocks
+from compactmind.methods.llama import LlamaBlock, llama_blocks, llama_type
 from compactmind.methods.pruning.llama_importance import (
     AGGREGATES,
     CRITERIA,
@@ -29,6 +29,7 @@ from compactmind.methods.pruning.llama_importance import (
     score,
 )
 from compactmind.methods.pruning.llama_structure import (
+    FAMILIES,
     STRUCTURES,
     BlockMask,
     channel_parameters,
@@ -40,9 +41,9 @@ from compactmind.methods.pruning.llama_structure import (
     rebuilt,
     remove_blocks,
     remove_hidden_channels,
-    require_class,
     shrink_block,
 )
+from compactmind.methods.quantization.blockwise import block_inputs
 
 SCOPES = ("uniform", "global")
 TOLERANCE = 0.01
@@ -106,10 +107,10 @@ def check_prunable(model: PreTrainedModel, recipe: PruneRecipe, as_it_is: bool =
 
     Not `as_it_is`: other steps come before, so that only what they cannot change is looked at: the type of the model.
     """
-    require_class(model, unequal=recipe.scope == "global" and recipe.sparsity > 0)
+    blocks, hidden = llama_blocks(model), model.config.hidden_size
+    _check_family(model, recipe)
     if not as_it_is:
         return
-    blocks, hidden = llama_blocks(model), model.config.hidden_size
     block, count = blocks[0], len(blocks)
     removable = max(0, count - 2 * recipe.protect)
     if recipe.blocks and recipe.blocks >= removable:
@@ -140,6 +141,17 @@ def check_prunable(model: PreTrainedModel, recipe: PruneRecipe, as_it_is: bool =
             most += (each.k.out_features // each.head_dim - 1) * per_group * ("groups" in recipe.structures)
         if most / total < recipe.sparsity:
             _check_met(recipe, most / total)
+
+
+def _check_family(model: PreTrainedModel, recipe: PruneRecipe) -> None:
+    kind = llama_type(model)
+    groups, hidden = recipe.sparsity and "groups" in recipe.structures, recipe.hidden_sparsity
+    if FAMILIES[kind].heads_fill_hidden and (groups or hidden):
+        asked = " and ".join(["key-value groups"] * bool(groups) + ["hidden channels"] * bool(hidden))
+        raise CompactMindError(
+            f"a model of type {kind!r} cannot be pruned of {asked}: its class wants num_attention_heads * head_dim = hidden_size; "
+            "channels of the FFN and whole blocks can go: use structures channels, hidden_sparsity 0"
+        )
 
 
 def _check_bundles(blocks: list[LlamaBlock], recipe: PruneRecipe) -> None:
@@ -304,28 +316,17 @@ class BlockByBlock:
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, windows: torch.Tensor, known: DenseStates | None = None):
-        self.states, self.arguments = [], {}
+        self.states, self.of_blocks = block_inputs(model, windows, dtype=None)
+        self.arguments = self.of_blocks[0]  # of the block at hand: one with a sliding window has another mask
         self.targets: dict[str, list[torch.Tensor]] = {}
         self.known, self.count = known or DenseStates(0), len(model.model.layers)
-
-        def catch(_, args, kwargs):
-            self.states.append((args[0] if args else kwargs["hidden_states"]).clone())
-            self.arguments = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "past_key_values")}
-            raise _Reached
-
-        handle = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            for window in windows:
-                with suppress(_Reached):
-                    model.model(input_ids=window[None].to(model.device), use_cache=False)
-        finally:
-            handle.remove()
         self.dense_states = list(self.states)
         self.share = getattr(model.config, "residual_multiplier", 1.0)  # Granite adds only a share of what a block computes
 
     @torch.no_grad()
     def run_dense(self, block: LlamaBlock, number: int) -> None:
         """Let the dense model's states pass through block number `number`, still as it was; what they are behind o and down is the aim."""
+        self.arguments = self.of_blocks[number]
         if number in self.known.blocks:
             self.targets = self.known.blocks[number]
             self.dense_states = list(self.targets["down"])

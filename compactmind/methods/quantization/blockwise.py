@@ -29,9 +29,11 @@ def in_float32(module: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def block_inputs(model: PreTrainedModel, windows: torch.Tensor) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
-    """Return what the first block reads of each of the `windows` (windows, seq_len), float32 (1, seq_len, channels) each, and every
-    block's other arguments (masks, positions), which are the same for all windows."""
+def block_inputs(
+    model: PreTrainedModel, windows: torch.Tensor, dtype: torch.dtype | None = torch.float32
+) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+    """Return what the first block reads of each of the `windows` (windows, seq_len), (1, seq_len, channels) each, and every block's other
+    arguments (masks, positions), which are the same for all windows; in `dtype`, None: in the model's."""
     blocks, states = llama_blocks(model), []
     arguments: list[dict[str, Any]] = [{} for _ in blocks]
 
@@ -45,7 +47,7 @@ def block_inputs(model: PreTrainedModel, windows: torch.Tensor) -> tuple[list[to
         return forward
 
     handle = model.get_input_embeddings().register_forward_hook(
-        lambda _, __, output: output.float()
+        lambda _, __, output: output.to(dtype or output.dtype)
     )  # positions follow its dtype
     try:
         for index, block in enumerate(blocks):
