@@ -60,7 +60,7 @@ FAMILIES = {
 }
 """Model type -> what becomes of it. Channels of the FFN and blocks can go from each."""
 
-OF_BLOCKS = ("layer_types", "no_rope_layers", "layer_num_key_value_heads", "layer_intermediate_sizes")
+PER_BLOCK = ("layer_types", "no_rope_layers", "layer_num_key_value_heads", "layer_intermediate_sizes")
 """Fields of a configuration that hold a value per block."""
 
 
@@ -146,7 +146,7 @@ def remove_blocks(model: PreTrainedModel, indices: set[int]) -> None:
         layer.self_attn.layer_idx = index
     config = model.config
     config.num_hidden_layers = len(model.model.layers)
-    for name in OF_BLOCKS:
+    for name in PER_BLOCK:
         if getattr(config, name, None):
             setattr(config, name, [value for index, value in enumerate(getattr(config, name)) if index not in indices])
     if hasattr(config, "max_window_layers"):  # Qwen's number of blocks at the beginning without a sliding window
