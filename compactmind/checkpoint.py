@@ -47,11 +47,11 @@ from compactmind.manifest import (
 )
 from compactmind.methods.llama import is_llama, llama_blocks, llama_shapes
 from compactmind.methods.pruning.encoder import layer_shapes
+from compactmind.methods.pruning.llama_structure import FAMILIES
 from compactmind.methods.pruning.modeling_pruned_encoder import (
     PrunedBertForSequenceClassification,
     PrunedDistilBertForSequenceClassification,
 )
-from compactmind.methods.pruning.modeling_pruned_llama import PrunedLlamaForCausalLM
 from compactmind.model_card import model_card
 from compactmind.precision import dtype_to_hold, widen, work_in_float32
 
@@ -61,7 +61,11 @@ TRAVELLING = (GENERATION, "*.jinja", "special_tokens_map.json", "LICENSE*", "LIC
 
 PRUNED_CLASSES = {
     each.__name__: each
-    for each in (PrunedBertForSequenceClassification, PrunedDistilBertForSequenceClassification, PrunedLlamaForCausalLM)
+    for each in (
+        PrunedBertForSequenceClassification,
+        PrunedDistilBertForSequenceClassification,
+        *(family.unequal for family in FAMILIES.values()),
+    )
 }
 """Architectures of our own; the file that defines one lies beside the weights of each such checkpoint."""
 

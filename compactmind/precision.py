@@ -5,6 +5,9 @@ Computed: in float32 by everything that measures, scores, calibrates or re-fits.
 large one each matrix is float32 only while it multiplies. The numbers are the same: bf16 and fp16 are float32 without the last bits.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -88,6 +91,21 @@ def widen(model: PreTrainedModel) -> PreTrainedModel:
         elif type(module).__name__.endswith("Norm"):  # vectors: what they take does not count
             module.float()
     return model
+
+
+@contextmanager
+def widened(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the `with` block a model of any dtype computes in float32; afterwards it is as it was."""
+    before = [(module, module.__class__, [(each, each.data) for each in module.parameters(recurse=False)]) for module in model.modules()]
+    if not computes_in_float32(model):
+        widen(model)
+    try:
+        yield
+    finally:
+        for module, each, parameters in before:
+            module.__class__ = each
+            for parameter, data in parameters:
+                parameter.data = data
 
 
 def is_widened(model: PreTrainedModel) -> bool:

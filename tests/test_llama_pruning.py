@@ -11,21 +11,11 @@ from types import SimpleNamespace
 import helpers
 import pytest
 import torch
-from transformers import (
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM
 
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.errors import CompactMindError
-from compactmind.methods.llama import llama_blocks
+from compactmind.methods.llama import ARCHITECTURES, llama_blocks
 from compactmind.methods.pruning import llama_pruning
 from compactmind.methods.pruning.llama_importance import CRITERIA, block_influence, hidden_importance, score
 from compactmind.methods.pruning.llama_pruning import (
@@ -38,11 +28,13 @@ from compactmind.methods.pruning.llama_pruning import (
     refit,
 )
 from compactmind.methods.pruning.llama_structure import (
+    FAMILIES,
     BlockMask,
     full_mask,
     kept_parameters,
     prunable_parameters,
     rebuilt,
+    remove_blocks,
     remove_hidden_channels,
     shrink_block,
     silence,
@@ -63,6 +55,35 @@ def windows():
 def make(**changes):
     """Return a Llama with 3 blocks, 4 query and 2 key-value heads of 8, MLP 48, unless `changes` say otherwise."""
     return helpers.make_llama(**{"num_hidden_layers": 3, **changes})
+
+
+SLIDING = {"use_sliding_window": True, "sliding_window": 6}
+"""Shorter than the windows of text."""
+BIASES = {"attention_bias": True, "mlp_bias": True}
+OTHERS = {
+    "mistral": {"sliding_window": 6},
+    "qwen2": {**SLIDING, "max_window_layers": 2},
+    "qwen3": {**SLIDING, "max_window_layers": 2, "head_dim": 8, "attention_bias": True},
+    "granite": {
+        **BIASES,
+        "residual_multiplier": 0.5,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "attention_multiplier": 0.2,
+    },
+    "smollm3": {**SLIDING, **BIASES, "no_rope_layer_interval": 2},
+    "helium": {"head_dim": 4},
+    "stablelm": {"use_qkv_bias": True},
+}
+"""Model type -> settings in which it differs from a Llama."""
+WHOLE_HEADS = [kind for kind in OTHERS if kind not in ("helium", "stablelm")]
+
+
+def make_other(kind: str, **changes):
+    """Return a model of any type with 4 blocks, 8 query and 4 key-value heads of 4, MLP 48, unless `changes` say otherwise."""
+    settings = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, **OTHERS.get(kind, {}), **changes}
+    config = AutoConfig.for_model(kind, **helpers.llama_settings(**settings))
+    return helpers.randomize(AutoModelForCausalLM.from_config(config))
 
 
 @torch.no_grad()
@@ -127,12 +148,20 @@ def test_the_smaller_model_computes_what_the_masked_one_does(changes, channels, 
 
 
 @pytest.mark.parametrize(
-    ("changes", "kept"),
-    [({}, 24), ({}, 27), ({"tie_word_embeddings": True}, 27), ({"attention_bias": True, "mlp_bias": True}, 24)],
+    ("kind", "changes", "kept"),
+    [
+        ("llama", {}, 24),
+        ("llama", {}, 27),
+        ("llama", {"tie_word_embeddings": True}, 27),
+        ("llama", BIASES, 24),
+        ("llama", BIASES, 27),
+        *((kind, {}, 27) for kind in WHOLE_HEADS),
+    ],
     ids=str,
 )
-def test_without_hidden_channels_it_computes_what_it_does_with_silent_ones(changes, kept):
-    model = make(rms_norm_eps=1e-2, **changes)  # a large eps: forgetting to scale it would show
+def test_without_hidden_channels_it_computes_what_it_does_with_silent_ones(kind, changes, kept):
+    changes = {"tie_word_embeddings": False, "rms_norm_eps": 1e-2, **changes}  # a large eps: forgetting to scale it would show
+    model = make_other(kind, **changes)
     keep = torch.zeros(model.config.hidden_size, dtype=torch.bool)
     keep[torch.randperm(len(keep), generator=torch.Generator().manual_seed(0))[:kept]] = True
     small, before = copy.deepcopy(model), logits_of(model)
@@ -142,8 +171,7 @@ def test_without_hidden_channels_it_computes_what_it_does_with_silent_ones(chang
     assert small.config.hidden_size == small.get_input_embeddings().weight.shape[1] == kept
     torch.testing.assert_close(logits_of(small), logits_of(model), rtol=0, atol=1e-5)
     assert not torch.allclose(logits_of(small), before, atol=1e-2)
-    tied = small.lm_head.weight is small.model.embed_tokens.weight
-    assert tied == bool(changes.get("tie_word_embeddings"))
+    assert (small.lm_head.weight is small.model.embed_tokens.weight) == changes["tie_word_embeddings"]
 
 
 def test_parameters_are_counted_as_they_go():
@@ -160,7 +188,7 @@ def save(model, directory):
     save_checkpoint(directory, model, helpers.make_byte_tokenizer(), kind="pruned", parent="x", stage=STAGE)
 
 
-@pytest.mark.parametrize("case", ["both", "three groups of four", "three groups of four, biases", "tied", "unequal"])
+@pytest.mark.parametrize("case", ["both", "three groups of four", "three groups of four, biases", "tied"])
 def test_a_process_without_this_package_reloads_it(case, tmp_path):
     changes, channels, groups, expected = CASES[case]
     model = make(**changes)
@@ -179,6 +207,103 @@ def test_a_process_without_this_package_reloads_it(case, tmp_path):
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert torch.allclose(torch.load(tmp_path / "logits.pt"), logits_of(small), atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------- other model types
+def test_all_that_can_be_taken_apart_can_be_pruned():
+    assert set(FAMILIES) == set(ARCHITECTURES) == {"llama", *OTHERS}
+
+
+def reloaded(model, directory):
+    """Return what transformers alone reads of a checkpoint."""
+    save(model, directory)
+    assert torch.equal(logits_of(load_checkpoint(directory).model), logits_of(model))
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+EQUAL = [*((kind, ("channels",)) for kind in OTHERS), *((kind, ("channels", "groups")) for kind in WHOLE_HEADS)]
+
+
+@pytest.mark.parametrize(("kind", "structures"), EQUAL, ids=str)
+def test_another_type_with_equal_widths_is_of_its_class_and_computes_what_the_masked_one_does(
+    windows, kind, structures, tmp_path
+):
+    model = make_other(kind)
+    recipe = PruneRecipe(0.25, "taylor", structures=structures, round_to=8, compensate=False)
+    small, done = prune_llama(copy.deepcopy(model), recipe, windows)
+    whole, masks = logits_of(model), choose_masks(model, score(model, "taylor", windows), recipe)
+    silence(model, masks)
+    masked = logits_of(model)
+    assert (masked - whole).abs().max() > 0.01 * whole.abs().max()
+    assert (logits_of(small) - masked).abs().max() < 1e-5 * masked.abs().max()
+    again = reloaded(small, tmp_path / "small")
+    assert type(again) is type(model) and torch.equal(logits_of(again), logits_of(small))
+    assert [again.config.intermediate_size] * 4 == done["kept_channels"] and again.config.intermediate_size < 48
+    assert [again.config.num_key_value_heads] * 4 == done["kept_groups"] == [3 if "groups" in structures else 4] * 4
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_compensation_knows_what_each_type_adds_to_the_stream(windows, kind):
+    small, _ = prune_llama(make_other(kind), PruneRecipe(0.0, round_to=8), windows)
+    torch.testing.assert_close(logits_of(small), logits_of(make_other(kind)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("index", [0, 1, 3])
+@pytest.mark.parametrize("kind", OTHERS)
+@torch.no_grad()
+def test_what_each_block_is_by_its_number_stays_with_it_when_others_go(kind, index, tmp_path):
+    model = make_other(kind)
+    small = copy.deepcopy(model)
+    remove_blocks(small, {index})
+    small = rebuilt(small)
+    block = llama_blocks(model)[index]
+    for parameter in (*block.o.parameters(), *block.down.parameters()):
+        parameter.zero_()
+    torch.testing.assert_close(logits_of(small), logits_of(model), rtol=0, atol=1e-5)
+    again = reloaded(small, tmp_path / "small")
+    assert type(again) is type(model) and torch.equal(logits_of(again), logits_of(small))
+    if hasattr(model.config, "max_window_layers"):  # who does not read layer_types derives them from this
+        told = {name: value for name, value in again.config.to_dict().items() if name != "layer_types"}
+        assert type(again.config)(**told).layer_types == again.config.layer_types
+
+
+def test_a_process_without_this_package_reloads_every_type_with_unequal_widths(tmp_path):
+    kinds = ["llama", *OTHERS]
+    torch.save(helpers.example_windows(), tmp_path / "windows.pt")
+    for kind in kinds:
+        model = make_other(kind)
+        masks = random_masks(model, [48, 8, 24, 40], [1, 4, 3, 2] if kind in ("llama", *WHOLE_HEADS) else 4)
+        small = shrunk(model, masks)
+        silence(model, masks)
+        assert (logits_of(small) - logits_of(model)).abs().max() < 1e-5 * logits_of(model).abs().max()
+        assert type(small).__name__.startswith("Pruned") and isinstance(small, type(model))
+        cached, plain = (
+            small.generate(helpers.example_windows()[:1], max_new_tokens=5, do_sample=False, use_cache=each)
+            for each in (True, False)
+        )
+        assert torch.equal(cached, plain)
+        save(small, tmp_path / kind)
+        assert torch.equal(logits_of(load_checkpoint(tmp_path / kind).model), logits_of(small))
+    code = (
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
+        f"for kind in {kinds}:\n"
+        "    model = AutoModelForCausalLM.from_pretrained(kind, dtype=torch.float32, trust_remote_code=True)\n"
+        "    torch.save(model(torch.load('windows.pt')).logits.detach(), f'{kind}.pt')\n"
+        "assert not any(name.startswith('compactmind') for name in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for kind in kinds:
+        expected = logits_of(load_checkpoint(tmp_path / kind).model)
+        assert torch.allclose(torch.load(tmp_path / f"{kind}.pt"), expected, atol=1e-6), kind
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_model_of_unequal_widths_can_be_pruned_again(windows, kind):
+    recipe = PruneRecipe(0.2, scope="global", round_to=4)
+    small, _ = prune_llama(make_other(kind), recipe, windows)
+    smaller, done = prune_llama(small, recipe, windows)
+    assert type(smaller) is FAMILIES[kind].unequal and done["sparsity"] == pytest.approx(0.2, abs=0.01)
 
 
 # -------------------------------------------------------------------------------------------------------------- criteria
@@ -356,10 +481,15 @@ def test_the_hidden_channels_that_go_are_the_ones_the_norms_pass_least_of(window
     assert change < 0.5 * (logits_of(rebuilt(other)) - before).norm() / before.norm()
 
 
-def test_hidden_channels_blocks_and_widths_go_together_and_reload(windows, tmp_path):
-    recipe = PruneRecipe(sparsity=0.25, hidden_sparsity=0.25, blocks=1, round_to=4, structures=("channels", "groups"))
-    model, done = prune_llama(make(), recipe, windows)
-    assert done["hidden_size"] == 24
+@pytest.mark.parametrize(("scope", "round_to", "hidden_size"), [("uniform", 4, 24), ("global", 2, 26)])
+@pytest.mark.parametrize("kind", ["llama", *WHOLE_HEADS])
+def test_hidden_channels_blocks_and_widths_go_together_and_reload(windows, kind, scope, round_to, hidden_size, tmp_path):
+    share = 1 - hidden_size / 32  # 26 is no multiple of the heads
+    recipe = PruneRecipe(
+        0.25, scope=scope, hidden_sparsity=share, blocks=1, round_to=round_to, structures=("channels", "groups")
+    )
+    model, done = prune_llama(make_other(kind), recipe, windows)
+    assert done["hidden_size"] == hidden_size
     assert len(done["removed_blocks"]) == 1
     save(model, tmp_path / "small")
     assert torch.equal(logits_of(load_checkpoint(tmp_path / "small").model), logits_of(model))
@@ -417,11 +547,11 @@ def test_an_error_that_came_in_is_made_good(windows):
     block, before = llama_blocks(disturbed)[0], list(runner.states)
     runner.run_dense(block, 0)
     error = lambda states: sum((a - b).square().sum() for a, b in zip(states, runner.dense_states, strict=True))  # noqa: E731
-    untouched = error([block.module(state, **runner.arguments[0]) for state in before])
-    runner.refit_output(block, 0, torch.ones(32, dtype=torch.bool), 0.05)
+    untouched = error([block.module(state, **runner.arguments) for state in before])
+    runner.refit_output(block, torch.ones(32, dtype=torch.bool), 0.05)
     runner.refit_down(block, 0.05)
     assert error(runner.states) < 0.9 * untouched
-    again = [block.module(state, **runner.arguments[0]) for state in before]
+    again = [block.module(state, **runner.arguments) for state in before]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(runner.states, again, strict=True))
 
 
@@ -442,20 +572,17 @@ def test_compensation_brings_the_outputs_closer(windows, criterion):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("share", [1.0, 0.5])
-def test_block_by_block_is_the_model(windows, share):
-    model = make()
-    if share != 1:  # Granite: a Llama whose blocks add only a share of what they compute
-        shapes = {name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "architectures")}
-        model = GraniteForCausalLM(GraniteConfig(**shapes, residual_multiplier=share)).eval()
+@pytest.mark.parametrize("kind", ["llama", *OTHERS])
+def test_block_by_block_is_the_model(windows, kind):
+    model = make_other(kind)
     runner = BlockByBlock(model, windows)
     for number, block in enumerate(llama_blocks(model)):
         runner.run_dense(block, number)
-        runner.refit_output(block, number, torch.ones(32, dtype=torch.bool), 0.1)
+        runner.refit_output(block, torch.ones(block.o.in_features, dtype=torch.bool), 0.1)
         runner.refit_down(block, 0.1)
     for states in (runner.states, runner.dense_states):
-        expected = model.lm_head(model.model.norm(torch.cat(states)))
-        assert torch.allclose(model(windows).logits, expected, atol=1e-5)
+        expected = model.model.norm(torch.cat(states))
+        assert torch.allclose(model.model(windows).last_hidden_state, expected, atol=1e-5)
 
 
 def test_a_model_that_another_pruning_has_run_is_not_run_again_and_nothing_else_changes(windows):
@@ -563,35 +690,51 @@ def monkeypatched(module, name, value):
         yield
 
 
-UNPRUNABLE = {
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, "uniform", "'qwen2' cannot be pruned.*leave prune out.*--methods smooth w8a8 nf4"),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, "global", "'qwen3' cannot be pruned.*leave prune out.*--methods smooth w8a8 nf4"),
-    "mistral": (MistralForCausalLM, MistralConfig, "global", "'mistral' cannot be pruned with scope global.*use scope uniform"),
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+ELSE = ".*expected a Llama-like causal LM, of type llama, mistral, qwen2"
+REFUSED = {
+    "helium, groups": (
+        "helium",
+        {},
+        {"structures": ("groups",)},
+        "'helium' cannot be pruned of key-value groups:.*structures channels",
+    ),
+    "stablelm, hidden": (
+        "stablelm",
+        {},
+        {"hidden_sparsity": 0.25},
+        "'stablelm' cannot be pruned of hidden channels:.*hidden_sparsity 0",
+    ),
+    "gemma": ("gemma", {"head_dim": 4}, {}, "model_type 'gemma'\\) has these parts and computes something else" + ELSE),
+    "gemma2": ("gemma2", {"head_dim": 4}, {}, "model_type 'gemma2'\\) has these parts" + ELSE),
+    "phi3": ("phi3", {"pad_token_id": 0}, {}, "model_type 'phi3'.*q_proj" + ELSE),
+    "mixtral": ("mixtral", {"num_local_experts": 4}, {}, "model_type 'mixtral', a mixture of experts" + ELSE),
+    "qwen3_moe": ("qwen3_moe", EXPERTS, {}, "model_type 'qwen3_moe', a mixture of experts" + ELSE),
+    "qwen2_moe without experts": (
+        "qwen2_moe",
+        {**EXPERTS, "decoder_sparse_step": 9},
+        {},
+        "'qwen2_moe', a mixture of experts" + ELSE,
+    ),
 }
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["alone", "after another step"])
-@pytest.mark.parametrize("kind", UNPRUNABLE)
-def test_a_model_type_without_a_class_for_it_is_refused_before_anything_is_computed(windows, kind, whole):
-    model_class, config_class, scope, expected = UNPRUNABLE[kind]
-    model = helpers.randomize(model_class(config_class(**helpers.llama_settings(head_dim=8))))
+@pytest.mark.parametrize(("kind", "changes", "settings", "expected"), REFUSED.values(), ids=REFUSED)
+def test_what_a_model_type_does_not_take_is_refused_before_anything_is_computed(
+    windows, kind, changes, settings, expected, whole
+):
+    model = make_other(kind, **changes)
     model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
     model.model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
-    prune = {"method": "prune", "params": {"sparsity": 0.2, "scope": scope, "round_to": 8}}
-    with pytest.raises(CompactMindError, match=expected):
-        prune_llama(model, PruneRecipe(0.2, scope=scope, round_to=8), windows)
+    prune = {"method": "prune", "params": {"sparsity": 0.2, "round_to": 8, **settings}}
+    with pytest.raises(CompactMindError, match=expected) as caught:
+        prune_llama(model, PruneRecipe(**prune["params"]), windows)
+    assert "\n" not in str(caught.value)
     resources = Resources(windows, windows, windows[:2], lambda: model)
     steps = read_pipeline([prune] if whole else [{"method": "smooth"}, prune, {"method": "nf4"}])
     with pytest.raises(CompactMindError, match=expected):
         run_pipeline(steps, resources, Measure("none", lambda _: pytest.fail("it was measured")), show=False)
-
-
-def test_a_mistral_can_be_pruned_with_equal_widths(windows):
-    model = helpers.randomize(MistralForCausalLM(MistralConfig(**helpers.llama_settings(head_dim=8))))
-    assert (
-        type(prune_llama(model, PruneRecipe(0.2, round_to=8, structures=("channels", "groups")), windows)[0])
-        is MistralForCausalLM
-    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"compensate": False}, {"criterion": "l2"}], ids=str)

@@ -11,7 +11,7 @@ import optuna
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, HeliumConfig, HeliumForCausalLM
 
 from compactmind import forward
 from compactmind.checkpoint import load_checkpoint
@@ -396,17 +396,17 @@ def test_a_search_whose_only_trial_failed_says_why(tmp_path, run_here):
     assert "cannot be met" in rows
 
 
-def test_a_model_that_cannot_be_pruned_is_refused_before_the_first_trial(tmp_path, run_here):
+def test_a_model_that_cannot_be_pruned_so_is_refused_before_the_first_trial(tmp_path, run_here):
     helpers.add_llama(tmp_path)
-    model = helpers.randomize(Qwen2ForCausalLM(Qwen2Config(**helpers.llama_settings())))
-    model.save_pretrained(tmp_path / "qwen")
-    helpers.make_byte_tokenizer().save_pretrained(tmp_path / "qwen")
-    status, output = run_here("--model_path", "qwen")
-    assert status == 1 and "'qwen2' cannot be pruned" in output and "--methods smooth w8a8 nf4" in output, output
-    study = optuna.load_study(study_name="qwen-bayesian", storage=f"sqlite:///{tmp_path}/results/search/study.db")
+    model = helpers.randomize(HeliumForCausalLM(HeliumConfig(**helpers.llama_settings(head_dim=8))))
+    model.save_pretrained(tmp_path / "helium")
+    helpers.make_byte_tokenizer().save_pretrained(tmp_path / "helium")
+    status, output = run_here("--model_path", "helium", "--choices", '{"prune.structures": [["groups"]]}')
+    assert status == 1 and "'helium' cannot be pruned of key-value groups" in output and "use structures channels" in output, output
+    study = optuna.load_study(study_name="helium-bayesian", storage=f"sqlite:///{tmp_path}/results/search/study.db")
     assert study.trials == [] and models_in(tmp_path) == ["llama"]
     status, output = run_here(
-        "--model_path", "qwen", "--methods", "nf4", "--choices", "{}", "--n_trials", 1, "--study_name", "q"
+        "--model_path", "helium", "--methods", "nf4", "--choices", "{}", "--n_trials", 1, "--study_name", "q"
     )
     assert status == 0 and (tmp_path / "models" / "llama_searched_q").is_dir(), output
 

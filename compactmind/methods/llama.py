@@ -29,9 +29,12 @@ class LlamaBlock:
     """Query heads per key-value head: 1 without grouped-query attention."""
 
 
-ARCHITECTURES = ("llama", "pruned_llama", "mistral", "qwen2", "qwen3", "granite", "stablelm", "helium", "smollm3")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "granite", "stablelm", "helium", "smollm3")
 """Model types whose norms multiply by their weight and stand directly before the linears that read them. Gemma's multiply by
 1 + weight and stand elsewhere: the same attribute names, another computation."""
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""What the configuration of a mixture of experts has one of."""
 
 LINEARS = {
     "q": "self_attn.q_proj",
@@ -52,8 +55,10 @@ def llama_blocks(model: PreTrainedModel) -> list[LlamaBlock]:
 
     Raises CompactMindError naming what is missing if the model is of another layout.
     """
-    what = f"{type(model).__name__} (model_type {getattr(model.config, 'model_type', None)!r})"
-    expected = "expected a Llama-like causal LM: model.layers[i] with " + ", ".join([*NORMS.values(), *LINEARS.values()])
+    experts = ", a mixture of experts" if any(getattr(model.config, name, None) for name in EXPERTS) else ""
+    what = f"{type(model).__name__} (model_type {getattr(model.config, 'model_type', None)!r}{experts})"
+    paths = ", ".join([*NORMS.values(), *LINEARS.values()])
+    expected = f"expected a Llama-like causal LM, of type {', '.join(ARCHITECTURES)}: model.layers[i] with {paths}"
     layers = getattr(getattr(model, "model", None), "layers", None)
     if layers is None:
         raise CompactMindError(f"{what} has no model.layers: {expected}")
@@ -68,9 +73,14 @@ def llama_blocks(model: PreTrainedModel) -> list[LlamaBlock]:
         if heads * head_dim != parts["q"].out_features or groups * parts["k"].out_features != parts["q"].out_features:
             raise CompactMindError(f"{what}, model.layers.{index}: query heads are no multiple of key-value heads; {expected}")
         blocks.append(LlamaBlock(f"model.layers.{index}", layer, **parts, head_dim=head_dim, groups=groups))
-    if model.config.model_type not in ARCHITECTURES:
-        raise CompactMindError(f"{what} is not one of the Llama-like types {', '.join(ARCHITECTURES)}; {expected}")
+    if llama_type(model) not in ARCHITECTURES:
+        raise CompactMindError(f"{what} has these parts and computes something else with them; {expected}")
     return blocks
+
+
+def llama_type(model: PreTrainedModel) -> str:
+    """Return the model type, of a model that was pruned to unequal widths the one it had before."""
+    return model.config.model_type.removeprefix("pruned_")
 
 
 def stream_norms(model: PreTrainedModel) -> list[nn.Module]:

@@ -24,6 +24,7 @@ from compactmind.errors import CompactMindError
 from compactmind.methods.blockwise import block_inputs, logits_behind, run_block
 from compactmind.methods.llama import LlamaBlock, llama_blocks, stream_norms
 from compactmind.methods.retraining.causal_lm import token_loss
+from compactmind.precision import widened
 
 CRITERIA = ("taylor", "activation", "variance", "l2", "random")
 AGGREGATES = ("sum", "mean", "max")
@@ -58,7 +59,8 @@ def score(
     if windows is None or len(windows) == 0:
         raise CompactMindError(f"criterion {criterion} needs calibration text: use more text or a smaller --seq_len")
     if criterion == "taylor":
-        scores = _taylor(model, blocks, windows)
+        with widened(model):
+            scores = _taylor(model, blocks, windows)
     else:
         scores = [
             BlockScores(channels, _together(of_o.view(-1, block.groups * block.head_dim).t(), aggregate))

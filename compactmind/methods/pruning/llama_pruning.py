@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
 from compactmind.methods.blockwise import block_inputs, run_block
-from compactmind.methods.llama import LlamaBlock, llama_blocks
+from compactmind.methods.llama import LlamaBlock, llama_blocks, llama_type
 from compactmind.methods.pruning.llama_importance import (
     AGGREGATES,
     CRITERIA,
@@ -31,6 +31,7 @@ from compactmind.methods.pruning.llama_importance import (
     score,
 )
 from compactmind.methods.pruning.llama_structure import (
+    FAMILIES,
     STRUCTURES,
     BlockMask,
     channel_parameters,
@@ -42,10 +43,9 @@ from compactmind.methods.pruning.llama_structure import (
     rebuilt,
     remove_blocks,
     remove_hidden_channels,
-    require_class,
     shrink_block,
 )
-from compactmind.precision import is_widened, widen
+from compactmind.precision import computes_in_float32, is_widened, widen
 
 SCOPES = ("uniform", "global")
 TOLERANCE = 0.01
@@ -109,10 +109,10 @@ def check_prunable(model: PreTrainedModel, recipe: PruneRecipe, as_it_is: bool =
 
     Not `as_it_is`: other steps come before, so that only what they cannot change is looked at: the type of the model.
     """
-    require_class(model, unequal=recipe.scope == "global" and recipe.sparsity > 0)
+    blocks, hidden = llama_blocks(model), model.config.hidden_size
+    _check_family(model, recipe)
     if not as_it_is:
         return
-    blocks, hidden = llama_blocks(model), model.config.hidden_size
     block, count = blocks[0], len(blocks)
     removable = max(0, count - 2 * recipe.protect)
     if recipe.blocks and recipe.blocks >= removable:
@@ -143,6 +143,17 @@ def check_prunable(model: PreTrainedModel, recipe: PruneRecipe, as_it_is: bool =
             most += (each.k.out_features // each.head_dim - 1) * per_group * ("groups" in recipe.structures)
         if most / total < recipe.sparsity:
             _check_met(recipe, most / total)
+
+
+def _check_family(model: PreTrainedModel, recipe: PruneRecipe) -> None:
+    kind = llama_type(model)
+    groups, hidden = recipe.sparsity and "groups" in recipe.structures, recipe.hidden_sparsity
+    if FAMILIES[kind].heads_fill_hidden and (groups or hidden):
+        asked = " and ".join(["key-value groups"] * bool(groups) + ["hidden channels"] * bool(hidden))
+        raise CompactMindError(
+            f"a model of type {kind!r} cannot be pruned of {asked}: its class wants num_attention_heads * head_dim = hidden_size; "
+            "channels of the FFN and whole blocks can go: use structures channels, hidden_sparsity 0"
+        )
 
 
 def _check_bundles(blocks: list[LlamaBlock], recipe: PruneRecipe) -> None:
@@ -307,7 +318,8 @@ class BlockByBlock:
     smaller one has it so far."""
 
     def __init__(self, model: PreTrainedModel, windows: torch.Tensor, known: DenseStates | None = None):
-        self.states, self.arguments = block_inputs(model, windows)
+        self.states, self.of_blocks = block_inputs(model, windows)
+        self.arguments = self.of_blocks[0]  # of the block at hand: one with a sliding window has another mask
         self.targets: dict[str, list[torch.Tensor]] = {}
         self.known = known or DenseStates(0)
         self.dense_states = list(self.states)
@@ -316,6 +328,7 @@ class BlockByBlock:
     @torch.no_grad()
     def run_dense(self, block: LlamaBlock, number: int) -> None:
         """Let the dense model's states pass through block number `number`, still as it was; what they are behind o and down is the aim."""
+        self.arguments = self.of_blocks[number]
         if number in self.known.blocks:
             self.targets = self.known.blocks[number]
             self.dense_states = list(self.targets["down"])
@@ -323,18 +336,18 @@ class BlockByBlock:
         self.targets = {"o": [], "down": []}
         for index, state in enumerate(self.dense_states):
             with _inputs_of(block.post_norm, end=False) as middle:
-                self.dense_states[index] = run_block(block.module, state, self.arguments[number])
+                self.dense_states[index] = run_block(block.module, state, self.arguments)
             self.targets["o"].append(middle[0])
             self.targets["down"].append(self.dense_states[index])
-        self.known.keep(number, self.targets, len(self.arguments))
+        self.known.keep(number, self.targets, len(self.of_blocks))
 
     @torch.no_grad()
-    def refit_output(self, block: LlamaBlock, number: int, keep: torch.Tensor, damping: float) -> None:
+    def refit_output(self, block: LlamaBlock, keep: torch.Tensor, damping: float) -> None:
         """Re-fit, in place, o_proj to what `run_dense` found behind it, and let the states pass through it; keep: (in,) boolean."""
         moments, inputs = _Moments(block.o), []
         for state, target in zip(self.states, self.targets["o"], strict=True):
             with _inputs_of(block.o) as x, suppress(_Reached):  # the rest of the block is not needed
-                run_block(block.module, state, self.arguments[number])
+                run_block(block.module, state, self.arguments)
             moments.add(x[0], (target - state) / self.share)
             inputs.append(x[0])
         moments.refit(keep, damping)
@@ -418,6 +431,8 @@ def prune_llama(
         raise CompactMindError(
             "compensation and the removal of blocks or hidden channels need calibration text: use more text or a smaller --seq_len"
         )
+    if not computes_in_float32(model):
+        widen(model)
     before, removed = prunable_parameters(model), set()
     if recipe.hidden_sparsity:
         remove_hidden_channels(model, _kept_hidden_channels(model, recipe, windows))
@@ -467,7 +482,7 @@ def _remove(
         block = llama_blocks(model)[index]
         if runner:
             runner.run_dense(block, index)
-            runner.refit_output(block, index, columns_of_o(block, mask.groups), recipe.damping)
+            runner.refit_output(block, columns_of_o(block, mask.groups), recipe.damping)
         shrink_block(block, mask)
         if runner:  # what is pruned of the FFN has no part in it
             runner.refit_down(llama_blocks(model)[index], recipe.damping)

@@ -9,24 +9,59 @@ block l                        everything in it: the residual stream passes by
 hidden channel h               column h of the embeddings, of the head and of every linear that reads the residual stream, row h of every
                                linear that writes to it, weight h of every norm
 
-A model of equal widths is a Llama again, or, where the hidden size is no multiple of the heads that are left, a Mistral without
+A model of equal widths is of its class again; a Llama whose hidden size is no multiple of the heads that are left is a Mistral without
 sliding window, which computes the same (LlamaConfig refuses such a number of heads). Unequal widths, and biases beside such a number of
-heads, need modeling_pruned_llama.py.
+heads, need modeling_pruned_llama.py. FAMILIES says what each model type takes.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import (
+    GraniteForCausalLM,
+    HeliumForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+    SmolLM3ForCausalLM,
+    StableLmForCausalLM,
+)
 
-from compactmind.errors import CompactMindError
-from compactmind.methods.llama import LINEARS, LlamaBlock, llama_blocks, stream_norms
-from compactmind.methods.pruning.modeling_pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM
+from compactmind.methods.llama import LINEARS, LlamaBlock, llama_blocks, llama_type, stream_norms
+from compactmind.methods.pruning import modeling_pruned_llama as modeling
 
 STRUCTURES = ("channels", "groups")
-PRUNABLE_TYPES = ("llama", "mistral", "pruned_llama")
-"""Model types whose smaller versions the classes above describe."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a model of one type is when it is smaller."""
+
+    equal: type[PreTrainedModel]
+    """Class of a model whose blocks all have the same widths: that of transformers."""
+    unequal: type[PreTrainedModel]
+    """Class of one whose blocks differ in their widths."""
+    heads_fill_hidden: bool = False
+    """The class wants num_attention_heads times head_dim to be the hidden size, so neither key-value groups nor hidden channels can go."""
+
+
+FAMILIES = {
+    "llama": Family(LlamaForCausalLM, modeling.PrunedLlamaForCausalLM),
+    "mistral": Family(MistralForCausalLM, modeling.PrunedMistralForCausalLM),
+    "qwen2": Family(Qwen2ForCausalLM, modeling.PrunedQwen2ForCausalLM),
+    "qwen3": Family(Qwen3ForCausalLM, modeling.PrunedQwen3ForCausalLM),
+    "granite": Family(GraniteForCausalLM, modeling.PrunedGraniteForCausalLM),
+    "smollm3": Family(SmolLM3ForCausalLM, modeling.PrunedSmolLM3ForCausalLM),
+    "helium": Family(HeliumForCausalLM, modeling.PrunedHeliumForCausalLM, heads_fill_hidden=True),
+    "stablelm": Family(StableLmForCausalLM, modeling.PrunedStableLmForCausalLM, heads_fill_hidden=True),
+}
+"""Model type -> what becomes of it. Channels of the FFN and blocks can go from each."""
+
+PER_BLOCK = ("layer_types", "no_rope_layers", "layer_num_key_value_heads", "layer_intermediate_sizes")
+"""Fields of a configuration that hold a value per block."""
 
 
 @dataclass
@@ -109,12 +144,13 @@ def remove_blocks(model: PreTrainedModel, indices: set[int]) -> None:
     model.model.layers = nn.ModuleList(layer for index, layer in enumerate(layers) if index not in indices)
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = index
-    model.config.num_hidden_layers = len(model.model.layers)
-    for name in ("layer_num_key_value_heads", "layer_intermediate_sizes"):
-        if getattr(model.config, name, None):
-            setattr(
-                model.config, name, [value for index, value in enumerate(getattr(model.config, name)) if index not in indices]
-            )
+    config = model.config
+    config.num_hidden_layers = len(model.model.layers)
+    for name in PER_BLOCK:
+        if getattr(config, name, None):
+            setattr(config, name, [value for index, value in enumerate(getattr(config, name)) if index not in indices])
+    if hasattr(config, "max_window_layers"):  # Qwen's number of blocks at the beginning without a sliding window
+        config.max_window_layers -= sum(index < config.max_window_layers for index in indices)
 
 
 @torch.no_grad()
@@ -122,7 +158,8 @@ def remove_hidden_channels(model: PreTrainedModel, keep: torch.Tensor) -> None:
     """Remove, in place, channels of the residual stream everywhere; keep: (hidden_size,) boolean.
 
     A norm divides by the root of the mean square of its input, and a mean over fewer channels is another one: with H of them before
-    and K after, weights times sqrt(H / K) and eps times H / K give what the same norm gives if the channels that go are 0.
+    and K after, weights times sqrt(H / K) and eps times H / K give what the same norm gives if the channels that go are 0. Norms of queries
+    and keys have the same eps: what they read is multiplied by sqrt(H / K), which they take out again.
     """
     ratio = len(keep) / int(keep.sum())
     for block in llama_blocks(model):
@@ -130,6 +167,12 @@ def remove_hidden_channels(model: PreTrainedModel, keep: torch.Tensor) -> None:
             block.module.set_submodule(LINEARS[field], _part(getattr(block, field), keep, 1))
         for field in ("o", "down"):
             block.module.set_submodule(LINEARS[field], _part(getattr(block, field), keep, 0))
+        if hasattr(block.module.self_attn, "q_norm"):
+            for linear in (block.module.self_attn.q_proj, block.module.self_attn.k_proj):
+                for parameter in linear.parameters():
+                    parameter.mul_(ratio**0.5)
+            for norm in (block.module.self_attn.q_norm, block.module.self_attn.k_norm):
+                norm.variance_epsilon *= ratio
     for norm in stream_norms(model):
         norm.weight = nn.Parameter(norm.weight[keep.to(norm.weight.device)] * ratio**0.5, norm.weight.requires_grad)
         norm.variance_epsilon *= ratio
@@ -157,35 +200,18 @@ def silence_hidden_channels(model: PreTrainedModel, keep: torch.Tensor) -> None:
                 linear.bias[gone] = 0
 
 
-def require_class(model: PreTrainedModel, unequal: bool) -> None:
-    """Raise CompactMindError unless a class describes a smaller version of a model; `unequal`: blocks may differ in their widths.
-
-    It is the model type that decides, so that this can be asked before anything is pruned.
-    """
-    kind = model.config.model_type
-    if kind not in PRUNABLE_TYPES:
-        raise CompactMindError(
-            f"a model of type {kind!r} cannot be pruned: no class describes its smaller version (those of {', '.join(PRUNABLE_TYPES)} "
-            "have one): leave prune out and quantize it, for example a search with --methods smooth w8a8 nf4 gptq"
-        )
-    if kind == "mistral" and unequal:
-        raise CompactMindError(
-            "a model of type 'mistral' cannot be pruned with scope global: no class describes a Mistral whose blocks differ in their "
-            """widths: use scope uniform, in a search --choices '{"prune.scope": ["uniform"]}'"""
-        )
-
-
 def rebuilt(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model whose class and configuration say what the blocks of `model`, whose weights it takes, have become.
-
-    Raises CompactMindError for model types that have no class for it, see `require_class`.
-    """
-    config, blocks = model.config, llama_blocks(model)
+    """Return a model whose class and configuration say what the blocks of `model`, whose weights it takes, have become."""
+    config, blocks, family = model.config, llama_blocks(model), FAMILIES[llama_type(model)]
     key_value_heads = [block.k.out_features // block.head_dim for block in blocks]
     widths = [block.up.out_features for block in blocks]
-    uniform = len(set(key_value_heads)) == 1 and len(set(widths)) == 1
-    require_class(model, unequal=not uniform)
     groups, head_dim = blocks[0].groups, blocks[0].head_dim
+    heads, model_class = groups * key_value_heads[0], family.equal
+    if len(set(key_value_heads)) > 1 or len(set(widths)) > 1:
+        model_class = family.unequal
+    elif model_class is LlamaForCausalLM and config.hidden_size % heads:
+        biased = any(linear.bias is not None for block in blocks for linear in (block.q, block.gate))  # a Mistral has none
+        model_class = family.unequal if biased else MistralForCausalLM
     settings = config.to_dict()
     for name in (
         "model_type",
@@ -196,21 +222,17 @@ def rebuilt(model: PreTrainedModel) -> PreTrainedModel:
         "transformers_version",
     ):
         settings.pop(name, None)
-    settings |= {"head_dim": head_dim, "num_hidden_layers": len(blocks), "intermediate_size": widths[0]}
-    heads = groups * key_value_heads[0]
-    fits_llama = config.hidden_size % heads == 0 and config.model_type != "mistral"
-    biased = any(linear.bias is not None for block in blocks for linear in (block.q, block.gate))  # a Mistral has none
-    if uniform and (fits_llama or not biased):
-        settings |= {"num_key_value_heads": key_value_heads[0], "num_attention_heads": heads}
-        config_class, model_class = (LlamaConfig, LlamaForCausalLM) if fits_llama else (MistralConfig, MistralForCausalLM)
-        if not fits_llama:
-            settings["sliding_window"] = getattr(config, "sliding_window", None)
-    else:
-        config_class, model_class = PrunedLlamaConfig, PrunedLlamaForCausalLM
+    settings |= {"num_hidden_layers": len(blocks), "intermediate_size": widths[0]}
+    if model_class is family.unequal:
         settings |= {"layer_num_key_value_heads": key_value_heads, "layer_intermediate_sizes": widths}
-        settings |= {"num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads}
+        heads = config.num_attention_heads
+    settings |= {"num_attention_heads": heads, "num_key_value_heads": heads // groups}
+    if "head_dim" in settings or heads * head_dim != config.hidden_size:
+        settings["head_dim"] = head_dim
+    if model_class is MistralForCausalLM:
+        settings.setdefault("sliding_window", None)  # a Llama has none
     with torch.device("meta"):
-        result = model_class(config_class(**settings))
+        result = model_class(model_class.config_class(**settings))
     result.load_state_dict(model.state_dict(), assign=True)
     result.tie_weights()
     result.model.rotary_emb = model.model.rotary_emb  # computed, not stored: the one on meta is empty
