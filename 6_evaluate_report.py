@@ -19,6 +19,7 @@ import datetime
 import json
 import os
 import platform
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import psutil
 import torch
 
 from common import PROFILE, ReportConfig, parse_command_line, run_stage
-from compactmind.checkpoint import load_any
+from compactmind.checkpoint import Checkpoints, load_any
 from compactmind.data import data_fingerprint, load_split, read_dataset_description
 from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
@@ -224,17 +225,16 @@ def split_by_need(rows: list[dict[str, Any]], known: dict[str, dict[str, Any]], 
     return needed
 
 
-def load_models(rows: list[dict[str, Any]], device: str) -> dict[str, Any]:
+def load_models(rows: list[dict[str, Any]], device: str) -> Checkpoints:
     """Return the checkpoints by name; a row whose model cannot be loaded is `unusable` and has none."""
-    checkpoints = {}
+    found = Checkpoints({row["name"]: partial(load_any, Path(row["directory"]), device) for row in rows})
     for row in rows:
         try:
-            checkpoints[row["name"]] = load_any(Path(row["directory"]), device)
-            row |= {"status": "measured", **described(row, checkpoints[row["name"]].manifest)}
+            row |= {"status": "measured", **described(row, found[row["name"]].manifest)}
         except Exception as error:  # noqa: BLE001  any folder may be a row, and each library has its own way to say it cannot read one
-            checkpoints.pop(row["name"], None)
+            found.discard(row["name"])
             unusable(row, error)
-    return checkpoints
+    return found
 
 
 def measure_track(

@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import StageConfig, parse_command_line, run_stage  # noqa: E402
-from compactmind.checkpoint import load_any, load_as_released  # noqa: E402
+from compactmind.checkpoint import Checkpoints, load_any, load_as_released  # noqa: E402
 from compactmind.devices import default_device  # noqa: E402
 from compactmind.errors import CompactMindError  # noqa: E402
 from compactmind.evaluation.cost import measure_generation, resident_bytes, synchronize, weight_bytes  # noqa: E402
@@ -150,8 +151,8 @@ def run_step(config: ScaleConfig, step: str, device: str) -> dict[str, Any]:
     if step == "report":
         row = {"name": "dense", "kind": "dense", "directory": str(source), "status": "measured"}
         measure_language_models(
-            [row], {"dense": load_any(source, device)}, lambda _: windows[:4], "random", "first", reference=row, bases={},
-            prompt_tokens=512, repeats=3,
+            [row], Checkpoints({"dense": partial(load_any, source, device)}), lambda _: windows[:4], "random", "first",
+            reference=row, bases={}, prompt_tokens=512, repeats=3,
         )  # fmt: skip
         if row["status"] != "measured" or "not_measured" in row:
             raise CompactMindError(f"the report could not be measured: {row.get('error') or row['not_measured']}")

@@ -2,10 +2,13 @@
 
 import contextlib
 import csv
+import gc
 import html
 import io
 import json
 import shutil
+import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import helpers
@@ -21,7 +24,8 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from compactmind.checkpoint import save_checkpoint
+from compactmind import checkpoint
+from compactmind.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
 from compactmind.data import write_dataset
 from compactmind.errors import CompactMindError
 from compactmind.evaluation import classifiers, language
@@ -315,10 +319,10 @@ def test_the_dense_model_runs_once_for_all_that_were_made_from_it(workspace):
         model.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
     rows, checkpoints, bases = language_rows(models, None, workspace / "models" / "llama")
     measure_quality(rows, checkpoints, bases)
-    assert calls == ["dense", "a", "b"] * 3 and all(row["divergence"] for row in rows)
+    assert calls == ["dense"] * 3 + ["a"] * 3 + ["b"] * 3 and all(row["divergence"] for row in rows)
     calls.clear()
     measure_quality(rows[1:2], checkpoints, bases)  # dense was measured earlier and runs along
-    assert calls == ["dense", "a"] * 3
+    assert calls == ["dense"] * 3 + ["a"] * 3
 
 
 def test_a_language_model_that_dies_in_its_turn_costs_the_others_nothing(workspace, capsys):
@@ -346,9 +350,10 @@ def test_a_text_is_tokenized_once_for_all_models_with_one_tokenizer(workspace, m
 
     models = {name: helpers.make_llama(seed=seed) for seed, name in enumerate(("dense", "a", "b"))}
     rows, checkpoints, bases = language_rows(models, None, workspace / "models" / "llama")
-    for checkpoint in checkpoints.values():
-        checkpoint.tokenizer = helpers.make_byte_tokenizer()
+    for each in checkpoints.values():
+        each.tokenizer = helpers.make_byte_tokenizer()
     checkpoints["b"].tokenizer = helpers.make_tokenizer(workspace / "t")
+    checkpoints = kept(checkpoints)
     monkeypatch.setattr(language, "measure_load_time", lambda *_: 0.1)
     monkeypatch.setattr(language, "measure_generation", lambda *_, **__: {})
     monkeypatch.setattr(language, "peak_memory", lambda *_: 1.0)
@@ -357,6 +362,46 @@ def test_a_text_is_tokenized_once_for_all_models_with_one_tokenizer(workspace, m
     )
     assert asked == [checkpoints[name].tokenizer for name in ("dense", "b")]
     assert {row["protocol"]["windows_from"] for row in rows} == {"spread"}
+
+
+def kept(checkpoints: dict) -> Checkpoints:
+    """Return checkpoints that are in memory already as those of a report."""
+    return Checkpoints({name: lambda each=each: each for name, each in checkpoints.items()})
+
+
+def test_of_large_models_one_is_in_memory_at_a_time_and_the_numbers_are_those_of_small_ones(workspace, monkeypatch):
+    folder, there, most = workspace / "models" / "llama", weakref.WeakSet(), []
+
+    def load(name: str, seed: int):
+        model, path = helpers.make_llama(seed=seed), workspace / "large" / name
+        save_checkpoint(path, model, helpers.make_byte_tokenizer(), kind="dense", parent=None, stage={})
+        del model
+        loaded = load_checkpoint(path)
+        there.add(loaded.model)
+        gc.collect()
+        most.append(len(there))
+        return loaded
+
+    def measured() -> list[dict]:
+        most.clear()
+        rows, _, bases = language_rows({"dense": None, "a": None, "b": None}, None, folder)
+        checkpoints = Checkpoints({name: partial(load, name, seed) for seed, name in enumerate(("dense", "a", "b"))})
+        language.measure_language_models(
+            rows, checkpoints, lambda _: helpers.example_windows(), "made up", "first", reference=rows[0], bases=bases,
+            prompt_tokens=4, repeats=2,
+        )  # fmt: skip
+        return rows
+
+    monkeypatch.setattr(language, "peak_memory", lambda *_: 1.0)
+    monkeypatch.setattr(language, "load_any", lambda *_: None)
+    small, in_memory = measured(), max(most)
+    monkeypatch.setattr(checkpoint, "SMALL_BYTES", 0)
+    large, one = measured(), max(most)
+    assert (in_memory, one) == (3, 1)
+    for a, b in zip(small, large, strict=True):
+        assert (a["losses"], a["divergence"], a["against_dense"]) == (b["losses"], b["divergence"], b["against_dense"])
+        assert b["generation"]["prefill"]["speedup"] > 0 and b["load_seconds"] >= 0 and "not_measured" not in b
+    assert large[0]["generation"]["decode"]["speedup"] == 1
 
 
 def test_a_diverged_classifier_is_no_row_of_numbers(workspace, monkeypatch):

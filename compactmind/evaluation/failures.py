@@ -51,3 +51,12 @@ def cell_fails_alone(row: dict[str, Any], key: str) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001  as above: what else is known of the row stays
         row[key] = None
         leave_out(row, key, error)
+
+
+@contextmanager
+def collecting(errors: dict[str, Exception], name: str) -> Iterator[None]:
+    """Inside the `with` block an error is put into `errors` under a name; the program goes on after the block."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  as above
+        errors[name] = error

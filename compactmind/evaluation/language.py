@@ -11,7 +11,7 @@ kernel             what multiplies the matrices of the blocks; `simulated` is th
 
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,23 +21,24 @@ import torch
 from gguf import GGUFReader
 from transformers import PreTrainedTokenizerBase
 
-from compactmind.checkpoint import Checkpoint, load_any
+from compactmind.checkpoint import Checkpoint, Checkpoints, load_any
 from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.capability import gsm8k
 from compactmind.evaluation.cost import NEW_TOKENS, measure_generation, measure_load_time, peak_memory, weight_bytes
-from compactmind.evaluation.divergence import measure_windows
-from compactmind.evaluation.failures import cell_fails_alone, leave_out, row_fails_alone
+from compactmind.evaluation.divergence import measure_logits, measure_windows
+from compactmind.evaluation.failures import cell_fails_alone, collecting, leave_out, row_fails_alone
 from compactmind.evaluation.llama_cpp import LlamaCpp
 from compactmind.evaluation.perplexity import paired_ratio, perplexity_of
 from compactmind.formats.table import kernel_of
+from compactmind.forward import LogitsOf
 from compactmind.gguf_export import export_gguf
 from compactmind.limits import positions_of, require_known_ids, require_positions
 
 
 def measure_language_models(
     rows: list[dict[str, Any]],
-    checkpoints: dict[str, Checkpoint],
+    checkpoints: Checkpoints,
     windows_for: Callable[[PreTrainedTokenizerBase], torch.Tensor],
     text: str,
     windows_from: str,
@@ -61,7 +62,7 @@ def measure_language_models(
 
     @functools.cache
     def windows_of(name: str) -> torch.Tensor:
-        tokenizer = checkpoints[name].tokenizer  # most models have the same one, and a whole text takes it a second or two
+        tokenizer = checkpoints.tokenizer(name)  # most models have the same one, and a whole text takes it a second or two
         same = f"{type(tokenizer).__name__} {tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else name}"
         if same not in tokenized:
             tokenized[same] = windows_for(tokenizer)
@@ -70,11 +71,8 @@ def measure_language_models(
     _measure_quality(rows, checkpoints, windows_of, text, windows_from, bases)
     rows = [row for row in rows if row["status"] == "measured"]
     bases = {name: base for name, base in bases.items() if base["status"] == "measured"}
-    longest = prompt_tokens + NEW_TOKENS
-    along = {base["name"]: checkpoints[base["name"]].model for base in bases.values()}
-    models = {name: model for name, model in along.items() if (positions_of(model) or longest) >= longest}
     for row in rows:
-        name, model, base = row["name"], checkpoints[row["name"]].model, bases.get(row["name"])
+        name, base = row["name"], bases.get(row["name"])
         measured = reference is not None and reference["status"] == "measured"
         if measured and not torch.equal(windows_of(name), windows_of(reference["name"])):
             row["protocol"] = {**row["protocol"], "tokenizer": "its own"}
@@ -84,32 +82,73 @@ def measure_language_models(
         row["compression_ratio"] = base["size_mb"] / row["size_mb"] if base else None
         with cell_fails_alone(row, "load_seconds"):
             print(f"{name:<24} load time ...", flush=True)
-            row["load_seconds"] = measure_load_time(partial(load_any, Path(row["directory"]), model.device))
-        with cell_fails_alone(row, "generation"):
-            require_positions(model, longest, "prompt_tokens")
-            models[name] = model
-    print(f"prefill of {prompt_tokens} tokens and decoding, {repeats} rounds of {len(models)} models in turn ...", flush=True)
-    errors: dict[str, Exception] = {}
-    compared = {name: base["name"] for name, base in bases.items()}
-    times = measure_generation(models, prompt_tokens, repeats, compared, errors=errors)
-    for row in rows:
-        row["generation"] = times.get(row["name"])
-        if row["name"] in errors:
-            leave_out(row, "generation", errors[row["name"]])
-    print("peak memory, each model in a process of its own ...", flush=True)
+            device = checkpoints[name].model.device
+            checkpoints.let_large_go()
+            row["load_seconds"] = measure_load_time(partial(load_any, Path(row["directory"]), device))
+    _measure_speed(rows, checkpoints, bases, prompt_tokens, repeats)
+    _measure_memory(rows, checkpoints, prompt_tokens)
 
-    def measure_memory(row: dict[str, Any]) -> None:
+
+def _measure_memory(rows: list[dict[str, Any]], checkpoints: Checkpoints, prompt_tokens: int) -> None:
+    """Add, in place, the peak memory of reading a prompt; no large model is in this process then."""
+    print("peak memory, each model in a process of its own ...", flush=True)
+    ready = []
+    for row in rows:
         with cell_fails_alone(row, "peak_memory_mb"):
             require_positions(checkpoints[row["name"]].model, prompt_tokens, "prompt_tokens")
+            ready.append(row)
+    checkpoints.let_large_go()
+
+    def measure(row: dict[str, Any]) -> None:
+        with cell_fails_alone(row, "peak_memory_mb"):
             row["peak_memory_mb"] = peak_memory(Path(row["directory"]), 1, prompt_tokens)
 
-    with ThreadPoolExecutor(max_workers=1 if default_device() == "cuda" else 2) as pool:
-        list(pool.map(measure_memory, rows))
+    one = default_device() == "cuda" or any(checkpoints.is_large(row["name"]) for row in ready)
+    with ThreadPoolExecutor(max_workers=1 if one else 2) as pool:
+        list(pool.map(measure, ready))
+
+
+def _measure_speed(
+    rows: list[dict[str, Any]], checkpoints: Checkpoints, bases: dict[str, dict[str, Any]], prompt_tokens: int, repeats: int
+) -> None:
+    """Add, in place, the times of reading a prompt and of a token after it: of small models in turns, of large ones alone.
+
+    What a large one is compared with is then the median of its base, measured a while before or after.
+    """
+    longest = prompt_tokens + NEW_TOKENS
+    along = dict.fromkeys(base["name"] for base in bases.values() if not checkpoints.is_large(base["name"]))
+    models = {name: checkpoints[name].model for name in along}
+    models = {name: model for name, model in models.items() if (positions_of(model) or longest) >= longest}
+    errors: dict[str, Exception] = {}
+    compared = {name: base["name"] for name, base in bases.items()}
+    alone = [row for row in rows if checkpoints.is_large(row["name"])]
+    for row in rows:
+        name = row["name"]
+        with cell_fails_alone(row, "generation"):
+            require_positions(checkpoints[name].model, longest, "prompt_tokens")
+            if row not in alone:
+                models[name] = checkpoints[name].model
+                continue
+            print(f"{name:<24} prefill of {prompt_tokens} tokens and decoding, {repeats} rounds ...", flush=True)
+            row["generation"] = measure_generation({name: checkpoints[name].model}, prompt_tokens, repeats, {})[name]
+    for row in alone:
+        of_base = (bases.get(row["name"]) or {}).get("generation")
+        for phase, times in (row.get("generation") or {}).items():
+            times["speedup"] = of_base[phase]["median_ms"] / times["median_ms"] if of_base else None
+    if not models:
+        return
+    print(f"prefill of {prompt_tokens} tokens and decoding, {repeats} rounds of {len(models)} models in turn ...", flush=True)
+    times = measure_generation(models, prompt_tokens, repeats, compared, errors=errors)
+    for row in rows:
+        if row not in alone:
+            row["generation"] = times.get(row["name"])
+            if row["name"] in errors:
+                leave_out(row, "generation", errors[row["name"]])
 
 
 def _measure_quality(
     rows: list[dict[str, Any]],
-    checkpoints: dict[str, Checkpoint],
+    checkpoints: Checkpoints,
     windows_of: Callable[[str], torch.Tensor],
     text: str,
     windows_from: str,
@@ -117,15 +156,15 @@ def _measure_quality(
 ) -> None:
     """Add, in place, perplexity, KL to the base, the bytes of the weights and what multiplies them; a row without them fails.
 
-    All rows with one base are measured in one pass, window by window, so that the base computes its logits once.
+    The base of rows computes its logits once for all of them; the models then read the windows one after the other.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         with row_fails_alone(row):
-            name, model, base = row["name"], checkpoints[row["name"]].model, bases.get(row["name"])
+            name, base = row["name"], bases.get(row["name"])
             windows = windows_of(name)
-            require_positions(model, windows.shape[1], "seq_len")
-            require_known_ids(model, windows)
+            require_positions(checkpoints[name].model, windows.shape[1], "seq_len")
+            require_known_ids(checkpoints[name].model, windows)
             comparable = base is not None and torch.equal(windows, windows_of(base["name"]))
             groups.setdefault(base["name"] if comparable else name, []).append(row)
     for base_name, group in groups.items():
@@ -133,8 +172,14 @@ def _measure_quality(
         what = f"perplexity and KL to {base_name} on {len(windows)} windows of {windows.shape[1]} tokens"
         print(f"{', '.join(names)}: {what} ...", flush=True)
         errors: dict[str, Exception] = {}
-        models = {name: checkpoints[name].model for name in dict.fromkeys([base_name, *names])}
-        found = measure_windows(models, windows, base_name, errors)
+        found, dense = {}, None
+        with collecting(errors, base_name):
+            dense = LogitsOf(checkpoints[base_name].model, windows)
+            found[base_name] = measure_logits(dense, windows)
+        for name in names:
+            if name != base_name:
+                with collecting(errors, name):
+                    found[name] = measure_windows({name: checkpoints[name].model}, windows, dense)[name]
         for row in group:
             with row_fails_alone(row):
                 if row["name"] in errors:
@@ -150,15 +195,14 @@ def _measure_quality(
                     leave_out(row, "divergence", errors[base_name])
 
 
-def measure_gsm8k(rows: list[dict[str, Any]], checkpoints: dict[str, Checkpoint], problems: int, file: Path | None) -> None:
+def measure_gsm8k(rows: list[dict[str, Any]], checkpoints: Mapping[str, Checkpoint], problems: int, file: Path | None) -> None:
     """Add, in place, `gsm8k` to the measured ones of the rows; see compactmind/evaluation/capability.py. Each fails alone."""
     for row in rows:
         if row["status"] != "measured":
             continue
         print(f"{row['name']:<24} GSM8K, {problems} problems ...", flush=True)
-        checkpoint = checkpoints[row["name"]]
         with cell_fails_alone(row, "gsm8k"):
-            row["gsm8k"] = gsm8k(checkpoint.model, checkpoint.tokenizer, problems, file=file)
+            row["gsm8k"] = gsm8k(checkpoints[row["name"]].model, checkpoints[row["name"]].tokenizer, problems, file=file)
 
 
 def measure_in_llama_cpp(
