@@ -26,7 +26,8 @@ from compactmind.methods.quantization.gptq_model import (
 from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4
 from compactmind.methods.quantization.tables import table_bits
 from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama, turn_for
-from compactmind.methods.retraining.causal_lm import RetrainRecipe, TeacherStates, retrain_causal_lm
+from compactmind.methods.retraining.causal_lm import RetrainRecipe, TeacherStates
+from compactmind.methods.retraining.together import retrain_together
 from compactmind.training import TrainingState
 
 
@@ -161,7 +162,7 @@ def _prune(model, resources: Resources, recipe: PruneRecipe):
 
 def _retrain(model, resources: Resources, recipe: RetrainRecipe):
     teacher = resources.teacher() if recipe.distillation or recipe.hidden_loss_weight else None
-    return model, retrain_causal_lm(
+    return model, retrain_together(
         model, resources.train, resources.held_out, recipe, teacher=teacher, teacher_states=resources.teacher_states(),
         resume=resources.resume,
     )  # fmt: skip
