@@ -9,6 +9,7 @@ Run:   python 5_bayesian_search.py              (after python download_model.py;
            '[{"method": "prune", "params": {"sparsity": 0.3}}, {"method": "retrain"}, {"method": "w8a8"}]'
        python 5_bayesian_search.py --strategy fixed --calibration_windows 32 --output models/llama_3x --pipeline \\
            '[{"method": "gptq", "params": {"target_compression": 3}}]'             (3 times smaller, by integers alone)
+       accelerate launch --mixed_precision bf16 5_bayesian_search.py --strategy fixed     (or --replay; several GPUs retrain)
 Reads: models/llama, wikitext_data/{train,validation,test}.jsonl     (test: only for the perplexity of what is saved)
 Writes: models/llama_searched      the best pipeline that reaches the target (--output), with perplexity and KL after every step
         results/search/            trials.csv, best_pipeline.json, summary.json and the plots; study.db, which may hold many studies

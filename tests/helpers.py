@@ -220,6 +220,10 @@ def add_llama(folder: Path, **changes) -> None:
     add_text(folder)
 
 
+PATIENCE = 240
+"""Seconds after which several processes that have not ended are waiting for each other for ever."""
+
+
 def _command(name: str, arguments: tuple) -> list[str]:
     return [sys.executable, str(REPOSITORY / name), "--profile", "smoke", *map(str, arguments)]
 
@@ -248,10 +252,15 @@ def run_python(path: Path, *arguments, cwd: Path, processes: int = 1) -> subproc
 def _run(command: list[str], cwd: Path, processes: int, gpu: bool = False) -> subprocess.CompletedProcess:
     if processes > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.run(
-        command, cwd=cwd, env=environment(cwd, gpu), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=300 if processes > 1 else None,  # processes that wait for each other for ever are a failure
-    )  # fmt: skip
+    with subprocess.Popen(
+        command, cwd=cwd, env=environment(cwd, gpu), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=PATIENCE if processes > 1 else None)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # the launcher, which ends the others
+            output, errors = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 @contextmanager
@@ -291,8 +300,13 @@ def run_script_watched(name: str, *arguments, cwd: Path) -> tuple[subprocess.Com
     command = _command(name, arguments)
     ended = _run([command[0], str(cwd / "watched.py"), *command[1:]], cwd, processes=2)
     assert ended.returncode == 0, ended.stderr
-    seen = [read_json(cwd / f"seen_by_{rank}.json") for rank in range(2)]
-    return ended, [[[tuple(row) for row in batch] for batch in each] for each in seen]
+    return ended, batches_seen(cwd)
+
+
+def batches_seen(folder: Path) -> list[list[list[tuple[int, ...]]]]:
+    """Return the `training_batches` that each of two processes has written into `folder`."""
+    seen = [read_json(folder / f"seen_by_{rank}.json") for rank in range(2)]
+    return [[[tuple(row) for row in batch] for batch in each] for each in seen]
 
 
 def assert_shared_out(together: list[list[list]], alone: list[list]) -> None:
