@@ -327,4 +327,4 @@ def main(config: DistillConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, parse_command_line(CONFIG))
+    run_stage(main, parse_command_line(CONFIG), others=main)

@@ -372,4 +372,4 @@ def prune(config: PruneConfig, accelerator: Accelerator, stage: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, parse_command_line(CONFIG))
+    run_stage(main, parse_command_line(CONFIG), others=main)

@@ -9,6 +9,7 @@ Run:   python 5_bayesian_search.py              (after python download_model.py;
            '[{"method": "prune", "params": {"sparsity": 0.3}}, {"method": "retrain"}, {"method": "w8a8"}]'
        python 5_bayesian_search.py --strategy fixed --calibration_windows 32 --output models/llama_3x --pipeline \\
            '[{"method": "gptq", "params": {"target_compression": 3}}]'             (3 times smaller, by integers alone)
+       accelerate launch --mixed_precision bf16 5_bayesian_search.py --strategy fixed     (or --replay; several GPUs retrain)
 Reads: models/llama, wikitext_data/{train,validation,test}.jsonl     (test: only for the perplexity of what is saved)
 Writes: models/llama_searched      the best pipeline that reaches the target (--output), with perplexity and KL after every step
         results/search/            trials.csv, best_pipeline.json, summary.json and the plots; study.db, which may hold many studies
@@ -42,7 +43,7 @@ from common import PROFILE, SearchConfig, parse_command_line, run_stage
 from compactmind.checkpoint import load_as_released, load_checkpoint, save_checkpoint
 from compactmind.code_version import code_version
 from compactmind.data import data_fingerprint, read_dataset_description
-from compactmind.devices import default_device
+from compactmind.devices import default_device, number_of_processes
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import weight_bytes
 from compactmind.evaluation.divergence import measure_logits, measure_windows
@@ -53,6 +54,7 @@ from compactmind.gguf_source import folder_of
 from compactmind.guards import check_outputs
 from compactmind.manifest import add_to_manifest, identity_of, is_up_to_date, read_manifest
 from compactmind.methods.registry import METHODS, Resources
+from compactmind.methods.retraining.together import help_to_retrain, helped_by_the_others
 from compactmind.precision import work_in_float32
 from compactmind.search.cache import PrefixCache
 from compactmind.search.compressor import (
@@ -72,7 +74,7 @@ from compactmind.search.space import SEPARATOR, Space, check_space, make_space
 from compactmind.search.storage import first_line, without_password
 from compactmind.search.trials import TrialRunner, brief
 from compactmind.text import load_documents, token_windows
-from compactmind.training import TrainingState
+from compactmind.training import TrainingState, accelerator_record, make_accelerator
 
 # ------------------------------------------------------------------------------------------------------------ constants
 # Every field, its reason and its range: common.SearchConfig. For example: for_profile(PROFILE, n_trials=50)
@@ -194,7 +196,8 @@ def keeper(config: SearchConfig) -> Callable[[str, Callable[[], Any]], Any]:
 
 def cache_of(config: SearchConfig) -> PrefixCache:
     """Return the models half way through pipelines that this and earlier runs have made."""
-    context = {**context_of(config), "code": code_version(__file__)}
+    trained = {"processes": number_of_processes(), "mixed_precision": make_accelerator().mixed_precision}
+    context = {**context_of(config), **trained, "code": code_version(__file__)}
     return PrefixCache(config.results_dir / "search" / "cache", context, int(config.cache_gb * 1e9))
 
 
@@ -229,13 +232,14 @@ def make_and_save(
     `study` says which study and trial the pipeline is from, `material` is what has been read already. What another pipeline has begun
     with, or all of it, is taken from the cache, unless --force True.
     """
-    context = context_of(config)
+    context, accelerator = context_of(config), make_accelerator()
+    batches = [step.recipe.batch_size * step.recipe.accumulation for step in steps if step.method.kind == "retrain"]
     stage = {
         "script": "5_bayesian_search.py",
         "code": code_version(__file__),
         "config": {
             "strategy": strategy, "eval_windows": config.eval_windows, **context, "pipeline": [step.described() for step in steps],
-            "study": study,
+            "study": study, "retraining": [accelerator_record(accelerator, batch) for batch in batches],
         },
         "inputs": {"model": context["model"]},
     }  # fmt: skip
@@ -491,13 +495,20 @@ def main(config: SearchConfig) -> None:
     if config.model_path:
         config = replace(config, model_path=str(folder_of(Path(config.model_path), config.models_dir)))
     given, models = Path(config.output) if config.output else None, config.models_dir
-    if config.replay >= 0:
-        replay(config, given or place_of_study(config, models / f"llama_trial_{config.replay}", "_"))
-    elif config.strategy == "fixed":
-        make_and_save(config, read_pipeline(config.pipeline), given or models / "llama_pruned", "fixed")
-    else:
+    if config.replay < 0 and config.strategy != "fixed":
+        if number_of_processes() > 1:
+            raise CompactMindError(
+                f"a search is run by workers of one process each and was started as {number_of_processes()} processes: start several "
+                "workers instead, each by `python 5_bayesian_search.py` with the same settings and the same --storage"
+            )
         run_search(config, given or place_of_study(config, models / "llama_searched", "_"))
+        return
+    with helped_by_the_others():
+        if config.replay >= 0:
+            replay(config, given or place_of_study(config, models / f"llama_trial_{config.replay}", "_"))
+        else:
+            make_and_save(config, read_pipeline(config.pipeline), given or models / "llama_pruned", "fixed")
 
 
 if __name__ == "__main__":
-    run_stage(main, parse_command_line(CONFIG))
+    run_stage(main, parse_command_line(CONFIG), others=lambda _: help_to_retrain())

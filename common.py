@@ -529,29 +529,37 @@ def parse_command_line(config: StageConfig) -> StageConfig:
     return tyro.cli(type(config), default=config, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
 
 
-def run_stage(main, config: StageConfig) -> None:
-    """Check the settings and run a script's `main(config)`; a problem the user can fix ends in one clear message, not in a traceback."""
+def run_stage(main, config: StageConfig, others=None) -> None:
+    """Check the settings and run a script's `main(config)`; a problem the user can fix ends in one clear message, not in a traceback.
+
+    `others(config)` is what the processes but the first do where a launcher started several: `main` itself if all share the work, None
+    if the script is for one process, and then several are refused.
+    """
     from compactmind.checkpoint import silence_libraries
+    from compactmind.devices import is_main_process, number_of_processes, process_number
     from compactmind.errors import CompactMindError
     from compactmind.files import why_unwritable
 
     silence_libraries()
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # under `accelerate launch` one process speaks
+    script, speaks = Path(sys.argv[0]).name, is_main_process()
+    if speaks:
         show(config)
-    if problem := setting_problem(config):
-        raise SystemExit(f"error: {problem}")
+    problem = setting_problem(config)
+    if others is None and number_of_processes() > 1:
+        problem = f"{script} is for one process and was started as {number_of_processes()}: run `python {script}` without a launcher"
+    if problem:
+        raise SystemExit(f"error: {problem}" if speaks else 0)  # 0: a launcher ends the others when one fails, the first is to speak
     try:
-        main(config)
+        (main if speaks else others)(config)
     except CompactMindError as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {error}" if speaks else f"error of process {process_number()}: {error}") from None
     except Exception as error:
         if reason := why_unwritable(error):  # a plot, a database: whatever does not say it better
             raise SystemExit(f"error: {reason}: {getattr(error, 'filename', None) or 'a file'} could not be written") from None
         raise
     except KeyboardInterrupt:
-        raise SystemExit(
-            f"\nstopped. Finished checkpoints are whole; `python {Path(sys.argv[0]).name}` goes on where this run was."
-        ) from None
+        message = f"\nstopped. Finished checkpoints are whole; `python {script}` goes on where this run was."
+        raise SystemExit(message if speaks else 1) from None
 
 
 def show(config: StageConfig) -> None:

@@ -1,4 +1,4 @@
-"""Where models run: on a GPU if there is one, unless a user says otherwise. One answer for training, measuring and trying alike."""
+"""Where models run: on a GPU if there is one, unless a user says otherwise; and which process of a run this is. One answer for all."""
 
 import os
 
@@ -8,8 +8,31 @@ USE_CPU = "ACCELERATE_USE_CPU"
 """Environment variable that keeps everything on the CPU; `accelerate launch --cpu` sets it."""
 YES = ("1", "true", "yes", "on", "y", "t")
 
+RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Environment variables that say which process of how many this is; torchrun and `accelerate launch` set the first, mpirun the others."""
+
 
 def default_device() -> str:
     """Return "cuda" where PyTorch sees a GPU and ACCELERATE_USE_CPU does not say no, else "cpu"."""
     asked_for_cpu = os.environ.get(USE_CPU, "").lower() in YES
     return "cuda" if torch.cuda.is_available() and not asked_for_cpu else "cpu"
+
+
+def process_number() -> int:
+    """Return which process of its run this is, from 0, over all machines."""
+    return _from_environment(RANK, 0)
+
+
+def number_of_processes() -> int:
+    """Return how many processes this run was started as, 1 where no launcher was asked for more."""
+    return _from_environment(SIZE, 1)
+
+
+def is_main_process() -> bool:
+    """Tell whether this is the one process of its run that writes and prints."""
+    return process_number() == 0
+
+
+def _from_environment(names: tuple[str, ...], default: int) -> int:
+    return next((int(os.environ[name]) for name in names if os.environ.get(name)), default)

@@ -6,13 +6,13 @@ scored. Nothing is guessed from a name; size and SHA-256 of every file are recor
 
 import importlib.metadata
 import json
-import os
 import platform
 import time
 from pathlib import Path
 from typing import Any
 
 from compactmind import __version__
+from compactmind.devices import is_main_process
 from compactmind.errors import CompactMindError
 from compactmind.files import WEIGHTS, sha256_of, weight_files, write_json_atomically
 from compactmind.formats.table import FORMATS
@@ -168,7 +168,7 @@ def is_up_to_date(directory: Path | str, stage: dict[str, Any], verify: bool = F
 
 
 def _say(line: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # under `accelerate launch` one process speaks
+    if is_main_process():
         print(line, flush=True)
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compactmind.data import EncodedSentences
-from compactmind.devices import default_device
+from compactmind.devices import default_device, is_main_process
 from compactmind.errors import CompactMindError
 from compactmind.files import lock_directory, remove_stale_temporaries, replace_file
 from compactmind.forward import predict_logits
@@ -58,12 +58,15 @@ def accelerator_record(accelerator: Accelerator, batch_size: int) -> dict[str, A
     }
 
 
-def only_writer(directory: Path, accelerator: Accelerator) -> AbstractContextManager[None]:
-    """Return a `with` block inside which this run, of whatever number of processes, is the only one that writes `directory`.
+@contextmanager
+def only_writer(directory: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Inside the `with` block this run, of whatever number of processes, is the only one that writes `directory`; all must enter it.
 
     Raises CompactMindError if another run is at it, see `lock_directory`.
     """
-    return lock_directory(directory) if accelerator.is_main_process else nullcontext()
+    with lock_directory(directory) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()  # what a killed writer left is in order: all find the same
+        yield
 
 
 def prepare_for_training(
@@ -194,7 +197,7 @@ class TrainingState:
         return None
 
     def _say(self, what: str) -> None:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one speaks
+        if is_main_process():
             print(f"{self.path} {what}: starting this model from the beginning")
 
     def save(self, **state: Any) -> None:

@@ -7,6 +7,8 @@ import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -218,6 +220,10 @@ def add_llama(folder: Path, **changes) -> None:
     add_text(folder)
 
 
+PATIENCE = 240
+"""Seconds after which several processes that have not ended are waiting for each other for ever."""
+
+
 def _command(name: str, arguments: tuple) -> list[str]:
     return [sys.executable, str(REPOSITORY / name), "--profile", "smoke", *map(str, arguments)]
 
@@ -246,7 +252,69 @@ def run_python(path: Path, *arguments, cwd: Path, processes: int = 1) -> subproc
 def _run(command: list[str], cwd: Path, processes: int, gpu: bool = False) -> subprocess.CompletedProcess:
     if processes > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.run(command, cwd=cwd, env=environment(cwd, gpu), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    with subprocess.Popen(
+        command, cwd=cwd, env=environment(cwd, gpu), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=PATIENCE if processes > 1 else None)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # the launcher, which ends the others
+            output, errors = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+@contextmanager
+def training_batches() -> Iterator[list[list[tuple[int, ...]]]]:
+    """Yield a list that gets, for every forward pass of a model in training mode inside the `with` block, the token ids of its rows.
+
+    Of the models of this file, which are told by the size of their table; padding is taken off.
+    """
+    seen, sizes = [], (len(VOCABULARY), LLAMA_VOCABULARY)
+
+    def look(module: torch.nn.Module, arguments: tuple) -> None:
+        if isinstance(module, torch.nn.Embedding) and module.training and module.num_embeddings in sizes:
+            seen.append([tuple(filter(None, row)) for row in arguments[0].tolist()])
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+WATCHED = f"""
+import json, os, runpy, sys
+sys.path[:1] = [{str(REPOSITORY)!r}, {str(REPOSITORY / "tests")!r}]
+import helpers
+sys.argv = sys.argv[1:]
+with helpers.training_batches() as seen:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+with open(f"seen_by_{{os.environ['RANK']}}.json", "w") as file:
+    json.dump(seen, file)
+"""
+
+
+def run_script_watched(name: str, *arguments, cwd: Path) -> tuple[subprocess.CompletedProcess, list[list[list[tuple[int, ...]]]]]:
+    """Run a script by two processes and return how it ended and the `training_batches` of each process."""
+    (cwd / "watched.py").write_text(WATCHED)
+    command = _command(name, arguments)
+    ended = _run([command[0], str(cwd / "watched.py"), *command[1:]], cwd, processes=2)
+    assert ended.returncode == 0, ended.stderr
+    return ended, batches_seen(cwd)
+
+
+def batches_seen(folder: Path) -> list[list[list[tuple[int, ...]]]]:
+    """Return the `training_batches` that each of two processes has written into `folder`."""
+    seen = [read_json(folder / f"seen_by_{rank}.json") for rank in range(2)]
+    return [[[tuple(row) for row in batch] for batch in each] for each in seen]
+
+
+def assert_shared_out(together: list[list[list]], alone: list[list]) -> None:
+    """In every forward pass each process had as many rows as the others, and all together those that one process had alone."""
+    assert alone
+    for whole, *parts in zip(alone, *together, strict=True):
+        assert [len(part) for part in parts] == [len(whole) / len(parts)] * len(parts)
+        assert sorted(row for part in parts for row in part) == sorted(whole)
 
 
 NEXT = "----8<----"

@@ -346,12 +346,16 @@ def test_a_weight_that_is_no_number_is_never_kept(monkeypatch):
 TWO_PROCESSES = """
 import json, sys
 sys.path[:0] = sys.argv[1:3]
+import helpers
 import test_causal_lm as shared
 from compactmind.training import make_accelerator
 from safetensors.torch import save_file
 accelerator = make_accelerator()
 assert accelerator.num_processes == 2
-model, result = shared.retrain_with(batch_size=1, accelerator=accelerator)
+with helpers.training_batches() as seen:
+    model, result = shared.retrain_with(batch_size=1, accelerator=accelerator)
+with open(f"{sys.argv[3]}/seen_by_{accelerator.process_index}.json", "w") as file:
+    json.dump(seen, file)
 if accelerator.is_main_process:
     save_file(model.state_dict(), sys.argv[3] + "/weights.safetensors")
     with open(sys.argv[3] + "/result.json", "w") as file:
@@ -371,7 +375,9 @@ def test_two_processes_with_half_the_windows_each_are_one_with_all(tmp_path):
     script.write_text(TWO_PROCESSES)
     ended = helpers.run_python(script, REPOSITORY, REPOSITORY / "tests", tmp_path, cwd=tmp_path, processes=2)
     assert ended.returncode == 0, ended.stderr
-    model, alone = retrain_with(batch_size=2)
+    with helpers.training_batches() as seen:
+        model, alone = retrain_with(batch_size=2)
+    helpers.assert_shared_out(helpers.batches_seen(tmp_path), seen)
     together, weights = helpers.read_json(tmp_path / "result.json"), load_file(tmp_path / "weights.safetensors")
     assert alone["kept_step"] == together["kept_step"] == 8 and alone["tokens_seen"] == together["tokens_seen"]
     for ours, theirs in zip(alone["history"], together["history"], strict=True):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compactmind.devices import USE_CPU, default_device
+from compactmind.devices import RANK, SIZE, USE_CPU, default_device, is_main_process, number_of_processes, process_number
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,20 @@ def test_a_gpu_is_taken_unless_a_user_says_no(monkeypatch, gpu, said, device):
     if said is not None:
         monkeypatch.setenv(USE_CPU, said)
     assert default_device() == device
+
+
+@pytest.mark.parametrize(
+    ("told", "number", "count"),
+    [
+        ({}, 0, 1),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, 0, 1),
+        ({"RANK": "5", "LOCAL_RANK": "0", "WORLD_SIZE": "8"}, 5, 8),  # the first of the second machine
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, 1, 2),
+    ],
+)
+def test_one_process_of_all_machines_is_the_main_one(monkeypatch, told, number, count):
+    for name in (*RANK, *SIZE):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert (process_number(), number_of_processes(), is_main_process()) == (number, count, number == 0)

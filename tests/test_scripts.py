@@ -324,12 +324,13 @@ def assert_one_training(together: tuple, alone: tuple, start: dict[str, torch.Te
 def test_two_processes_with_half_the_sentences_each_are_one_with_all(copy, run_here):
     one, two = ("--batch_size", 16), ("--batch_size", 8)
     teacher = ("--teacher_dropout", 0)  # each process drops its own
-    status, output = run_here("1_distill.py", *one, *teacher, cwd=copy)
+    with helpers.training_batches() as seen:
+        status, output = run_here("1_distill.py", *one, *teacher, cwd=copy)
     assert status == 0, output
     names = ("teacher", "student_finetuned", "student_distilled")
     alone = {name: comparable(copy, name) for name in names}
-    distilled = helpers.run_script("1_distill.py", *two, *teacher, cwd=copy, processes=2)
-    assert distilled.returncode == 0, distilled.stderr
+    distilled, seen_together = helpers.run_script_watched("1_distill.py", *two, *teacher, cwd=copy)
+    helpers.assert_shared_out(seen_together, seen)
     assert distilled.stdout.count("saved to models/student_distilled") == 1
     assert "up to date" not in distilled.stdout  # what two processes made is another result, and says so
     together = {name: comparable(copy, name) for name in names}
@@ -344,15 +345,43 @@ def test_two_processes_with_half_the_sentences_each_are_one_with_all(copy, run_h
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)  # the students' start, the teacher, is rounded too
 
     arguments = ("--prune_every", 2, "--lr", 1e-3)
-    status, output = run_here("2_prune_finetune.py", *one, *arguments, "--output_dir", "alone", cwd=copy)
+    with helpers.training_batches() as seen:
+        status, output = run_here("2_prune_finetune.py", *one, *arguments, "--output_dir", "alone", cwd=copy)
     assert status == 0, output
-    pruned = helpers.run_script("2_prune_finetune.py", *two, *arguments, cwd=copy, processes=2)
-    assert pruned.returncode == 0, pruned.stderr
+    pruned, seen_together = helpers.run_script_watched("2_prune_finetune.py", *two, *arguments, cwd=copy)
+    helpers.assert_shared_out(seen_together, seen)
     assert re.search(r"student_pruned +step +12/12 ", pruned.stdout)
     together, alone = comparable(copy, "student_pruned"), comparable(copy, "alone")
     assert_one_training(together, alone, load_file(copy / "models" / "student_distilled" / "model.safetensors"))
     assert together[2]["metrics"]["masked_against_compacted"] <= 1e-5
     assert leftovers(copy) == []
+
+
+def test_a_run_killed_as_one_process_starts_anew_as_two(copy):
+    epochs = ("--student_epochs", 12, "--students", "student_finetuned", "--force", True)
+    status, output = helpers.run_script_until("student_finetuned  epoch 3/12", signal.SIGKILL, "1_distill.py", *epochs, cwd=copy)
+    assert status == -signal.SIGKILL, output
+    ended = helpers.run_script("1_distill.py", *epochs[:-2], cwd=copy, processes=2)  # the teacher is of one process, too
+    assert ended.returncode == 0, ended.stderr
+    assert "models/teacher is made again: it was made with another config.effective_batch, config.num_processes" in ended.stdout
+    assert ".student_finetuned.training.pt is of another run (effective_batch " in ended.stdout
+    assert "num_processes 1 instead of 2" in ended.stdout and "going on after" not in ended.stdout
+    rows = helpers.read_json(copy / "models" / "student_finetuned" / "training_history.json")
+    assert [row["epoch"] for row in rows] == list(range(1, 13)) and all(row["lr"] > 0 for row in rows[:-1])
+    assert read_manifest(copy / "models" / "student_finetuned")["stage"]["config"]["num_processes"] == 2
+
+
+@pytest.mark.parametrize("name", ["3_quantize.py", "4_smoothquant_llama.py", "6_evaluate_report.py", "download_model.py"])
+def test_what_is_for_one_process_refuses_several_in_one_line(tmp_path, run_here, monkeypatch, name):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        status, output = run_here(name, cwd=tmp_path)
+        if rank == "0":
+            assert status == 1 and f"error: {name} is for one process and was started as 2: run `python {name}`" in output
+        else:
+            assert (status, output) == (0, "")  # the first one speaks, and fails
+    assert list(tmp_path.iterdir()) == []
 
 
 # -------------------------------------------------------------------------------------------------- training that diverges

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from optuna import Trial
 from transformers import PreTrainedModel
 
+from compactmind.devices import number_of_processes
 from compactmind.methods.pruning.llama_importance import score
 from compactmind.methods.pruning.llama_pruning import DenseStates, PruneRecipe, check_prunable, prune_llama
 from compactmind.methods.quantization.calibration import SITES
@@ -27,7 +27,8 @@ from compactmind.methods.quantization.gptq_model import (
 from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4
 from compactmind.methods.quantization.tables import table_bits
 from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama, turn_for
-from compactmind.methods.retraining.causal_lm import RetrainRecipe, TeacherStates, retrain_causal_lm, windows_seen
+from compactmind.methods.retraining.causal_lm import RetrainRecipe, TeacherStates, windows_seen
+from compactmind.methods.retraining.together import retrain_together
 from compactmind.precision import is_small
 from compactmind.training import TrainingState
 
@@ -173,24 +174,27 @@ def _prune(model, resources: Resources, recipe: PruneRecipe):
     return prune_llama(model, recipe, resources.calibration, scores, resources.remember("states", DenseStates))
 
 
+def _windows_to_train_on(resources: Resources, recipe: RetrainRecipe) -> torch.Tensor:
+    return windows_seen(resources.train, recipe, number_of_processes())
+
+
 def _read_teacher(resources: Resources, recipe: RetrainRecipe) -> None:
     """Let a large teacher read all of the text that is trained on, so that it is not in memory beside the model that is trained."""
     if recipe.distillation and not recipe.hidden_loss_weight and not is_small(resources.teacher()):
-        seen = windows_seen(resources.train, recipe, PartialState().num_processes)
+        seen = _windows_to_train_on(resources, recipe)
         print(f"the dense model reads {len(seen)} windows to train on ...", flush=True)
         resources.teacher_states().read(resources.teacher(), seen)
 
 
 def _retrain(model, resources: Resources, recipe: RetrainRecipe):
     states, teacher = resources.teacher_states(), None
-    if recipe.distillation and not (
-        states.holds(windows_seen(resources.train, recipe, PartialState().num_processes)) and not recipe.hidden_loss_weight
-    ):
+    known = states.holds(_windows_to_train_on(resources, recipe)) and not recipe.hidden_loss_weight
+    if recipe.distillation and not known:
         teacher = resources.teacher()
     held = {name: parameter.dtype for name, parameter in model.named_parameters()}
     if recipe.mode == "full":
         model.float()
-    done = retrain_causal_lm(
+    done = retrain_together(
         model, resources.train, resources.held_out, recipe, teacher=teacher, teacher_states=states, resume=resources.resume
     )
     for name, parameter in model.named_parameters():
