@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from compactmind.data import EncodedSentences
 from compactmind.errors import CompactMindError
 from compactmind.limits import require_known_ids, rows_at_a_time
+from compactmind.precision import is_small
 
 LARGEST_LOSS = 700.0
 """Nats per token above which a model counts as damaged: guessing evenly costs 11, and exp(710) is no number any more."""
@@ -99,13 +100,13 @@ class HeadInputs:
 class LogitsOf(Sequence):
     """The next-token logits of a model for `windows` (windows, seq_len), which it reads once: number i is (seq_len - 1, vocabulary).
 
-    Kept are the logits where they are few, else what the head makes them of, so that of the model only the head has to stay.
+    Kept are the logits of a small model where they are few, else what the head makes them of: of the model only the head has to stay.
     """
 
     @torch.inference_mode()
     def __init__(self, model: PreTrainedModel, windows: torch.Tensor):
         reader, self.device, self.head = HeadInputs(model), model.device, None
-        few = 4 * windows.numel() * model.config.get_text_config().vocab_size <= LOGITS_TO_KEEP
+        few = is_small(model) and 4 * windows.numel() * model.config.get_text_config().vocab_size <= LOGITS_TO_KEEP
         for index, window in enumerate(windows):
             states, logits = reader.read(model, window[None])
             if index == 0:

@@ -171,7 +171,8 @@ def _prune(model, resources: Resources, recipe: PruneRecipe):
             ("scores", recipe.criterion, recipe.aggregate, recipe.seed),
             lambda: score(model, recipe.criterion, resources.calibration, aggregate=recipe.aggregate, seed=recipe.seed),
         )
-    return prune_llama(model, recipe, resources.calibration, scores, resources.remember("states", DenseStates))
+    states = resources.remember("states", DenseStates) if is_small(model) else None
+    return prune_llama(model, recipe, resources.calibration, scores, states)
 
 
 def _windows_to_train_on(resources: Resources, recipe: RetrainRecipe) -> torch.Tensor:
