@@ -33,7 +33,7 @@ from transformers import (
 
 from compactmind.errors import CompactMindError
 from compactmind.files import WEIGHTS, replace_directory, sha256_of, write_json_atomically, write_text_atomically
-from compactmind.formats.table import FORMATS, Format, format_named, parameters_of
+from compactmind.formats.table import FORMATS, Format, format_named, is_quantized, parameters_of
 from compactmind.guards import check_released, check_tokenizer
 from compactmind.manifest import (
     CARD,
@@ -53,7 +53,7 @@ from compactmind.methods.pruning.modeling_pruned_encoder import (
     PrunedDistilBertForSequenceClassification,
 )
 from compactmind.model_card import model_card
-from compactmind.precision import SMALL_BYTES, dtype_to_hold, widen, work_in_float32
+from compactmind.precision import SMALL_BYTES, dtype_to_hold, is_small, ready_to_use
 
 GENERATION = "generation_config.json"
 TRAVELLING = (GENERATION, "*.jinja", "special_tokens_map.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*_POLICY*")
@@ -229,7 +229,7 @@ def load_checkpoint(
     """Load any checkpoint of this project, strictly: a missing, unexpected or misshapen tensor is an error.
 
     Returns the model on `device` in evaluation mode, its tokenizer and manifest; weights that are not packed are of `dtype`, by default
-    float32, or of a large language model what the file has, and it computes in float32 (precision.py). Without
+    float32, or of a large language model, or one on a GPU, what the file has (precision.py says what it computes in then). Without
     `verify` the files' SHA-256 and the numbers are not looked at. Raises CompactMindError.
     """
     directory = Path(directory)
@@ -254,7 +254,7 @@ def _load_once(directory: Path, device: str | torch.device, dtype: torch.dtype |
     if model_class is None:
         raise CompactMindError(f"{directory / MANIFEST}: unknown architecture {architecture!r}: {again}")
     try:
-        held = dtype or dtype_to_hold(architecture, manifest["parameters"])
+        held = dtype or dtype_to_hold(architecture, manifest["parameters"], device)
         model = FORMATS[manifest["kind"]].load(directory, model_class, manifest["quantization"], device, held)
         if (directory / GENERATION).is_file():
             model.generation_config = GenerationConfig.from_pretrained(directory)
@@ -264,16 +264,15 @@ def _load_once(directory: Path, device: str | torch.device, dtype: torch.dtype |
         raise CompactMindError(f"{directory} could not be loaded ({error}): {again}") from error
     if verify and (bad := first_not_finite(model.state_dict().items())):
         raise CompactMindError(f"{directory}: {bad} holds NaN or infinite numbers, so the model is of no use: {again}")
-    if held is None:
-        widen(model)
-    return Checkpoint(model.to(device).eval(), tokenizer, manifest)
+    model = model.to(device).eval()
+    return Checkpoint(model if held else ready_to_use(model, is_quantized(manifest["kind"])), tokenizer, manifest)
 
 
 def load_any(directory: Path, device: str | torch.device = "cpu", verify: bool = True) -> Checkpoint:
     """Load a checkpoint of this project, or any Hugging Face folder with a sequence classifier or a causal language model.
 
-    What is not quantized computes in float32. A foreign folder gets a manifest with what can be read off it: kind, architecture,
-    parameters. Raises CompactMindError.
+    What is not quantized computes in float32, on a GPU in the dtype of its file. A foreign folder gets a manifest with what can be read
+    off it: kind, architecture, parameters. Raises CompactMindError.
     """
     if (directory / MANIFEST).is_file() or not (directory / "config.json").is_file():
         return load_checkpoint(directory, device, verify=verify)
@@ -294,15 +293,16 @@ def load_any(directory: Path, device: str | torch.device = "cpu", verify: bool =
         tokenizer = AutoTokenizer.from_pretrained(directory)
         if verify and (bad := first_not_finite(model.state_dict().items())):
             raise ValueError(f"{bad} holds NaN or infinite numbers")
+        model = model.to(device).eval()
         if generates and not quantized:
-            work_in_float32(model)
+            model = model.float() if model.device.type == "cpu" and is_small(model) else ready_to_use(model, quantized=False)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise CompactMindError(f"{directory} could not be loaded ({str(error).strip()[:300]})") from error
     manifest = {
         "kind": "foreign", "architecture": architecture, "parent": None, "created": None, "layers": None, "quantization": None,
         "parameters": parameters_of(model), "stage": {}, "metrics": {},
     }  # fmt: skip
-    return Checkpoint(model.to(device).eval(), tokenizer, manifest)
+    return Checkpoint(model, tokenizer, manifest)
 
 
 class Checkpoints(Mapping[str, Checkpoint]):

@@ -5,14 +5,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compactmind.errors import CompactMindError
-from compactmind.files import place_of
+from compactmind.files import place_of, weight_files
 from compactmind.formats.table import is_quantized, unquantized_kinds
 from compactmind.limits import vocabulary_of
 from compactmind.manifest import ADDED_LATER, MADE_BY, MANIFEST, read_manifest
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Dtypes of dense weights, as safetensors calls them."""
 TASKS = {"classifier": "ForSequenceClassification", "language model": "ForCausalLM"}
 """What a model is for -> how its architecture's name ends."""
 
@@ -127,3 +130,29 @@ def check_released(path: Path) -> None:
     if quantized:
         method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else "unknown method"
         raise CompactMindError(f"{path} is quantized already ({method}): give the dense model it was made from")
+    check_one_dtype(path)
+
+
+def check_one_dtype(path: Path) -> None:
+    """Raise CompactMindError, from the heads of its files alone, if a folder's weights are of several dtypes or a shard is missing.
+
+    What is loaded would be of one of them, and what the others say more would be lost without a word.
+    """
+    of_dtype: dict[str, str] = {}
+    for file in weight_files(path):
+        if file.suffix != ".safetensors":
+            continue
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  no mapping
+                    kind = tensors.get_slice(name).get_dtype()
+                    if kind in FLOATS:
+                        of_dtype.setdefault(kind, name)
+        except SafetensorError as error:
+            raise CompactMindError(f"{file} is damaged ({error}): copy or download it again") from None
+    if len(of_dtype) > 1:
+        found = ", ".join(f"{kind} ({name})" for kind, name in sorted(of_dtype.items()))
+        raise CompactMindError(
+            f"{path} holds weights of several dtypes, {found}: save it in one, for example AutoModelForCausalLM.from_pretrained(..., "
+            "dtype=torch.bfloat16).save_pretrained(...)"
+        )

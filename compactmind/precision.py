@@ -2,7 +2,8 @@
 
 Held: in the dtype it was released in, on every device; on a CPU its weights then stay in the mapped file until somebody changes them.
 Computed: in float32 by everything that measures, scores, calibrates or re-fits. A small model is float32 as a whole, which is fastest; of a
-large one each matrix is float32 only while it multiplies. The numbers are the same: bf16 and fp16 are float32 without the last bits.
+large one each matrix is float32 only while it multiplies. The numbers are the same: bf16 and fp16 are float32 without the last bits. A
+checkpoint that is used on a GPU, not worked on, computes in the dtype of its file, as people serve it.
 """
 
 import ctypes
@@ -68,9 +69,18 @@ def _spans(weight: torch.Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(weight), size)]
 
 
-def dtype_to_hold(architecture: str, parameters: int) -> torch.dtype | None:
-    """Return the dtype that the weights of a model are to be held in, None for what its file has: then `widen` it."""
-    return None if "CausalLM" in architecture and 4 * parameters > SMALL_BYTES else torch.float32
+def dtype_to_hold(architecture: str, parameters: int, device: str | torch.device = "cpu") -> torch.dtype | None:
+    """Return the dtype that the weights of a checkpoint are to be held in, None for what its file has."""
+    generates, cuda = "CausalLM" in architecture, torch.device(device).type == "cuda"
+    return None if generates and (cuda or 4 * parameters > SMALL_BYTES) else torch.float32
+
+
+def ready_to_use(model: PreTrainedModel, quantized: bool) -> PreTrainedModel:
+    """Make, in place, a language model whose weights are held as in its file compute as it is used; return it.
+
+    In float32, but what is not quantized on a GPU in the dtype of its file, as people serve it.
+    """
+    return model if model.device.type == "cuda" and not quantized else widen(model)
 
 
 def is_small(model: PreTrainedModel) -> bool:

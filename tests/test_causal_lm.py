@@ -272,7 +272,10 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, capsys, set
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         fail_at(patch, "held_out_loss", 4, interrupt)  # before retraining, two evaluations, and then
         run(resume)
-    assert resume.load()["step"] == whole["history"][1]["step"]
+    state = resume.load()
+    assert state["step"] == whole["history"][1]["step"] == state["kept"]["step"]
+    shared = [state[part]["weights"] if part == "kept" else state[part] for part in ("kept", "weights")]
+    assert all(each.data_ptr() == shared[1][name].data_ptr() for name, each in shared[0].items())  # saved once
     capsys.readouterr()
     resumed_model, resumed = run(resume)
     assert f"going on after step {whole['history'][1]['step']} of {whole['history'][3]['step']}" in capsys.readouterr().out

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import helpers
 import pytest
+import torch
 from transformers import BertModel
 
 from compactmind.checkpoint import load_as_released, save_checkpoint
 from compactmind.errors import CompactMindError
-from compactmind.guards import check_outputs, check_parent, check_tokenizer
+from compactmind.guards import check_one_dtype, check_outputs, check_parent, check_tokenizer
 from compactmind.manifest import MANIFEST
 from compactmind.methods.quantization.packed_model import quantize_model
 
@@ -109,6 +110,27 @@ def test_a_quantized_llama_is_not_called_damaged(tmp_path):
     (directory / "config.json").write_text(json.dumps(config))
     with pytest.raises(CompactMindError, match="is quantized already .bitsandbytes.: give the dense model"):
         load_as_released(directory)
+
+
+def test_weights_of_several_dtypes_a_missing_shard_and_a_damaged_file_are_refused_before_they_are_loaded(tmp_path):
+    model, tokenizer = helpers.make_llama(), helpers.make_byte_tokenizer()
+    for name in ("sound", "mixed", "lacking", "damaged"):
+        if name == "mixed":
+            model.model.layers[1].mlp.up_proj.to(torch.bfloat16)
+        model.save_pretrained(tmp_path / name, max_shard_size="50KB")
+        tokenizer.save_pretrained(tmp_path / name)
+    files = sorted((tmp_path / "sound").glob("*.safetensors"))
+    assert len(files) > 2
+    check_one_dtype(tmp_path / "sound")
+    (tmp_path / "lacking" / files[1].name).unlink()
+    (tmp_path / "damaged" / files[1].name).write_bytes(b"{}")
+    for name, match in {
+        "mixed": r"mixed holds weights of several dtypes, BF16 \(model.layers.1.mlp.up_proj.weight\), F32 \(.*save it in one",
+        "lacking": f"names {files[1].name}, which is not there: copy the folder again",
+        "damaged": f"{files[1].name} is damaged .*copy or download it again",
+    }.items():
+        with pytest.raises(CompactMindError, match=match):
+            load_as_released(tmp_path / name)
 
 
 def test_a_tokenizer_of_another_model_and_one_without_padding_are_named(tmp_path, tokenizer):

@@ -547,10 +547,11 @@ def retrain_causal_lm(
                 f"{label:<18} step {step:>5}/{total_steps} | loss {row['loss']:7.4f} | held-out loss {held_out_now:7.4f} | "
                 f"perplexity {row['perplexity']:8.4g} | {row['seconds']:.0f} s"
             )
-            if resume and accelerator.is_main_process:
+            if resume and accelerator.is_main_process:  # what is kept is saved once
+                weights = kept["weights"] if kept["step"] == step else trainable_copy(model)
                 resume.save(
                     plan=plan, step=step, seconds=seconds + now - started, history=history, kept=kept, loss_before=loss_before,
-                    weights=trainable_copy(model), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
+                    weights=weights, optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
                     scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
                 )  # fmt: skip
         progress.close()
