@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from common import PROFILE, SmoothQuantConfig, parse_command_line, run_stage
-from compactmind.checkpoint import load_as_released, load_checkpoint, save_checkpoint
+from compactmind.checkpoint import load_as_released, load_checkpoint, save_checkpoint, skeleton_of
 from compactmind.code_version import code_version
 from compactmind.data import data_fingerprint, read_dataset_description
 from compactmind.devices import default_device
@@ -36,6 +36,7 @@ from compactmind.forward import LogitsOf
 from compactmind.gguf_source import folder_of
 from compactmind.guards import check_outputs, check_released
 from compactmind.manifest import identity_of, is_up_to_date, read_manifest, weights_fingerprint
+from compactmind.methods.memory import Sizes, of_pipeline
 from compactmind.methods.quantization.calibration import SITES
 from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4
 from compactmind.methods.quantization.w8a8_model import (
@@ -46,14 +47,19 @@ from compactmind.methods.quantization.w8a8_model import (
     smooth_llama,
     turn_for,
 )
+from compactmind.methods.registry import METHODS
 from compactmind.precision import work_in_float32
 from compactmind.report.figures import save_figure
+from compactmind.room import require_room
+from compactmind.search.compressor import Step
 from compactmind.text import load_documents, token_windows
 
 # ------------------------------------------------------------------------------------------------------------ constants
 # Every field, its reason and its range: common.SmoothQuantConfig. For example: for_profile(PROFILE, alpha=0.85)
 CONFIG = SmoothQuantConfig.for_profile(PROFILE)
 
+ALL_WINDOWS = 200
+"""Windows of test text that are reckoned with where all are measured: WikiText-2 has 166 of 2,048 tokens."""
 VALIDATION_WINDOWS = 4
 """Windows of validation text on which values of alpha are compared."""
 
@@ -94,6 +100,28 @@ def main(config: SmoothQuantConfig) -> None:
         for name in sorted(names):
             locks.enter_context(lock_directory(config.models_dir / name))
         make_and_measure(config, source)
+
+
+def recipe_of(config: SmoothQuantConfig, alpha=0.5, **changes) -> W8A8Recipe:
+    """Return the W8A8 recipe of the settings, with some of them changed."""
+    settings = config.relevant("sites", "rotations", "activations", "embeddings", "stream_rotation")
+    return W8A8Recipe(**{"alpha": alpha, "grid": config.alpha_grid, **settings, **changes})
+
+
+def require_room_for(config: SmoothQuantConfig, source: Path, recipes: dict, due: list[str]) -> None:
+    """Say what memory and disk the models that are `due` take. Raises CompactMindError if it is not there."""
+    device = default_device()
+    windows = config.calibration_windows, config.eval_windows or ALL_WINDOWS, config.seq_len
+    sizes = Sizes.of(skeleton_of(source), weight_bytes(source), *windows, device == "cuda")
+    needs, disk = {}, sizes.itemsize * sizes.parameters * (config.smoothed_dir in due)
+    for name, recipe in recipes.items():
+        if name in due:
+            method = "nf4" if isinstance(recipe, NF4Recipe) else "w8a8"
+            of_steps, file = of_pipeline([Step(METHODS[method], recipe)], sizes)
+            needs, disk = needs | {name: max(of_steps.values())}, disk + file
+    if needs:
+        way_out = "fewer --calibration_windows or a smaller --seq_len take less"
+        require_room(needs, disk, config.models_dir, device, way_out)
 
 
 def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
@@ -137,6 +165,12 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
     if not due and plot_path.is_file() and measured_before(report_path) == measured():
         return
 
+    naive = recipe_of(config, sites=(), rotations=(), stream_rotation=False)
+    nf4 = NF4Recipe(compensation=config.nf4_compensation, embeddings=config.nf4_embeddings)
+    require_room_for(config, source, {config.output_dir: recipe_of(config), f"{config.output_dir}_naive": naive, config.nf4_dir: nf4}, due)
+    if config.dry_run:
+        return
+
     # ---- texts, and how a copy of the model is made
     model, tokenizer = load_as_released(source)
     validation, windows = (
@@ -145,10 +179,7 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
     )
     del model
 
-    def recipe(alpha, sites=config.sites, rotations=config.rotations, stream_rotation=config.stream_rotation) -> W8A8Recipe:
-        return W8A8Recipe(
-            alpha, sites, rotations, config.alpha_grid, config.activations, config.embeddings, stream_rotation
-        )  # fmt: skip
+    recipe = functools.partial(recipe_of, config)
 
     def released(how: W8A8Recipe, dtype: torch.dtype | None = None):
         """Return a fresh copy of the released model (of `dtype`), its stream turned if the recipe wants that."""
@@ -170,9 +201,6 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
         """Return the released model in W8A8, and its description."""
         seen, model = statistics(how.stream_rotation), released(how)
         return model, quantize_llama(model, seen, how)
-
-    naive = recipe(0.5, sites=(), rotations=(), stream_rotation=False)
-    nf4 = NF4Recipe(compensation=config.nf4_compensation, embeddings=config.nf4_embeddings)
 
     # ---- alpha against KL and perplexity, on validation text
     table: list[dict] = []

@@ -28,7 +28,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -40,7 +40,7 @@ import torch
 from optuna.trial import TrialState
 
 from common import PROFILE, SearchConfig, parse_command_line, run_stage
-from compactmind.checkpoint import load_as_released, load_checkpoint, save_checkpoint
+from compactmind.checkpoint import load_as_released, load_checkpoint, save_checkpoint, skeleton_of
 from compactmind.code_version import code_version
 from compactmind.data import data_fingerprint, read_dataset_description
 from compactmind.devices import default_device, number_of_processes
@@ -53,9 +53,11 @@ from compactmind.forward import LogitsOf
 from compactmind.gguf_source import folder_of
 from compactmind.guards import check_outputs
 from compactmind.manifest import add_to_manifest, identity_of, is_up_to_date, read_manifest
+from compactmind.methods.memory import Sizes, of_pipeline
 from compactmind.methods.registry import METHODS, Resources
 from compactmind.methods.retraining.together import help_to_retrain, helped_by_the_others
 from compactmind.precision import work_in_float32
+from compactmind.room import require_room
 from compactmind.search.cache import PrefixCache
 from compactmind.search.compressor import (
     Measure,
@@ -80,6 +82,8 @@ from compactmind.training import TrainingState, accelerator_record, make_acceler
 # Every field, its reason and its range: common.SearchConfig. For example: for_profile(PROFILE, n_trials=50)
 CONFIG = SearchConfig.for_profile(PROFILE)
 
+ALL_WINDOWS = 200
+"""Windows of test text that are reckoned with where all are measured: WikiText-2 has 166 of 2,048 tokens."""
 ERROR_WINDOWS = 2
 """Windows of validation text on which the error of every layer is measured."""
 
@@ -159,6 +163,18 @@ def read_material(config: SearchConfig, check: Callable[[Any], None]) -> Materia
         source, tokenizer, resources, validation[held_out:], windows("test", config.eval_windows, config.window_choice), text,
         config.window_choice, fingerprint,
     )  # fmt: skip
+
+
+def require_room_for(config: SearchConfig, pipelines: Sequence[Sequence[Step]], output: Path) -> None:
+    """Say what memory and disk the dearest of some pipelines takes. Raises CompactMindError if it is not there."""
+    source, device = source_of(config), default_device()
+    windows = config.calibration_windows, config.eval_windows or ALL_WINDOWS, config.seq_len
+    sizes = Sizes.of(skeleton_of(source), weight_bytes(source), *windows, device == "cuda")
+    told = [of_pipeline(steps, sizes) for steps in pipelines]
+    needs, file = max(told, key=lambda each: max(each[0].values()))
+    cached = min(config.cache_gb * 1e9, sum(file for _, file in told))
+    way_out = "retraining with mode lora and gradient_checkpointing, fewer --calibration_windows and a smaller --seq_len take less"
+    require_room(needs, int(file + cached), output, device, way_out)
 
 
 def context_of(config: SearchConfig) -> dict:
@@ -250,6 +266,10 @@ def make_and_save(
         record = read_manifest(output) if made else {}
         if "layer_errors" in record and path.is_file():
             print(f"{output} is up to date: skipped (--force True makes it again)")
+            return
+        if not made:
+            require_room_for(config, [steps], output)
+        if config.dry_run:
             return
         material = material or read_material(config, lambda dense: check_steps(steps, dense))
         resources, cache = material.resources, None if config.force else cache_of(config)
@@ -380,7 +400,7 @@ def replay_command(config: SearchConfig, trial: int) -> str:
     return shlex.join([*command, "--replay", str(trial)])
 
 
-NOT_THE_STUDYS = ("profile", "force", "verify", "replay", "output", "pipeline", "n_trials", "top")
+NOT_THE_STUDYS = ("profile", "force", "verify", "replay", "output", "pipeline", "n_trials", "top", "dry_run")
 """Settings that do not tell one study from another, nor decide what a trial's model is."""
 
 
@@ -394,6 +414,10 @@ def run_search(config: SearchConfig, output: Path) -> None:
     known = known_findings(study, folder, depends_on)
     if not config.force and known and len(counted_trials(study)) >= config.n_trials:
         save_best(config, study, storage, known["best"], output)
+        return
+    first = {name: {key: values[0] for key, values in space.choices[name].items()} for order in space.orders for name in order}
+    require_room_for(config, [[Step(METHODS[name], METHODS[name].parameters(given))] for name, given in first.items()], output)
+    if config.dry_run:
         return
     material = read_material(config, lambda dense: check_space(space, dense))
     cache = cache_of(config)

@@ -244,6 +244,8 @@ class SmoothQuantConfig(StageConfig):
     """Granularity of the activations' scale: the paper's O1, O2 and O3."""
     embeddings: Literal["as_released", "int8", "int6", "int5", "int4"] = "as_released"
     """Keep the embedding table and the head as they are, make them int8 too, or integers of fewer bits, which save bytes and no time."""
+    dry_run: bool = False
+    """Print what memory and disk it takes, from the shapes of the model alone, and do nothing."""
 
 
 PRUNE_AND_RETRAIN = (
@@ -265,6 +267,8 @@ class SearchConfig(StageConfig):
     """bayesian, random, grid: search over the space below; fixed: run the one pipeline given."""
     pipeline: str = PRUNE_AND_RETRAIN
     """fixed: JSON, a list of steps, each with method (prune, retrain, smooth, w8a8, nf4, gptq) and params."""
+    dry_run: bool = False
+    """Print what memory and disk it takes, from the shapes of the model alone, and do nothing."""
     replay: int = -1
     """Number of the trial of the study whose model to make again; -1 = search."""
     n_trials: int = 5

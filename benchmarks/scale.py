@@ -36,7 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import StageConfig, parse_command_line, run_stage  # noqa: E402
-from compactmind.checkpoint import Checkpoints, load_any, load_as_released  # noqa: E402
+from compactmind.checkpoint import Checkpoints, load_any, load_as_released, skeleton_of  # noqa: E402
 from compactmind.devices import default_device  # noqa: E402
 from compactmind.errors import CompactMindError  # noqa: E402
 from compactmind.evaluation.cost import measure_generation, resident_bytes, synchronize, weight_bytes  # noqa: E402
@@ -44,6 +44,7 @@ from compactmind.evaluation.divergence import measure_logits, measure_windows  #
 from compactmind.evaluation.language import measure_language_models  # noqa: E402
 from compactmind.files import write_json_atomically  # noqa: E402
 from compactmind.forward import LogitsOf  # noqa: E402
+from compactmind.methods.memory import RUNTIME, Sizes, of_pipeline, report  # noqa: E402
 from compactmind.methods.registry import Resources  # noqa: E402
 from compactmind.precision import work_in_float32  # noqa: E402
 from compactmind.search.compressor import Measure, read_pipeline, run_pipeline  # noqa: E402
@@ -175,6 +176,16 @@ def run_step(config: ScaleConfig, step: str, device: str) -> dict[str, Any]:
     return found
 
 
+def predicted(config: ScaleConfig, step: str) -> int:
+    """Return the bytes that `step` should need."""
+    folder, cuda = folder_of(config), default_device() == "cuda"
+    sizes = Sizes.of(skeleton_of(folder), weight_bytes(folder), config.windows, 4, config.seq_len, cuda)
+    if step == "report":
+        return RUNTIME + report(sizes, sizes.held)
+    needs, _ = of_pipeline(read_pipeline(PIPELINES[step]), sizes)
+    return max(needs.values())
+
+
 def measure(config: ScaleConfig) -> dict:
     device, (step,) = default_device(), config.steps
     if device == "cuda":
@@ -203,7 +214,7 @@ def main(config: ScaleConfig) -> None:
     released = weight_bytes(folder)
     windows = f"{config.windows} windows of {config.seq_len} tokens"
     print(f"{config.shape}: {released / 1e6:.0f} MB as released; {windows}; MB, and times the weights")
-    print(f"{'step':<10}{'needed':>9}{'':>7}{'resident':>10}{'':>7}{'goal':>7}{'seconds':>9}", flush=True)
+    print(f"{'step':<10}{'needed':>9}{'':>7}{'predicted':>11}{'resident':>10}{'':>7}{'goal':>7}{'seconds':>9}", flush=True)
     results = []
     for step in config.steps:
         command = [sys.executable, __file__, *sys.argv[1:], "--steps", step, "--in_this_process", "True"]
@@ -213,10 +224,12 @@ def main(config: ScaleConfig) -> None:
             print(f"{step:<10} failed: {' '.join(done.stderr.split())[-200:]}", flush=True)
             continue
         row = json.loads(done.stdout.splitlines()[-1])
+        row["predicted"] = predicted(config, step)
         results.append(row)
         share = {name: (row[name] or 0) / released for name in ("needed", "resident")}
         print(
-            f"{step:<10}{(row['needed'] or 0) / 1e6:>9.0f}{share['needed']:>6.2f}x{row['resident'] / 1e6:>10.0f}"
+            f"{step:<10}{(row['needed'] or 0) / 1e6:>9.0f}{share['needed']:>6.2f}x{row['predicted'] / 1e6:>11.0f}"
+            f"{row['resident'] / 1e6:>10.0f}"
             f"{share['resident']:>6.2f}x{1 + BEYOND[step]:>6.1f}x{row['seconds']:>9.0f}", flush=True,
         )  # fmt: skip
         if config.speed and "result_ms" in row:

@@ -352,6 +352,17 @@ class Checkpoints(Mapping[str, Checkpoint]):
             torch.cuda.empty_cache()
 
 
+def skeleton_of(path: Path) -> PreTrainedModel:
+    """Return the causal LM of a Hugging Face folder without its weights: what its configuration says, on the meta device.
+
+    Raises CompactMindError, see `check_released`.
+    """
+    check_released(path)
+    config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def load_as_released(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a Llama-like causal LM from any Hugging Face folder in the dtype of its file, and its tokenizer.
 

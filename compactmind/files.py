@@ -84,14 +84,18 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 # ------------------------------------------------------------------------------------------------------------ what can fail
+def free_space(directory: Path) -> int:
+    """Return the bytes that are free on the disk that holds `directory`, or will."""
+    place = place_of(directory)
+    return shutil.disk_usage(next(parent for parent in [place, *place.parents] if parent.exists())).free
+
+
 def require_free_space(directory: Path, needed_bytes: int) -> None:
     """Raise CompactMindError if the disk that holds `directory` has less than `needed_bytes` free."""
-    place = place_of(directory)
-    existing = next(parent for parent in [place, *place.parents] if parent.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < needed_bytes:
+    free = free_space(directory)
+    if free < needed_bytes:
         raise CompactMindError(
-            f"not enough disk space to write {directory}: {needed_bytes / 1e6:.0f} MB needed, {free_bytes / 1e6:.0f} MB free. "
+            f"not enough disk space to write {directory}: {needed_bytes / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free. "
             "Free some space (models/ holds every checkpoint) and run the same command again; nothing was changed."
         )
 

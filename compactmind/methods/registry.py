@@ -13,6 +13,8 @@ from optuna import Trial
 from transformers import PreTrainedModel
 
 from compactmind.devices import number_of_processes
+from compactmind.methods import memory
+from compactmind.methods.memory import Need, Sizes
 from compactmind.methods.pruning.llama_importance import score
 from compactmind.methods.pruning.llama_pruning import DenseStates, PruneRecipe, check_prunable, prune_llama
 from compactmind.methods.quantization.calibration import SITES
@@ -113,6 +115,8 @@ class Method:
     """recipe -> the compression ratio it makes by itself, whatever was done before; None: `bits` tells."""
     aim: str | None = None
     """The parameter of that ratio: a search for one size sets it to its target, and it takes the place of `space`."""
+    needs: Callable[[Sizes, Any, int], Need] | None = None
+    """(sizes, recipe, bytes of the model that is in memory) -> the memory it needs, see memory.py."""
     beforehand: Callable[[Resources, Any], None] | None = None
     """(resources, recipe) reads what it wants of the dense model before the model that it is done to is in memory."""
     check: Callable[[PreTrainedModel, Any, bool], None] | None = None
@@ -247,27 +251,27 @@ METHODS: dict[str, Method] = {
     "prune": Method(
         "prune", "prune", PruneRecipe, _prune,
         {"sparsity": SPARSITIES, "criterion": ("taylor", "activation", "variance", "l2"), "scope": ("uniform", "global")}, "pruned",
-        check=check_prunable,
+        check=check_prunable, needs=memory.prune,
     ),
     "retrain": Method(
         "retrain", "retrain", RetrainRecipe, _retrain,
         {"tokens": (4096, 8192), "lr": (5e-5, 1e-4, 2e-4), "distillation": (True, False), "evaluations": (1,)},
-        beforehand=_read_teacher,
+        beforehand=_read_teacher, needs=memory.retrain,
     ),
-    "smooth": Method("smooth", "smooth", SmoothRecipe, _smooth, {"alpha": (0.5, 0.6, 0.7, 0.8, 0.9)}),
+    "smooth": Method("smooth", "smooth", SmoothRecipe, _smooth, {"alpha": (0.5, 0.6, 0.7, 0.8, 0.9)}, needs=memory.smooth),
     "w8a8": Method(
         "w8a8", "quantize", W8A8Recipe, _w8a8,
         {"alpha": (0.4, 0.5, 0.6, 0.7, 0.8), "activations": ("per_token", "per_tensor"), "embeddings": ("as_released", "int8")}, "w8a8",
-        bits=lambda recipe: (8.05, 8.06 if recipe.embeddings == "int8" else table_bits(recipe.embeddings)),
+        needs=memory.w8a8, bits=lambda recipe: (8.05, 8.06 if recipe.embeddings == "int8" else table_bits(recipe.embeddings)),
     ),
     "nf4": Method(
         "nf4", "quantize", NF4Recipe, _nf4, {"double_quantization": (True, False), "embeddings": ("as_released", "int8")}, "nf4",
-        bits=lambda recipe: (4.13 if recipe.double_quantization else 4.5, table_bits(recipe.embeddings)),
+        needs=memory.nf4, bits=lambda recipe: (4.13 if recipe.double_quantization else 4.5, table_bits(recipe.embeddings)),
     ),
     "gptq": Method(
         "gptq", "quantize", GPTQRecipe, _gptq,
         {"bits": (3, 4, 5, 6), "group_size": (32, 64, 128), "embeddings": ("int8", "int6", "int4")}, "grouped",
-        bits=lambda recipe: recipe.bits_per_weight,
+        needs=memory.gptq, bits=lambda recipe: recipe.bits_per_weight,
         ratio=lambda recipe: recipe.target_compression or None, aim="target_compression",
     ),
 }  # fmt: skip

@@ -1,0 +1,50 @@
+"""What memory and disk there is, and whether what a stage needs fits: said at its start, refused before work begins."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+import torch
+
+from compactmind.errors import CompactMindError
+from compactmind.files import free_space
+
+MARGIN = 1.15
+"""What is told from shapes may be this much too high: only what does not fit even then is refused."""
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux says how much memory a container may take."""
+
+
+def free_memory(device: str) -> int:
+    """Return the bytes of memory that this process may still take, on a GPU of the GPU's."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    free = psutil.virtual_memory().available
+    try:  # a container may have less than its machine; what lies in files can be dropped
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = next(int(line.split()[1]) for line in (CGROUP / "memory.stat").read_text().splitlines() if line.startswith("file "))
+    except (OSError, ValueError, StopIteration):
+        return free
+    return min(free, limit - used + cached)
+
+
+def require_room(needs: Mapping[str, int], disk: int, place: Path, device: str, way_out: str) -> None:
+    """Print what a stage will take; raise CompactMindError if it does not fit: step -> bytes of memory, and bytes on the disk of `place`.
+
+    `way_out` says what takes less memory.
+    """
+    step = max(needs, key=needs.get)
+    memory, left = free_memory(device), free_space(place)
+    where = "the GPU's memory" if device == "cuda" else "memory"
+    print(
+        f"{where}: {needs[step] / 1e9:.1f} GB at the peak, {step}; {memory / 1e9:.1f} GB are free. "
+        f"Disk: {disk / 1e9:.1f} of {left / 1e9:.1f} GB", flush=True,
+    )  # fmt: skip
+    if needs[step] > MARGIN * memory:
+        raise CompactMindError(
+            f"{step} needs {needs[step] / 1e9:.1f} GB of {where}, and {memory / 1e9:.1f} are free: {way_out}, or close what takes the rest"
+        )
+    if disk > left:
+        raise CompactMindError(
+            f"what is written takes {disk / 1e9:.1f} GB, and {left / 1e9:.1f} are free on the disk of {place}: make room"
+        )
