@@ -331,6 +331,8 @@ def space_of(config: SearchConfig):
         raise CompactMindError(f'choices {config.choices} are no object: for example {{"prune.sparsity": [0.1, 0.2]}}')
     if not config.retrain:
         choices = {name: values for name, values in choices.items() if not name.startswith("retrain.")}
+    if config.choices == SearchConfig.for_profile(config.profile).choices:  # nobody's own: for those of the methods that take part
+        choices = {name: values for name, values in choices.items() if name.partition(".")[0] in methods}
     target = config.target_compression if config.objectives == ("perplexity",) else None  # a front has models of all sizes
     return make_space(
         methods, mode=config.mode, max_length=config.max_length, max_repeats=config.max_repeats, choices=choices, target=target

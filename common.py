@@ -253,6 +253,19 @@ PRUNE_AND_RETRAIN = (
     '{"method": "retrain", "params": {"tokens": 24000}}]'
 )
 
+PRUNE_AND_RETRAIN_LARGE = (
+    '[{"method": "prune", "params": {"sparsity": 0.2, "criterion": "taylor", "scope": "uniform"}}, '
+    '{"method": "retrain", "params": {"mode": "lora", "gradient_checkpointing": true, "lr": 2e-4, "batch_size": 1, "accumulation": 2, '
+    '"tokens": 524288}}]'
+)
+"""The same for a model whose optimizer states fit on no card: adapters beside weights that wait as released, activations of one block."""
+
+CHOICES_OF_A_LARGE_MODEL = (
+    '{"retrain.mode": ["lora"], "retrain.gradient_checkpointing": [true], "retrain.batch_size": [1], "retrain.accumulation": [2], '
+    '"retrain.lr": [1e-4, 2e-4, 4e-4], "retrain.tokens": [131072, 262144]}'
+)
+"""What a search retrains such a model with: 32 or 64 steps of two windows of 2,048 tokens."""
+
 
 @dataclass(frozen=True)
 class SearchConfig(StageConfig):
@@ -286,7 +299,8 @@ class SearchConfig(StageConfig):
     max_repeats: int = 1
     """How often a method may occur in a pipeline."""
     choices: str = "{}"
-    """JSON: what to choose from instead of a method's own space, for example {"prune.sparsity": [0.1, 0.2]}."""
+    """JSON: what to choose from instead of a method's own space, for example {"prune.sparsity": [0.1, 0.2]}. paper: adapters with
+    gradient checkpointing (CHOICES_OF_A_LARGE_MODEL); choices of your own take the place of all of these."""
     sampler: Literal["tpe", "gp"] = "tpe"
     """What bayesian means: tree-structured Parzen estimator, or Gaussian process."""
     objectives: tuple[Literal["perplexity", "bytes", "latency", "memory"], ...] = ("perplexity",)
@@ -406,8 +420,13 @@ PROFILES: dict[str, dict[str, dict]] = {
             "prune_start_epoch": 2, "prune_end_epoch": 8, "prune_every": 20, "lr": 5e-5, "recovery_lr": 1e-5, "patience": 5,
         },
         "QuantizeConfig": {"max_length": 128},
-        "SmoothQuantConfig": {"calibration_windows": 512},
-        "SearchConfig": {"seq_len": 2048, "eval_windows": 0, "n_trials": 30},
+        # 128 windows of 2,048 are the tokens of SmoothQuant's 512 sentences of 512 (arXiv:2211.10438). What a block reads of them
+        # waits in float32: 4.3 GB with 4,096 channels. Beside them a cache holds models half way, 11 to 27 GB each with 7B weights.
+        "SmoothQuantConfig": {"calibration_windows": 128, "seq_len": 2048, "eval_windows": 0},
+        "SearchConfig": {
+            "seq_len": 2048, "calibration_windows": 32, "eval_windows": 0, "n_trials": 30, "cache_gb": 60.0,
+            "pipeline": PRUNE_AND_RETRAIN_LARGE, "choices": CHOICES_OF_A_LARGE_MODEL,
+        },
         "ReportConfig": {"max_length": 128, "seq_len": 2048, "eval_windows": 0},
     },
     "smoke": {

@@ -1,24 +1,28 @@
 """The `paper` profile without a hub: local folders laid out as the hub's, tiny models with the published names, through every script."""
 
+import json
+
 import helpers
 import pandas
 import pytest
 import torch
 from transformers import BertForMaskedLM, DistilBertForMaskedLM
 
+from common import SearchConfig
 from compactmind.checkpoint import load_checkpoint
 from compactmind.manifest import read_manifest
 
 ENCODERS = {"google-bert/bert-base-uncased": BertForMaskedLM, "distilbert/distilbert-base-uncased": DistilBertForMaskedLM}
 LLAMA = "meta-llama/Llama-2-7b-hf"
 PRUNE = '{"method": "prune", "params": {"sparsity": 0.25, "round_to": 16}}'
+RETRAIN = json.dumps(json.loads(SearchConfig.for_profile("paper").pipeline)[1]).replace("524288", "512")
 RUNS = (
     ("download_model.py",),
     ("1_distill.py", "--teacher_epochs", "1", "--student_epochs", "1"),
     ("2_prune_finetune.py", "--epochs", "3", "--prune_end_epoch", "2", "--round_to", "8", "--prune_every", "2"),
     ("3_quantize.py",),
     ("4_smoothquant_llama.py", "--calibration_windows", "2", "--eval_windows", "2", "--alpha_grid", "0.5", "0.8"),
-    ("5_bayesian_search.py", "--strategy", "fixed", "--pipeline", f'[{PRUNE}, {{"method": "retrain", "params": {{"tokens": 512}}}}]'),
+    ("5_bayesian_search.py", "--strategy", "fixed", "--pipeline", f"[{PRUNE}, {RETRAIN}]"),
     *(("5_bayesian_search.py", "--strategy", "fixed", "--calibration_windows", "2", "--output", f"models/llama_gptq_{times}x", "--pipeline",
        f'[{{"method": "gptq", "params": {{"target_compression": {times}}}}}]') for times in (2.5, 3.5)),
     ("5_bayesian_search.py", "--n_trials", "2", "--target_compression", "1.1", "--mode", "hybrid", "--choices",
@@ -92,8 +96,21 @@ def test_every_row_is_measured_with_the_protocol_of_the_papers(ran):
         and protocol["join"] == "\n\n"
     )
     assert rows["llama_searched"]["compression_ratio"] > 1.1 - 1e-6
+    retrained = rows["llama_pruned"]["pipeline"][-1]["params"]
+    assert (retrained["mode"], retrained["gradient_checkpointing"], retrained["tokens"]) == ("lora", True, 512)
     page = (folder / "results" / "final_report.md").read_text(encoding="utf-8")
     assert "Llama-2-7b-hf has perplexity" in page and "against the published 5.47" in page
     assert (
         "NF4, Llama-2-7B" in page and "yes: same data and protocol" in page
     )  # the perplexities; 60 sentences are not all of dev
+
+
+def test_the_check_reads_a_real_report_and_is_not_fooled_by_a_name(ran):
+    folder, _ = ran
+    done = helpers.run_script("benchmarks/paper_check.py", cwd=folder)
+    assert done.returncode == 1, done.stderr
+    for name in ("llama", "llama_w8a8", "llama_nf4"):
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith(f"{name} "))
+        assert "not comparable: not of Llama-2-7b: hidden_size " in line and "layers " in line and "windows instead of all 166" in line
+        assert "made from" not in line and "another text" not in line
+    assert done.stdout.count("not measured") == 2
