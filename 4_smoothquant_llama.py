@@ -58,8 +58,6 @@ from compactmind.text import load_documents, token_windows
 # Every field, its reason and its range: common.SmoothQuantConfig. For example: for_profile(PROFILE, alpha=0.85)
 CONFIG = SmoothQuantConfig.for_profile(PROFILE)
 
-ALL_WINDOWS = 200
-"""Windows of test text that are reckoned with where all are measured: WikiText-2 has 166 of 2,048 tokens."""
 VALIDATION_WINDOWS = 4
 """Windows of validation text on which values of alpha are compared."""
 
@@ -111,7 +109,7 @@ def recipe_of(config: SmoothQuantConfig, alpha=0.5, **changes) -> W8A8Recipe:
 def require_room_for(config: SmoothQuantConfig, source: Path, recipes: dict, due: list[str]) -> None:
     """Say what memory and disk the models that are `due` take. Raises CompactMindError if it is not there."""
     device = default_device()
-    windows = config.calibration_windows, config.eval_windows or ALL_WINDOWS, config.seq_len
+    windows = config.calibration_windows, config.eval_windows, config.seq_len
     sizes = Sizes.of(skeleton_of(source), weight_bytes(source), *windows, device == "cuda")
     needs, disk = {}, sizes.itemsize * sizes.parameters * (config.smoothed_dir in due)
     for name, recipe in recipes.items():

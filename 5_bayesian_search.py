@@ -82,8 +82,6 @@ from compactmind.training import TrainingState, accelerator_record, make_acceler
 # Every field, its reason and its range: common.SearchConfig. For example: for_profile(PROFILE, n_trials=50)
 CONFIG = SearchConfig.for_profile(PROFILE)
 
-ALL_WINDOWS = 200
-"""Windows of test text that are reckoned with where all are measured: WikiText-2 has 166 of 2,048 tokens."""
 ERROR_WINDOWS = 2
 """Windows of validation text on which the error of every layer is measured."""
 
@@ -168,7 +166,7 @@ def read_material(config: SearchConfig, check: Callable[[Any], None]) -> Materia
 def require_room_for(config: SearchConfig, pipelines: Sequence[Sequence[Step]], output: Path) -> None:
     """Say what memory and disk the dearest of some pipelines takes. Raises CompactMindError if it is not there."""
     source, device = source_of(config), default_device()
-    windows = config.calibration_windows, config.eval_windows or ALL_WINDOWS, config.seq_len
+    windows = config.calibration_windows, config.eval_windows, config.seq_len
     sizes = Sizes.of(skeleton_of(source), weight_bytes(source), *windows, device == "cuda")
     told = [of_pipeline(steps, sizes) for steps in pipelines]
     needs, file = max(told, key=lambda each: max(each[0].values()))

@@ -27,16 +27,19 @@ import psutil
 import torch
 
 from common import PROFILE, ReportConfig, parse_command_line, run_stage
-from compactmind.checkpoint import Checkpoints, load_any
+from compactmind.checkpoint import Checkpoints, load_any, skeleton_of
 from compactmind.data import data_fingerprint, load_split, read_dataset_description
 from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.classifiers import measure_classifiers
+from compactmind.evaluation.cost import weight_bytes
 from compactmind.evaluation.failures import fail, row_fails_alone
 from compactmind.evaluation.language import measure_gsm8k, measure_in_llama_cpp, measure_language_models
 from compactmind.evaluation.llama_cpp import installed
 from compactmind.files import sha256_of, write_json_atomically, write_text_atomically
 from compactmind.manifest import CARD, MADE_BY, MANIFEST, identity_of, read_manifest, versions
+from compactmind.methods import memory
+from compactmind.methods.memory import Sizes
 from compactmind.model_card import model_card
 from compactmind.onnx_export import FILE
 from compactmind.report import tables
@@ -44,6 +47,7 @@ from compactmind.report.as_shipped import SUFFIX, row_as_shipped, row_of_llama_c
 from compactmind.report.documents import write_documents
 from compactmind.report.goals import goals
 from compactmind.report.sentences import sentences, warnings
+from compactmind.room import require_room
 from compactmind.text import load_documents, token_windows
 
 # ------------------------------------------------------------------------------------------------------------ constants
@@ -237,6 +241,23 @@ def load_models(rows: list[dict[str, Any]], device: str) -> Checkpoints:
     return found
 
 
+def require_room_for(config: ReportConfig, rows: list[dict[str, Any]]) -> None:
+    """Say what memory measuring the language models takes: small ones all at once, of large ones the dearest.
+
+    Raises CompactMindError if it is not there.
+    """
+    dense = next((row for row in rows if row["name"] == DENSE_LANGUAGE_MODEL), None)
+    if dense is None:
+        return
+    folder, device = Path(dense["directory"]), default_device()
+    windows = 0, config.eval_windows, config.seq_len
+    sizes = Sizes.of(skeleton_of(folder), weight_bytes(folder), *windows, device == "cuda")
+    held = {row["name"]: weight_bytes(Path(row["directory"])) for row in rows} | {dense["name"]: sizes.held}
+    held = {"all models": sum(held.values())} if sizes.small else held
+    needs = {name: memory.report(sizes, size) for name, size in held.items()}
+    require_room(needs, 0, config.results_dir, device, "fewer rows, or a smaller --seq_len, take less")
+
+
 def measure_track(
     config: ReportConfig, track: str, rows: list[dict[str, Any]], known: dict[str, dict[str, Any]], machine: str
 ) -> None:
@@ -271,6 +292,8 @@ def measure_track(
         )
     if not needed:
         return
+    if track == "llm":
+        require_room_for(config, needed)
     reference = config.reference if track == "encoder" else DENSE_LANGUAGE_MODEL
     others = {reference, *(row["compared_with"] for row in needed)}
     runs_along = [row for row in found if row["name"] in others and row not in needed and row["status"] == "measured"]

@@ -44,7 +44,7 @@ from compactmind.evaluation.divergence import measure_logits, measure_windows  #
 from compactmind.evaluation.language import measure_language_models  # noqa: E402
 from compactmind.files import write_json_atomically  # noqa: E402
 from compactmind.forward import LogitsOf  # noqa: E402
-from compactmind.methods.memory import RUNTIME, Sizes, of_pipeline, report  # noqa: E402
+from compactmind.methods.memory import Sizes, of_pipeline, report  # noqa: E402
 from compactmind.methods.registry import Resources  # noqa: E402
 from compactmind.precision import work_in_float32  # noqa: E402
 from compactmind.search.compressor import Measure, read_pipeline, run_pipeline  # noqa: E402
@@ -181,7 +181,7 @@ def predicted(config: ScaleConfig, step: str) -> int:
     folder, cuda = folder_of(config), default_device() == "cuda"
     sizes = Sizes.of(skeleton_of(folder), weight_bytes(folder), config.windows, 4, config.seq_len, cuda)
     if step == "report":
-        return RUNTIME + report(sizes, sizes.held)
+        return report(sizes, sizes.held)
     needs, _ = of_pipeline(read_pipeline(PIPELINES[step]), sizes)
     return max(needs.values())
 
