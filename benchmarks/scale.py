@@ -150,13 +150,14 @@ def run_step(config: ScaleConfig, step: str, device: str) -> dict[str, Any]:
     del model
     windows = torch.randint(0, vocabulary, (config.windows, config.seq_len), generator=torch.Generator().manual_seed(0))
     if step == "report":
-        row = {"name": "dense", "kind": "dense", "directory": str(source), "status": "measured"}
+        rows = [{"name": name, "kind": "dense", "directory": str(source), "status": "measured"} for name in ("dense", "again")]
         measure_language_models(
-            [row], Checkpoints({"dense": partial(load_any, source, device)}), lambda _: windows[:4], "random", "first",
-            reference=row, bases={}, prompt_tokens=512, repeats=3,
+            rows, Checkpoints({row["name"]: partial(load_any, source, device) for row in rows}), lambda _: windows[:4], "random", "first",
+            reference=rows[0], bases=dict.fromkeys(("dense", "again"), rows[0]), prompt_tokens=512, repeats=3,
         )  # fmt: skip
-        if row["status"] != "measured" or "not_measured" in row:
-            raise CompactMindError(f"the report could not be measured: {row.get('error') or row['not_measured']}")
+        for row in rows:
+            if row["status"] != "measured" or "not_measured" in row:
+                raise CompactMindError(f"the report could not be measured: {row.get('error') or row['not_measured']}")
         return found
     resources = Resources(
         windows, windows, windows[:2], lambda: work_in_float32(load_as_released(source)[0].to(device)), released,
