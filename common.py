@@ -559,7 +559,7 @@ def run_stage(main, config: StageConfig, others=None) -> None:
     if the script is for one process, and then several are refused.
     """
     from compactmind.checkpoint import silence_libraries
-    from compactmind.devices import is_main_process, number_of_processes, process_number
+    from compactmind.devices import device_problem, is_main_process, number_of_processes, process_number
     from compactmind.errors import CompactMindError
     from compactmind.files import why_unwritable
 
@@ -567,7 +567,7 @@ def run_stage(main, config: StageConfig, others=None) -> None:
     script, speaks = Path(sys.argv[0]).name, is_main_process()
     if speaks:
         show(config)
-    problem = setting_problem(config)
+    problem = setting_problem(config) or device_problem()
     if others is None and number_of_processes() > 1:
         problem = f"{script} is for one process and was started as {number_of_processes()}: run `python {script}` without a launcher"
     if problem:

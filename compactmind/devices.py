@@ -19,6 +19,20 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() and not asked_for_cpu else "cpu"
 
 
+def device_problem() -> str | None:
+    """Return why the GPU that `default_device` chooses cannot be used by this PyTorch, None if it can or there is none."""
+    if default_device() != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    known = [int(name.removeprefix("sm_").rstrip("af")) for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
+    if not known or 10 * major + minor >= min(known):
+        return None
+    return (
+        f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, and this PyTorch has kernels from "
+        f"{min(known) // 10}.{min(known) % 10}: set {USE_CPU}=true to use the CPU, or install a PyTorch for that GPU"
+    )
+
+
 def process_number() -> int:
     """Return which process of its run this is, from 0, over all machines."""
     return _from_environment(RANK, 0)

@@ -1,5 +1,6 @@
 """Plain forward passes over much text: what training, methods and evaluation ask a model, before anybody makes a metric of it."""
 
+import os
 import tempfile
 from collections.abc import Sequence
 
@@ -66,11 +67,15 @@ def loss_of(logits: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
 
 
 def room_for(*shape: int) -> torch.Tensor:
-    """Return a float32 tensor of a shape to be filled: in memory, or beyond MEMORY_TO_KEEP in a file that goes with it."""
+    """Return a float32 tensor of a shape to be filled: in memory, or beyond MEMORY_TO_KEEP in a file that goes with it.
+
+    Raises OSError if the disk of temporary files is too small.
+    """
     count = torch.Size(shape).numel()
-    if 4 * count <= MEMORY_TO_KEEP:
+    if 4 * count <= MEMORY_TO_KEEP or not hasattr(os, "posix_fallocate"):
         return torch.empty(shape)
     with tempfile.NamedTemporaryFile(prefix="compactmind-") as file:  # what is mapped outlives its name
+        os.posix_fallocate(file.fileno(), 0, 4 * count)  # a disk that fills up later would end the process
         return torch.from_file(file.name, shared=True, size=count, dtype=torch.float32).view(shape)
 
 

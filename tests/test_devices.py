@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from compactmind.devices import RANK, SIZE, USE_CPU, default_device, is_main_process, number_of_processes, process_number
+from compactmind.devices import (
+    RANK,
+    SIZE,
+    USE_CPU,
+    default_device,
+    device_problem,
+    is_main_process,
+    number_of_processes,
+    process_number,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +33,19 @@ def test_a_gpu_is_taken_unless_a_user_says_no(monkeypatch, gpu, said, device):
     if said is not None:
         monkeypatch.setenv(USE_CPU, said)
     assert default_device() == device
+
+
+@pytest.mark.parametrize(("capability", "usable"), [((6, 1), False), ((7, 5), True), ((9, 0), True), ((12, 0), True)])
+def test_a_gpu_that_is_too_old_for_this_pytorch_is_named_with_the_way_out(monkeypatch, capability, usable):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "compute_120"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100")
+    monkeypatch.delenv(USE_CPU, raising=False)
+    told = "Tesla P100 has compute capability 6.1, and this PyTorch has kernels from 7.5: set ACCELERATE_USE_CPU=true to use the CPU"
+    assert device_problem() is None if usable else device_problem().startswith(told)
+    monkeypatch.setenv(USE_CPU, "true")
+    assert device_problem() is None
 
 
 @pytest.mark.parametrize(
