@@ -257,7 +257,10 @@ def test_a_held_out_loss_that_is_no_number_ends_the_run_too(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------- resuming
-@pytest.mark.parametrize("settings", [{}, {"mode": "lora", "lr": 2e-2}, {"accumulation": 2, "hidden_loss_weight": 0.1}])
+RUNS = [{}, {"mode": "lora", "lr": 2e-2}, {"accumulation": 2, "hidden_loss_weight": 0.1}, {"optimizer": "adamw_8bit"}]
+
+
+@pytest.mark.parametrize("settings", RUNS)
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, capsys, settings):
     teacher, held_out = helpers.make_llama(seed=0), pattern_windows(3, first=2)
     recipe = make_recipe(**{"steps": 16, "evaluations": 4, "distillation": True, "alpha": 0.2} | settings)
@@ -284,6 +287,19 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, capsys, set
     again_model, again = run(resume)  # killed before the result was saved: nothing is trained twice
     assert timeless(again) == timeless(whole)
     assert_equal_weights(again_model, whole_model.state_dict())
+
+
+def test_moments_in_8_bits_take_a_quarter_and_lead_nearly_where_whole_ones_lead(tmp_path):
+    found = {}
+    for name in ("adamw", "adamw_8bit"):
+        model, resume = helpers.make_llama(seed=1, vocab_size=2000, intermediate_size=512), TrainingState(tmp_path / name, STAGE)
+        done = retrain_causal_lm(model, pattern_windows(7), pattern_windows(3), make_recipe(16, optimizer=name), resume=resume)
+        state = resume.load()["optimizer"]["state"]
+        moments = (each for its in state.values() for each in its.values() if torch.is_tensor(each) and each.numel() > 256)
+        found[name] = done["loss_after"], sum(each.numel() * each.element_size() for each in moments)
+    (whole, large), (rounded, small) = found.values()
+    assert rounded == pytest.approx(whole, rel=0.02) and rounded < done["loss_before"] - 0.1
+    assert small < 0.35 * large
 
 
 def test_a_resumed_run_still_has_the_best_weights_of_the_first_part(tmp_path, monkeypatch):

@@ -185,12 +185,13 @@ def retrain(sizes: Sizes, recipe: Any, before: int) -> Need:
     trained = 4 * sizes.parameters
     if recipe.mode == "lora":
         trained = 4 * recipe.lora_rank * sizes.layers * (8 * sizes.hidden + 3 * (sizes.hidden + sizes.inner))
-    copies = 5 if recipe.mode == "lora" else 4
+    moments = 2 if recipe.optimizer == "adamw" else 0.5
+    copies = 2 + moments + (recipe.mode == "lora")  # gradient, best so far; the weights themselves are counted with the model
     layers = (sizes.layers + 1) * sizes.stream if recipe.gradient_checkpointing else sizes.layers * sizes.within
     known = 0 if sizes.small else min(MEMORY_TO_KEEP, 4 * recipe.tokens * sizes.hidden) * recipe.distillation
     batch = recipe.batch_size * (layers + 2 * sizes.within + (2 + recipe.distillation) * sizes.logits)
     base = before if recipe.mode == "lora" else max(before, 4 * sizes.parameters)
-    return Need(base + copies * trained + batch + known + sizes.widened, before, sizes.itemsize * sizes.parameters, sizes)
+    return Need(base + int(copies * trained) + batch + known + sizes.widened, before, sizes.itemsize * sizes.parameters, sizes)
 
 
 def report(sizes: Sizes, held: int) -> int:
