@@ -409,7 +409,7 @@ def test_two_processes_with_half_the_windows_each_are_one_with_all(tmp_path):
 
 def test_two_batches_of_one_window_are_one_batch_of_two(monkeypatch):
     # Plain gradient descent: AdamW would hide a gradient of the wrong size.
-    monkeypatch.setattr(causal_lm, "make_optimizer", lambda model, lr, _: torch.optim.SGD(model.parameters(), lr=lr))
+    monkeypatch.setattr(causal_lm, "make_optimizer", lambda model, lr, *_: torch.optim.SGD(model.parameters(), lr=lr))
     models, results = [], []
     for sizes in ({"batch_size": 2, "accumulation": 1}, {"batch_size": 1, "accumulation": 2}):
         models.append(helpers.make_llama())
@@ -424,7 +424,7 @@ def test_two_batches_of_one_window_are_one_batch_of_two(monkeypatch):
 
 
 def test_a_large_gradient_is_scaled_down(monkeypatch):
-    monkeypatch.setattr(causal_lm, "make_optimizer", lambda model, lr, _: torch.optim.SGD(model.parameters(), lr=lr))
+    monkeypatch.setattr(causal_lm, "make_optimizer", lambda model, lr, *_: torch.optim.SGD(model.parameters(), lr=lr))
     model, before = helpers.make_llama(), helpers.make_llama()
     recipe = make_recipe(1, lr=0.5, max_grad_norm=1e-2, warmup_ratio=0.0, evaluations=1)
     assert retrain_causal_lm(model, pattern_windows(), pattern_windows(2), recipe)["kept_step"] == 1
@@ -438,7 +438,7 @@ def test_the_optimizer_gets_rate_and_weight_decay(monkeypatch):
     monkeypatch.setattr(causal_lm, "make_optimizer", lambda *arguments: seen.append(arguments[1:]) or original(*arguments))
     recipe = make_recipe(1, lr=2e-3, weight_decay=0.07, evaluations=1)
     retrain_causal_lm(helpers.make_llama(), pattern_windows(), pattern_windows(2), recipe)
-    assert seen == [(2e-3, 0.07)]
+    assert seen == [(2e-3, 0.07, False)]
 
 
 @pytest.mark.parametrize(
