@@ -48,7 +48,7 @@ from compactmind.methods.quantization.w8a8_model import (
     turn_for,
 )
 from compactmind.methods.registry import METHODS
-from compactmind.precision import work_in_float32
+from compactmind.precision import is_small, work_in_float32
 from compactmind.report.figures import save_figure
 from compactmind.room import require_room
 from compactmind.search.compressor import Step
@@ -237,7 +237,7 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
             description = quantize_nf4(model.to(device), calibration(), nf4)
             save(name, model, "nf4", quantization=description)
         elif name == config.smoothed_dir:
-            model = released(recipe(alpha), torch.float32)
+            model = released(recipe(alpha), torch.float32 if is_small(skeleton_of(source)) else None)
             smooth_llama(model, statistics(config.stream_rotation), recipe(alpha))
             save(name, model, "dense")
         else:

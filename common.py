@@ -213,7 +213,7 @@ class SmoothQuantConfig(StageConfig):
     nf4_embeddings: Literal["as_released", "int8", "int6", "int5", "int4"] = "int8"
     """Its embedding table and head: as they are, or integers with a scale for every 64 weights of a row."""
     save_smoothed: bool = False
-    """Also save the smoothed model in full precision, to quantize it with another tool."""
+    """Also save the smoothed model unrounded (float32; a large one as released), to quantize it with another tool."""
     smoothed_dir: str = "llama_smoothed"
     """Directory under models_dir for it."""
     text_dir: Path = Path("wikitext_data")

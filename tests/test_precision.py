@@ -180,6 +180,19 @@ def test_a_large_teacher_goes_before_the_model_is_made_and_is_not_loaded_again_t
         assert matrices_of(each) == {torch.bfloat16}
 
 
+@torch.no_grad()
+def test_a_large_model_is_smoothed_in_the_dtype_it_is_held_in_and_says_the_same(monkeypatch):
+    monkeypatch.setattr(precision, "SMALL_BYTES", 0)
+    dense = work_in_float32(held_in(torch.bfloat16, helpers.make_llama(scale=0.5))[0])
+    wanted, before = dense(WINDOWS).logits, dense.model.layers[0].mlp.down_proj.weight.clone()
+    resources = Resources(WINDOWS, WINDOWS, WINDOWS[:2], lambda: dense, torch.bfloat16)
+    model, _ = METHODS["smooth"].apply(dense, resources, METHODS["smooth"].parameters({"alpha": 0.7}))
+    after = model.model.layers[0].mlp.down_proj.weight
+    assert matrices_of(model) == {torch.bfloat16} and not torch.equal(before, after)
+    found = model(WINDOWS).logits
+    assert (found - wanted).norm() < 0.02 * wanted.norm()  # what bfloat16 rounds
+
+
 # ------------------------------------------------------------------------------------------------------------ dense logits
 @pytest.mark.parametrize("name", ["llama", "granite"])
 def test_logits_are_the_same_whether_they_are_kept_or_made_again_in_memory_or_in_a_file(monkeypatch, name):

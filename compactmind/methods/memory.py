@@ -138,10 +138,11 @@ def w8a8(sizes: Sizes, recipe: Any, before: int) -> Need:
 
 
 def smooth(sizes: Sizes, recipe: Any, before: int) -> Need:
-    """The whole model in float32: what is smoothed waits for the next step unrounded."""
-    held = 4 * sizes.parameters
+    """Statistics of every input and one block in float32; the blocks before it as they are held, a small model float32 as a whole."""
+    itemsize = 4 if sizes.small else sizes.itemsize
+    held, _ = _replaced(sizes, before, itemsize, 0)
     seen = 4 * sizes.layers * ROWS * (3 * sizes.hidden + sizes.inner)
-    return Need(max(before, held) + seen + sizes.within, held + seen, held, sizes)
+    return Need(max(before, held) + seen + sizes.block + sizes.within, held + seen, itemsize * sizes.parameters, sizes)
 
 
 def _compensated(sizes: Sizes, before: int, bytes_per_weight: float, tables: int, copies: int) -> Need:

@@ -36,6 +36,7 @@ from compactmind.methods.quantization.w8a8_linear import (
     quantize_activation,
     quantize_weight,
 )
+from compactmind.precision import is_small, widen
 
 PER_LAYER = "per_layer"
 SITE_OF = {linear: site for site, readers in SITES.items() for linear in readers}
@@ -186,13 +187,23 @@ def calibrate_llama(model: PreTrainedModel, windows: torch.Tensor) -> list[dict[
 def smooth_llama(
     model: PreTrainedModel, statistics: Sequence[dict[str, InputStatistics]], recipe: W8A8Recipe
 ) -> list[dict[str, float]]:
-    """Make, in place, the model float32 and smooth every block, without any rotation. Returns the alphas used.
+    """Smooth, in place, every block, without any rotation. Returns the alphas used.
 
-    The outputs stay the same; float32, because rounding the smoothed weights to half precision would be a loss of its own.
+    The outputs stay the same. A small model becomes float32, because rounding the smoothed weights to half precision would be a loss of its
+    own; what a large one is smoothed to is held in the dtype it has, as all that is done to it.
     """
-    model.float()
-    blocks = zip(llama_blocks(model), statistics, strict=True)
-    return [_smooth_and_rotate(block, dict(observed), recipe, {}) for block, observed in blocks]
+    small, alphas = is_small(model), []
+    if small:
+        model.float()
+    for block, observed in zip(llama_blocks(model), statistics, strict=True):
+        held = [(parameter, parameter.dtype) for parameter in block.module.parameters()]
+        block.module.float()
+        alphas.append(_smooth_and_rotate(block, dict(observed), recipe, {}))
+        for parameter, dtype in held:
+            parameter.data = parameter.data.to(dtype)
+    if not small:
+        widen(model)
+    return alphas
 
 
 def _smooth_and_rotate(
