@@ -37,6 +37,7 @@ from compactmind.methods.llama import llama_blocks  # noqa: E402
 from compactmind.methods.pruning.llama_importance import CRITERIA, score  # noqa: E402
 from compactmind.methods.pruning.llama_pruning import PruneRecipe, prune_llama  # noqa: E402
 from compactmind.methods.pruning.llama_structure import channel_parameters, prunable_parameters  # noqa: E402
+from compactmind.precision import work_in_float32  # noqa: E402
 from compactmind.text import load_documents, token_windows  # noqa: E402
 
 
@@ -62,9 +63,9 @@ TORCH_PRUNING = "Torch-Pruning L2, uniform"
 
 
 def load(config: BenchmarkConfig):
-    """Return a fresh dense model in float32 and its tokenizer."""
+    """Return a fresh dense model that computes in float32 and its tokenizer."""
     model, tokenizer = load_as_released(config.models_dir / "llama")
-    return model.to(default_device()).float(), tokenizer
+    return work_in_float32(model.to(default_device())), tokenizer
 
 
 # -------------------------------------------------------------------------------------------------------- Torch-Pruning

@@ -50,6 +50,8 @@ from compactmind.precision import computes_in_float32, is_widened, widen
 SCOPES = ("uniform", "global")
 TOLERANCE = 0.01
 """Sparsity is met within this much."""
+SMALLEST = 1e-3
+"""Share of the mean that the median counts as at least, where most channels are silent."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ class PruneRecipe:
     """FFN widths stay multiples of this; uniform halves it as often as the sparsity needs."""
     compensate: bool = True
     """Re-fit down_proj and o_proj to the inputs that are left."""
-    damping: float = 0.2
-    """What holds re-fitted weights to those they were, as a share of the mean square of what goes in."""
+    damping: float = 1.0
+    """What holds re-fitted weights to those they were, as a multiple of the mean square of the median channel of what goes in."""
     rounds: int = 1
     """Remove it in this many equal parts, scoring what is left before each."""
     protect: int = 0
@@ -284,13 +286,15 @@ def refit(weight: torch.Tensor, moment: torch.Tensor, cross: torch.Tensor, keep:
     """Return the weight (out, in) with pruned columns 0 and the kept ones W' such that W' x is nearest to what is wanted.
 
     moment: (in, in), mean of x x^T; cross: (out, in), mean of wanted x^T; keep: (in,) boolean. Minimises the mean of ||wanted - W' x||^2 +
-    damping times the mean square of x times ||W' - W||^2 over the kept columns. Computed in float64.
+    damping times the median of the channels' mean squares times ||W' - W||^2 over the kept columns: not their mean, which is that of a few
+    outlier channels and would hold all others where they were. Computed in float64.
     """
     kept = keep.nonzero()[:, 0].to(weight.device)
     inner = moment.double() if keep.all() else moment[kept][:, kept].double()
     old = weight.double()[:, kept]
     left = cross.double()[:, kept].sub_(old @ inner)  # (out, kept): what the old columns leave unexplained
-    inner.diagonal().add_(damping * moment.diagonal().double().mean() + 1e-12)
+    squares = moment.diagonal().double()
+    inner.diagonal().add_(damping * torch.maximum(squares.median(), SMALLEST * squares.mean()) + 1e-12)
     factor = torch.linalg.cholesky(inner, out=inner)
     result = torch.zeros_like(weight)
     result[:, kept] = old.add_(torch.cholesky_solve(left.t(), factor).t()).to(weight.dtype)
