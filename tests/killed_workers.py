@@ -3,7 +3,6 @@
 import importlib.util
 import multiprocessing
 import os
-import pwd
 import random
 import shutil
 import signal
@@ -162,7 +161,7 @@ def postgres():
     try:
         if os.geteuid() == 0:
             user = "nobody"
-            os.chown(folder, pwd.getpwnam(user).pw_uid, pwd.getpwnam(user).pw_gid)
+            shutil.chown(folder, user)
             binaries = readable_by(user, binaries, folder)
         server = Server(binaries, folder, user)
         server.start()
