@@ -56,7 +56,7 @@ def work(storage: str, name: str, n_trials: int, begun: str, seconds: float, ali
 
 
 # ------------------------------------------------------------------------------------------------------------------ workers
-def search_with_kills(storage, n_trials, begun, kills, *, name="shared", seconds=0.03, every=0.6, alike=True, meanwhile=lambda _: None):
+def search_with_kills(storage, n_trials, begun, kills, *, name="shared", seconds=0.03, alike=True, meanwhile=lambda _: None):
     """Let four processes search and kill one of them at random moments, `kills` times, each time starting a new one.
 
     `meanwhile` is called over and over with how many trials have begun. Return how each process has ended and how many were killed.
@@ -71,21 +71,20 @@ def search_with_kills(storage, n_trials, begun, kills, *, name="shared", seconds
         return process
 
     running, killed, since = [start() for _ in range(4)], 0, time.monotonic()
-    next_kill = since + every
     while running:
         assert time.monotonic() - since < PATIENCE_SECONDS, "the workers do not come to an end"
-        meanwhile(Path(begun).read_text().count("\n") if Path(begun).is_file() else 0)
-        time.sleep(0.01)
+        number = Path(begun).read_text().count("\n") if Path(begun).is_file() else 0
+        meanwhile(number)
+        time.sleep(chance.uniform(0.001, 0.05))
         for process in [process for process in running if not process.is_alive()]:
             running.remove(process)
             ended.append(process.exitcode)
-        if killed < kills and running and not ended.count(0) and time.monotonic() >= next_kill:
+        if killed < kills and running and not ended.count(0) and number >= (killed + 1) * n_trials / (kills + 2):
             victim = chance.choice(running)
             with suppress(ProcessLookupError):
                 os.kill(victim.pid, signal.SIGKILL)
             killed += 1
             running.append(start())
-            next_kill = time.monotonic() + every * chance.uniform(0.5, 1.5)
     return ended, killed
 
 
