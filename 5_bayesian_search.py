@@ -20,7 +20,7 @@ Time:  on 2 CPU cores, embedded profile: fixed about 10 minutes, half of it retr
        search from seconds to a few minutes, depending on what it shares with earlier ones and whether it retrains.
 
 Killed at any time, the same command goes on: finished trials are kept, the one that was interrupted is run once more. Several processes
-or machines share one study (--storage). Perplexities of trials are of validation text and cannot be compared with the report's.
+(--workers 4) or machines (--storage) share one study. Perplexities of trials are of validation text: not to be compared with the report's.
 """
 
 import json
@@ -43,7 +43,7 @@ from common import PROFILE, SearchConfig, parse_command_line, run_stage
 from compactmind.checkpoint import load_as_released, load_checkpoint, save_checkpoint, skeleton_of
 from compactmind.code_version import code_version
 from compactmind.data import data_fingerprint, read_dataset_description
-from compactmind.devices import default_device, number_of_processes
+from compactmind.devices import default_device, is_worker, number_of_processes
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import weight_bytes
 from compactmind.evaluation.divergence import measure_logits, measure_windows
@@ -72,9 +72,11 @@ from compactmind.search.compressor import (
 )
 from compactmind.search.engine import PATIENCE_SECONDS, counted_trials, open_study, search
 from compactmind.search.findings import SearchProgress, best_trials, known_findings, methods_of, trials_table, write_findings
+from compactmind.search.machine import machine_kind, noting_kind, require_kind
 from compactmind.search.space import SEPARATOR, Space, check_space, make_space
 from compactmind.search.storage import first_line, without_password
 from compactmind.search.trials import TrialRunner, brief
+from compactmind.search.workers import begin_as_worker, run_workers, shares, together_on_one_device
 from compactmind.text import load_documents, token_windows
 from compactmind.training import TrainingState, accelerator_record, make_accelerator
 
@@ -163,8 +165,11 @@ def read_material(config: SearchConfig, check: Callable[[Any], None]) -> Materia
     )  # fmt: skip
 
 
-def require_room_for(config: SearchConfig, pipelines: Sequence[Sequence[Step]], output: Path) -> None:
-    """Say what memory and disk the dearest of some pipelines takes. Raises CompactMindError if it is not there."""
+def require_room_for(config: SearchConfig, pipelines: Sequence[Sequence[Step]], output: Path, workers: int = 1) -> None:
+    """Say what memory and disk the dearest of some pipelines takes, run by so many workers on one device at once.
+
+    Raises CompactMindError if it is not there.
+    """
     source, device = source_of(config), default_device()
     windows = config.calibration_windows, config.eval_windows, config.seq_len
     sizes = Sizes.of(skeleton_of(source), weight_bytes(source), *windows, device == "cuda")
@@ -172,6 +177,9 @@ def require_room_for(config: SearchConfig, pipelines: Sequence[Sequence[Step]], 
     needs, file = max(told, key=lambda each: max(each[0].values()))
     cached = min(config.cache_gb * 1e9, sum(file for _, file in told))
     way_out = "retraining with mode lora and gradient_checkpointing, fewer --calibration_windows and a smaller --seq_len take less"
+    if workers > 1:
+        needs = {f"{name} by each of {workers} workers": workers * size for name, size in needs.items()}
+        way_out = f"fewer --workers take less; {way_out}"
     require_room(needs, int(file + cached), output, device, way_out)
 
 
@@ -400,7 +408,7 @@ def replay_command(config: SearchConfig, trial: int) -> str:
     return shlex.join([*command, "--replay", str(trial)])
 
 
-NOT_THE_STUDYS = ("profile", "force", "verify", "replay", "output", "pipeline", "n_trials", "top", "dry_run")
+NOT_THE_STUDYS = ("profile", "force", "verify", "replay", "output", "pipeline", "n_trials", "workers", "top", "dry_run")
 """Settings that do not tell one study from another, nor decide what a trial's model is."""
 
 
@@ -408,17 +416,27 @@ def run_search(config: SearchConfig, output: Path) -> None:
     space, folder = space_of(config), place_of_study(config, config.results_dir / "search", os.sep)
     check_outputs([output], "5_bayesian_search.py", [source_of(config)], config.models_dir)
     study, storage, depends_on = study_of(config, space)
+    kind = machine_kind(default_device(), threads="latency" in config.objectives)
+    require_kind(study, config.objectives, kind)
+    planned = shares(config.workers, default_device(), config.objectives) if config.workers > 1 and not is_worker() else []
     print(f"study {study.study_name} in {without_password(storage)}; findings go to {folder}, the best model to {output}")
     print(f"{len(space.orders)} orders of methods, {space.size()} pipelines; ", end="")
     print(f"{len(counted_trials(study))} of {config.n_trials} trials are there")
     known = known_findings(study, folder, depends_on)
-    if not config.force and known and len(counted_trials(study)) >= config.n_trials:
+    if not config.force and known and len(counted_trials(study)) >= config.n_trials and not is_worker():
         save_best(config, study, storage, known["best"], output)
         return
     first = {name: {key: values[0] for key, values in space.choices[name].items()} for order in space.orders for name in order}
-    require_room_for(config, [[Step(METHODS[name], METHODS[name].parameters(given))] for name, given in first.items()], output)
+    if not is_worker():  # for all of them it is there
+        dearest = [[Step(METHODS[name], METHODS[name].parameters(given))] for name, given in first.items()]
+        require_room_for(config, dearest, output, together_on_one_device(planned))
     if config.dry_run:
         return
+    if planned and len(counted_trials(study)) < config.n_trials and all(run_workers(planned)):
+        raise CompactMindError(
+            f"all {len(planned)} workers have failed, for the reasons above; {len(counted_trials(study))} of {config.n_trials} trials are "
+            "there: the same command goes on"
+        )
     material = read_material(config, lambda dense: check_space(space, dense))
     cache = cache_of(config)
     runner = TrialRunner(
@@ -431,10 +449,13 @@ def run_search(config: SearchConfig, output: Path) -> None:
     first = ()
     if config.strategy == "bayesian":
         first = space.first_guesses(lambda pipeline: runner.expected_ratio(read_pipeline(pipeline)), config.target_compression)
+    require_kind(study, config.objectives, kind)  # another worker may have begun meanwhile
     search(
-        study, space, config.n_trials, runner.evaluate, strategy=config.strategy, sampler=config.sampler, seed=config.seed,
-        first=first, finished=progress.update,
+        study, space, config.n_trials, noting_kind(runner.evaluate, config.objectives, kind), strategy=config.strategy,
+        sampler=config.sampler, seed=config.seed, first=first, finished=progress.update,
     )  # fmt: skip
+    if is_worker():
+        return  # who started it goes on when all have ended
 
     # ---- the best few, on all windows
     best = best_trials(study, config.target_compression, config.top)
@@ -516,6 +537,14 @@ def replay(config: SearchConfig, output: Path) -> None:
 def main(config: SearchConfig) -> None:
     if len(set(config.objectives)) < len(config.objectives):
         raise CompactMindError(f"objectives {config.objectives}: name each once, for example --objectives perplexity bytes")
+    if config.workers > 1 and (config.strategy == "fixed" or config.replay >= 0):
+        asked = "--strategy fixed" if config.strategy == "fixed" else f"--replay {config.replay}"
+        raise CompactMindError(
+            f"--workers {config.workers} search together, and {asked} makes one model: leave --workers out (several GPUs: accelerate "
+            "launch)"
+        )
+    if is_worker():
+        begin_as_worker()
     if config.model_path:
         config = replace(config, model_path=str(folder_of(Path(config.model_path), config.models_dir)))
     given, models = Path(config.output) if config.output else None, config.models_dir

@@ -286,6 +286,8 @@ class SearchConfig(StageConfig):
     """Number of the trial of the study whose model to make again; -1 = search."""
     n_trials: int = 5
     """Trials the study shall have in all; more only go on from there. 30 take about 35 minutes on 2 CPU cores (embedded profile)."""
+    workers: int = 1
+    """Processes of this machine that search together, each on a GPU of its own or on its share of the cores (1 to the cores)."""
     target_compression: float = 2.5
     """Bytes of the dense weight file as released / bytes of the result: at least this."""
     mode: Literal["single", "hybrid", "both"] = "both"
@@ -473,7 +475,7 @@ RANGES: dict[str, str] = {
     "alpha_grid": "[0, 1]",
     # search
     "replay": "[-1, inf)", "n_trials": "[1, inf)", "target_compression": "(0, inf)", "SearchConfig.max_length": "[1, 6]",
-    "max_repeats": "[1, inf)", "cache_gb": "[0, inf)", "top": "[1, inf)", "train_windows": "[0, inf)",
+    "workers": "[1, inf)", "max_repeats": "[1, inf)", "cache_gb": "[0, inf)", "top": "[1, inf)", "train_windows": "[0, inf)",
     "held_out_windows": "[1, inf)", "few_windows": "[1, inf)", "search_windows": "[1, inf)", "confirm_windows": "[1, inf)",
     # export and report
     "sentences": "[1, inf)", "tolerance": "[0, inf)", "int8_tolerance": "[0, inf)", "cost_length": "[1, inf)",
@@ -559,13 +561,13 @@ def run_stage(main, config: StageConfig, others=None) -> None:
     if the script is for one process, and then several are refused.
     """
     from compactmind.checkpoint import silence_libraries
-    from compactmind.devices import device_problem, is_main_process, number_of_processes, process_number
+    from compactmind.devices import device_problem, is_main_process, is_worker, number_of_processes, process_number
     from compactmind.errors import CompactMindError
     from compactmind.files import why_unwritable
 
     silence_libraries()
     script, speaks = Path(sys.argv[0]).name, is_main_process()
-    if speaks:
+    if speaks and not is_worker():  # who started it has said the same
         show(config)
     problem = setting_problem(config) or device_problem()
     if others is None and number_of_processes() > 1:

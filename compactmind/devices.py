@@ -11,6 +11,8 @@ YES = ("1", "true", "yes", "on", "y", "t")
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Environment variables that say which process of how many this is; torchrun and `accelerate launch` set the first, mpirun the others."""
+WORKER = "COMPACTMIND_WORKER"
+"""Environment variable of a process that another one has started as a worker of its search: its number, and of how many, as in 2/4."""
 
 
 def default_device() -> str:
@@ -46,6 +48,11 @@ def number_of_processes() -> int:
 def is_main_process() -> bool:
     """Tell whether this is the one process of its run that writes and prints."""
     return process_number() == 0
+
+
+def is_worker() -> bool:
+    """Tell whether this process is one of the workers that `--workers` starts; one that was started by hand is none of them."""
+    return WORKER in os.environ
 
 
 def _from_environment(names: tuple[str, ...], default: int) -> int:

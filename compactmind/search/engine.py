@@ -10,19 +10,18 @@ worker writes down which pipeline its trial is (`key`), then waits until every t
 milliseconds, then looks: what runs or has run is not run again, and of those that have not begun the lowest number begins (`runs`). Whoever
 comes later finds what was written. This is Lamport's bakery (1974, https://doi.org/10.1145/361082.361093).
 
-Whether a worker is dead can only be guessed. A trial that is taken from one that lives after all ends once, as the storage sees to; what
-that worker has measured then goes to the trial that was queued instead, if nobody has begun it.
+Whether a worker of another machine is dead can only be guessed (machine.py). A trial that is taken from one that lives after all ends once,
+as the storage sees to; what that worker has measured then goes to the trial that was queued instead, if nobody has begun it.
 
 Optuna: Akiba et al. 2019 (https://arxiv.org/abs/1907.10902). TPE with constraints: Watanabe & Hutter 2023
 (https://arxiv.org/abs/2211.14411).
 """
 
 import math
-import os
-import socket
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -35,13 +34,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from compactmind.errors import CompactMindError
 from compactmind.search.compressor import Step, read_pipeline
+from compactmind.search.machine import lives, this_worker
 from compactmind.search.space import Space
-from compactmind.search.storage import open_storage, without_password
+from compactmind.search.storage import differences, open_storage, without_password
 
 SAMPLERS = ("tpe", "gp")
 HEARTBEAT_SECONDS = 20
-DEAD_AFTER_SECONDS = 300
-"""Without a sign of life for so long a worker on another machine counts as dead; on this one its process is looked up."""
 STARTUP_TRIALS = 8
 """Random trials before the sampler begins to learn."""
 REPEATS = 100
@@ -80,9 +78,7 @@ def open_study(name: str, storage: str, described: dict[str, Any], directions: S
     elif different := sorted(
         key for key in known if described.get(key) != known[key]
     ):  # what an earlier version did not note is not asked
-        details = "; ".join(
-            f"{key}: {str(known.get(key))[:200]} there, {str(described.get(key))[:200]} here" for key in different
-        )
+        details = "; ".join(text for key in different for text in differences(known.get(key), described.get(key), key))
         raise CompactMindError(
             f"the study {name!r} in {without_password(storage)} was made for something else ({details}): choose another --study_name, "
             "or delete it"
@@ -113,42 +109,65 @@ def counted_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 
 # ------------------------------------------------------------------------------------------------------------------ workers
-def this_worker() -> dict[str, Any]:
-    """Return what tells this process from every other one, on any machine and at any time."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
-
-
 def is_alive(trial: FrozenTrial) -> bool:
     """Tell whether the worker of a running trial is still there."""
     worker = trial.user_attrs.get("worker")
     if worker is None:  # killed, or about to say who it is
         return trial.datetime_start is None or time.time() - trial.datetime_start.timestamp() < HEARTBEAT_SECONDS
-    if worker["host"] != socket.gethostname():
-        return time.time() - trial.user_attrs.get("alive_at", 0) < DEAD_AFTER_SECONDS
-    with suppress(psutil.Error):
-        return abs(psutil.Process(worker["pid"]).create_time() - worker["started"]) < 1
-    return False
+    return lives(worker, trial.user_attrs.get("alive_at", 0))
 
 
 def retry_interrupted(study: optuna.Study) -> int:
-    """Set trials aside whose worker is gone and queue each once more; return how many."""
-    running = study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
-    return sum(_interrupt(study, frozen) for frozen in running if not is_alive(frozen))
+    """Set trials aside whose worker is gone and queue each once more; return how many.
+
+    So are those whose worker was found to be gone by one that then went itself, between the two.
+    """
+    trials = study.get_trials(deepcopy=False)
+    found = sum(_interrupt(study, frozen) for frozen in trials if frozen.state == TrialState.RUNNING and not is_alive(frozen))
+    queued = {trial.user_attrs.get("retry_of") for trial in trials}
+    for trial in trials:
+        by = trial.user_attrs.get("queued_again")
+        if isinstance(by, dict) and trial.state == TrialState.FAIL and trial.number not in queued and not lives(by, by["at"]):
+            study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
+            found += 1
+    return found
 
 
 def _interrupt(study: optuna.Study, frozen: FrozenTrial) -> bool:
-    """Let a trial end that nobody runs any more and queue it once more; tell whether it had not ended yet."""
-    trial, again = Trial(study, frozen._trial_id), "retry_of" not in frozen.user_attrs
+    """Let a trial end that nobody runs any more and queue it once more; tell whether it had not ended yet.
+
+    What was run twice and ended its process both times is not queued again.
+    """
+    trial = Trial(study, frozen._trial_id)
+    again = "retry_of" not in frozen.user_attrs or "runs" not in frozen.user_attrs
     try:
         trial.set_user_attr("reason", "interrupted: its process is gone")
         if again:
-            trial.set_user_attr("queued_again", True)  # means nothing unless the trial ends here
+            trial.set_user_attr("queued_again", {**this_worker(), "at": time.time()})  # means nothing unless the trial ends here
         study.tell(frozen.number, state=TrialState.FAIL)
     except (ValueError, UpdateFinishedTrialError):
         return False  # another worker was faster
     if again:
         study.enqueue_trial(frozen.params, user_attrs={"retry_of": frozen.number})
     return True
+
+
+def queue_once(study: optuna.Study, points: Sequence[dict[str, Any]]) -> None:
+    """Queue what a new study begins with, or what is missing of it: who was about to may have been killed, or be slower than this."""
+    if not study.get_trials(deepcopy=False):
+        study.set_user_attr("queueing", True)
+    if study.user_attrs.get("queueing"):
+        known = [trial.system_attrs.get("fixed_params") for trial in study.get_trials(deepcopy=False)]
+        for point in points:
+            if point not in known:
+                study.enqueue_trial(point)
+        study.set_user_attr("queueing", False)
+
+
+def seed_among(seed: int, trials: Sequence[FrozenTrial]) -> int:
+    """Return the seed of the sampler for the next trial: of a worker that is alone that of an unbroken search, else one of its own."""
+    alone = all(trial.state != TrialState.RUNNING for trial in trials)
+    return seed + len(trials) + (0 if alone else zlib.crc32(repr(this_worker()).encode()) >> 2)
 
 
 @contextmanager
@@ -221,9 +240,7 @@ def search(
     """
     if n_trials < 1:
         raise CompactMindError(f"n_trials {n_trials} is not at least 1: for example --n_trials 30")
-    if not study.get_trials(deepcopy=False):
-        for point in shuffled_points(space, seed)[:n_trials] if strategy == "grid" else first[: n_trials - n_trials // 3]:
-            study.enqueue_trial(point)
+    queue_once(study, shuffled_points(space, seed)[:n_trials] if strategy == "grid" else first[: n_trials - n_trials // 3])
     repeats, how, waiting_since = 0, strategy, None
     while True:
         if retry_interrupted(study):
@@ -239,7 +256,7 @@ def search(
                 return
             _pause(POLL_SECONDS)
             continue
-        study.sampler = make_sampler(how, sampler, seed + len(trials))
+        study.sampler = make_sampler(how, sampler, seed_among(seed, trials))
         trial, steps, waiting_since = study.ask(), None, None
         try:
             steps = _prepare(study, space, trial, n_trials)

@@ -5,12 +5,15 @@ has one order of its lines; SQLite locks nothing before the first write, so two 
 transactions take the lock when they begin: what has been read in one is still so when it writes.
 """
 
+import re
+import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import optuna
 import sqlalchemy
+from filelock import FileLock
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 
@@ -20,10 +23,36 @@ WAITS = (0.5, 1, 2, 4, 8, 15, 30, 60, 60, 60)
 """Seconds before a call that failed is made again, for the first time, the second ...: a database that restarts is back within minutes."""
 OPENING_WAITS = (0.1, 0.3, 1)
 """The same while the storage is opened: somebody who gave a wrong address does not want to wait."""
+PATIENT_LIBPQ = {
+    "connect_timeout": 20, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000,
+}  # fmt: skip
+"""What tells PostgreSQL's own client to notice that its server is gone: else it waits for an answer for a quarter of an hour."""
+FEW = 8
+"""Of so many values all are named where two studies differ."""
 LOCK_SECONDS = 60
 """So long one process waits for the lock of an SQLite file that another one has."""
 HICCUPS = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, OSError)
 """What a storage raises that is away or busy; anything else is an answer."""
+
+
+class LockOfProcess:
+    """The lock of a journal file that ends with the process that has it.
+
+    Optuna's own, a symbolic link, outlives a process that is killed: the others wait for half a minute then, and for ever if the journal is
+    given by a relative path into another folder.
+    """
+
+    def __init__(self, place: str):
+        self.lock = FileLock(f"{place}.mutex", poll_interval=0.005, preserve_lock_file=True)
+
+    def acquire(self) -> bool:
+        """Wait for the lock and take it."""
+        self.lock.acquire()
+        return True
+
+    def release(self) -> None:
+        """Give it back."""
+        self.lock.release()
 
 
 class PatientStorage:
@@ -58,21 +87,46 @@ class PatientStorage:
 
 def open_storage(place: str) -> PatientStorage:
     """Return the storage at an Optuna URL or, if it ends in .log, in a journal file. Raises CompactMindError if it cannot be reached."""
+    name = without_password(place)
     for wait in (*OPENING_WAITS, None):
         try:
-            return PatientStorage(_opened(place), without_password(place))
+            return PatientStorage(_opened(place), name)
         except Exception as error:  # noqa: BLE001  every database driver has its own way to say "not there"
+            if isinstance(error, ImportError):
+                raise CompactMindError(_no_driver(place, error)) from None
+            if "table schema" in str(error) and isinstance(error, RuntimeError):
+                raise CompactMindError(_other_optuna(name, first_line(error))) from None
             if wait is None or not isinstance(error, HICCUPS):
                 raise CompactMindError(
-                    f"the study's storage {without_password(place)!r} cannot be opened: {first_line(error)}; for example "
+                    f"the study's storage {name!r} cannot be opened: {first_line(error)}; for example "
                     "sqlite:///study.db, a journal file study.log, or postgresql://user:password@host/database"
                 ) from None
             time.sleep(wait)  # two workers that make the tables of a new database: the second finds them a moment later
 
 
+def _no_driver(place: str, error: ImportError) -> str:
+    backend = sqlalchemy.engine.make_url(place).get_backend_name()
+    command = "pip install -r requirements-postgres.txt" if backend == "postgresql" else f"pip install a driver of {backend}"
+    return f"{without_password(place)!r} needs a driver that is not installed ({first_line(error.__cause__ or error)}): {command}"
+
+
+def _other_optuna(name: str, problem: str) -> str:
+    """Return what to do about a database of another version of Optuna, which is what `problem` says in the words of this one."""
+    made_by = re.search(r"set up by optuna ([\w.]+)", problem)
+    other, own = made_by.group(1) if made_by else "another version", optuna.__version__
+    if "storage upgrade" in problem:
+        command = f"optuna storage upgrade --storage {shlex.quote(name)}"
+        return f"the study's storage {name!r} was made by Optuna {other} and this is {own}: `{command}` brings it up to date (keep a copy)"
+    return f"the study's storage {name!r} is of a newer Optuna than this one, {own}: choose another --storage, or its version of Optuna"
+
+
 def _opened(place: str) -> BaseStorage:
     if place.endswith(".log"):
-        return JournalStorage(JournalFileBackend(place))
+        return JournalStorage(JournalFileBackend(place, LockOfProcess(place)))
+    if place.startswith(("postgresql:", "postgresql+psycopg:", "postgresql+psycopg2:")):
+        given = sqlalchemy.engine.make_url(place).query
+        patient = {name: value for name, value in PATIENT_LIBPQ.items() if name not in given}
+        return get_storage(RDBStorage(place, engine_kwargs={"connect_args": patient}))
     if not place.startswith("sqlite"):
         return get_storage(place)
     storage = RDBStorage(place, engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}})
@@ -97,3 +151,16 @@ def without_password(place: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return what an error says, on one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def differences(there: Any, here: Any, name: str) -> Iterator[str]:
+    """Yield in words where two descriptions differ, each by its path: a space may be long, and differ in one choice."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in {**there, **here}:
+            if there.get(key) != here.get(key):
+                yield from differences(there.get(key), here.get(key), f"{name}.{key}")
+    elif isinstance(there, list) and isinstance(here, list) and max(len(there), len(here)) > FEW:
+        only = [[each for each in one if each not in other][:FEW] for one, other in ((there, here), (here, there))]
+        yield f"{name}: {len(there)} there, {len(here)} here; among those only there {only[0]}, only here {only[1]}"
+    else:
+        yield f"{name}: {str(there)[:200]} there, {str(here)[:200]} here"
