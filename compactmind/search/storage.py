@@ -9,6 +9,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import optuna
@@ -123,10 +124,8 @@ def _other_optuna(name: str, problem: str) -> str:
 def _opened(place: str) -> BaseStorage:
     if place.endswith(".log"):
         return JournalStorage(JournalFileBackend(place, LockOfProcess(place)))
-    if place.startswith(("postgresql:", "postgresql+psycopg:", "postgresql+psycopg2:")):
-        given = sqlalchemy.engine.make_url(place).query
-        patient = {name: value for name, value in PATIENT_LIBPQ.items() if name not in given}
-        return get_storage(RDBStorage(place, engine_kwargs={"connect_args": patient}))
+    if place.startswith("postgresql"):
+        return get_storage(RDBStorage(_with_driver(place), engine_kwargs={"connect_args": _patience(place)}))
     if not place.startswith("sqlite"):
         return get_storage(place)
     storage = RDBStorage(place, engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}})
@@ -134,6 +133,22 @@ def _opened(place: str) -> BaseStorage:
     sqlalchemy.event.listen(storage.engine, "connect", _leave_transactions_to_us)
     sqlalchemy.event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     return get_storage(storage)
+
+
+def _with_driver(place: str) -> str:
+    """Return the address of a PostgreSQL with the driver that is installed, if it names none."""
+    url = sqlalchemy.engine.make_url(place)
+    if url.drivername == "postgresql" and not find_spec("psycopg") and find_spec("pg8000"):
+        url = url.set(drivername="postgresql+pg8000")
+    return url.render_as_string(hide_password=False)
+
+
+def _patience(place: str) -> dict[str, int]:
+    """Return what a driver is told beside the address, but for what that says itself."""
+    url = sqlalchemy.engine.make_url(_with_driver(place))
+    if url.get_driver_name() not in ("psycopg", "psycopg2"):
+        return {}  # pg8000 keeps its connections alive by itself
+    return {name: value for name, value in PATIENT_LIBPQ.items() if name not in url.query}
 
 
 def _leave_transactions_to_us(connection, _) -> None:
