@@ -15,6 +15,7 @@ from compactmind.errors import CompactMindError
 from compactmind.methods import memory
 from compactmind.methods.memory import Sizes, of_pipeline
 from compactmind.methods.registry import METHODS
+from compactmind.methods.retraining import causal_lm
 from compactmind.room import free_memory, require_room
 from compactmind.search.compressor import read_pipeline
 
@@ -68,6 +69,23 @@ def test_adapters_take_what_fits_a_card_and_training_every_weight_does_not():
     assert max(needs_of([pruned, lora], on_gpu).values()) < 24 * GB < 80 * GB < everything
     without = {"method": "retrain", "params": {"mode": "lora"}}
     assert needs_of([pruned, without], on_gpu)["retrain (step 2)"] > 1.2 * needs_of([pruned, lora], on_gpu)["retrain (step 2)"]
+
+
+def test_a_base_of_4_bits_takes_a_quarter_of_what_is_trained_beside():
+    for sizes in (replace(SEVEN, seq_len=512), replace(SEVEN, seq_len=512, cuda=True)):
+        dense = sizes.itemsize * sizes.parameters
+        lora = {"mode": "lora", "gradient_checkpointing": True}
+        recipes = [METHODS["retrain"].parameters({**lora, "base": base}) for base in causal_lm.BASES]
+        whole, packed = (METHODS["retrain"].needs(sizes, recipe, dense) for recipe in recipes)
+        # While it is made, the model is there as it came and one block in float32; while it is trained, 4 bits of it.
+        assert dense < packed.peak < dense + 1.5 * sizes.block < whole.peak
+        assert (packed.held, packed.file) == (whole.held, whole.file)
+    long = replace(SEVEN, cuda=True)  # more activations than that
+    whole, packed = (METHODS["retrain"].needs(long, replace(recipe, batch_size=8), dense) for recipe in recipes)
+    assert whole.peak - packed.peak == pytest.approx(1.48 * long.blocks, rel=0.01)
+    small = replace(SEVEN, blocks=60_000_000, parameters=100_000_000)  # waits in memory, beside its 4 bits
+    whole, packed = (METHODS["retrain"].needs(small, recipe, small.held) for recipe in recipes)
+    assert packed.peak - whole.peak == pytest.approx(0.52 * small.blocks, rel=0.01)
 
 
 def test_more_text_takes_more_and_a_gpu_holds_the_weights_too():

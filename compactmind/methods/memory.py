@@ -18,6 +18,8 @@ from compactmind.precision import ROWS_BYTES, SMALL_BYTES
 
 RUNTIME = 60_000_000
 """Bytes that libraries take for buffers of their own once a model has run."""
+NF4_BYTES = 0.52
+"""Bytes of a weight in NF4 with double quantization."""
 ALL_WINDOWS = 200
 """Windows of text that are reckoned with where all are measured: the test text of WikiText-2 has 166 of 2,048 tokens."""
 
@@ -155,7 +157,7 @@ def _compensated(sizes: Sizes, before: int, bytes_per_weight: float, tables: int
 
 def nf4(sizes: Sizes, recipe: Any, before: int) -> Need:
     """As `gptq`; scales, what is pinned and what is decoded are matrices too."""
-    return _compensated(sizes, before, 0.52 if recipe.double_quantization else 0.5625, _tables(sizes, recipe.embeddings), 7)
+    return _compensated(sizes, before, NF4_BYTES if recipe.double_quantization else 0.5625, _tables(sizes, recipe.embeddings), 7)
 
 
 def gptq(sizes: Sizes, recipe: Any, before: int) -> Need:
@@ -181,7 +183,7 @@ def prune(sizes: Sizes, recipe: Any, before: int) -> Need:
 
 
 def retrain(sizes: Sizes, recipe: Any, before: int) -> Need:
-    """What is trained with its gradient, two moments and the best so far; activations, and three logits of a batch."""
+    """What is trained with its gradient, two moments and the best so far; activations, and three logits of a batch; 4 bits beside it."""
     trained = 4 * sizes.parameters
     if recipe.mode == "lora":
         trained = 4 * recipe.lora_rank * sizes.layers * (8 * sizes.hidden + 3 * (sizes.hidden + sizes.inner))
@@ -191,7 +193,15 @@ def retrain(sizes: Sizes, recipe: Any, before: int) -> Need:
     known = 0 if sizes.small else min(MEMORY_TO_KEEP, 4 * recipe.tokens * sizes.hidden) * recipe.distillation
     batch = recipe.batch_size * (layers + 2 * sizes.within + (2 + recipe.distillation) * sizes.logits)
     base = before if recipe.mode == "lora" else max(before, 4 * sizes.parameters)
-    return Need(base + int(copies * trained) + batch + known + sizes.widened, before, sizes.itemsize * sizes.parameters, sizes)
+    converting = 0
+    if recipe.base == "nf4":
+        waiting = (4 if sizes.small else sizes.itemsize) * sizes.blocks  # of the blocks as they came: in main memory, or in a file
+        base = max(0, before - waiting) + int(NF4_BYTES * sizes.blocks)
+        if not sizes.cuda and waiting <= MEMORY_TO_KEEP:
+            base += waiting
+        converting = before + sizes.block + int(NF4_BYTES * sizes.blocks) // sizes.layers
+    peak = max(converting, base + int(copies * trained) + batch + known + sizes.widened)
+    return Need(peak, before, sizes.itemsize * sizes.parameters, sizes)
 
 
 def report(sizes: Sizes, held: int) -> int:

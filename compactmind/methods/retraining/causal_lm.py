@@ -3,7 +3,8 @@
 The loss of a predicted token is alpha * T^2 * KL(dense || pruned) at temperature T + (1 - alpha) * cross-entropy with the
 token that really follows (Hinton et al. 2015, https://arxiv.org/abs/1503.02531), if wanted with the mean squared error
 between the hidden states of both models on top. All weights are trained, or low-rank adapters beside the seven linears of
-each block (Hu et al. 2021, https://arxiv.org/abs/2106.09685), which are added into the weights before the model is returned.
+each block (Hu et al. 2021, https://arxiv.org/abs/2106.09685), which are added into the weights before the model is returned; while they are
+trained, the weights beside them may be 4-bit ones (nf4_base.py).
 
 A loss is in nats and a mean over predicted tokens, seq_len - 1 per window. Held-out text decides which weights are kept, and
 the weights that came in take part: the model is never returned worse than it came. Left out: packing of documents with masks
@@ -31,10 +32,12 @@ from compactmind.forward import LARGEST_LOSS, HeadInputs, room_for, window_losse
 from compactmind.methods.distillation.soft_targets import hidden_state_loss
 from compactmind.methods.distillation.student import alternate_layers, matching_layers
 from compactmind.methods.llama import LINEARS, llama_blocks
+from compactmind.methods.retraining.nf4_base import NF4Base
 from compactmind.precision import is_widened
 from compactmind.training import Progress, TrainingState, are_finite, cpu_copy, make_accelerator, make_optimizer
 
 MODES = ("full", "lora")
+BASES = ("as_released", "nf4")
 OPTIMIZERS = ("adamw", "adamw_8bit")
 CHUNK_TOKENS = 32
 """Tokens whose logits are turned into float32 and softened at a time: 6 MB per tensor with a vocabulary of 50,000."""
@@ -77,6 +80,8 @@ class RetrainRecipe:
     """Rank of the adapters, 4 to 64; mode lora only."""
     lora_alpha: int = 32
     """The adapters' output is multiplied by lora_alpha / lora_rank; mode lora only."""
+    base: str = "as_released"
+    """What the adapters are trained beside: the weights as_released, or nf4 in a quarter of their memory; mode lora only."""
     evaluations: int = 4
     """How often the held-out loss is measured, evenly spaced, after the last step too: each costs a pass over that text."""
     seed: int = 42
@@ -85,6 +90,10 @@ class RetrainRecipe:
     def __post_init__(self):
         if self.mode not in MODES:
             raise ValueError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
+        if self.base not in BASES:
+            raise ValueError(f"base {self.base!r} is not one of {', '.join(BASES)}")
+        if self.base != "as_released" and self.mode != "lora":
+            raise ValueError(f"base {self.base!r} keeps its weights as they are, which mode {self.mode!r} trains: set mode to 'lora'")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
         for name in ("tokens", "batch_size", "accumulation", "lora_rank", "lora_alpha", "evaluations"):
@@ -349,20 +358,26 @@ def set_gradient_checkpointing(model: PreTrainedModel, enable: bool) -> None:
 
 
 @contextmanager
-def ready_to_train(model: PreTrainedModel, recipe: RetrainRecipe) -> Iterator[nn.Module | None]:
-    """Give, in place, a model the adapters and the gradient checkpointing of a recipe; take both away at the end of the `with` block.
+def ready_to_train(model: PreTrainedModel, recipe: RetrainRecipe) -> Iterator[tuple[nn.Module | None, NF4Base | None]]:
+    """Give, in place, a model the base, adapters and gradient checkpointing of a recipe; take them away at the end of the `with` block.
 
-    So it is whatever was raised inside. Yields peft's wrapper, or None without adapters; those not merged until the end are lost.
+    So it is whatever was raised inside. Yields peft's wrapper, or None without adapters; those not merged until the end are lost; and the
+    4-bit base, or None without.
     """
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    adapters = add_adapters(model, recipe.lora_rank, recipe.lora_alpha) if recipe.mode == "lora" else None
+    base = NF4Base(model) if recipe.base == "nf4" else None
+    adapters = None
     try:
+        if recipe.mode == "lora":
+            adapters = add_adapters(model, recipe.lora_rank, recipe.lora_alpha)
         if recipe.gradient_checkpointing:
             set_gradient_checkpointing(model, True)
-        yield adapters
+        yield adapters, base
     finally:
         if recipe.gradient_checkpointing:
             set_gradient_checkpointing(model, False)
+        if base is not None:
+            base.put_back()
         if adapters is not None:
             adapters.unload()
             for name, parameter in model.named_parameters():
@@ -459,6 +474,10 @@ def retrain_causal_lm(
     loss_before, loss_after (held-out, in nats), tokens_seen, seconds, kept_step (0: no step was better than the weights that
     came in, so the model has these again), stopped (None, or what ended the run early) and history, a row per evaluation with
     step, phase, loss (training, mean since the last row), held_out_loss, perplexity, lr, seconds (since the last row).
+
+    With the base nf4 the losses of the history are of the adapters beside 4 bits, and which step is kept is decided by them, from
+    loss_of_base on, which is that of the 4-bit base alone. loss_before and loss_after are of the weights that came in and that are
+    returned; where adapters that helped the base do not help these, they are left out (kept_step 0).
     Raises CompactMindError on models or text that do not fit the recipe.
     """
     started = mark = time.perf_counter()
@@ -485,13 +504,16 @@ def retrain_causal_lm(
     if not loss_before < LARGEST_LOSS:
         raise CompactMindError(f"the held-out loss before retraining is {loss_before}: the model that came in is damaged")
     set_seed(recipe.seed)
-    with ready_to_train(model, recipe) as adapters:
+    with ready_to_train(model, recipe) as (adapters, base):
         optimizer = make_optimizer(model, recipe.lr, recipe.weight_decay, recipe.optimizer == "adamw_8bit")
         scheduler = cosine_decay_with_warmup(optimizer, int(recipe.warmup_ratio * total_steps), total_steps)
 
         # ---- resume: the state of the last evaluation, if this very run was interrupted
         step, seconds, history, losses, stopped = 0, 0.0, [], [], None
         kept = {"loss": loss_before, "step": 0, "weights": trainable_copy(model)}
+        if base is not None and not saved:
+            kept["loss"] = held_out_loss(model, held_out, accelerator)
+        loss_of_base = saved["loss_of_base"] if saved else kept["loss"]
         if saved:
             load_trainable(model, saved["weights"])
             optimizer.load_state_dict(saved["optimizer"])
@@ -556,7 +578,7 @@ def retrain_causal_lm(
                 weights = kept["weights"] if kept["step"] == step else trainable_copy(model)
                 resume.save(
                     plan=plan, step=step, seconds=seconds + now - started, history=history, kept=kept, loss_before=loss_before,
-                    weights=weights, optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
+                    loss_of_base=loss_of_base, weights=weights, optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
                     scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
                 )  # fmt: skip
         progress.close()
@@ -564,21 +586,31 @@ def retrain_causal_lm(
         # ---- the best weights, in a plain model
         if stopped:
             accelerator.print(f"{label}: stopped: {stopped}")
-        origin = f"step {kept['step']}" if kept["step"] else "before retraining: no step was better on held-out text"
-        accelerator.print(f"{label}: kept the weights of {origin}")
         load_trainable(model, kept["weights"])
-        if adapters is not None and kept["step"]:
+        kept_step, loss_after = kept["step"], kept["loss"] if kept["step"] else loss_before
+        if adapters is not None and kept_step:
+            if base is not None:
+                base.put_back()
             adapters.merge_and_unload()
+        if base is not None and kept_step:  # chosen by the loss beside 4 bits; what is returned has others
+            loss_after = held_out_loss(model, held_out, accelerator)
+            if not loss_after < loss_before:
+                accelerator.print(f"{label}: with the adapters in the weights as they came the held-out loss is {loss_after:.4f}")
+                base.restore()
+                kept_step, loss_after = 0, loss_before
+        origin = f"step {kept_step}" if kept_step else "before retraining: no step was better on held-out text"
+        accelerator.print(f"{label}: kept the weights of {origin}")
     accelerator.free_memory()
     accelerator.wait_for_everyone()
     return {
         "perplexity_before": math.exp(loss_before),
-        "perplexity_after": math.exp(kept["loss"]),
+        "perplexity_after": math.exp(loss_after),
         "loss_before": loss_before,
-        "loss_after": kept["loss"],
+        "loss_after": loss_after,
         "tokens_seen": step * windows_per_step * windows.shape[1],
         "seconds": seconds + time.perf_counter() - started,
-        "kept_step": kept["step"],
+        "kept_step": kept_step,
         "stopped": stopped,
         "history": history,
+        **({"loss_of_base": loss_of_base} if recipe.base == "nf4" else {}),
     }
