@@ -45,7 +45,7 @@ def predict_logits(model: nn.Module, sentences: EncodedSentences, batch_size: in
     return logits
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: weights that are gathered for it (retraining/sharding.py) could not be trained afterwards
 def window_losses(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
     """Return the mean negative log-likelihood in nats of each window's predicted tokens.
 
@@ -55,7 +55,7 @@ def window_losses(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor
     return torch.stack([loss_of(next_token_logits(model, window), window) for window in windows])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def next_token_logits(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
     """Return the logits that predict every token but the first of a window (seq_len,): (seq_len - 1, vocabulary), on the model's device."""
     return model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]

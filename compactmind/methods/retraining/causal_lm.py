@@ -7,8 +7,8 @@ each block (Hu et al. 2021, https://arxiv.org/abs/2106.09685), which are added i
 trained, the weights beside them may be 4-bit ones (nf4_base.py).
 
 A loss is in nats and a mean over predicted tokens, seq_len - 1 per window. Held-out text decides which weights are kept, and
-the weights that came in take part: the model is never returned worse than it came. Left out: packing of documents with masks
-between them, and sharding of one model over devices (every device holds all of it).
+the weights that came in take part: the model is never returned worse than it came. Every process holds all of the model, or in full
+training its share of it (sharding.py). Left out: packing of documents with masks between them.
 """
 
 import logging
@@ -33,8 +33,17 @@ from compactmind.methods.distillation.soft_targets import hidden_state_loss
 from compactmind.methods.distillation.student import alternate_layers, matching_layers
 from compactmind.methods.llama import LINEARS, llama_blocks
 from compactmind.methods.retraining.nf4_base import NF4Base
+from compactmind.methods.retraining.sharding import (
+    autocast,
+    check_sharding,
+    gather,
+    load_own_moments,
+    own_moments,
+    own_share,
+    shard,
+)
 from compactmind.precision import is_widened
-from compactmind.training import Progress, TrainingState, are_finite, cpu_copy, make_accelerator, make_optimizer
+from compactmind.training import Progress, TrainingState, are_finite, cpu_copy, make_accelerator, make_optimizer, trains_sharded
 
 MODES = ("full", "lora")
 BASES = ("as_released", "nf4")
@@ -318,6 +327,11 @@ def held_out_loss(model: PreTrainedModel, held_out: torch.Tensor, accelerator: A
     return accelerator.reduce(loss, reduction="mean").item()
 
 
+def everywhere(found: bool, accelerator: Accelerator) -> bool:
+    """Tell whether something was found true in every process; all must ask."""
+    return accelerator.reduce(torch.tensor(float(found), device=accelerator.device)).item() == accelerator.num_processes
+
+
 # -------------------------------------------------------------------------------------------------------------- weights
 def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> nn.Module:
     """Put, in place, an adapter beside each of the seven linears of every block and freeze everything else.
@@ -335,8 +349,8 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> nn.Module:
 
 
 def trainable_copy(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a copy of the trainable weights in main memory; tied ones once."""
-    return cpu_copy({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
+    """Return a copy of the trainable weights in main memory, of divided ones this process's share; tied ones once."""
+    return cpu_copy({name: own_share(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad})
 
 
 @torch.no_grad()
@@ -344,7 +358,7 @@ def load_trainable(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Write, in place, what `trainable_copy` returned."""
     parameters = dict(model.named_parameters())
     for name, tensor in weights.items():
-        parameters[name].copy_(tensor)
+        own_share(parameters[name]).copy_(tensor)
 
 
 def set_gradient_checkpointing(model: PreTrainedModel, enable: bool) -> None:
@@ -470,6 +484,10 @@ def retrain_causal_lm(
     on from there and ends with the weights of an unbroken one, unless the number of steps, of processes or the precision is another:
     then it starts anew. Who called clears it, once the model it led to is safe.
 
+    Where the run asked for it (training.trains_sharded) the model is divided between the processes (sharding.py): each needs memory for its
+    share, keeps and saves that, and only the model of the main process has weights afterwards, in main memory; a step that raises leaves
+    it empty.
+
     A loss that is not finite ends the run early, without an exception. Returns perplexity_before, perplexity_after and
     loss_before, loss_after (held-out, in nats), tokens_seen, seconds, kept_step (0: no step was better than the weights that
     came in, so the model has these again), stopped (None, or what ended the run early) and history, a row per evaluation with
@@ -481,8 +499,10 @@ def retrain_causal_lm(
     Raises CompactMindError on models or text that do not fit the recipe.
     """
     started = mark = time.perf_counter()
-    accelerator = accelerator or make_accelerator()
+    accelerator, sharded = accelerator or make_accelerator(may_shard=True), trains_sharded()
     processes = accelerator.num_processes
+    if sharded:
+        check_sharding(recipe.mode, recipe.optimizer, accelerator.mixed_precision)
     known = teacher_states is not None and windows.numel() > 0 and teacher_states.holds(windows_seen(windows, recipe, processes))
     check_inputs(model, windows, held_out, recipe, teacher, known)
     windows_per_step = recipe.batch_size * recipe.accumulation * processes
@@ -490,15 +510,23 @@ def retrain_causal_lm(
     evaluation_steps = {math.ceil(total_steps * number / recipe.evaluations) for number in range(1, recipe.evaluations + 1)}
     plan = {
         "total_steps": total_steps, "windows_per_step": windows_per_step, "processes": processes,
-        "mixed_precision": accelerator.mixed_precision,
+        "mixed_precision": accelerator.mixed_precision, **({"sharded": True} if sharded else {}),
     }  # fmt: skip
+    if resume and sharded:
+        resume = resume.part(accelerator.process_index, processes, accelerator.wait_for_everyone)
     saved = resume.load() if resume else None
     if saved and saved.get("plan") != plan:  # its rates and its order of windows are those of another run
         accelerator.print(f"{label}: the unfinished run there had the plan {saved.get('plan')}, this one {plan}: starting anew")
         saved = None
+    if resume and sharded:
+        steps = accelerator.gather(torch.tensor([saved["step"] if saved else 0], device=accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            accelerator.print(f"{label}: the parts of the unfinished run there are of the steps {steps}: starting anew")
+        saved = saved if len(set(steps)) == 1 else None
 
     # ---- models
-    model.to(accelerator.device)
+    whole = model
+    model = shard(whole, accelerator.device) if sharded else model.to(accelerator.device)
     teacher = teacher.to(accelerator.device).eval() if recipe.distillation and teacher is not None else None
     loss_before = saved["loss_before"] if saved else held_out_loss(model, held_out, accelerator)
     if not loss_before < LARGEST_LOSS:
@@ -516,13 +544,17 @@ def retrain_causal_lm(
         loss_of_base = saved["loss_of_base"] if saved else kept["loss"]
         if saved:
             load_trainable(model, saved["weights"])
-            optimizer.load_state_dict(saved["optimizer"])
+            load_own_moments(optimizer, saved["optimizer"])
             scheduler.load_state_dict(saved["scheduler"])
             if accelerator.scaler is not None:
                 accelerator.scaler.load_state_dict(saved["scaler"])
             step, seconds, history, kept = saved["step"], saved["seconds"], saved["history"], saved["kept"]
             accelerator.print(f"{label}: going on after step {step} of {total_steps}")
-        objective, optimizer = accelerator.prepare(RetrainingLoss(model, teacher, recipe, teacher_states), optimizer)
+        objective = RetrainingLoss(model, teacher, recipe, teacher_states)
+        if sharded:
+            objective, clip = autocast(objective, accelerator), nn.utils.clip_grad_norm_
+        else:
+            (objective, optimizer), clip = accelerator.prepare(objective, optimizer), accelerator.clip_grad_norm_
 
         # ---- steps
         progress = Progress(label, total_steps, log_every, step, accelerator.is_main_process, unit="tokens")
@@ -533,7 +565,8 @@ def retrain_causal_lm(
             batches = rows.view(recipe.accumulation, processes, recipe.batch_size)[:, accelerator.process_index]
             loss = torch.zeros((), device=accelerator.device)
             for index, batch in enumerate(batches, start=1):
-                with nullcontext() if index == recipe.accumulation else accelerator.no_sync(objective):
+                # Sharded gradients are always averaged: each process would have to keep all of its own until then.
+                with nullcontext() if index == recipe.accumulation or sharded else accelerator.no_sync(objective):
                     share = objective(windows[batch].to(accelerator.device)) / recipe.accumulation
                     accelerator.backward(share)
                 loss += share.detach()
@@ -541,7 +574,7 @@ def retrain_causal_lm(
             if not math.isfinite(loss):  # before the step: its gradients never reach the weights
                 stopped = f"loss became {loss} at step {number}"
                 break
-            accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+            clip(model.parameters(), recipe.max_grad_norm)
             lr = scheduler.get_last_lr()[0]
             optimizer.step()
             scheduler.step()
@@ -557,7 +590,7 @@ def retrain_causal_lm(
                 stopped = f"held-out loss became {held_out_now} at step {step}"
                 break
             # A weight that no held-out text reaches can be no number while the loss is one.
-            if held_out_now < kept["loss"] and are_finite(weights := trainable_copy(model)):
+            if held_out_now < kept["loss"] and everywhere(are_finite(weights := trainable_copy(model)), accelerator):
                 kept = {"loss": held_out_now, "step": step, "weights": weights}
             now = time.perf_counter()
             row = {
@@ -574,11 +607,11 @@ def retrain_causal_lm(
                 f"{label:<18} step {step:>5}/{total_steps} | loss {row['loss']:7.4f} | held-out loss {held_out_now:7.4f} | "
                 f"perplexity {row['perplexity']:8.4g} | {row['seconds']:.0f} s"
             )
-            if resume and accelerator.is_main_process:  # what is kept is saved once
+            if resume and (accelerator.is_main_process or sharded):  # what is kept is saved once
                 weights = kept["weights"] if kept["step"] == step else trainable_copy(model)
                 resume.save(
                     plan=plan, step=step, seconds=seconds + now - started, history=history, kept=kept, loss_before=loss_before,
-                    loss_of_base=loss_of_base, weights=weights, optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
+                    loss_of_base=loss_of_base, weights=weights, optimizer=own_moments(optimizer), scheduler=scheduler.state_dict(),
                     scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
                 )  # fmt: skip
         progress.close()
@@ -598,6 +631,8 @@ def retrain_causal_lm(
                 accelerator.print(f"{label}: with the adapters in the weights as they came the held-out loss is {loss_after:.4f}")
                 base.restore()
                 kept_step, loss_after = 0, loss_before
+        if sharded:
+            gather(model, whole, accelerator)
         origin = f"step {kept_step}" if kept_step else "before retraining: no step was better on held-out text"
         accelerator.print(f"{label}: kept the weights of {origin}")
     accelerator.free_memory()
