@@ -88,6 +88,21 @@ def test_a_base_of_4_bits_takes_a_quarter_of_what_is_trained_beside():
     assert packed.peak - whole.peak == pytest.approx(0.52 * small.blocks, rel=0.01)
 
 
+def test_what_is_divided_between_processes_is_divided_in_what_is_told():
+    recipe = METHODS["retrain"].parameters({"gradient_checkpointing": True})
+    on_gpu = replace(SEVEN, cuda=True, seq_len=512)
+    one, two, eight = (METHODS["retrain"].needs(replace(on_gpu, processes=count), recipe, 0).peak for count in (1, 2, 8))
+    states = (4 + 4 * 4) * SEVEN.parameters  # weights, gradients, two moments, the best so far
+    assert one > states and two - eight == pytest.approx(states * (1 / 2 - 1 / 8), rel=0.01)
+    gathered = 4 * (SEVEN.parameters - SEVEN.blocks) + 2 * SEVEN.block
+    assert one - two == pytest.approx(states / 2 - gathered, rel=0.01)
+    on_cpu = replace(SEVEN, processes=8, seq_len=512)  # whole before it is divided
+    assert METHODS["retrain"].needs(on_cpu, recipe, 0).peak >= 4 * SEVEN.parameters
+    lora = METHODS["retrain"].parameters({"mode": "lora"})
+    peaks = {METHODS["retrain"].needs(replace(on_gpu, processes=count), lora, 0).peak for count in (1, 8)}
+    assert len(peaks) == 1  # adapters are not divided
+
+
 def test_more_text_takes_more_and_a_gpu_holds_the_weights_too():
     for steps in ([{"method": "prune"}], [{"method": "gptq"}], [{"method": "nf4"}]):
         few, many = (max(needs_of(steps, replace(SEVEN, windows=count)).values()) for count in (4, 64))

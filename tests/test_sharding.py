@@ -2,16 +2,20 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import helpers
 import pytest
 import torch
 from test_causal_lm import STAGE, timeless
 
+from compactmind.checkpoint import load_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.methods.retraining import causal_lm
 from compactmind.methods.retraining.causal_lm import RetrainRecipe, retrain_causal_lm
 from compactmind.methods.retraining.sharding import check_sharding, own_share
+from compactmind.search.compressor import check_steps, read_pipeline
 from compactmind.training import TrainingState, make_accelerator, trains_sharded
 
 SEQ_LEN = 16
@@ -186,3 +190,36 @@ def test_a_script_that_cannot_divide_its_model_refuses_to(monkeypatch):
     assert trains_sharded()
     with pytest.raises(CompactMindError, match="only retraining .5_bayesian_search.py. divides a model.*without FSDP"):
         make_accelerator()
+
+
+def launched(folder, *arguments) -> subprocess.CompletedProcess:
+    """Run stage 5 as the configuration of the repository launches it."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(helpers.REPOSITORY / "configs" / "fsdp.yaml")]
+    command += ["--main_process_port", "0", str(helpers.REPOSITORY / "5_bayesian_search.py"), "--profile", "smoke", "--strategy", "fixed"]
+    return subprocess.run(
+        [*command, *arguments], cwd=folder, env=helpers.environment(folder), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        timeout=helpers.PATIENCE,
+    )  # fmt: skip
+
+
+def test_stage_5_is_launched_with_the_configuration_of_the_repository(tmp_path):
+    helpers.add_llama(tmp_path)
+    ended = launched(tmp_path)
+    assert ended.returncode == 0 and ended.stdout.count("retrain: the model is divided between 2 processes") == 1, ended.stderr
+    record = helpers.read_json(tmp_path / "models" / "llama_pruned" / "manifest.json")
+    found = {"num_processes": 2, "effective_batch": 4, "mixed_precision": "bf16", "sharded": True}
+    assert record["stage"]["config"]["retraining"] == [found]
+    assert record["pipeline"][2]["done"]["kept_step"] > 0
+    assert sorted(each.name for each in (tmp_path / "models").iterdir() if "training" in each.name) == []
+    loaded = load_checkpoint(tmp_path / "models" / "llama_pruned").model
+    assert all(torch.isfinite(each).all() and each.numel() for each in loaded.parameters())
+
+
+def test_what_is_not_divided_is_refused_before_anything_is_done(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    steps = read_pipeline([{"method": "prune", "params": {"round_to": 8}}, {"method": "retrain", "params": {"mode": "lora"}}])
+    with pytest.raises(CompactMindError, match="mode 'lora' is not divided"):
+        check_steps(steps, helpers.make_llama())
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    check_steps(steps, helpers.make_llama())

@@ -44,6 +44,8 @@ class Sizes:
     """Windows of text that are measured on."""
     seq_len: int
     cuda: bool = False
+    processes: int = 1
+    """That a model whose every weight is trained is divided between."""
 
     @classmethod
     def of(
@@ -194,6 +196,10 @@ def retrain(sizes: Sizes, recipe: Any, before: int) -> Need:
     batch = recipe.batch_size * (layers + 2 * sizes.within + (2 + recipe.distillation) * sizes.logits)
     base = before if recipe.mode == "lora" else max(before, 4 * sizes.parameters)
     converting = 0
+    if sizes.processes > 1 and recipe.mode == "full":  # its share; two blocks are gathered, and table and head; first all, in main memory
+        converting = 0 if sizes.cuda else base
+        trained //= sizes.processes
+        base = trained + 2 * sizes.block + 4 * (sizes.parameters - sizes.blocks)
     if recipe.base == "nf4":
         waiting = (4 if sizes.small else sizes.itemsize) * sizes.blocks  # of the blocks as they came: in main memory, or in a file
         base = max(0, before - waiting) + int(NF4_BYTES * sizes.blocks)

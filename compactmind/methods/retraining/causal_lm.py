@@ -526,6 +526,8 @@ def retrain_causal_lm(
 
     # ---- models
     whole = model
+    if sharded:
+        accelerator.print(f"{label}: the model is divided between {processes} processes")
     model = shard(whole, accelerator.device) if sharded else model.to(accelerator.device)
     teacher = teacher.to(accelerator.device).eval() if recipe.distillation and teacher is not None else None
     loss_before = saved["loss_before"] if saved else held_out_loss(model, held_out, accelerator)
