@@ -197,7 +197,7 @@ def retrain(sizes: Sizes, recipe: Any, before: int) -> Need:
     base = before if recipe.mode == "lora" else max(before, 4 * sizes.parameters)
     converting = 0
     if sizes.processes > 1 and recipe.mode == "full":  # its share; two blocks are gathered, and table and head; first all, in main memory
-        converting = 0 if sizes.cuda else base
+        converting = 0 if sizes.cuda else max(before, (4 if sizes.small else sizes.itemsize) * sizes.parameters)
         trained //= sizes.processes
         base = trained + 2 * sizes.block + 4 * (sizes.parameters - sizes.blocks)
     if recipe.base == "nf4":

@@ -200,8 +200,8 @@ def _retrain(model, resources: Resources, recipe: RetrainRecipe):
     held = {name: parameter.dtype for name, parameter in model.named_parameters()}
     device = model.device
     if trains_sharded():
-        model.cpu()  # one GPU need not have room for all of it in float32
-    if recipe.mode == "full":
+        model.cpu()  # no GPU need have room for all of it in float32, nor main memory
+    elif recipe.mode == "full":
         model.float()
     done = retrain_together(
         model, resources.train, resources.held_out, recipe, teacher=teacher, teacher_states=states, resume=resources.resume

@@ -430,7 +430,7 @@ def check_inputs(
                 f"{model.config.vocab_size - 1}: tokenize the text with the model's own tokenizer"
             )
     others = {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}
-    if others and not (recipe.mode == "lora" and is_widened(model)):
+    if others and not (is_widened(model) and (recipe.mode == "lora" or trains_sharded())):
         raise CompactMindError(
             f"weights of {', '.join(sorted(others))} lose the small steps of training: load the model with dtype=torch.float32, or train "
             "adapters (mode lora) beside weights that compute in float32 (compactmind.precision.widen)"
@@ -477,9 +477,9 @@ def retrain_causal_lm(
 ) -> dict[str, Any]:
     """Retrain a Llama-like causal LM in place and leave it in evaluation mode with the weights of its lowest held-out loss.
 
-    `model` has float32 weights, or for adapters any that compute in float32; it and the `teacher` (used if `recipe.distillation`, its
-    weights stay as they are) go to the device of `accelerator`; `teacher_states` spares the teacher the windows it has read before, and
-    is enough without it where it has read all of them. `windows` and `held_out`
+    `model` has float32 weights, or for adapters, and where it is divided, any that compute in float32; it and the `teacher` (used if
+    `recipe.distillation`, its weights stay as they are) go to the device of `accelerator`; `teacher_states` spares the teacher the windows
+    it has read before, and is enough without it where it has read all of them. `windows` and `held_out`
     (windows, seq_len) are int64 token ids. With `resume` the state is saved after every evaluation, and a run that was killed goes
     on from there and ends with the weights of an unbroken one, unless the number of steps, of processes or the precision is another:
     then it starts anew. Who called clears it, once the model it led to is safe.

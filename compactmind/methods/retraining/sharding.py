@@ -35,28 +35,31 @@ def check_sharding(mode: str, optimizer: str, mixed_precision: str = "no") -> No
 
 @torch.no_grad()
 def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Return a copy of a float32 model whose weights are divided between all processes, each share on its `device`; all must call it.
+    """Return a copy of a model with float32 weights, divided between all processes, each share on its `device`; all must call it.
 
-    Every process has the same `model`, whose weights are given away: it is empty until `gather`, whatever happens in between.
+    Every process has the same `model`, whose weights are given away: it is empty until `gather`, whatever happens in between. It may be
+    held in fewer bits: a unit at a time becomes float32.
     """
+    held = {parameter: parameter.dtype for parameter in model.parameters()}
     sharded = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     units = [(block.module, original.module) for block, original in zip(llama_blocks(sharded), llama_blocks(model), strict=True)]
     for unit, original in [*units, (sharded, model)]:
+        original.float()  # the parameters are those of the copy
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
         for parameter in original.parameters():
-            parameter.data = parameter.new_empty(0)
+            parameter.data = parameter.new_empty(0, dtype=held[parameter])
     return sharded
 
 
 @torch.no_grad()
 def gather(sharded: PreTrainedModel, model: PreTrainedModel, accelerator: Accelerator) -> None:
-    """Give, in place, `model` of the main process the whole weights of `sharded`, in main memory; all must call it."""
+    """Give, in place, `model` of the main process the whole weights of `sharded`, in main memory and its own dtypes; all must call it."""
     empty = dict(model.named_parameters())
     for name, parameter in sharded.named_parameters():
         whole = parameter.full_tensor()
         if accelerator.is_main_process:
-            empty[name].data = whole.cpu()
+            empty[name].data = whole.to("cpu", empty[name].dtype)
 
 
 def autocast(objective: nn.Module, accelerator: Accelerator) -> nn.Module:
