@@ -9,6 +9,8 @@ from dataclasses import replace
 import helpers
 import pytest
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
 from test_causal_lm import STAGE, timeless
 
 from compactmind.checkpoint import load_checkpoint
@@ -37,6 +39,7 @@ test_sharding.of_two_processes(sys.argv[3])
 # ------------------------------------------------------------------------------------------------------- in two processes
 def of_two_processes(folder: str) -> None:
     """Train every case in one of two processes; write what came out, and what this process held, into `folder`."""
+    os.environ["FSDP_VERSION"] = "2"
     for name, settings in CASES.items():
         train(folder, name, settings)
     train(folder, "whole_nf4", {})
@@ -50,12 +53,18 @@ def of_two_processes(folder: str) -> None:
 
 
 def train(folder: str, name: str, settings: dict, kill=lambda calls: False, resume: str | None = None) -> None:
-    from accelerate.state import AcceleratorState
-
+    divided = not name.startswith("whole")
     AcceleratorState._reset_state(reset_partial_state=False)
-    os.environ["ACCELERATE_USE_FSDP"] = str(not name.startswith("whole")).lower()
+    if PartialState._shared_state:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    os.environ["ACCELERATE_USE_FSDP"] = str(divided).lower()
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if name.endswith("bf16") else "no"
     accelerator = make_accelerator(may_shard=True)
+    if divided:  # accelerate says so on GPUs only, and does some things otherwise then
+        for state in (PartialState, AcceleratorState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+        AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()
+        assert accelerator.distributed_type == DistributedType.FSDP and accelerator.is_fsdp2
     windows, teacher = helpers.example_windows(12, SEQ_LEN), helpers.make_llama(seed=1, **settings)
     recipe = RetrainRecipe(tokens=8 * 4 * SEQ_LEN, batch_size=1, accumulation=2, lr=1e-3, gradient_checkpointing=True, alpha=0.3)
     if name.endswith(("_sgd", "_clipped")):
