@@ -4,7 +4,7 @@ Fully sharded data parallelism (Zhao et al. 2023, https://arxiv.org/abs/2304.112
 at a time and what stands around the blocks as one more unit: a unit's weights are gathered just before they are used, and dropped again.
 Gathered are the float32 weights, so that losses in full precision are those of the model that is saved; products in training are bf16 where
 that was asked for. accelerate shards on GPUs only, and leaves a model that cannot be made whole again: of it only the launcher is used.
-Left out: adapters and 8-bit moments, and what is less than a process (offloading).
+Left out: adapters, 8-bit moments, and shares that wait in main memory while others are used.
 """
 
 import copy
