@@ -10,6 +10,7 @@ Run:   python 5_bayesian_search.py              (after python download_model.py;
        python 5_bayesian_search.py --strategy fixed --calibration_windows 32 --output models/llama_3x --pipeline \\
            '[{"method": "gptq", "params": {"target_compression": 3}}]'             (3 times smaller, by integers alone)
        accelerate launch --mixed_precision bf16 5_bayesian_search.py --strategy fixed     (or --replay; several GPUs retrain)
+       accelerate launch --config_file configs/fsdp.yaml 5_bayesian_search.py --strategy fixed     (one model divided between them)
 Reads: models/llama, wikitext_data/{train,validation,test}.jsonl     (test: only for the perplexity of what is saved)
 Writes: models/llama_searched      the best pipeline that reaches the target (--output), with perplexity and KL after every step
         results/search/            trials.csv, best_pipeline.json, summary.json and the plots; study.db, which may hold many studies
@@ -78,7 +79,7 @@ from compactmind.search.storage import first_line, without_password
 from compactmind.search.trials import TrialRunner, brief
 from compactmind.search.workers import begin_as_worker, run_workers, shares, together_on_one_device
 from compactmind.text import load_documents, token_windows
-from compactmind.training import TrainingState, accelerator_record, make_accelerator
+from compactmind.training import TrainingState, accelerator_record, make_accelerator, trains_sharded
 
 # ------------------------------------------------------------------------------------------------------------ constants
 # Every field, its reason and its range: common.SearchConfig. For example: for_profile(PROFILE, n_trials=50)
@@ -173,10 +174,15 @@ def require_room_for(config: SearchConfig, pipelines: Sequence[Sequence[Step]], 
     source, device = source_of(config), default_device()
     windows = config.calibration_windows, config.eval_windows, config.seq_len
     sizes = Sizes.of(skeleton_of(source), weight_bytes(source), *windows, device == "cuda")
+    if trains_sharded():
+        sizes = replace(sizes, processes=number_of_processes())
     told = [of_pipeline(steps, sizes) for steps in pipelines]
     needs, file = max(told, key=lambda each: max(each[0].values()))
     cached = min(config.cache_gb * 1e9, sum(file for _, file in told))
-    way_out = "retraining with mode lora and gradient_checkpointing, fewer --calibration_windows and a smaller --seq_len take less"
+    way_out = (
+        "retraining with mode lora, base nf4 and gradient_checkpointing, or divided between GPUs (configs/fsdp.yaml), fewer "
+        "--calibration_windows and a smaller --seq_len take less"
+    )
     if workers > 1:
         needs = {f"{name} by each of {workers} workers": workers * size for name, size in needs.items()}
         way_out = f"fewer --workers take less; {way_out}"
@@ -218,7 +224,8 @@ def keeper(config: SearchConfig) -> Callable[[str, Callable[[], Any]], Any]:
 
 def cache_of(config: SearchConfig) -> PrefixCache:
     """Return the models half way through pipelines that this and earlier runs have made."""
-    trained = {"processes": number_of_processes(), "mixed_precision": make_accelerator().mixed_precision}
+    precision = make_accelerator(may_shard=True).mixed_precision
+    trained = {"processes": number_of_processes(), "mixed_precision": precision, "sharded": trains_sharded()}
     context = {**context_of(config), **trained, "code": code_version(__file__)}
     return PrefixCache(config.results_dir / "search" / "cache", context, int(config.cache_gb * 1e9))
 
@@ -254,7 +261,7 @@ def make_and_save(
     `study` says which study and trial the pipeline is from, `material` is what has been read already. What another pipeline has begun
     with, or all of it, is taken from the cache, unless --force True.
     """
-    context, accelerator = context_of(config), make_accelerator()
+    context, accelerator = context_of(config), make_accelerator(may_shard=True)
     batches = [step.recipe.batch_size * step.recipe.accumulation for step in steps if step.method.kind == "retrain"]
     stage = {
         "script": "5_bayesian_search.py",

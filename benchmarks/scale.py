@@ -49,18 +49,18 @@ from compactmind.methods.registry import Resources  # noqa: E402
 from compactmind.precision import work_in_float32  # noqa: E402
 from compactmind.search.compressor import Measure, read_pipeline, run_pipeline  # noqa: E402
 
+CUT = {"method": "prune", "params": {"sparsity": 0.2, "criterion": "l2", "compensate": False}}
+ADAPTERS = {"mode": "lora", "gradient_checkpointing": True, "tokens": 2048, "evaluations": 1}
 PIPELINES: dict[str, list[dict[str, Any]]] = {
     "w8a8": [{"method": "w8a8"}],
     "gptq": [{"method": "gptq", "params": {"bits": 4, "group_size": 128}}],
     "nf4": [{"method": "nf4"}],
     "prune": [{"method": "prune", "params": {"sparsity": 0.2}}],
-    "retrain": [
-        {"method": "prune", "params": {"sparsity": 0.2, "criterion": "l2", "compensate": False}},
-        {"method": "retrain", "params": {"mode": "lora", "gradient_checkpointing": True, "tokens": 2048, "evaluations": 1}},
-    ],
+    "retrain": [CUT, {"method": "retrain", "params": ADAPTERS}],
+    "retrain_nf4": [CUT, {"method": "retrain", "params": {**ADAPTERS, "base": "nf4"}}],
 }
 """Step -> what is run for it; `report` is not a pipeline."""
-BEYOND = {"w8a8": 0.3, "gptq": 0.3, "nf4": 0.3, "prune": 0.6, "retrain": 1.0, "report": 0.3}
+BEYOND = {"w8a8": 0.3, "gptq": 0.3, "nf4": 0.3, "prune": 0.6, "retrain": 1.0, "retrain_nf4": 1.0, "report": 0.3}
 """Step -> the goal: what it may need beyond the weights as released, as a share of these."""
 
 
@@ -68,7 +68,7 @@ BEYOND = {"w8a8": 0.3, "gptq": 0.3, "nf4": 0.3, "prune": 0.6, "retrain": 1.0, "r
 class ScaleConfig(StageConfig):
     shape: Literal["models/llama", "1b", "7b"] = "models/llama"
     """The model: the profile's own, or random weights of a shape."""
-    steps: tuple[Literal["w8a8", "gptq", "nf4", "prune", "retrain", "report"], ...] = tuple(BEYOND)
+    steps: tuple[Literal["w8a8", "gptq", "nf4", "prune", "retrain", "retrain_nf4", "report"], ...] = tuple(BEYOND)
     """What is measured."""
     windows: int = 8
     """Windows of text to calibrate on and, 4 of them, to measure on."""
@@ -215,21 +215,21 @@ def main(config: ScaleConfig) -> None:
     released = weight_bytes(folder)
     windows = f"{config.windows} windows of {config.seq_len} tokens"
     print(f"{config.shape}: {released / 1e6:.0f} MB as released; {windows}; MB, and times the weights")
-    print(f"{'step':<10}{'needed':>9}{'':>7}{'predicted':>11}{'resident':>10}{'':>7}{'goal':>7}{'seconds':>9}", flush=True)
+    print(f"{'step':<12}{'needed':>9}{'':>7}{'predicted':>11}{'resident':>10}{'':>7}{'goal':>7}{'seconds':>9}", flush=True)
     results = []
     for step in config.steps:
         command = [sys.executable, __file__, *sys.argv[1:], "--steps", step, "--in_this_process", "True"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             results.append({"step": step, "error": done.stderr.strip()[-400:]})
-            print(f"{step:<10} failed: {' '.join(done.stderr.split())[-200:]}", flush=True)
+            print(f"{step:<12} failed: {' '.join(done.stderr.split())[-200:]}", flush=True)
             continue
         row = json.loads(done.stdout.splitlines()[-1])
         row["predicted"] = predicted(config, step)
         results.append(row)
         share = {name: (row[name] or 0) / released for name in ("needed", "resident")}
         print(
-            f"{step:<10}{(row['needed'] or 0) / 1e6:>9.0f}{share['needed']:>6.2f}x{row['predicted'] / 1e6:>11.0f}"
+            f"{step:<12}{(row['needed'] or 0) / 1e6:>9.0f}{share['needed']:>6.2f}x{row['predicted'] / 1e6:>11.0f}"
             f"{row['resident'] / 1e6:>10.0f}"
             f"{share['resident']:>6.2f}x{1 + BEYOND[step]:>6.1f}x{row['seconds']:>9.0f}", flush=True,
         )  # fmt: skip

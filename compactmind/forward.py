@@ -45,7 +45,7 @@ def predict_logits(model: nn.Module, sentences: EncodedSentences, batch_size: in
     return logits
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: weights that are gathered for it (retraining/sharding.py) could not be trained afterwards
 def window_losses(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
     """Return the mean negative log-likelihood in nats of each window's predicted tokens.
 
@@ -55,7 +55,7 @@ def window_losses(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor
     return torch.stack([loss_of(next_token_logits(model, window), window) for window in windows])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def next_token_logits(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
     """Return the logits that predict every token but the first of a window (seq_len,): (seq_len - 1, vocabulary), on the model's device."""
     return model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
@@ -66,17 +66,18 @@ def loss_of(logits: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), window[1:].to(logits.device)).double().cpu()
 
 
-def room_for(*shape: int) -> torch.Tensor:
-    """Return a float32 tensor of a shape to be filled: in memory, or beyond MEMORY_TO_KEEP in a file that goes with it.
+def room_for(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return a tensor of a shape to be filled: in memory, or beyond MEMORY_TO_KEEP in a file that goes with it.
 
     Raises OSError if the disk of temporary files is too small.
     """
     count = torch.Size(shape).numel()
-    if 4 * count <= MEMORY_TO_KEEP or not hasattr(os, "posix_fallocate"):
-        return torch.empty(shape)
+    size = dtype.itemsize * count
+    if size <= MEMORY_TO_KEEP or not hasattr(os, "posix_fallocate"):
+        return torch.empty(shape, dtype=dtype)
     with tempfile.NamedTemporaryFile(prefix="compactmind-") as file:  # what is mapped outlives its name
-        os.posix_fallocate(file.fileno(), 0, 4 * count)  # a disk that fills up later would end the process
-        return torch.from_file(file.name, shared=True, size=count, dtype=torch.float32).view(shape)
+        os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills up later would end the process
+        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
 
 
 class HeadInputs:

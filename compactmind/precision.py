@@ -27,8 +27,10 @@ class WidenedLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
-        dtype = torch.get_autocast_dtype(input.device.type) if torch.is_autocast_enabled(input.device.type) else input.dtype
-        if self.weight.dtype == dtype:
+        mixed = torch.is_autocast_enabled(input.device.type)
+        dtype = torch.get_autocast_dtype(input.device.type) if mixed else input.dtype
+        trained = mixed and self.weight.requires_grad and self.weight.dtype == torch.float32  # autocast rounds it, with gradients
+        if self.weight.dtype == dtype or trained:
             return super().forward(input)
         return _Widened.apply(input.to(dtype), self.weight, self.bias)
 

@@ -3,11 +3,13 @@
 The loops themselves stand in the numbered scripts.
 """
 
+import copy
+import glob
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compactmind.data import EncodedSentences
-from compactmind.devices import default_device, is_main_process
+from compactmind.devices import YES, default_device, is_main_process, number_of_processes
 from compactmind.errors import CompactMindError
 from compactmind.files import lock_directory, remove_stale_temporaries, replace_file
 from compactmind.forward import predict_logits
@@ -31,12 +33,26 @@ PRECISIONS = ("no", "bf16", "fp16")
 
 
 # --------------------------------------------------------------------------------------------------------------- devices
-def make_accelerator() -> Accelerator:
+def trains_sharded() -> bool:
+    """Tell whether this run of several processes was asked to divide the model it trains between them (FSDP).
+
+    Asked for with the environment variable ACCELERATE_USE_FSDP, which `accelerate launch --config_file configs/fsdp.yaml` sets.
+    """
+    return number_of_processes() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in YES
+
+
+def make_accelerator(may_shard: bool = False) -> Accelerator:
     """Return an Accelerator in the mixed precision that was asked for, else bf16 where a GPU has it, fp16 where not, none on a CPU.
 
     Asked for with the environment variable ACCELERATE_MIXED_PRECISION, which `accelerate launch --mixed_precision` sets (to "no" if
-    it is told nothing). Raises CompactMindError on an unknown precision, and on fp16 without a GPU: it would be ignored.
+    it is told nothing). Raises CompactMindError on an unknown precision, on fp16 without a GPU, which would be ignored, and on a run whose
+    model is to be divided between processes, unless the caller knows how (`may_shard`).
     """
+    if trains_sharded() and not may_shard:
+        raise CompactMindError(
+            "only retraining (5_bayesian_search.py) divides a model between processes: launch this script without FSDP, "
+            "`accelerate launch --multi_gpu` without its config file"
+        )
     gpu = default_device() == "cuda"
     automatic = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if gpu else "no"
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", automatic).lower()
@@ -49,12 +65,13 @@ def make_accelerator() -> Accelerator:
 
 
 def accelerator_record(accelerator: Accelerator, batch_size: int) -> dict[str, Any]:
-    """Return what decides a result beside the settings: processes, sentences per step of all of them together, precision."""
+    """Return what decides a result beside the settings: processes, sentences per step of all of them together, precision, sharding."""
     processes = accelerator.num_processes
     return {
         "num_processes": processes,
         "effective_batch": batch_size * processes,
         "mixed_precision": accelerator.mixed_precision,
+        **({"sharded": True} if trains_sharded() else {}),
     }
 
 
@@ -186,6 +203,18 @@ class TrainingState:
     def __init__(self, checkpoint_directory: Path, stage: dict[str, Any]):
         self.path = checkpoint_directory.with_name(f".{checkpoint_directory.name}.training.pt")
         self.stage = json.dumps(stage, sort_keys=True, default=str)
+        self.ready: Callable[[], None] | None = None
+
+    def part(self, number: int, parts: int, ready: Callable[[], None]) -> "TrainingState":
+        """Return the place of part `number` of a state that `parts` processes keep, each its own.
+
+        `ready` is called when one has been written and before it replaces the previous one: it waits for the others, so that a kill
+        hardly ever leaves parts of different steps; who loads them compares.
+        """
+        own = copy.copy(self)
+        own.path = self.path.with_name(f"{self.path.stem}.{number + 1}of{parts}{self.path.suffix}")
+        own.ready = ready
+        return own
 
     def load(self) -> dict[str, Any] | None:
         """Return what was last saved for this very stage, or None (also when the file is damaged)."""
@@ -212,9 +241,15 @@ class TrainingState:
         # Through a Python file: torch's own writer reports a full disk without the operating system's error number.
         with replace_file(self.path) as temporary, open(temporary, "wb") as file:
             torch.save({"stage": self.stage, "state": state}, file)
+            if self.ready:
+                file.flush()
+                os.fsync(file.fileno())
+                self.ready()
 
     def clear(self) -> None:
-        """Forget the state: the checkpoint it led to has been written."""
+        """Forget the state, with all parts of it: the checkpoint it led to has been written."""
+        for part in self.path.parent.glob(f"{glob.escape(self.path.stem)}.*of*{self.path.suffix}"):
+            part.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
 
 

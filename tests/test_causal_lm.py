@@ -26,6 +26,7 @@ from compactmind.methods.retraining.causal_lm import (
     retrain_causal_lm,
     token_loss,
 )
+from compactmind.precision import widen
 from compactmind.training import TrainingState, cpu_copy
 
 SEQ_LEN = 16
@@ -191,6 +192,15 @@ def test_bfloat16_autocast_trains_float32_weights(fresh_accelerator):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert result["loss_after"] < result["loss_before"]
     assert mean_loss(model, held_out) == pytest.approx(result["loss_after"])
+
+
+def test_a_large_model_that_was_made_float32_trains_every_weight_in_bfloat16(fresh_accelerator):
+    model, held_out = widen(helpers.released_llama(helpers.make_llama())), pattern_windows(4, first=3)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    incoming = cpu_copy(model.float().state_dict())
+    result = retrain_causal_lm(model, pattern_windows(), held_out, make_recipe(20), accelerator=accelerator)
+    assert result["loss_after"] < result["loss_before"] and mean_loss(model, held_out) == pytest.approx(result["loss_after"])
+    assert [name for name, tensor in model.state_dict().items() if torch.equal(tensor, incoming[name])] == []
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])

@@ -13,6 +13,7 @@ import pytest
 from common import PROFILES, ReportConfig, SearchConfig, SmoothQuantConfig, StageConfig
 from compactmind.errors import CompactMindError
 from compactmind.methods.registry import METHODS
+from compactmind.methods.retraining.sharding import check_sharding
 from compactmind.report.literature import LLAMA_2_7B_SEQ_LEN
 from compactmind.search.compressor import read_pipeline
 from compactmind.search.space import make_space
@@ -243,6 +244,17 @@ def test_every_command_is_in_the_page_and_runs_what_it_is_expected_of():
             read_pipeline(pipeline_of(each.command))
             assert f"--output models/{each.name} " in each.command
         assert all(row.seq_len == LLAMA_2_7B_SEQ_LEN and row.result > 5.4 for row in each.sources())
+
+
+def test_every_pipeline_of_the_page_can_be_run_and_divided_where_it_is_launched_so():
+    page = (helpers.REPOSITORY / "docs" / "paper_profile.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^((?:python|accelerate launch) .*?)$", re.sub(r"\s*\\\n\s*|(?<=,)\n\s*(?=\")", " ", page), re.MULTILINE)
+    pipelines = {command: read_pipeline(pipeline_of(command)) for command in commands if "--pipeline" in command}
+    assert len(pipelines) >= 4
+    divided = [steps for command, steps in pipelines.items() if "configs/fsdp.yaml" in command]
+    for steps in divided:
+        check_sharding(steps[1].recipe.mode, steps[1].recipe.optimizer)
+    assert len(divided) == 1 and [steps for steps in pipelines.values() if getattr(steps[-1].recipe, "base", "") == "nf4"]
 
 
 # --------------------------------------------------------------------------------------------------------------- profile

@@ -15,6 +15,7 @@ from compactmind.errors import CompactMindError
 from compactmind.methods import memory
 from compactmind.methods.memory import Sizes, of_pipeline
 from compactmind.methods.registry import METHODS
+from compactmind.methods.retraining import causal_lm
 from compactmind.room import free_memory, require_room
 from compactmind.search.compressor import read_pipeline
 
@@ -68,6 +69,38 @@ def test_adapters_take_what_fits_a_card_and_training_every_weight_does_not():
     assert max(needs_of([pruned, lora], on_gpu).values()) < 24 * GB < 80 * GB < everything
     without = {"method": "retrain", "params": {"mode": "lora"}}
     assert needs_of([pruned, without], on_gpu)["retrain (step 2)"] > 1.2 * needs_of([pruned, lora], on_gpu)["retrain (step 2)"]
+
+
+def test_a_base_of_4_bits_takes_a_quarter_of_what_is_trained_beside():
+    for sizes in [replace(SEVEN, seq_len=512, cuda=True)]:
+        dense = sizes.itemsize * sizes.parameters
+        lora = {"mode": "lora", "gradient_checkpointing": True}
+        recipes = [METHODS["retrain"].parameters({**lora, "base": base}) for base in causal_lm.BASES]
+        whole, packed = (METHODS["retrain"].needs(sizes, recipe, dense) for recipe in recipes)
+        # While it is made, the model is there as it came and one block in float32; while it is trained, 4 bits of it.
+        assert dense < packed.peak < dense + 1.5 * sizes.block < whole.peak
+        assert (packed.held, packed.file) == (whole.held, whole.file)
+    long = replace(SEVEN, cuda=True)  # more activations than that
+    whole, packed = (METHODS["retrain"].needs(long, replace(recipe, batch_size=8), dense) for recipe in recipes)
+    assert whole.peak - packed.peak == pytest.approx(1.48 * long.blocks, rel=0.01)
+    small = replace(SEVEN, blocks=60_000_000, parameters=100_000_000)  # waits in memory, beside its 4 bits
+    whole, packed = (METHODS["retrain"].needs(small, recipe, small.held) for recipe in recipes)
+    assert packed.peak - whole.peak == pytest.approx(0.52 * small.blocks, rel=0.01)
+
+
+def test_what_is_divided_between_processes_is_divided_in_what_is_told():
+    recipe = METHODS["retrain"].parameters({"gradient_checkpointing": True})
+    on_gpu = replace(SEVEN, cuda=True, seq_len=512)
+    one, two, eight = (METHODS["retrain"].needs(replace(on_gpu, processes=count), recipe, 0).peak for count in (1, 2, 8))
+    states = (4 + 4 * 4) * SEVEN.parameters  # weights, gradients, two moments, the best so far
+    assert one > states and two - eight == pytest.approx(states * (1 / 2 - 1 / 8), rel=0.01)
+    gathered = 4 * (SEVEN.parameters - SEVEN.blocks) + 2 * SEVEN.block
+    assert one - two == pytest.approx(states / 2 - gathered, rel=0.01)
+    on_cpu = replace(SEVEN, processes=64, seq_len=512)  # whole before it is divided
+    assert METHODS["retrain"].needs(on_cpu, recipe, 0).peak == 2 * SEVEN.parameters
+    lora = METHODS["retrain"].parameters({"mode": "lora"})
+    peaks = {METHODS["retrain"].needs(replace(on_gpu, processes=count), lora, 0).peak for count in (1, 8)}
+    assert len(peaks) == 1  # adapters are not divided
 
 
 def test_more_text_takes_more_and_a_gpu_holds_the_weights_too():

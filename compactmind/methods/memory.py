@@ -18,6 +18,8 @@ from compactmind.precision import ROWS_BYTES, SMALL_BYTES
 
 RUNTIME = 60_000_000
 """Bytes that libraries take for buffers of their own once a model has run."""
+NF4_BYTES = 0.52
+"""Bytes of a weight in NF4 with double quantization."""
 ALL_WINDOWS = 200
 """Windows of text that are reckoned with where all are measured: the test text of WikiText-2 has 166 of 2,048 tokens."""
 
@@ -42,6 +44,8 @@ class Sizes:
     """Windows of text that are measured on."""
     seq_len: int
     cuda: bool = False
+    processes: int = 1
+    """That a model whose every weight is trained is divided between."""
 
     @classmethod
     def of(
@@ -156,7 +160,7 @@ def _compensated(sizes: Sizes, before: int, bytes_per_weight: float, tables: int
 
 def nf4(sizes: Sizes, recipe: Any, before: int) -> Need:
     """As `gptq`; scales, what is pinned and what is decoded are matrices too."""
-    return _compensated(sizes, before, 0.52 if recipe.double_quantization else 0.5625, _tables(sizes, recipe.embeddings), 7)
+    return _compensated(sizes, before, NF4_BYTES if recipe.double_quantization else 0.5625, _tables(sizes, recipe.embeddings), 7)
 
 
 def gptq(sizes: Sizes, recipe: Any, before: int) -> Need:
@@ -182,7 +186,10 @@ def prune(sizes: Sizes, recipe: Any, before: int) -> Need:
 
 
 def retrain(sizes: Sizes, recipe: Any, before: int) -> Need:
-    """What is trained with its gradient, two moments and the best so far; activations, and three logits of a batch."""
+    """What is trained with its gradient, two moments and the best so far; activations, and three logits of a batch; 4 bits beside it.
+
+    Measured on a CPU, a large model beside 4 bits has no lower peak than beside its own weights: it is told as the latter.
+    """
     trained = 4 * sizes.parameters
     if recipe.mode == "lora":
         trained = 4 * recipe.lora_rank * sizes.layers * (8 * sizes.hidden + 3 * (sizes.hidden + sizes.inner))
@@ -192,7 +199,20 @@ def retrain(sizes: Sizes, recipe: Any, before: int) -> Need:
     known = 0 if sizes.small else min(MEMORY_TO_KEEP, 4 * recipe.tokens * sizes.hidden) * recipe.distillation
     batch = recipe.batch_size * (layers + 2 * sizes.within + (2 + recipe.distillation) * sizes.logits)
     base = before if recipe.mode == "lora" else max(before, 4 * sizes.parameters)
-    return Need(base + int(copies * trained) + batch + known + sizes.widened, before, sizes.itemsize * sizes.parameters, sizes)
+    converting = 0
+    if sizes.processes > 1 and recipe.mode == "full":  # its share; two blocks are gathered, and table and head; first all, in main memory
+        converting = 0 if sizes.cuda else max(before, (4 if sizes.small else sizes.itemsize) * sizes.parameters)
+        trained //= sizes.processes
+        base = trained + 2 * sizes.block + 4 * (sizes.parameters - sizes.blocks)
+    if recipe.base == "nf4":
+        waiting = (4 if sizes.small else sizes.itemsize) * sizes.blocks  # of the blocks as they came: in main memory, or in a file
+        if sizes.cuda:
+            base = max(0, before - waiting) + int(NF4_BYTES * sizes.blocks)
+        elif waiting <= MEMORY_TO_KEEP:
+            base += int(NF4_BYTES * sizes.blocks)
+        converting = before + sizes.block + int(NF4_BYTES * sizes.blocks) // sizes.layers
+    peak = max(converting, base + int(copies * trained) + batch + known + sizes.widened)
+    return Need(peak, before, sizes.itemsize * sizes.parameters, sizes)
 
 
 def report(sizes: Sizes, held: int) -> int:

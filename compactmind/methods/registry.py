@@ -30,9 +30,10 @@ from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4
 from compactmind.methods.quantization.tables import table_bits
 from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama, turn_for
 from compactmind.methods.retraining.causal_lm import RetrainRecipe, TeacherStates, windows_seen
+from compactmind.methods.retraining.sharding import check_sharding
 from compactmind.methods.retraining.together import retrain_together
 from compactmind.precision import is_small
-from compactmind.training import TrainingState
+from compactmind.training import TrainingState, trains_sharded
 
 
 @dataclass
@@ -197,14 +198,22 @@ def _retrain(model, resources: Resources, recipe: RetrainRecipe):
     if recipe.distillation and not known:
         teacher = resources.teacher()
     held = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    if recipe.mode == "full":
+    device = model.device
+    if trains_sharded():
+        model.cpu()  # no GPU need have room for all of it in float32, nor main memory
+    elif recipe.mode == "full":
         model.float()
     done = retrain_together(
         model, resources.train, resources.held_out, recipe, teacher=teacher, teacher_states=states, resume=resources.resume
     )
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(held[name])
-    return model, done
+    return model.to(device), done
+
+
+def _check_retrain(dense, recipe: RetrainRecipe, is_dense: bool) -> None:
+    if trains_sharded():
+        check_sharding(recipe.mode, recipe.optimizer)
 
 
 def _statistics(model, resources: Resources, turned: bool = False):
@@ -256,7 +265,7 @@ METHODS: dict[str, Method] = {
     "retrain": Method(
         "retrain", "retrain", RetrainRecipe, _retrain,
         {"tokens": (4096, 8192), "lr": (5e-5, 1e-4, 2e-4), "distillation": (True, False), "evaluations": (1,)},
-        beforehand=_read_teacher, needs=memory.retrain,
+        beforehand=_read_teacher, needs=memory.retrain, check=_check_retrain,
     ),
     "smooth": Method("smooth", "smooth", SmoothRecipe, _smooth, {"alpha": (0.5, 0.6, 0.7, 0.8, 0.9)}, needs=memory.smooth),
     "w8a8": Method(

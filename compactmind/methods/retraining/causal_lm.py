@@ -3,11 +3,12 @@
 The loss of a predicted token is alpha * T^2 * KL(dense || pruned) at temperature T + (1 - alpha) * cross-entropy with the
 token that really follows (Hinton et al. 2015, https://arxiv.org/abs/1503.02531), if wanted with the mean squared error
 between the hidden states of both models on top. All weights are trained, or low-rank adapters beside the seven linears of
-each block (Hu et al. 2021, https://arxiv.org/abs/2106.09685), which are added into the weights before the model is returned.
+each block (Hu et al. 2021, https://arxiv.org/abs/2106.09685), which are added into the weights before the model is returned; while they are
+trained, the weights beside them may be 4-bit ones (nf4_base.py).
 
 A loss is in nats and a mean over predicted tokens, seq_len - 1 per window. Held-out text decides which weights are kept, and
-the weights that came in take part: the model is never returned worse than it came. Left out: packing of documents with masks
-between them, and sharding of one model over devices (every device holds all of it).
+the weights that came in take part: the model is never returned worse than it came. Every process holds all of the model, or in full
+training its share of it (sharding.py). Left out: packing of documents with masks between them.
 """
 
 import logging
@@ -31,10 +32,21 @@ from compactmind.forward import LARGEST_LOSS, HeadInputs, room_for, window_losse
 from compactmind.methods.distillation.soft_targets import hidden_state_loss
 from compactmind.methods.distillation.student import alternate_layers, matching_layers
 from compactmind.methods.llama import LINEARS, llama_blocks
+from compactmind.methods.retraining.nf4_base import NF4Base
+from compactmind.methods.retraining.sharding import (
+    autocast,
+    check_sharding,
+    gather,
+    load_own_moments,
+    own_moments,
+    own_share,
+    shard,
+)
 from compactmind.precision import is_widened
-from compactmind.training import Progress, TrainingState, are_finite, cpu_copy, make_accelerator, make_optimizer
+from compactmind.training import Progress, TrainingState, are_finite, cpu_copy, make_accelerator, make_optimizer, trains_sharded
 
 MODES = ("full", "lora")
+BASES = ("as_released", "nf4")
 OPTIMIZERS = ("adamw", "adamw_8bit")
 CHUNK_TOKENS = 32
 """Tokens whose logits are turned into float32 and softened at a time: 6 MB per tensor with a vocabulary of 50,000."""
@@ -77,6 +89,8 @@ class RetrainRecipe:
     """Rank of the adapters, 4 to 64; mode lora only."""
     lora_alpha: int = 32
     """The adapters' output is multiplied by lora_alpha / lora_rank; mode lora only."""
+    base: str = "as_released"
+    """What the adapters are trained beside: the weights as_released, or nf4 in a quarter of their memory; mode lora only."""
     evaluations: int = 4
     """How often the held-out loss is measured, evenly spaced, after the last step too: each costs a pass over that text."""
     seed: int = 42
@@ -85,6 +99,10 @@ class RetrainRecipe:
     def __post_init__(self):
         if self.mode not in MODES:
             raise ValueError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
+        if self.base not in BASES:
+            raise ValueError(f"base {self.base!r} is not one of {', '.join(BASES)}")
+        if self.base != "as_released" and self.mode != "lora":
+            raise ValueError(f"base {self.base!r} keeps its weights as they are, which mode {self.mode!r} trains: set mode to 'lora'")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
         for name in ("tokens", "batch_size", "accumulation", "lora_rank", "lora_alpha", "evaluations"):
@@ -309,6 +327,11 @@ def held_out_loss(model: PreTrainedModel, held_out: torch.Tensor, accelerator: A
     return accelerator.reduce(loss, reduction="mean").item()
 
 
+def everywhere(found: bool, accelerator: Accelerator) -> bool:
+    """Tell whether something was found true in every process; all must ask."""
+    return accelerator.reduce(torch.tensor(float(found), device=accelerator.device)).item() == accelerator.num_processes
+
+
 # -------------------------------------------------------------------------------------------------------------- weights
 def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> nn.Module:
     """Put, in place, an adapter beside each of the seven linears of every block and freeze everything else.
@@ -326,8 +349,8 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> nn.Module:
 
 
 def trainable_copy(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a copy of the trainable weights in main memory; tied ones once."""
-    return cpu_copy({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
+    """Return a copy of the trainable weights in main memory, of divided ones this process's share; tied ones once."""
+    return cpu_copy({name: own_share(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad})
 
 
 @torch.no_grad()
@@ -335,7 +358,7 @@ def load_trainable(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Write, in place, what `trainable_copy` returned."""
     parameters = dict(model.named_parameters())
     for name, tensor in weights.items():
-        parameters[name].copy_(tensor)
+        own_share(parameters[name]).copy_(tensor)
 
 
 def set_gradient_checkpointing(model: PreTrainedModel, enable: bool) -> None:
@@ -349,20 +372,26 @@ def set_gradient_checkpointing(model: PreTrainedModel, enable: bool) -> None:
 
 
 @contextmanager
-def ready_to_train(model: PreTrainedModel, recipe: RetrainRecipe) -> Iterator[nn.Module | None]:
-    """Give, in place, a model the adapters and the gradient checkpointing of a recipe; take both away at the end of the `with` block.
+def ready_to_train(model: PreTrainedModel, recipe: RetrainRecipe) -> Iterator[tuple[nn.Module | None, NF4Base | None]]:
+    """Give, in place, a model the base, adapters and gradient checkpointing of a recipe; take them away at the end of the `with` block.
 
-    So it is whatever was raised inside. Yields peft's wrapper, or None without adapters; those not merged until the end are lost.
+    So it is whatever was raised inside. Yields peft's wrapper, or None without adapters; those not merged until the end are lost; and the
+    4-bit base, or None without.
     """
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    adapters = add_adapters(model, recipe.lora_rank, recipe.lora_alpha) if recipe.mode == "lora" else None
+    base = NF4Base(model) if recipe.base == "nf4" else None
+    adapters = None
     try:
+        if recipe.mode == "lora":
+            adapters = add_adapters(model, recipe.lora_rank, recipe.lora_alpha)
         if recipe.gradient_checkpointing:
             set_gradient_checkpointing(model, True)
-        yield adapters
+        yield adapters, base
     finally:
         if recipe.gradient_checkpointing:
             set_gradient_checkpointing(model, False)
+        if base is not None:
+            base.put_back()
         if adapters is not None:
             adapters.unload()
             for name, parameter in model.named_parameters():
@@ -401,7 +430,7 @@ def check_inputs(
                 f"{model.config.vocab_size - 1}: tokenize the text with the model's own tokenizer"
             )
     others = {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}
-    if others and not (recipe.mode == "lora" and is_widened(model)):
+    if others and not (is_widened(model) and (recipe.mode == "lora" or trains_sharded())):
         raise CompactMindError(
             f"weights of {', '.join(sorted(others))} lose the small steps of training: load the model with dtype=torch.float32, or train "
             "adapters (mode lora) beside weights that compute in float32 (compactmind.precision.widen)"
@@ -448,22 +477,32 @@ def retrain_causal_lm(
 ) -> dict[str, Any]:
     """Retrain a Llama-like causal LM in place and leave it in evaluation mode with the weights of its lowest held-out loss.
 
-    `model` has float32 weights, or for adapters any that compute in float32; it and the `teacher` (used if `recipe.distillation`, its
-    weights stay as they are) go to the device of `accelerator`; `teacher_states` spares the teacher the windows it has read before, and
-    is enough without it where it has read all of them. `windows` and `held_out`
+    `model` has float32 weights, or for adapters, and where it is divided, any that compute in float32; it and the `teacher` (used if
+    `recipe.distillation`, its weights stay as they are) go to the device of `accelerator`; `teacher_states` spares the teacher the windows
+    it has read before, and is enough without it where it has read all of them. `windows` and `held_out`
     (windows, seq_len) are int64 token ids. With `resume` the state is saved after every evaluation, and a run that was killed goes
     on from there and ends with the weights of an unbroken one, unless the number of steps, of processes or the precision is another:
     then it starts anew. Who called clears it, once the model it led to is safe.
+
+    Where the run asked for it (training.trains_sharded) the model is divided between the processes (sharding.py): each needs memory for its
+    share, keeps and saves that, and only the model of the main process has weights afterwards, in main memory; a step that raises leaves
+    it empty.
 
     A loss that is not finite ends the run early, without an exception. Returns perplexity_before, perplexity_after and
     loss_before, loss_after (held-out, in nats), tokens_seen, seconds, kept_step (0: no step was better than the weights that
     came in, so the model has these again), stopped (None, or what ended the run early) and history, a row per evaluation with
     step, phase, loss (training, mean since the last row), held_out_loss, perplexity, lr, seconds (since the last row).
+
+    With the base nf4 the losses of the history are of the adapters beside 4 bits, and which step is kept is decided by them, from
+    loss_of_base on, which is that of the 4-bit base alone. loss_before and loss_after are of the weights that came in and that are
+    returned; where adapters that helped the base do not help these, they are left out (kept_step 0).
     Raises CompactMindError on models or text that do not fit the recipe.
     """
     started = mark = time.perf_counter()
-    accelerator = accelerator or make_accelerator()
+    accelerator, sharded = accelerator or make_accelerator(may_shard=True), trains_sharded()
     processes = accelerator.num_processes
+    if sharded:
+        check_sharding(recipe.mode, recipe.optimizer, accelerator.mixed_precision)
     known = teacher_states is not None and windows.numel() > 0 and teacher_states.holds(windows_seen(windows, recipe, processes))
     check_inputs(model, windows, held_out, recipe, teacher, known)
     windows_per_step = recipe.batch_size * recipe.accumulation * processes
@@ -471,36 +510,53 @@ def retrain_causal_lm(
     evaluation_steps = {math.ceil(total_steps * number / recipe.evaluations) for number in range(1, recipe.evaluations + 1)}
     plan = {
         "total_steps": total_steps, "windows_per_step": windows_per_step, "processes": processes,
-        "mixed_precision": accelerator.mixed_precision,
+        "mixed_precision": accelerator.mixed_precision, **({"sharded": True} if sharded else {}),
     }  # fmt: skip
+    if resume and sharded:
+        resume = resume.part(accelerator.process_index, processes, accelerator.wait_for_everyone)
     saved = resume.load() if resume else None
     if saved and saved.get("plan") != plan:  # its rates and its order of windows are those of another run
         accelerator.print(f"{label}: the unfinished run there had the plan {saved.get('plan')}, this one {plan}: starting anew")
         saved = None
+    if resume and sharded:
+        steps = accelerator.gather(torch.tensor([saved["step"] if saved else 0], device=accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            accelerator.print(f"{label}: the parts of the unfinished run there are of the steps {steps}: starting anew")
+        saved = saved if len(set(steps)) == 1 else None
 
     # ---- models
-    model.to(accelerator.device)
+    whole = model
+    if sharded:
+        accelerator.print(f"{label}: the model is divided between {processes} processes")
+    model = shard(whole, accelerator.device) if sharded else model.to(accelerator.device)
     teacher = teacher.to(accelerator.device).eval() if recipe.distillation and teacher is not None else None
     loss_before = saved["loss_before"] if saved else held_out_loss(model, held_out, accelerator)
     if not loss_before < LARGEST_LOSS:
         raise CompactMindError(f"the held-out loss before retraining is {loss_before}: the model that came in is damaged")
     set_seed(recipe.seed)
-    with ready_to_train(model, recipe) as adapters:
+    with ready_to_train(model, recipe) as (adapters, base):
         optimizer = make_optimizer(model, recipe.lr, recipe.weight_decay, recipe.optimizer == "adamw_8bit")
         scheduler = cosine_decay_with_warmup(optimizer, int(recipe.warmup_ratio * total_steps), total_steps)
 
         # ---- resume: the state of the last evaluation, if this very run was interrupted
         step, seconds, history, losses, stopped = 0, 0.0, [], [], None
         kept = {"loss": loss_before, "step": 0, "weights": trainable_copy(model)}
+        if base is not None and not saved:
+            kept["loss"] = held_out_loss(model, held_out, accelerator)
+        loss_of_base = saved["loss_of_base"] if saved else kept["loss"]
         if saved:
             load_trainable(model, saved["weights"])
-            optimizer.load_state_dict(saved["optimizer"])
+            load_own_moments(optimizer, saved["optimizer"])
             scheduler.load_state_dict(saved["scheduler"])
             if accelerator.scaler is not None:
                 accelerator.scaler.load_state_dict(saved["scaler"])
             step, seconds, history, kept = saved["step"], saved["seconds"], saved["history"], saved["kept"]
             accelerator.print(f"{label}: going on after step {step} of {total_steps}")
-        objective, optimizer = accelerator.prepare(RetrainingLoss(model, teacher, recipe, teacher_states), optimizer)
+        objective = RetrainingLoss(model, teacher, recipe, teacher_states)
+        if sharded:
+            objective, clip = autocast(objective, accelerator), nn.utils.clip_grad_norm_
+        else:
+            (objective, optimizer), clip = accelerator.prepare(objective, optimizer), accelerator.clip_grad_norm_
 
         # ---- steps
         progress = Progress(label, total_steps, log_every, step, accelerator.is_main_process, unit="tokens")
@@ -511,7 +567,8 @@ def retrain_causal_lm(
             batches = rows.view(recipe.accumulation, processes, recipe.batch_size)[:, accelerator.process_index]
             loss = torch.zeros((), device=accelerator.device)
             for index, batch in enumerate(batches, start=1):
-                with nullcontext() if index == recipe.accumulation else accelerator.no_sync(objective):
+                # Sharded gradients are always averaged: each process would have to keep all of its own until then.
+                with nullcontext() if index == recipe.accumulation or sharded else accelerator.no_sync(objective):
                     share = objective(windows[batch].to(accelerator.device)) / recipe.accumulation
                     accelerator.backward(share)
                 loss += share.detach()
@@ -519,7 +576,7 @@ def retrain_causal_lm(
             if not math.isfinite(loss):  # before the step: its gradients never reach the weights
                 stopped = f"loss became {loss} at step {number}"
                 break
-            accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+            clip(model.parameters(), recipe.max_grad_norm)
             lr = scheduler.get_last_lr()[0]
             optimizer.step()
             scheduler.step()
@@ -535,7 +592,7 @@ def retrain_causal_lm(
                 stopped = f"held-out loss became {held_out_now} at step {step}"
                 break
             # A weight that no held-out text reaches can be no number while the loss is one.
-            if held_out_now < kept["loss"] and are_finite(weights := trainable_copy(model)):
+            if held_out_now < kept["loss"] and everywhere(are_finite(weights := trainable_copy(model)), accelerator):
                 kept = {"loss": held_out_now, "step": step, "weights": weights}
             now = time.perf_counter()
             row = {
@@ -552,11 +609,11 @@ def retrain_causal_lm(
                 f"{label:<18} step {step:>5}/{total_steps} | loss {row['loss']:7.4f} | held-out loss {held_out_now:7.4f} | "
                 f"perplexity {row['perplexity']:8.4g} | {row['seconds']:.0f} s"
             )
-            if resume and accelerator.is_main_process:  # what is kept is saved once
+            if resume and (accelerator.is_main_process or sharded):  # what is kept is saved once
                 weights = kept["weights"] if kept["step"] == step else trainable_copy(model)
                 resume.save(
                     plan=plan, step=step, seconds=seconds + now - started, history=history, kept=kept, loss_before=loss_before,
-                    weights=weights, optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
+                    loss_of_base=loss_of_base, weights=weights, optimizer=own_moments(optimizer), scheduler=scheduler.state_dict(),
                     scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
                 )  # fmt: skip
         progress.close()
@@ -564,21 +621,33 @@ def retrain_causal_lm(
         # ---- the best weights, in a plain model
         if stopped:
             accelerator.print(f"{label}: stopped: {stopped}")
-        origin = f"step {kept['step']}" if kept["step"] else "before retraining: no step was better on held-out text"
-        accelerator.print(f"{label}: kept the weights of {origin}")
         load_trainable(model, kept["weights"])
-        if adapters is not None and kept["step"]:
+        kept_step, loss_after = kept["step"], kept["loss"] if kept["step"] else loss_before
+        if adapters is not None and kept_step:
+            if base is not None:
+                base.put_back()
             adapters.merge_and_unload()
+        if base is not None and kept_step:  # chosen by the loss beside 4 bits; what is returned has others
+            loss_after = held_out_loss(model, held_out, accelerator)
+            if not loss_after < loss_before:
+                accelerator.print(f"{label}: with the adapters in the weights as they came the held-out loss is {loss_after:.4f}")
+                base.restore()
+                kept_step, loss_after = 0, loss_before
+        if sharded:
+            gather(model, whole, accelerator)
+        origin = f"step {kept_step}" if kept_step else "before retraining: no step was better on held-out text"
+        accelerator.print(f"{label}: kept the weights of {origin}")
     accelerator.free_memory()
     accelerator.wait_for_everyone()
     return {
         "perplexity_before": math.exp(loss_before),
-        "perplexity_after": math.exp(kept["loss"]),
+        "perplexity_after": math.exp(loss_after),
         "loss_before": loss_before,
-        "loss_after": kept["loss"],
+        "loss_after": loss_after,
         "tokens_seen": step * windows_per_step * windows.shape[1],
         "seconds": seconds + time.perf_counter() - started,
-        "kept_step": kept["step"],
+        "kept_step": kept_step,
         "stopped": stopped,
         "history": history,
+        **({"loss_of_base": loss_of_base} if recipe.base == "nf4" else {}),
     }

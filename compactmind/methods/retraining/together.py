@@ -2,7 +2,8 @@
 
 Under `accelerate launch` the main process runs a pipeline, and what is scored, cut, rounded, measured and written is so once: no two
 processes can come to different models. The others wait. When a retraining is due, the main process sends them all it works with, and
-every process trains on its share of each batch on a device of its own (causal_lm.py).
+every process trains on its share of each batch on a device of its own (causal_lm.py), with all of the model or with its share of that too
+(sharding.py).
 
 What is sent is pickled without its tensors; these follow one by one, as bytes, by gloo, whatever connects the GPUs: little is in memory
 twice, and who waits keeps no GPU busy. The processes are one run's own, so nothing is unpickled that somebody else has made.
@@ -30,7 +31,10 @@ PATIENCE = timedelta(days=7)
 
 
 def retrain_together(model, windows, held_out, recipe, *, teacher=None, teacher_states=None, resume=None) -> dict[str, Any]:
-    """Do what `retrain_causal_lm` does, by all processes of this run; the others are in `help_to_retrain`."""
+    """Do what `retrain_causal_lm` does, by all processes of this run; the others are in `help_to_retrain`.
+
+    Each gets the model whole, also where it goes on to keep a share only, and either the teacher or all that it has read.
+    """
     if number_of_processes() > 1:
         task = {"model": model, "windows": windows, "held_out": held_out, "recipe": recipe, "teacher": teacher, "resume": resume}
         task["teacher_states"] = TeacherStates() if teacher is not None else teacher_states  # which know all of it where nobody is to ask
@@ -69,7 +73,7 @@ def _help_once() -> bool:
 @functools.cache
 def _connection() -> dist.ProcessGroup:
     """Return the way between the processes, made on the first call; all must make it at the same point."""
-    make_accelerator()  # one process, one device: what is "cuda" from here on is this process's own
+    make_accelerator(may_shard=True)  # one process, one device: what is "cuda" from here on is this process's own
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
