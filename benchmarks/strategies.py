@@ -30,7 +30,8 @@ TABLE = {
     "smooth.alpha": [0.5, 0.8],
     "w8a8.alpha": [0.5], "w8a8.rotations": [["o"]], "w8a8.activations": ["per_token"], "w8a8.embeddings": ["int8"],
     "nf4.double_quantization": [True], "nf4.compensation": [True, False], "nf4.embeddings": ["int8", "int4"],
-    "gptq.zero": ["symmetric"], "gptq.damping": [0.05], "gptq.bits": [3, 4], "gptq.group_size": [32, 128], "gptq.compensation": [True, False], "gptq.embeddings": ["int8", "int4"],
+    "gptq.zero": ["symmetric"], "gptq.damping": [0.05],
+    "gptq.bits": [3, 4], "gptq.group_size": [32, 128], "gptq.compensation": [True, False], "gptq.embeddings": ["int8", "int4"],
 }  # fmt: skip
 """A space of quantizations, each alone and after smoothing: 63 pipelines of seconds each."""
 SEQ_LEN, CALIBRATION, VALIDATION, TEST = 128, 4, 2, 6
@@ -82,7 +83,8 @@ def measure_table(space: Space, config: Any, stage: SearchConfig, path: Path) ->
         found[key] = row
         write_json_atomically(path, {"context": context, "points": found})
         print(
-            f"{number:>4}/{len(pipelines)} {pipeline_name(steps):<16} KL {validation['kl']:.4f} {row['compression_ratio']:.2f}x {seconds:.1f} s",
+            f"{number:>4}/{len(pipelines)} {pipeline_name(steps):<16} KL {validation['kl']:.4f} {row['compression_ratio']:.2f}x "
+            f"{seconds:.1f} s",
             flush=True,
         )
     return found

@@ -114,7 +114,7 @@ class Method:
     ratio: Callable[[Any], float | None] | None = None
     """recipe -> the compression ratio it makes by itself, whatever was done before; None: `bits` tells."""
     aim: str | None = None
-    """The parameter of that ratio: a search for one size, or for several, sets it to its targets, and `aimed` takes the place of `space`."""
+    """The parameter of that ratio: a search for one size or for several sets it to its targets, and `aimed` takes the place of `space`."""
     aimed: dict[str, Sequence[Any]] = field(default_factory=dict)
     """What a search may choose from beside the target that `aim` is set to."""
     needs: Callable[[Sizes, Any, int], Need] | None = None

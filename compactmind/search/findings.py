@@ -2,8 +2,8 @@
 
 trials.csv               a row per trial: pipeline, parameters, what was measured, why it was stopped
 best_pipeline.json       the best pipeline that reaches the target, ready for --strategy fixed --pipeline
-summary.json             the best trials on all windows, the front and its knee, what orders and parameters mattered, what each step of the best
-                         one is worth, errors of hybrids, retraining's gain and cost
+summary.json             the best trials on all windows, the front and its knee, what is saved and its final training, what each step of
+                         it is worth, what orders and parameters mattered, errors of hybrids, retraining's gain and cost
 convergence.png          best KL so far, over trials; importance.png: what explains the differences between pipelines
 pareto.png               KL against compression ratio of everything that was run, the front and its knee
                          (KL, or perplexity where that is the objective)
@@ -30,7 +30,6 @@ from compactmind.search.engine import counted_trials, is_stopped
 from compactmind.search.front import candidates, described
 from compactmind.search.space import SEPARATOR, is_hybrid
 from compactmind.search.trials import quality_of
-
 
 SMALLEST_KL = 1e-7
 """What a KL of 0 counts as where its logarithm is taken."""
@@ -178,7 +177,7 @@ def write_findings(
     depends_on: dict[str, Any] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write tables, plots and the summary, which is returned; `confirmed`: trial -> what it gave on all windows; `extra`: what else is known.
+    """Write tables, plots and the summary, which is returned; `confirmed`: trial -> what it gave on all windows; `extra`: more for it.
 
     `depends_on` is what else the findings depend on, beside the trials: `known_findings` compares it. A plot that cannot be drawn costs a
     line, not the search.
@@ -210,6 +209,33 @@ def write_findings(
         except Exception as error:  # noqa: BLE001  whatever a plot stumbles over: what it shows is in the summary
             print(f"{folder / name}.png could not be drawn: {type(error).__name__}: {error}", flush=True)
     return summary
+
+
+def nothing_reached(study: optuna.Study, target: float, folder: Path) -> str:
+    """Return why a search has found nothing, and what to do."""
+    everything = study.get_trials(deepcopy=False)
+    measured = [trial.user_attrs["measured"]["compression_ratio"] for trial in everything if "measured" in trial.user_attrs]
+    expected = [trial.user_attrs["expected_ratio"] for trial in everything if "expected_ratio" in trial.user_attrs]
+    if measured:
+        return (
+            f"none of {len(everything)} trials is {target:g} times smaller: the highest ratio measured is {max(measured):.2f}, the "
+            f"highest expected {max(expected):.2f}; choose a smaller --target_compression, more trials or other --methods"
+        )
+    run = counted_trials(study)
+    failed = [trial for trial in run if trial.state == TrialState.FAIL]
+    if failed:
+        last = failed[-1]
+        return (
+            f"no trial ran to its end, {len(failed)} failed; the last one, trial {last.number} ({SEPARATOR.join(methods_of(last))}): "
+            f"{last.user_attrs.get('reason')}; all of them: {folder / 'trials.csv'}. Mend that, then try them again with another "
+            "--study_name, or others with a larger --n_trials"
+        )
+    if run:
+        return f"no trial ran to its end ({folder / 'trials.csv'} says why): run the same command with a larger --n_trials"
+    return (
+        f"nothing was run: no pipeline is expected to be {target:g} times smaller, the highest expected is "
+        f"{max(expected, default=math.nan):.2f}; choose a smaller --target_compression or other --methods"
+    )
 
 
 def known_findings(study: optuna.Study, folder: Path, depends_on: dict[str, Any]) -> dict[str, Any] | None:

@@ -10,6 +10,25 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
+QUALITIES = ("kl", "perplexity")
+"""Objectives that say how good a model is: one of them is what pipelines are compared by."""
+
+
+def objectives_problem(strategy: str, objectives: Sequence[str], ratios: Sequence[float]) -> str | None:
+    """Return what is wrong with the objectives of a search and the `ratios` at which models are to be saved, None if nothing."""
+    named, wanted = " ".join(objectives), " ".join(f"{ratio:g}" for ratio in ratios)
+    if len(set(objectives)) < len(objectives):
+        return f"objectives {named}: name each once, for example --objectives kl bytes"
+    if sum(name in QUALITIES for name in objectives) != 1:
+        return f"objectives {named}: name one of {' and '.join(QUALITIES)}, which say how good a model is: for example kl bytes"
+    if strategy == "fixed" and (len(objectives) > 1 or ratios):
+        return "strategy fixed runs one pipeline and has no front: leave --objectives and --save_front out, or choose --strategy bayesian"
+    if ratios and "bytes" not in objectives:
+        return f"save_front {wanted} wants models of several sizes: say --objectives {named} bytes"
+    if len(set(ratios)) < len(ratios):
+        return f"save_front {wanted}: name each ratio once"
+    return None
+
 
 def value_of(trial: FrozenTrial, quality: str, confirmed: dict[int, dict[str, Any]] | None = None) -> float:
     """Return the quality of a measured trial: on all windows where it is `confirmed`, else on those of the search."""
@@ -77,7 +96,7 @@ def front_problem(count: int) -> str | None:
     """Return what to say of a front of so many points, None if it is one."""
     if count > 1:
         return None
-    return f"the front has {count} point(s): one pipeline is the smallest and the nearest to the dense model; more trials or other --methods"
+    return f"the front has {count} point(s), no pipeline is larger and better than another: use more --n_trials or other --methods"
 
 
 def table(found: dict[str, Any]) -> str:

@@ -123,6 +123,14 @@ class Space:
                 found.append((sparsity, -len(order), {"order": SEPARATOR.join(order), **asked}))
         return [guess for *_, guess in sorted(found, key=lambda known: known[:2])]
 
+    def guesses_for(self, targets: Sequence[float], ratio_of: Callable[[list[dict[str, Any]]], float]) -> list[dict[str, Any]]:
+        """Return the first guesses for several targets, each once: the first one for every target, then the second ones ..."""
+        of_each = [self.first_guesses(ratio_of, target) for target in targets]
+        found: list[dict[str, Any]] = []
+        for guesses in itertools.zip_longest(*of_each):
+            found += [guess for guess in guesses if guess is not None and guess not in found]
+        return found
+
     def _obvious_orders(self) -> Iterator[tuple[str, ...]]:
         """Return the orders of first_guesses, whatever they reach."""
         retrained = {tuple(name for name in order if name != "retrain") for order in self.orders if "retrain" in order}

@@ -1,11 +1,11 @@
 """What a trial of the search measures: KL to the dense model and perplexity on text no method sees, bytes, and if asked for latency and
 memory.
 
-Pipelines are compared by KL (compactmind/evaluation/divergence.py): the perplexity of a few windows cannot tell good ones apart. Time is not
-spent on what cannot win. A pipeline whose bytes can be told beforehand to miss the target is not run. One that is so far behind the best
-after a step, on the first few windows, that none of the coming steps has ever won as much in this study, is stopped there; so is one that
-is as far behind after a short retraining, SHORT of the tokens, whatever the rest of them has ever won. What has run to its end is looked at
-on twice as many windows each time, and goes on while it is in the better half (successive halving, Li et al. 2018,
+Pipelines are compared by KL (compactmind/evaluation/divergence.py): the perplexity of a few windows cannot tell good ones apart. Time is
+not spent on what cannot win. A pipeline whose bytes can be told beforehand to miss the target is not run. One that is so far behind the
+best after a step, on the first few windows, that none of the coming steps has ever won as much in this study, is stopped there; so is one
+that is as far behind after a short retraining, SHORT of the tokens, whatever the rest of them has ever won. What has run to its end is
+looked at on twice as many windows each time, and goes on while it is in the better half (successive halving, Li et al. 2018,
 https://arxiv.org/abs/1810.05934). What stopped is told as what it would have come to, and nothing of that is reported as measured.
 """
 
@@ -26,8 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compactmind.checkpoint import save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import measure_generation, peak_memory
-from compactmind.formats.table import kernel_of
 from compactmind.evaluation.divergence import measure_windows
+from compactmind.formats.table import kernel_of
 from compactmind.forward import LARGEST_LOSS, LogitsOf
 from compactmind.methods.llama import llama_blocks
 from compactmind.methods.pruning.llama_structure import prunable_parameters
@@ -35,9 +35,8 @@ from compactmind.methods.registry import Resources
 from compactmind.search.cache import PrefixCache
 from compactmind.search.compressor import Compressed, Measure, Step, run_pipeline, store_as_released, stored_bytes
 from compactmind.search.engine import Notes, Skipped, Stopped
+from compactmind.search.front import QUALITIES
 
-QUALITIES = ("kl", "perplexity")
-"""Objectives that say how good a model is: one of them is what pipelines are compared by."""
 SIMULATED = "simulated"
 HOPELESS = 0.3
 """Nats per token, of KL or of the loss, behind the best finished pipeline, on the first windows, with which a pipeline is not measured on
@@ -180,6 +179,10 @@ class TrialRunner:
                 bits_of_others = of_others or bits_of_others
         return self.released_bytes / (blocks * bits_of_blocks / 8 + others * bits_of_others / 8)
 
+    def excess(self, steps: Sequence[Step]) -> float:
+        """Return by how much a pipeline is expected to miss the target; 0 or less: it may reach it."""
+        return self.target * (1 - MARGIN) - self.expected_ratio(steps)
+
     def evaluate(self, trial: Notes, steps: list[Step]) -> list[float]:
         """Return the values of the objectives of a pipeline and describe it on the trial.
 
@@ -188,7 +191,7 @@ class TrialRunner:
         self.learn(trial.study)  # other workers find good ones too
         expected = self.expected_ratio(steps)
         trial.set_user_attr("expected_ratio", expected)
-        if expected < self.target * (1 - MARGIN):
+        if self.excess(steps) > 0:
             trial.set_constraint("compression", self.target - expected)
             raise Skipped(f"not run: {expected:.2f} times smaller to expect, {self.target:g} wanted")
         try:
