@@ -199,7 +199,8 @@ def write_findings(
     if reached:
         number = min(reached, key=lambda each: confirmed[each][quality])
         summary["best"] = {**_row(trials[number]), "confirmed": {k: v for k, v in confirmed[number].items() if k != "steps"}}
-        write_json_atomically(folder / "best_pipeline.json", summary["best"]["pipeline"])
+        saved = next((each for each in (extra or {}).get("chosen", ()) if each.get("trial") == number), summary["best"])
+        write_json_atomically(folder / "best_pipeline.json", saved["pipeline"])
     write_text_atomically(folder / "trials.csv", trials_csv(study))
     summary = json.loads(json.dumps(summary))
     write_json_atomically(folder / "summary.json", summary)
