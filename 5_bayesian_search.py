@@ -181,7 +181,9 @@ def read_material(config: SearchConfig, check: Callable[[Any], None]) -> Materia
 def require_room_for(config: SearchConfig, pipelines: Sequence[Sequence[Step]], output: Path) -> None:
     """Say what memory and disk the dearest of some pipelines takes. Raises CompactMindError if it is not there."""
     source, device = source_of(config), default_device()
-    windows = config.calibration_windows, config.eval_windows, config.seq_len
+    searched = config.strategy != "fixed" and config.eval_windows  # 0: all of the test text
+    kept = max(config.eval_windows, config.confirm_windows) if searched else config.eval_windows
+    windows = config.calibration_windows, kept, config.seq_len
     sizes = Sizes.of(skeleton_of(source), weight_bytes(source), *windows, device == "cuda")
     told = [of_pipeline(steps, sizes) for steps in pipelines]
     needs, file = max(told, key=lambda each: max(each[0].values()))
@@ -487,6 +489,7 @@ def run_search(config: SearchConfig, output: Path) -> None:
         print(ablation.table(worth, runner.unit))
     print(f"\nbest: trial {summary['best']['trial']}; any of them again: {replay_command(config, summary['best']['trial'])}")
     print(f"to look into the study: optuna-dashboard {without_password(storage)}")
+    runner.dense = None  # the dense model's logits of the test text come now
     save_chosen(config, study, storage, summary["chosen"], output, material)
 
 

@@ -76,7 +76,7 @@ class BenchmarkConfig(StageConfig):
     blocks: int = 6
     """Blocks of the model that the table of `strategies` is of, the first ones; 0: all, five times the time."""
     alphas: tuple[float, ...] = (0.5, 0.8)
-    """Smoothings in it: 58 pipelines with one, 87 with two."""
+    """Smoothings in it: 29 pipelines with none, 58 with one, 87 with two."""
     study: str = "llama-bayesian"
     """Name of the study in results/search/study.db that `speed` looks at."""
     sample: int = 6

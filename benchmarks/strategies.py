@@ -117,7 +117,10 @@ def first_blocks(model: PreTrainedModel, count: int) -> PreTrainedModel:
 
 
 def table_space(alphas: Sequence[float] = TABLE["smooth.alpha"]) -> Space:
-    return make_space(METHODS, choices={**TABLE, "smooth.alpha": list(alphas)})
+    choices = {**TABLE, "smooth.alpha": list(alphas)}
+    if not alphas:
+        choices.pop("smooth.alpha")
+    return make_space(METHODS if alphas else METHODS[1:], choices=choices)
 
 
 # ------------------------------------------------------------------------------------------------------------------ searching

@@ -51,7 +51,9 @@ def run(study, space, n_trials, evaluate=lambda _, steps: [cost(steps)], strateg
 
 
 # ---------------------------------------------------------------------------------------------------------------- counting
-@pytest.mark.parametrize(("strategy", "sampler"), [("bayesian", "tpe"), ("bayesian", "gp"), ("random", "tpe"), ("grid", "tpe")])
+@pytest.mark.parametrize(
+    ("strategy", "sampler"), [("bayesian", "tpe"), ("bayesian", "gp"), ("evolution", "tpe"), ("random", "tpe"), ("grid", "tpe")]
+)
 def test_a_search_runs_as_many_different_pipelines_as_it_was_asked_for(tmp_path, space, strategy, sampler):
     seen = []
     trials = run(
