@@ -75,7 +75,7 @@ class BenchmarkConfig(StageConfig):
     """Searches of each kind."""
     blocks: int = 6
     """Blocks of the model that the table of `strategies` is of, the first ones; 0: all, five times the time."""
-    alphas: tuple[float, ...] = (0.5, 0.8)
+    alphas: tuple[float, ...] = (0.5,)
     """Smoothings in it: 29 pipelines with none, 58 with one, 87 with two."""
     study: str = "llama-bayesian"
     """Name of the study in results/search/study.db that `speed` looks at."""
