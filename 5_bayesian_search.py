@@ -3,6 +3,8 @@
 Papers: compactmind/search/engine.py, compactmind/methods/pruning/llama_importance.py, .../llama_pruning.py, .../retraining/causal_lm.py.
 Run:   python 5_bayesian_search.py              (after python download_model.py; every setting: --help)
        python 5_bayesian_search.py --model_path models/llama --strategy bayesian --n_trials 30 --retrain True --target_compression 2.5
+       python 5_bayesian_search.py --strategy evolution              (or random, grid: each a study of its own)
+       python 5_bayesian_search.py --objectives kl bytes --save_front 2 2.5 3 4 --n_trials 30      (a model of every size)
        python 5_bayesian_search.py --study_name narrow --target_compression 2     (a study of its own beside the first)
        python 5_bayesian_search.py --replay 12                       (make the model of trial 12 again, into models/llama_trial_12)
        python 5_bayesian_search.py --strategy fixed --output models/llama_small --pipeline \\
@@ -12,20 +14,22 @@ Run:   python 5_bayesian_search.py              (after python download_model.py;
        accelerate launch --mixed_precision bf16 5_bayesian_search.py --strategy fixed     (or --replay; several GPUs retrain)
        accelerate launch --config_file configs/fsdp.yaml 5_bayesian_search.py --strategy fixed     (one model divided between them)
 Reads: models/llama, wikitext_data/{train,validation,test}.jsonl     (test: only for the perplexity of what is saved)
-Writes: models/llama_searched      the best pipeline that reaches the target (--output), with perplexity and KL after every step
+Writes: models/llama_searched      the best pipeline that reaches the target (--output), with perplexity and KL after every step,
+                                   retrained on --final_tokens if it retrains
+        models/llama_front_2x ...  with --save_front: the best pipeline of every size
         results/search/            trials.csv, best_pipeline.json, summary.json and the plots; study.db, which may hold many studies
         models/llama_pruned, results/pipeline_llama_pruned.json      with --strategy fixed
         Any study but that of models/llama by Bayesian search has places of its own: results/search/<study>/,
-        models/llama_searched_<study>, models/llama_trial_<N>_<study>.
+        models/llama_searched_<study>, models/llama_trial_<N>_<study>. A front is a study of its own, llama-bayesian-front.
 Time:  on 2 CPU cores, embedded profile: fixed about 10 minutes, half of it retraining; a trial of a
        search from seconds to a few minutes, depending on what it shares with earlier ones and whether it retrains.
 
 Killed at any time, the same command goes on: finished trials are kept, the one that was interrupted is run once more. Several processes
-(--workers 4) or machines (--storage) share one study. Perplexities of trials are of validation text: not to be compared with the report's.
+(--workers 4) or machines (--storage) share one study. Trials are compared by KL to the dense model; theirs, and their perplexities, are of
+validation text and cannot be compared with the report's.
 """
 
 import json
-import math
 import os
 import re
 import shlex
@@ -38,7 +42,6 @@ from typing import Any
 
 import optuna
 import torch
-from optuna.trial import TrialState
 
 from common import PROFILE, SearchConfig, parse_command_line, run_stage
 from compactmind.checkpoint import load_as_released, load_checkpoint, save_checkpoint, skeleton_of
@@ -59,24 +62,32 @@ from compactmind.methods.registry import METHODS, Resources
 from compactmind.methods.retraining.together import help_to_retrain, helped_by_the_others
 from compactmind.precision import work_in_float32
 from compactmind.room import require_room
+from compactmind.search import ablation, front
 from compactmind.search.cache import PrefixCache
+from compactmind.search.choosing import best_for, choose, confirm, steps_worth
 from compactmind.search.compressor import (
     Measure,
     Step,
     check_steps,
     interaction,
     layer_errors,
-    pipeline_name,
     read_pipeline,
     run_pipeline,
     store_as_released,
 )
 from compactmind.search.engine import PATIENCE_SECONDS, counted_trials, open_study, search
-from compactmind.search.findings import SearchProgress, best_trials, known_findings, methods_of, trials_table, write_findings
+from compactmind.search.findings import (
+    SearchProgress,
+    known_findings,
+    measured_trials,
+    nothing_reached,
+    trials_table,
+    write_findings,
+)
 from compactmind.search.machine import machine_kind, noting_kind, require_kind
-from compactmind.search.space import SEPARATOR, Space, check_space, make_space
+from compactmind.search.space import Space, check_space, make_space
 from compactmind.search.storage import first_line, without_password
-from compactmind.search.trials import TrialRunner, brief
+from compactmind.search.trials import TrialRunner
 from compactmind.search.workers import begin_as_worker, run_workers, shares, together_on_one_device
 from compactmind.text import load_documents, token_windows
 from compactmind.training import TrainingState, accelerator_record, make_accelerator, trains_sharded
@@ -90,6 +101,10 @@ ERROR_WINDOWS = 2
 
 FIRST_STUDY = "llama-bayesian"
 """The study whose findings and model lie where the report looks for them; every other one has places of its own."""
+FIRST_FRONT = "llama-bayesian-front"
+"""The study whose models of every size are called by their size alone."""
+FRONT = (1.0, 1.2, 1.4, 1.6, 2.0)
+"""Times the target, where no ratios are named: the sizes that a method which aims at one may aim at."""
 
 
 # -------------------------------------------------------------------------------------------------------- model and text
@@ -172,7 +187,9 @@ def require_room_for(config: SearchConfig, pipelines: Sequence[Sequence[Step]], 
     Raises CompactMindError if it is not there.
     """
     source, device = source_of(config), default_device()
-    windows = config.calibration_windows, config.eval_windows, config.seq_len
+    searched = config.strategy != "fixed" and config.eval_windows  # 0: all of the test text
+    kept = max(config.eval_windows, config.confirm_windows) if searched else config.eval_windows
+    windows = config.calibration_windows, kept, config.seq_len
     sizes = Sizes.of(skeleton_of(source), weight_bytes(source), *windows, device == "cuda")
     if trains_sharded():
         sizes = replace(sizes, processes=number_of_processes())
@@ -346,16 +363,30 @@ def space_of(config: SearchConfig):
         choices = {name: values for name, values in choices.items() if not name.startswith("retrain.")}
     if config.choices == SearchConfig.for_profile(config.profile).choices:  # nobody's own: for those of the methods that take part
         choices = {name: values for name, values in choices.items() if name.partition(".")[0] in methods}
-    target = config.target_compression if config.objectives == ("perplexity",) else None  # a front has models of all sizes
     return make_space(
-        methods, mode=config.mode, max_length=config.max_length, max_repeats=config.max_repeats, choices=choices, target=target
-    )
+        methods, mode=config.mode, max_length=config.max_length, max_repeats=config.max_repeats, choices=choices,
+        targets=targets_of(config),
+    )  # fmt: skip
+
+
+def targets_of(config: SearchConfig) -> tuple[float, ...]:
+    """Return the compression ratios a method that aims at one may aim at: several where bytes are an objective."""
+    if "bytes" not in config.objectives:
+        return (config.target_compression,)
+    lowest = floor_of(config)
+    return tuple(sorted(set(config.save_front) or {round(lowest * share, 2) for share in FRONT}))
+
+
+def floor_of(config: SearchConfig) -> float:
+    """Return the compression ratio below which no model is of interest."""
+    return min(config.save_front, default=config.target_compression)
 
 
 def study_name_of(config: SearchConfig) -> str:
     """Return the name of the study; directories are named for it. Raises CompactMindError on one that cannot be a directory's."""
     if not config.study_name:  # of a folder that may be called anything
-        return re.sub(r"[^\w.-]+", "_", f"{Path(os.path.abspath(source_of(config))).name}-{config.strategy}")
+        kind = config.strategy + ("-front" if len(config.objectives) > 1 else "")
+        return re.sub(r"[^\w.-]+", "_", f"{Path(os.path.abspath(source_of(config))).name}-{kind}")
     files = ("cache", "study.db", "summary.json", "trials.csv", "best_pipeline.json")
     if (
         not re.fullmatch(r"\w[\w.-]*", config.study_name)
@@ -380,7 +411,7 @@ def study_of(config: SearchConfig, space: Space) -> tuple[optuna.Study, str, dic
     (config.results_dir / "search").mkdir(parents=True, exist_ok=True)
     described = {
         **context_of(config), "space": space.described(), "objectives": list(config.objectives),
-        "target_compression": config.target_compression, "few_windows": config.few_windows,
+        "target_compression": floor_of(config), "few_windows": config.few_windows,
         "search_windows": config.search_windows,
     }  # fmt: skip
     described = json.loads(json.dumps(described))
@@ -391,7 +422,8 @@ def study_of(config: SearchConfig, space: Space) -> tuple[optuna.Study, str, dic
     elif study.user_attrs["code"] != code:
         print(f"study {study.study_name} was begun by another version of the code, which may measure otherwise: ", end="")
         print("another --study_name begins anew")
-    return study, storage, {**described, "storage": without_password(storage), "top": config.top}
+    later = config.relevant("top", "save_front", "final_tokens")
+    return study, storage, {**described, "storage": without_password(storage), **later}
 
 
 def origin(config: SearchConfig, study: optuna.Study, storage: str, trial: int) -> dict:
@@ -415,7 +447,9 @@ def replay_command(config: SearchConfig, trial: int) -> str:
     return shlex.join([*command, "--replay", str(trial)])
 
 
-NOT_THE_STUDYS = ("profile", "force", "verify", "replay", "output", "pipeline", "n_trials", "workers", "top", "dry_run")
+NOT_THE_STUDYS = (
+    "profile", "force", "verify", "replay", "output", "pipeline", "n_trials", "workers", "top", "dry_run", "final_tokens",
+)  # fmt: skip
 """Settings that do not tell one study from another, nor decide what a trial's model is."""
 
 
@@ -431,7 +465,7 @@ def run_search(config: SearchConfig, output: Path) -> None:
     print(f"{len(counted_trials(study))} of {config.n_trials} trials are there")
     known = known_findings(study, folder, depends_on)
     if not config.force and known and len(counted_trials(study)) >= config.n_trials and not is_worker():
-        save_best(config, study, storage, known["best"], output)
+        save_chosen(config, study, storage, known["chosen"], output)
         return
     first = {name: {key: values[0] for key, values in space.choices[name].items()} for order in space.orders for name in order}
     if not is_worker():  # for all of them it is there
@@ -448,84 +482,68 @@ def run_search(config: SearchConfig, output: Path) -> None:
     cache = cache_of(config)
     runner = TrialRunner(
         material.resources, material.choose[: config.search_windows], config.few_windows,
-        released_bytes=weight_bytes(source_of(config)), target=config.target_compression,
-        objectives=config.objectives, cache=cache, tokenizer=material.tokenizer,
+        released_bytes=weight_bytes(source_of(config)), target=floor_of(config), objectives=config.objectives, cache=cache,
+        tokenizer=material.tokenizer, skeleton=lambda: skeleton_of(source_of(config)),
     )  # fmt: skip
     runner.learn(study)
-    progress = SearchProgress(study, config.n_trials, config.target_compression)
-    first = ()
-    if config.strategy == "bayesian":
-        first = space.first_guesses(lambda pipeline: runner.expected_ratio(read_pipeline(pipeline)), config.target_compression)
+    progress, targets = SearchProgress(study, config.n_trials, floor_of(config)), targets_of(config)
+    guesses = space.guesses_for(targets, lambda pipeline: runner.expected_ratio(read_pipeline(pipeline)))
     require_kind(study, config.objectives, kind)  # another worker may have begun meanwhile
     search(
         study, space, config.n_trials, noting_kind(runner.evaluate, config.objectives, kind), strategy=config.strategy,
-        sampler=config.sampler, seed=config.seed, first=first, finished=progress.update,
+        sampler=config.sampler, seed=config.seed, first=guesses if config.first_guesses else (), finished=progress.update,
+        excess=runner.excess, pruner=runner.pruner(),
     )  # fmt: skip
     if is_worker():
         return  # who started it goes on when all have ended
 
     # ---- the best few, on all windows
-    best = best_trials(study, config.target_compression, config.top)
+    ratios, floor = config.save_front or (config.target_compression,), floor_of(config)
+    best = best_for(study, ratios, config.top)
     if not best:
         with only_writer(folder):
-            write_findings(study, folder, config.target_compression, {}, depends_on)
-        raise CompactMindError(nothing_reached(study, config.target_compression, folder))
-    runner.windows, runner.objectives = material.choose, ("perplexity",)
+            write_findings(study, folder, floor, {}, depends_on)
+        raise CompactMindError(nothing_reached(study, floor, folder))
+    runner.windows, runner.objectives = material.choose, (runner.quality,)
     with only_writer(folder):  # another worker at its end finds what this one has confirmed
-        for trial in best:
-            confirmed = {int(number): found for number, found in study.user_attrs.get("confirmed", {}).items()}
-            if trial.number in confirmed:
-                continue
-            steps = read_pipeline(trial.user_attrs["pipeline"])
-            print(f"confirming trial {trial.number} on {len(material.choose)} windows: {pipeline_name(steps)} ...", flush=True)
-            compressed = runner.run(steps)
-            together = diagnosed(
-                "the interaction",
-                lambda steps=steps, rows=compressed.steps: interaction(steps, material.resources, runner.first_look, rows, cache),
-            )
-            confirmed[trial.number] = {**runner.measure(compressed), "steps": brief(compressed.steps), "interaction": together}
-            del compressed
-            study.set_user_attr("confirmed", confirmed)
-        confirmed = {int(number): found for number, found in study.user_attrs["confirmed"].items()}
-        summary = write_findings(study, folder, config.target_compression, confirmed, depends_on)
-    print(trials_table(study, config.target_compression, confirmed))
+        confirmed = confirm(study, best, runner, diagnosed)
+        chosen = [choose(ratio, best, confirmed, runner, config.final_tokens) for ratio in ratios]
+        steps = read_pipeline(next(each["pipeline"] for each in chosen if "trial" in each))
+        worth = diagnosed("what each step is worth", lambda: steps_worth(steps, runner))
+        summary = write_findings(study, folder, floor, confirmed, depends_on, {"chosen": chosen, "ablation": worth})
+    print(trials_table(study, floor, confirmed))
+    if "bytes" in config.objectives:
+        print(front.table(summary["front"]))
+        if problem := front.front_problem(len(summary["front"]["points"])):
+            print(problem)
+    if worth:
+        print(ablation.table(worth, runner.unit))
     print(f"\nbest: trial {summary['best']['trial']}; any of them again: {replay_command(config, summary['best']['trial'])}")
     print(f"to look into the study: optuna-dashboard {without_password(storage)}")
-    save_best(config, study, storage, summary["best"], output, material)
+    runner.dense = None  # the dense model's logits of the test text come now
+    save_chosen(config, study, storage, summary["chosen"], output, material)
 
 
-def nothing_reached(study: optuna.Study, target: float, folder: Path) -> str:
-    """Return why a search has found nothing, and what to do."""
-    everything = study.get_trials(deepcopy=False)
-    measured = [trial.user_attrs["measured"]["compression_ratio"] for trial in everything if "measured" in trial.user_attrs]
-    expected = [trial.user_attrs["expected_ratio"] for trial in everything if "expected_ratio" in trial.user_attrs]
-    if measured:
-        return (
-            f"none of {len(everything)} trials is {target:g} times smaller: the highest ratio measured is {max(measured):.2f}, the "
-            f"highest expected {max(expected):.2f}; choose a smaller --target_compression, more trials or other --methods"
-        )
-    run = counted_trials(study)
-    failed = [trial for trial in run if trial.state == TrialState.FAIL]
-    if failed:
-        last = failed[-1]
-        return (
-            f"no trial ran to its end, {len(failed)} failed; the last one, trial {last.number} ({SEPARATOR.join(methods_of(last))}): "
-            f"{last.user_attrs.get('reason')}; all of them: {folder / 'trials.csv'}. Mend that, then try them again with another "
-            "--study_name, or others with a larger --n_trials"
-        )
-    if run:
-        return f"no trial ran to its end ({folder / 'trials.csv'} says why): run the same command with a larger --n_trials"
-    return (
-        f"nothing was run: no pipeline is expected to be {target:g} times smaller, the highest expected is "
-        f"{max(expected, default=math.nan):.2f}; choose a smaller --target_compression or other --methods"
-    )
-
-
-def save_best(
-    config: SearchConfig, study: optuna.Study, storage: str, best: dict, output: Path, material: Material | None = None
+def save_chosen(
+    config: SearchConfig, study: optuna.Study, storage: str, chosen: list[dict], output: Path, material: Material | None = None
 ) -> None:
-    found_by = origin(config, study, storage, best["trial"])
-    make_and_save(config, read_pipeline(best["pipeline"]), output, config.strategy, found_by, {"search": best}, material)
+    """Save the model of what was chosen, or of every size that was."""
+    for each in chosen:
+        if "trial" not in each:
+            largest = max(trial.user_attrs["measured"]["compression_ratio"] for trial in measured_trials(study))
+            print(f"save_front {each['ratio']:g}: no trial is so many times smaller, the smallest is {largest:.2f}; no model is saved")
+            continue
+        place = front_output(config, each["ratio"]) if config.save_front else output
+        found_by = origin(config, study, storage, each["trial"])
+        make_and_save(config, read_pipeline(each["pipeline"]), place, config.strategy, found_by, {"search": each}, material)
+
+
+def front_output(config: SearchConfig, ratio: float) -> Path:
+    """Return where the model of a front goes that is so many times smaller."""
+    if config.output:
+        return Path(f"{config.output}_{ratio:g}x")
+    place = config.models_dir / f"llama_front_{ratio:g}x"
+    return place if study_name_of(config) == FIRST_FRONT else Path(f"{place}_{study_name_of(config)}")
 
 
 def replay(config: SearchConfig, output: Path) -> None:
@@ -542,8 +560,8 @@ def replay(config: SearchConfig, output: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------------- main
 def main(config: SearchConfig) -> None:
-    if len(set(config.objectives)) < len(config.objectives):
-        raise CompactMindError(f"objectives {config.objectives}: name each once, for example --objectives perplexity bytes")
+    if problem := front.objectives_problem(config.strategy, config.objectives, config.save_front):
+        raise CompactMindError(problem)
     if config.workers > 1 and (config.strategy == "fixed" or config.replay >= 0):
         asked = "--strategy fixed" if config.strategy == "fixed" else f"--replay {config.replay}"
         raise CompactMindError(

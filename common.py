@@ -276,8 +276,10 @@ class SearchConfig(StageConfig):
     output: str = ""
     """Directory for the result; empty: <models_dir>/llama_searched, llama_pruned (fixed) or llama_trial_<N> (replay), with _<study>
     behind the name for any study but llama-bayesian."""
-    strategy: Literal["bayesian", "random", "grid", "fixed"] = "bayesian"
-    """bayesian, random, grid: search over the space below; fixed: run the one pipeline given."""
+    strategy: Literal["bayesian", "evolution", "random", "grid", "fixed"] = "bayesian"
+    """bayesian, evolution (NSGA-II), random, grid: search over the space below; fixed: run the one pipeline given."""
+    first_guesses: bool = True
+    """Whether a search, whatever its strategy, begins with what anyone would try first."""
     pipeline: str = PRUNE_AND_RETRAIN
     """fixed: JSON, a list of steps, each with method (prune, retrain, smooth, w8a8, nf4, gptq) and params."""
     dry_run: bool = False
@@ -305,8 +307,14 @@ class SearchConfig(StageConfig):
     gradient checkpointing (CHOICES_OF_A_LARGE_MODEL); choices of your own take the place of all of these."""
     sampler: Literal["tpe", "gp"] = "tpe"
     """What bayesian means: tree-structured Parzen estimator, or Gaussian process."""
-    objectives: tuple[Literal["perplexity", "bytes", "latency", "memory"], ...] = ("perplexity",)
-    """What to minimise; several give a Pareto front. latency and memory are measured on this machine."""
+    objectives: tuple[Literal["kl", "perplexity", "bytes", "latency", "memory"], ...] = ("kl",)
+    """What to minimise: kl to the dense model (or perplexity, which tells good models apart only on much more text), alone or with others:
+    a front then. latency and memory are measured on this machine."""
+    save_front: tuple[float, ...] = ()
+    """Compression ratios at each of which the best model is saved, in place of the one at target_compression; objectives kl bytes."""
+    final_tokens: int = 24_000
+    """Tokens on which the best pipeline is retrained before it is saved, if it retrains: trials are cheap looks (5 minutes on 2 CPU cores,
+    embedded profile); 0: as in its trial."""
     storage: str = ""
     """Where the study is kept: any Optuna URL, or the path of a journal file (*.log); empty: <results_dir>/search/study.db."""
     study_name: str = ""
@@ -426,7 +434,7 @@ PROFILES: dict[str, dict[str, dict]] = {
         # waits in float32: 4.3 GB with 4,096 channels. Beside them a cache holds models half way, 11 to 27 GB each with 7B weights.
         "SmoothQuantConfig": {"calibration_windows": 128, "seq_len": 2048, "eval_windows": 0},
         "SearchConfig": {
-            "seq_len": 2048, "calibration_windows": 32, "eval_windows": 0, "n_trials": 30, "cache_gb": 60.0,
+            "seq_len": 2048, "calibration_windows": 32, "eval_windows": 0, "n_trials": 30, "cache_gb": 60.0, "final_tokens": 524_288,
             "pipeline": PRUNE_AND_RETRAIN_LARGE, "choices": CHOICES_OF_A_LARGE_MODEL,
         },
         "ReportConfig": {"max_length": 128, "seq_len": 2048, "eval_windows": 0},
@@ -441,7 +449,7 @@ PROFILES: dict[str, dict[str, dict]] = {
         "SmoothQuantConfig": {"calibration_windows": 4, "seq_len": 32, "eval_windows": 4, "alpha_grid": (0.5, 0.8)},
         "SearchConfig": {
             "seq_len": 32, "calibration_windows": 4, "train_windows": 16, "held_out_windows": 2, "eval_windows": 4,
-            "few_windows": 1, "search_windows": 2, "confirm_windows": 4, "n_trials": 4, "target_compression": 1.2,
+            "few_windows": 1, "search_windows": 2, "confirm_windows": 4, "n_trials": 4, "target_compression": 1.2, "final_tokens": 768,
             "choices": '{"prune.round_to": [8], "prune.sparsity": [0.2, 0.3], "retrain.tokens": [256, 512]}',
             "pipeline": '[{"method": "prune", "params": {"sparsity": 0.3, "round_to": 8}}, '
             '{"method": "retrain", "params": {"tokens": 512}}]',
@@ -474,8 +482,9 @@ RANGES: dict[str, str] = {
     "calibration_sentences": "[0, inf)", "calibration_windows": "[1, inf)", "seq_len": "[2, inf)", "eval_windows": "[0, inf)",
     "alpha_grid": "[0, 1]",
     # search
-    "replay": "[-1, inf)", "n_trials": "[1, inf)", "target_compression": "(0, inf)", "SearchConfig.max_length": "[1, 6]",
-    "workers": "[1, inf)", "max_repeats": "[1, inf)", "cache_gb": "[0, inf)", "top": "[1, inf)", "train_windows": "[0, inf)",
+    "save_front": "(1, inf)", "final_tokens": "[0, inf)", "replay": "[-1, inf)", "n_trials": "[1, inf)", "workers": "[1, inf)",
+    "target_compression": "(0, inf)", "SearchConfig.max_length": "[1, 6]",
+    "max_repeats": "[1, inf)", "cache_gb": "[0, inf)", "top": "[1, inf)", "train_windows": "[0, inf)",
     "held_out_windows": "[1, inf)", "few_windows": "[1, inf)", "search_windows": "[1, inf)", "confirm_windows": "[1, inf)",
     # export and report
     "sentences": "[1, inf)", "tolerance": "[0, inf)", "int8_tolerance": "[0, inf)", "cost_length": "[1, inf)",

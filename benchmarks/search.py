@@ -1,17 +1,19 @@
-"""How good and how fast the search is: TPE and random against a whole grid, trials per minute against running every pipeline from scratch.
+"""How good and how fast the search is: strategies against each other and a whole grid, trials per minute against running all from scratch.
 
 Run:   python download_model.py
        python 5_bayesian_search.py --n_trials 30       (the search that `speed` looks at)
        python benchmarks/search.py                     (about an hour on 2 CPU cores, the grid resumes if killed)
-       python benchmarks/search.py --parts speed       (quality, speed or flat alone)
+       python benchmarks/search.py --parts strategies  (strategies, quality, speed or flat alone)
 Reads: models/llama, wikitext_data/{train,validation}.jsonl, results/search/study.db
 Writes: results/benchmark_search.json, results/benchmark_search_grid.json (a point per line of the grid), and prints both tables
 
-quality   every point of a coarse space is run once. TPE and random then search the same space for `budget` trials, with several seeds; what
-          a pipeline gives is looked up, so that all see the same numbers. Gap: best found / best of the grid - 1, target reached
+quality   every point of a coarse space is run once. Every strategy then searches the same space for `budget` trials, with several seeds;
+          what a pipeline gives is looked up, so that all see the same numbers. Gap: lowest KL / that of the grid - 1, target reached
 speed     pipelines drawn at random from those the search of the script has run are run from scratch, nothing remembered, on all
           validation windows: measured after every step, as the search and `--strategy fixed` do, and counted as if measured at the
           end alone. Pipelines that the search told to be too large and did not run are drawn and shown apart
+strategies   strategies.py: Bayesian search, evolution and chance, 10 seeds each, in a table of quantizations of the first blocks of the
+          model, measured once (results/benchmark_search_table.json) and looked up; for one size and for a front
 flat      100 trials of one search by TPE on so little text that each takes seconds: memory of the process after them, and the time
           that a trial takes beside its methods, for early and late ones
 """
@@ -32,6 +34,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from strategies import strategies  # noqa: E402
+
 from common import SearchConfig, StageConfig, parse_command_line, run_stage  # noqa: E402
 from compactmind.checkpoint import load_as_released  # noqa: E402
 from compactmind.devices import default_device  # noqa: E402
@@ -42,14 +46,16 @@ from compactmind.files import write_json_atomically  # noqa: E402
 from compactmind.methods.registry import Resources  # noqa: E402
 from compactmind.search.cache import PrefixCache  # noqa: E402
 from compactmind.search.compressor import Measure, pipeline_name, read_pipeline, run_pipeline  # noqa: E402
-from compactmind.search.engine import Skipped, counted_trials, open_study, search  # noqa: E402
+from compactmind.search.engine import counted_trials, open_study, search  # noqa: E402
 from compactmind.search.space import Space, make_space  # noqa: E402
+from compactmind.search.strategies import key_of  # noqa: E402
 from compactmind.search.trials import MARGIN, TrialRunner  # noqa: E402
 from compactmind.text import load_documents, token_windows  # noqa: E402
 
 METHODS = ("prune", "retrain", "w8a8", "nf4")
 GRID = {
     "prune.sparsity": [0.1, 0.2, 0.3, 0.4], "prune.criterion": ["taylor", "activation"], "prune.scope": ["uniform"],
+    "prune.structures": [["channels"]], "prune.blocks": [0], "w8a8.rotations": [["o"]],
     "retrain.tokens": [4096], "retrain.lr": [1e-4], "retrain.distillation": [False],
     "w8a8.alpha": [0.5, 0.8], "w8a8.activations": ["per_token"], "w8a8.embeddings": ["int8"], "nf4.double_quantization": [True],
     "nf4.compensation": [False], "nf4.embeddings": ["as_released"],
@@ -59,14 +65,18 @@ GRID = {
 
 @dataclass(frozen=True)
 class BenchmarkConfig(StageConfig):
-    parts: tuple[Literal["quality", "speed", "flat"], ...] = ("quality", "speed", "flat")
+    parts: tuple[Literal["strategies", "quality", "speed", "flat"], ...] = ("strategies", "quality", "speed", "flat")
     """What to measure."""
     target_compression: float = 2.5
-    """Target of quality and speed."""
-    budget: int = 15
-    """Trials of TPE and random in `quality`."""
-    seeds: int = 5
+    """Target of strategies, quality and speed."""
+    budget: int = 20
+    """Trials of a search in `strategies` and `quality`."""
+    seeds: int = 10
     """Searches of each kind."""
+    blocks: int = 6
+    """Blocks of the model that the table of `strategies` is of, the first ones; 0: all, five times the time."""
+    alphas: tuple[float, ...] = (0.5,)
+    """Smoothings in it: 29 pipelines with none, 58 with one, 87 with two."""
     study: str = "llama-bayesian"
     """Name of the study in results/search/study.db that `speed` looks at."""
     sample: int = 6
@@ -104,27 +114,22 @@ def make_runner(config: BenchmarkConfig, stage: SearchConfig, cache: PrefixCache
 
 
 # --------------------------------------------------------------------------------------------------------------- quality
-def point_key(steps) -> str:
-    return " ".join(step.identity() for step in steps)
-
-
 def run_grid(space: Space, runner: TrialRunner, path: Path, context: dict) -> dict[str, dict]:
-    """Return what every point gives, by `point_key`; points of an earlier run with the same context are taken over."""
+    """Return what every point gives, by `key_of`; points of an earlier run with the same context are taken over."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     found = known.get("points", {}) if known.get("context") == context else {}
-    study, points, begun = optuna.create_study(), list(space.points()), time.perf_counter()
+    points, begun = list(space.points()), time.perf_counter()
     for number, point in enumerate(points, start=1):
-        study.enqueue_trial(point)
-        steps = read_pipeline(space.suggest(study.ask()))
-        if point_key(steps) in found:
+        steps = read_pipeline(space.pipeline(point))
+        if key_of(steps) in found:
             continue
         expected = runner.expected_ratio(steps)
         row = {"pipeline": pipeline_name(steps), "point": point, "expected_ratio": expected}
         row |= runner.measure(runner.run(steps))
-        found[point_key(steps)] = row
+        found[key_of(steps)] = row
         write_json_atomically(path, {"context": context, "points": found})
         print(
-            f"{number:>4}/{len(points)} {row['pipeline']:<20}{row['perplexity']:>12.2f}{row['compression_ratio']:>7.2f}x"
+            f"{number:>4}/{len(points)} {row['pipeline']:<20}{row['kl']:>12.4f}{row['compression_ratio']:>7.2f}x"
             f"{(time.perf_counter() - begun) / 60:>8.1f} min",
             flush=True,
         )
@@ -132,38 +137,42 @@ def run_grid(space: Space, runner: TrialRunner, path: Path, context: dict) -> di
 
 
 def search_in_table(space: Space, found: dict[str, dict], config: BenchmarkConfig, strategy: str, seed: int) -> float:
-    """Return the best perplexity that reaches the target after `budget` trials looked up in the table."""
+    """Return the lowest KL that reaches the target after `budget` trials looked up in the table."""
 
     def look_up(trial, steps):
-        row = found[point_key(steps)]
-        if row["expected_ratio"] < config.target_compression * (1 - MARGIN):  # as the script does it: not run, not counted
-            trial.set_constraint("compression", config.target_compression - row["expected_ratio"])
-            raise Skipped("cannot reach the target")
+        row = found[key_of(steps)]
         trial.set_constraint("compression", config.target_compression - row["compression_ratio"])
-        return [row["perplexity"]]
+        return [row["kl"]]
+
+    def expected(steps) -> float:
+        return found[key_of(steps)]["expected_ratio"]
 
     with TemporaryDirectory() as folder:
         study = open_study("table", f"sqlite:///{folder}/study.db", {})
-        expected = lambda pipeline: found[point_key(read_pipeline(pipeline))]["expected_ratio"]  # noqa: E731
-        first = space.first_guesses(expected, config.target_compression) if strategy == "bayesian" else ()
-        search(study, space, config.budget, look_up, strategy=strategy, seed=1000 * seed, first=first)
+        search(
+            study, space, config.budget, look_up, strategy=strategy, seed=1000 * seed,
+            first=space.first_guesses(lambda pipeline: expected(read_pipeline(pipeline)), config.target_compression),
+            excess=lambda steps: config.target_compression * (1 - MARGIN) - expected(steps),
+        )  # fmt: skip
         reached = [trial.value for trial in counted_trials(study) if trial.constraints["compression"] <= 0]
     return min(reached, default=math.inf)
 
 
 def quality(config: BenchmarkConfig, stage: SearchConfig) -> dict:
     space = make_space(METHODS, choices=GRID)
-    context = {"calibration_windows": config.calibration_windows, "space": space.described(), "seq_len": stage.seq_len}
+    context = {
+        "calibration_windows": config.calibration_windows, "space": space.described(), "seq_len": stage.seq_len, "measure": "kl",
+    }  # fmt: skip
     cache = PrefixCache(config.results_dir / "search" / "cache", context | {"benchmark": True}, int(4e9))
     runner = make_runner(config, stage, cache)
     found = run_grid(space, runner, config.results_dir / "benchmark_search_grid.json", json.loads(json.dumps(context)))
-    best = min(row["perplexity"] for row in found.values() if row["compression_ratio"] >= config.target_compression)
+    best = min(row["kl"] for row in found.values() if row["compression_ratio"] >= config.target_compression)
     gaps = {
         strategy: [search_in_table(space, found, config, strategy, seed) / best - 1 for seed in range(config.seeds)]
-        for strategy in ("bayesian", "random")
+        for strategy in ("bayesian", "evolution", "random")
     }
     print(
-        f"\n{len(found)} points, best at {config.target_compression:g} times smaller {best:.3f}; gap after {config.budget} trials"
+        f"\n{len(found)} points, best at {config.target_compression:g} times smaller KL {best:.4f}; gap after {config.budget} trials"
     )
     for strategy, values in gaps.items():
         print(f"{strategy:<12} median {statistics.median(values):+.2%}   " + " ".join(f"{value:+.2%}" for value in values))
@@ -281,7 +290,7 @@ def main(config: BenchmarkConfig) -> None:
     stage = SearchConfig.for_profile(config.profile)
     path = config.results_dir / "benchmark_search.json"
     report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for part, measure in {"quality": quality, "speed": speed, "flat": flat}.items():
+    for part, measure in {"strategies": strategies, "quality": quality, "speed": speed, "flat": flat}.items():
         if part in config.parts:
             report[part] = measure(config, stage)
             write_json_atomically(path, report)

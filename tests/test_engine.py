@@ -19,7 +19,7 @@ from compactmind.errors import CompactMindError
 from compactmind.search import engine
 from compactmind.search import storage as storage_module
 from compactmind.search.compressor import read_pipeline
-from compactmind.search.engine import Skipped, Stopped, counted_trials, is_counted, open_study, search
+from compactmind.search.engine import Skipped, Stopped, counted_trials, is_counted, is_stopped, open_study, search
 from compactmind.search.machine import this_worker
 from compactmind.search.space import make_space
 
@@ -28,7 +28,10 @@ DESCRIBED = {"model": "abc", "space": {"orders": ["prune"]}}
 
 @pytest.fixture
 def space():
-    choices = {"prune.sparsity": [0.1, 0.2, 0.3, 0.4], "prune.criterion": ["taylor", "l2"], "prune.scope": ["global"]}
+    choices = {
+        "prune.sparsity": [0.1, 0.2, 0.3, 0.4], "prune.criterion": ["taylor", "l2"], "prune.scope": ["global"],
+        "prune.structures": [["channels"]], "prune.blocks": [0], "nf4.compensation": [True], "nf4.embeddings": ["as_released", "int8"],
+    }  # fmt: skip
     return make_space(("prune", "retrain", "nf4"), choices=choices)
 
 
@@ -49,7 +52,9 @@ def run(study, space, n_trials, evaluate=lambda _, steps: [cost(steps)], strateg
 
 
 # ---------------------------------------------------------------------------------------------------------------- counting
-@pytest.mark.parametrize(("strategy", "sampler"), [("bayesian", "tpe"), ("bayesian", "gp"), ("random", "tpe"), ("grid", "tpe")])
+@pytest.mark.parametrize(
+    ("strategy", "sampler"), [("bayesian", "tpe"), ("bayesian", "gp"), ("evolution", "tpe"), ("random", "tpe"), ("grid", "tpe")]
+)
 def test_a_search_runs_as_many_different_pipelines_as_it_was_asked_for(tmp_path, space, strategy, sampler):
     seen = []
     trials = run(
@@ -79,7 +84,7 @@ def test_the_same_seed_asks_for_the_same_trials_even_if_it_was_interrupted(tmp_p
 
 
 def test_a_space_that_is_used_up_ends_the_search(tmp_path):
-    space = make_space(("nf4",), choices={"nf4.embeddings": ["int8"]})
+    space = make_space(("nf4",), choices={"nf4.embeddings": ["int8"], "nf4.compensation": [True]})
     assert len(run(fresh(tmp_path), space, 10)) == space.size() == 2
     assert len(run(fresh(tmp_path, "grid"), space, 10, strategy="grid")) == 2
 
@@ -99,7 +104,8 @@ def test_failed_and_stopped_trials_are_kept_with_their_reason_and_the_search_goe
     trials = {trial.number: trial for trial in run(fresh(tmp_path), space, 8, evaluate)}
     assert len(trials) == 8
     assert trials[1].state == TrialState.FAIL and trials[1].user_attrs["reason"].startswith("MemoryError")
-    assert trials[2].state == TrialState.PRUNED and "+3.00 nats" in trials[2].user_attrs["reason"]
+    assert trials[2].state == TrialState.COMPLETE and "+3.00 nats" in trials[2].user_attrs["reason"]
+    assert trials[2].value == 99.0 and is_stopped(trials[2]) and not is_stopped(trials[4])  # told as what it would have come to
     assert trials[3].state == TrialState.FAIL and "nan" in trials[3].user_attrs["reason"]
     assert trials[4].state == TrialState.COMPLETE and trials[4].user_attrs["seconds"] >= 0
 
@@ -117,7 +123,11 @@ def test_pipelines_that_are_not_run_do_not_count_and_the_sampler_learns_of_them(
     assert len(trials) == 12 and all(trial.params["order"].endswith("nf4") for trial in trials)
     skipped = [trial for trial in study.trials if trial.user_attrs.get("set_aside") == "not run: too large"]
     assert skipped and all(trial.state == TrialState.PRUNED and "nf4" not in trial.params["order"] for trial in skipped)
-    assert run(fresh(tmp_path, "none"), make_space(("prune",)), 5, evaluate) == []  # it ends, with nothing
+    told = fresh(tmp_path, "told")
+    asked = run(told, space, 12, evaluate, excess=lambda steps: 0.0 if steps[-1].method.name == "nf4" else 1.0)
+    assert len(asked) == len(told.trials) == 12  # what is known beforehand not to be small enough is not even asked for
+    few = make_space(("prune",), choices={"prune.sparsity": [0.1], "prune.blocks": [0]})
+    assert run(fresh(tmp_path, "none"), few, 5, evaluate) == []  # it ends, with nothing
 
 
 def test_several_objectives_give_a_front_and_a_stopped_trial_a_reason(tmp_path, space):
@@ -267,9 +277,13 @@ class Hooked:
         self.space, self.hook = space, hook
 
     def suggest(self, trial):
-        hook, self.hook = self.hook, lambda: None
-        hook()
+        if "worker" in trial.user_attrs:  # a trial of the study, not a draft of one
+            hook, self.hook = self.hook, lambda: None
+            hook()
         return self.space.suggest(trial)
+
+    def __getattr__(self, name):
+        return getattr(self.space, name)
 
 
 def in_thread(work):
@@ -442,7 +456,6 @@ def test_a_worker_taken_for_dead_before_it_began_asks_again(tmp_path, space, mon
         monkeypatch.setattr(engine, "is_alive", lambda _: True)
 
     hooked = Hooked(space, take)
-    hooked.points = space.points
     trials = run(study, hooked, 3)
     assert len(trials) == 3 and all(trial.state == TrialState.COMPLETE for trial in trials)
     assert study.trials[0].state == TrialState.FAIL and trials[0].user_attrs["retry_of"] == 0

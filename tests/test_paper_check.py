@@ -273,7 +273,7 @@ def test_the_paper_profile_retrains_adapters_with_gradient_checkpointing():
     prune, retrain = read_pipeline(search.pipeline)
     assert (prune.method.name, prune.recipe.sparsity, retrain.method.name) == ("prune", 0.2, "retrain")
     assert (retrain.recipe.mode, retrain.recipe.gradient_checkpointing, retrain.recipe.lr) == ("lora", True, 2e-4)
-    space = make_space(search.methods, choices=json.loads(search.choices), target=search.target_compression)
+    space = make_space(search.methods, choices=json.loads(search.choices), targets=(search.target_compression,))
     asked = space.choices["retrain"]
     assert asked["mode"] == ("lora",) and asked["gradient_checkpointing"] == (True,)
     steps = [(tokens / (size * more * search.seq_len)) for tokens in (*asked["tokens"], retrain.recipe.tokens)

@@ -300,7 +300,7 @@ def searched(tmp_path_factory):
     """Return a directory in which a search has run once, and what it printed."""
     folder = tmp_path_factory.mktemp("searched")
     helpers.add_llama(folder)
-    done = helpers.run_script(SCRIPT, "--n_trials", 7, "--target_compression", 1.05, cwd=folder)
+    done = helpers.run_script(SCRIPT, "--n_trials", 7, "--target_compression", 1.05, "--final_tokens", 0, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
 
@@ -313,7 +313,9 @@ def test_a_search_saves_the_best_pipeline_that_reaches_the_target_and_everything
     assert manifest["search"]["trial"] == best["trial"]
     assert [row["method"] for row in manifest["pipeline"]] == ["dense", *best["methods"]]
     assert helpers.read_json(folder / "results" / "search" / "best_pipeline.json") == best["pipeline"]
-    assert best["confirmed"]["perplexity"] == min(found["perplexity"] for found in summary["confirmed"].values())
+    assert best["confirmed"]["kl"] == min(found["kl"] for found in summary["confirmed"].values()) > 0
+    assert summary["quality"] == "kl" and summary["chosen"][0]["trial"] == best["trial"]
+    assert [row["left_out"] for row in summary["ablation"]] == (best["methods"] if len(best["methods"]) > 1 else [])
     assert best["measured"]["compression_ratio"] >= 1.05
     dense = read_manifest(folder / "models" / "llama")["files"]["model.safetensors"]["bytes"]
     stored = load_file(folder / "models" / "llama_searched" / "model.safetensors")
@@ -322,7 +324,7 @@ def test_a_search_saves_the_best_pipeline_that_reaches_the_target_and_everything
     load_checkpoint(folder / "models" / "llama_searched")
     names = {path.name for path in (folder / "results" / "search").iterdir()}
     plots = {f"{name}.png" for name in ("convergence", "importance", "pareto", "error_accumulation", "retraining_gain")}
-    assert plots | {"study.db", "trials.csv", "best_pipeline.json", "summary.json", "cache"} == names
+    assert plots | {"study.db", "trials.csv", "best_pipeline.json", "summary.json", "cache"} == names - {"costs"}  # gptq's, if it was run
     with open(folder / "results" / "search" / "trials.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 7 and all(row["pipeline"] and (row["perplexity"] or row["reason"]) for row in rows)
@@ -332,9 +334,10 @@ def test_a_search_saves_the_best_pipeline_that_reaches_the_target_and_everything
 def test_a_finished_search_has_nothing_to_do_and_a_longer_one_goes_on(searched, run_here, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(searched[0], folder)
-    status, output = run_here("--n_trials", 7, "--target_compression", 1.05, cwd=folder)
+    settings = ("--target_compression", 1.05, "--final_tokens", 0)
+    status, output = run_here("--n_trials", 7, *settings, cwd=folder)
     assert status == 0 and "7 of 7 trials are there" in output and "up to date" in output, output
-    status, output = run_here("--n_trials", 9, "--target_compression", 1.05, cwd=folder)
+    status, output = run_here("--n_trials", 9, *settings, cwd=folder)
     assert status == 0 and output.count("to go") == 2, output
     assert helpers.read_json(folder / "results" / "search" / "summary.json")["trials"] == 9
 
@@ -384,7 +387,7 @@ def test_two_studies_have_places_of_their_own(searched, two_studies, run_here):
     summary = helpers.read_json(two_studies[0] / "results" / "search" / "narrow" / "summary.json")
     assert summary["study"] == "narrow" and summary["target_compression"] == 1.04 and summary["trials"] == 2
     assert "findings go to results/search/narrow, the best model to models/llama_searched_narrow" in two_studies[1]
-    status, output = run_here("--n_trials", 7, "--target_compression", 1.05, cwd=two_studies[0])
+    status, output = run_here("--n_trials", 7, "--target_compression", 1.05, "--final_tokens", 0, cwd=two_studies[0])
     assert status == 0 and "models/llama_searched is up to date" in output, output
     status, output = run_here(*NARROW, cwd=two_studies[0])
     assert status == 0 and "models/llama_searched_narrow is up to date" in output, output
@@ -409,7 +412,7 @@ def test_the_printed_command_makes_that_very_trial_again(two_studies, run_here):
 def test_an_output_that_two_studies_write_is_that_of_the_last_one_asked_for(two_studies, run_here, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(two_studies[0], folder)
-    first = ("--n_trials", 7, "--target_compression", 1.05, "--output", "models/mine")
+    first = ("--n_trials", 7, "--target_compression", 1.05, "--final_tokens", 0, "--output", "models/mine")
     for arguments, study in (
         (first, "llama-bayesian"),
         ((*NARROW, "--output", "models/mine"), "narrow"),
@@ -423,7 +426,7 @@ def test_an_output_that_two_studies_write_is_that_of_the_last_one_asked_for(two_
 def test_findings_are_known_only_for_what_they_depend_on(tmp_path):
     study = optuna.create_study(study_name="one")
     trial = study.ask()
-    measured = {"perplexity": 9.0, "compression_ratio": 2.0, "loss": 2.0}
+    measured = {"kl": 0.1, "perplexity": 9.0, "compression_ratio": 2.0, "loss": 2.0, "bytes": 100}
     for name, value in {
         "measured": measured,
         "pipeline": [{"method": "nf4", "params": {}}],
@@ -433,7 +436,8 @@ def test_findings_are_known_only_for_what_they_depend_on(tmp_path):
         trial.set_user_attr(name, value)
     study.tell(trial, 9.0)
     depends_on = {"storage": "here", "objectives": ("perplexity",), "top": 3}
-    summary = write_findings(study, tmp_path, 1.5, {0: {"perplexity": 9.0, "loss": 2.0}}, depends_on)
+    confirmed = {0: measured}
+    summary = write_findings(study, tmp_path, 1.5, confirmed, depends_on)
     assert known_findings(study, tmp_path, depends_on) == summary
     assert known_findings(study, tmp_path, depends_on | {"storage": "there"}) is None
     assert known_findings(study, tmp_path, depends_on | {"objectives": ("perplexity", "bytes")}) is None
@@ -441,7 +445,7 @@ def test_findings_are_known_only_for_what_they_depend_on(tmp_path):
     assert known_findings(study, tmp_path / "nowhere", depends_on) is None
     running = study.ask()
     assert known_findings(study, tmp_path, depends_on) is None
-    write_findings(study, tmp_path, 1.5, {0: {"perplexity": 9.0, "loss": 2.0}}, depends_on)
+    write_findings(study, tmp_path, 1.5, confirmed, depends_on)
     assert known_findings(study, tmp_path, depends_on) is None  # somebody is still at it
     study.tell(running, state=optuna.trial.TrialState.FAIL)
     assert known_findings(study, tmp_path, depends_on) is None
@@ -520,9 +524,63 @@ def test_several_objectives_are_measured(tmp_path, run_here):
         "--objectives", "perplexity", "bytes", "latency", "memory", "--target_compression", 1.01,
     )  # fmt: skip
     assert status == 0, output
-    with open(tmp_path / "results" / "search" / "trials.csv", newline="", encoding="utf-8") as file:
+    folder = tmp_path / "results" / "search" / "llama-bayesian-front"
+    with open(folder / "trials.csv", newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["state"] == "COMPLETE"]
     assert rows and all(float(row[name]) > 0 for row in rows for name in ("perplexity", "bytes", "latency", "memory"))
+
+
+FRONT = (
+    "--methods", "nf4", "gptq", "--choices", "{}", "--objectives", "kl", "bytes", "--save_front", 1.2, 1.6, 9, "--n_trials", 7,
+)  # fmt: skip
+
+
+def test_a_front_is_saved_at_every_size_that_something_reaches(tmp_path, run_here):
+    helpers.add_llama(tmp_path)
+    status, output = run_here(*FRONT)
+    assert status == 0, output
+    assert models_in(tmp_path) == ["llama", "llama_front_1.2x", "llama_front_1.6x"]
+    assert "save_front 9: no trial is so many times smaller, the smallest is" in output
+    folder = tmp_path / "results" / "search" / "llama-bayesian-front"
+    summary, dense = helpers.read_json(folder / "summary.json"), read_manifest(tmp_path / "models" / "llama")
+    sizes = [point["bytes"] for point in summary["front"]["points"]]
+    assert sizes == sorted(sizes, reverse=True) and len(sizes) > 1 and (folder / "pareto.png").is_file()
+    distances = [point["kl"] for point in summary["front"]["points"]]
+    assert distances == sorted(distances) and summary["target_compression"] == 1.2
+    for ratio, chosen in zip((1.2, 1.6), summary["chosen"], strict=False):
+        manifest = load_checkpoint(tmp_path / "models" / f"llama_front_{ratio}x").manifest
+        assert manifest["search"]["trial"] == chosen["trial"]
+        assert dense["files"]["model.safetensors"]["bytes"] / manifest["files"]["model.safetensors"]["bytes"] >= ratio
+        small = {number: row for number, row in summary["confirmed"].items() if row["compression_ratio"] >= ratio}
+        assert chosen["confirmed"]["kl"] == min(row["kl"] for row in small.values())
+        assert manifest["pipeline"][-1]["divergence"]["mean"] > 0 and manifest["pipeline"][-1]["protocol"]["text"].endswith("test")
+    assert [line.split()[0] for line in output.splitlines() if "times smaller" in line][:1] == ["trial"]
+    status, output = run_here(*FRONT)
+    assert status == 0 and output.count("is up to date") == 2 and "save_front 9: no trial" in output, output
+    status, output = run_here(*FRONT, "--strategy", "evolution", "--first_guesses", False)
+    assert status == 0 and {"llama_front_1.2x_llama-evolution-front"} <= set(models_in(tmp_path)), output
+
+
+def test_the_best_pipeline_is_retrained_long_before_it_is_saved(tmp_path, run_here):
+    helpers.add_llama(tmp_path)
+    choices = {
+        "prune.round_to": [8], "prune.sparsity": [0.3], "prune.criterion": ["l2"], "prune.scope": ["uniform"], "prune.blocks": [0],
+        "prune.structures": [["channels"]], "retrain.tokens": [64], "retrain.lr": [1e-3], "retrain.distillation": [True],
+    }  # fmt: skip
+    settings = ("--methods", "prune", "retrain", "--choices", json.dumps(choices), "--target_compression", 1.05, "--n_trials", 2)
+    status, output = run_here(*settings, "--final_tokens", 2048)
+    assert status == 0, output
+    summary = helpers.read_json(tmp_path / "results" / "search" / "summary.json")
+    (chosen,) = summary["chosen"]
+    training, saved = chosen["final_training"], read_manifest(tmp_path / "models" / "llama_searched")
+    assert [step["method"] for step in chosen["pipeline"]] == ["prune", "retrain"], output
+    assert training["tokens"] == 2048 and training["kept"] == (training["final"] <= training["searched"]) and training["seconds"] > 0
+    assert training["searched"] == chosen["confirmed"]["kl"]
+    assert saved["pipeline"][2]["params"]["tokens"] == (2048 if training["kept"] else 64)
+    assert f"search: kl {training['searched']:.4g}" in output and f"final training: kl {training['final']:.4g}" in output
+    assert [row["left_out"] for row in summary["ablation"]] == ["prune", "retrain"]
+    assert "has nothing to recover from" in summary["ablation"][0]["reason"] and summary["ablation"][1]["change"] < 0
+    assert "left out" in output
 
 
 # --------------------------------------------------------------------------------------------------------------- bad input
@@ -538,6 +596,12 @@ def test_several_objectives_are_measured(tmp_path, run_here):
         (("--choices", '{"prune.sparsity": [7]}'), ("sparsity 7",)),
         (("--storage", "sqlite:////nowhere/at/all/study.db"), ("cannot be opened",)),
         (("--objectives", "perplexity", "perplexity"), ("name each once",)),
+        (("--objectives", "kl", "perplexity"), ("name one of kl and perplexity", "for example kl bytes")),
+        (("--objectives", "bytes"), ("objectives bytes: name one of kl and perplexity",)),
+        (("--save_front", 2, 3), ("save_front 2 3 wants models of several sizes", "--objectives kl bytes")),
+        (("--save_front", 2, 2, "--objectives", "kl", "bytes"), ("save_front 2 2: name each ratio once",)),
+        (("--save_front", 0.5, "--objectives", "kl", "bytes"), ("save_front 0.5 is not in (1, inf)",)),
+        (("--strategy", "fixed", "--objectives", "kl", "bytes"), ("strategy fixed runs one pipeline and has no front",)),
         (("--study_name", "a/b"), ("study_name 'a/b'", "for example --study_name narrow")),
         (("--study_name", ".."), ("study_name '..'",)),
         (("--study_name", "cache"), ("study_name 'cache'",)),

@@ -4,7 +4,7 @@ import optuna
 import pytest
 
 from compactmind.errors import CompactMindError
-from compactmind.methods.registry import METHODS
+from compactmind.methods.registry import METHODS, asked_as
 from compactmind.search.compressor import read_pipeline
 from compactmind.search.space import SEPARATOR, labels, make_space
 
@@ -47,7 +47,10 @@ def test_the_mode_decides_how_many_methods_compress(mode, expected):
 
 
 def test_its_points_are_its_size_and_every_one_can_be_asked_for():
-    choices = {"prune.sparsity": [0.1, 0.2, 0.3], "prune.criterion": ["taylor"], "prune.scope": ["uniform", "global"]}
+    choices = {
+        "prune.sparsity": [0.1, 0.2, 0.3], "prune.criterion": ["taylor"], "prune.scope": ["uniform", "global"], "prune.blocks": [0],
+        "prune.structures": [["channels"]], "w8a8.rotations": [["o"], ["o", "down"]], "w8a8.embeddings": ["int8"],
+    }  # fmt: skip
     space = make_space(("prune", "w8a8"), choices={**choices, "w8a8.alpha": ["per_layer", 0.5]})
     points = list(space.points())
     w8a8 = 2 * 2 * 2
@@ -63,7 +66,7 @@ def test_its_points_are_its_size_and_every_one_can_be_asked_for():
         for step in pipeline:
             for name, value in step["params"].items():
                 values = space.choices[step["method"]][name]
-                assert value in values and (len(values) == 1 or point[f"{step['method']}.{name}"] == value)
+                assert value in values and (len(values) == 1 or point[f"{step['method']}.{name}"] == asked_as(value))
                 assert (f"{step['method']}.{name}" in point) == (len(values) > 1)  # what has one value is not asked for
 
 
@@ -114,6 +117,7 @@ def test_the_first_guesses_are_the_least_sparse_pipelines_that_reach_the_target(
 
 def test_a_first_guess_gives_away_no_more_bits_than_the_target_asks_for():
     choices = {"gptq.bits": [3, 4, 6], "gptq.group_size": [32, 128], "gptq.embeddings": ["int8", "int4"]}
+    choices |= {"gptq.zero": ["symmetric"], "gptq.damping": [0.05]}
     space = make_space(("gptq",), choices=choices)
 
     def ratio(pipeline):
@@ -129,8 +133,9 @@ def test_a_first_guess_gives_away_no_more_bits_than_the_target_asks_for():
 
 def test_gptq_aims_at_the_target_of_a_search_and_is_among_the_first_guesses():
     methods = ("prune", "retrain", "smooth", "w8a8", "nf4", "gptq")
-    space = make_space(methods, target=2.5)
-    assert space.choices["gptq"] == {"target_compression": (2.5,)}
+    space = make_space(methods, targets=(2.5,))
+    assert space.choices["gptq"] == {"target_compression": (2.5,), **METHODS["gptq"].aimed}
+    assert all(len(values) > 1 for values in METHODS["gptq"].aimed.values())  # there is something to find at one target
 
     def ratio(pipeline):
         params = {step["method"]: step["params"] for step in pipeline}
@@ -140,9 +145,41 @@ def test_gptq_aims_at_the_target_of_a_search_and_is_among_the_first_guesses():
 
     guesses = [guess["order"] for guess in space.first_guesses(ratio, 2.5)]
     assert guesses[:4] == ["smooth > gptq", "gptq", "prune > smooth > retrain > gptq", "prune > retrain > gptq"]
+    usual = {"gptq.damping": 0.05, "gptq.weigh_tokens": False, "gptq.stream_rotation": False, "gptq.tuning_tokens": 0}
+    assert space.first_guesses(ratio, 2.5)[1] == {"order": "gptq", **usual}
     # no target, none it takes, the user's own choices
-    for target, choices in ((None, {}), (50.0, {}), (1.0, {}), (2.5, {"gptq.bits": [4]})):
-        assert "target_compression" not in make_space(methods, target=target, choices=choices).choices["gptq"]
+    for targets, choices in (((), {}), ((50.0,), {}), ((1.0,), {}), ((2.5, 50.0), {}), ((2.5,), {"gptq.bits": [4]})):
+        assert "target_compression" not in make_space(methods, targets=targets, choices=choices).choices["gptq"]
+
+
+def test_gptq_has_a_target_for_every_size_of_a_front():
+    space = make_space(("gptq",), targets=(2.0, 3.0))
+    assert space.choices["gptq"]["target_compression"] == (2.0, 3.0)
+    guesses = [space.first_guesses(lambda steps: steps[0]["params"]["target_compression"], target) for target in (1.5, 2.5)]
+    assert [guess["gptq.target_compression"] for (guess,) in guesses] == [2.0, 3.0]
+
+
+def test_the_neighbours_of_a_pipeline_differ_in_one_choice():
+    choices = {
+        "prune.sparsity": [0.1, 0.2, 0.3, 0.4], "prune.criterion": ["taylor", "l2", "variance"], "prune.scope": ["uniform"],
+        "prune.blocks": [0], "prune.structures": [["channels"], ["channels", "groups"]], "nf4.compensation": [True],
+        "nf4.embeddings": ["int8"], "retrain.tokens": [4096], "retrain.lr": [1e-4],
+    }  # fmt: skip
+    space = make_space(("prune", "retrain", "nf4"), choices=choices)
+    own = {"prune.sparsity": 0.30000000000000004, "prune.criterion": "l2", "prune.structures": "channels", "nf4.double_quantization": False}
+    found = space.neighbours({"order": "prune > nf4", **own})
+    same = [point for point in found if point["order"] == "prune > nf4"]
+    assert {
+        "sparsity": [point["prune.sparsity"] for point in same if point["prune.sparsity"] not in (0.3, own["prune.sparsity"])],
+        "criterion": [point["prune.criterion"] for point in same if point["prune.criterion"] != "l2"],
+        "structures": [point["prune.structures"] for point in same if point["prune.structures"] != "channels"],
+        "order": {point["order"] for point in found if point["order"] != "prune > nf4"},
+    } == {
+        "sparsity": [0.2, 0.4], "criterion": ["taylor", "variance"], "structures": ["channels+groups"],
+        "order": {"nf4", "prune", "prune > retrain", "prune > retrain > nf4"},
+    }  # fmt: skip
+    assert {"order": "prune > retrain > nf4", "retrain.distillation": True, **own} in found
+    assert len(found) == 5 + 1 + 4 and all(read_pipeline(space.pipeline(point)) for point in found)
 
 
 def test_a_method_joins_by_being_registered(monkeypatch):

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -11,17 +12,20 @@ import helpers
 import optuna
 import pytest
 import torch
+from optuna.pruners import NopPruner
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from compactmind.checkpoint import bytes_to_save
 from compactmind.errors import CompactMindError
+from compactmind.evaluation.divergence import divergence
 from compactmind.evaluation.perplexity import perplexity
 from compactmind.methods.registry import METHODS, Resources
 from compactmind.search import trials
 from compactmind.search.cache import PrefixCache
 from compactmind.search.compressor import Measure, read_pipeline, run_pipeline, store_as_released, stored_bytes
-from compactmind.search.engine import Skipped, Stopped, counted_trials, open_study, search
+from compactmind.search.engine import Notes, Skipped, Stopped, counted_trials, is_stopped, open_study, search
 from compactmind.search.space import make_space
-from compactmind.search.trials import BEFORE_ANY, HOPELESS, OPTIMISM, OUT_OF_REACH, TrialRunner
+from compactmind.search.trials import BEFORE_ANY, HOPELESS, MORE_TOKENS, OPTIMISM, OUT_OF_REACH, TrialRunner, shortened
 
 PRUNE = {"method": "prune", "params": {"sparsity": 0.3, "round_to": 8}}
 RETRAIN = {"method": "retrain", "params": {"tokens": 96}}
@@ -37,24 +41,37 @@ def make_runner(windows, tmp_path=None, dense=helpers.make_llama, **changes):
     resources = Resources(windows, windows, windows[:2], dense, torch.bfloat16)
     cache = PrefixCache(tmp_path / "cache", {"model": "x"}, 10**9) if tmp_path else None
     weights = sum(parameter.numel() for parameter in dense().parameters())
-    settings = {"few": 2, "released_bytes": 2 * weights, "target": 1.0, "cache": cache} | changes
+    settings = {"few": 2, "released_bytes": 2 * weights, "target": 1.0, "cache": cache, "skeleton": skeleton} | changes
     return TrialRunner(resources, windows, **settings)
 
 
+def skeleton():
+    """Return the model of make_llama without its weights."""
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**helpers.llama_settings()))
+
+
 def make_trial():
-    return optuna.create_study().ask()
+    study = optuna.create_study(pruner=NopPruner())
+    return Notes(study, study.ask().number)
 
 
-@pytest.mark.parametrize("pipeline", [[PRUNE], [PRUNE, NF4], [PRUNE, W8A8], [W8A8]], ids=lambda steps: steps[-1]["method"])
+BLOCK = {"method": "prune", "params": {"sparsity": 0.0, "blocks": 1}}
+
+
+@pytest.mark.parametrize(
+    "pipeline", [[PRUNE], [PRUNE, NF4], [PRUNE, W8A8], [W8A8], [BLOCK], [BLOCK, NF4]], ids=lambda steps: steps[-1]["method"]
+)
 def test_the_bytes_that_are_expected_are_about_those_that_come(windows, pipeline):
     wide = partial(helpers.make_llama, hidden_size=256, intermediate_size=512, head_dim=64)  # scales and padding weigh little
-    runner, trial, steps = make_runner(windows, dense=wide), make_trial(), read_pipeline(pipeline)
+    runner, trial, steps = make_runner(windows, dense=wide, skeleton=None), make_trial(), read_pipeline(pipeline)
     (value,) = runner.evaluate(trial, steps)
     measured = trial.user_attrs["measured"]
     assert measured["compression_ratio"] == pytest.approx(runner.released_bytes / measured["bytes"])
     assert runner.expected_ratio(steps) == pytest.approx(measured["compression_ratio"], rel=0.05)
     found = run_pipeline(steps, runner.resources, runner.first_look, show=False)
-    assert value == measured["perplexity"] == pytest.approx(perplexity(found.model, windows, "x")["perplexity"], rel=1e-6)
+    assert measured["perplexity"] == pytest.approx(perplexity(found.model, windows, "x")["perplexity"], rel=1e-6)
+    assert 0 < value == measured["kl"] == pytest.approx(divergence(wide(), found.model, windows)["mean"], rel=1e-4)
     assert [row["method"] for row in trial.user_attrs["steps"]] == ["dense", *(step.method.name for step in steps)]
     with store_as_released(found, torch.bfloat16):
         assert bytes_to_save(found.model) == measured["bytes"]
@@ -62,8 +79,10 @@ def test_the_bytes_that_are_expected_are_about_those_that_come(windows, pipeline
 
 
 def test_what_cannot_be_small_enough_is_not_run(windows, monkeypatch):
-    runner, trial = make_runner(windows, target=5.0), make_trial()
-    monkeypatch.setattr(runner, "run", lambda *_: pytest.fail("it was run"))
+    weights = sum(parameter.numel() for parameter in helpers.make_llama().parameters())
+    resources = Resources(windows, windows, windows[:2], lambda: pytest.fail("the model was loaded"), torch.bfloat16)
+    runner, trial = TrialRunner(resources, windows, 2, 2 * weights, 5.0, skeleton=skeleton), make_trial()
+    assert runner.expected_ratio(read_pipeline([PRUNE])) == make_runner(windows, skeleton=None).expected_ratio(read_pipeline([PRUNE]))
     with pytest.raises(Skipped, match=r"not run: 1\.\d+ times smaller to expect, 5 wanted"):
         runner.evaluate(trial, read_pipeline([PRUNE]))
     assert trial.constraints["compression"] > 3
@@ -76,10 +95,12 @@ def test_a_hopeless_pipeline_is_stopped_after_the_step_that_shows_it_but_retrain
     for pipeline, number, allowed in cases:
         steps, trial = read_pipeline(pipeline), make_trial()
         row = run_pipeline(steps, runner.resources, runner.first_look, show=False).steps[number]
-        runner.best = row["loss"] - allowed - 0.01
+        runner.best = row["kl"] - allowed - 0.01
         with pytest.raises(Stopped, match=f"stopped after {row['method']}: ") as stop:
             runner.evaluate(trial, steps)
-        assert stop.value.value == pytest.approx(row["perplexity"]) and len(trial.user_attrs["steps"]) == number + 1
+        coming = [step.method.name for step in steps[number:]]
+        assert stop.value.value == runner.extrapolated(row["kl"], coming) >= runner.best
+        assert len(trial.user_attrs["steps"]) == number + 1
         runner.best, again = runner.best + 0.02, make_trial()  # a little nearer, and it goes on
         with suppress(Stopped):
             runner.evaluate(again, steps)
@@ -88,7 +109,7 @@ def test_a_hopeless_pipeline_is_stopped_after_the_step_that_shows_it_but_retrain
 
 def test_among_several_objectives_no_pipeline_is_stopped_for_its_perplexity(windows):
     runner, trial = (
-        make_runner(windows, objectives=("perplexity", "bytes"), best=0.0),
+        make_runner(windows, objectives=("perplexity", "bytes"), best=-100.0, measured=99),
         optuna.create_study(directions=["minimize"] * 2).ask(),
     )
     values = runner.evaluate(trial, read_pipeline([PRUNE, NF4]))
@@ -96,11 +117,15 @@ def test_among_several_objectives_no_pipeline_is_stopped_for_its_perplexity(wind
 
 
 def test_what_may_still_be_won_is_what_such_steps_have_won_in_this_study_and_a_quarter_more(windows):
-    runner, (_, *steps) = make_runner(windows), read_pipeline([PRUNE, RETRAIN, {"method": "smooth"}, NF4])
+    runner, steps = make_runner(windows), ["retrain", "smooth", "nf4"]
     assert runner.within_reach(4.0, steps) == pytest.approx(4.0 + (1 + OPTIMISM) * BEFORE_ANY["retrain"])
     runner.changes = {"retrain": [-0.2, -0.1], "smooth": [0.0, 0.1], "nf4": [0.3, 0.2]}
     assert runner.within_reach(4.0, steps) == pytest.approx(4.0 - 0.25 + 0.15)
     assert runner.within_reach(4.0, steps[1:]) == pytest.approx(4.15) and runner.within_reach(4.0, []) == 4.0
+    assert runner.extrapolated(4.0, steps) == pytest.approx(4.0 - 0.15 + 0.05 + 0.25)  # what they usually do
+    runner.best = 3.99
+    assert runner.extrapolated(4.0, ["retrain"]) == 3.99  # what was stopped is not told as the best
+    assert make_runner(windows, objectives=("perplexity",)).extrapolated(2.0, []) == pytest.approx(math.exp(2.0))
     runner.changes["nf4"] = [0.3]  # one is not enough to go by
     assert runner.within_reach(4.0, steps) == pytest.approx(3.75)
 
@@ -110,17 +135,88 @@ def test_what_is_hopeless_is_learnt_from_the_trials_of_the_study(windows):
     for ratio, loss in ((1.5, 3.0), (1.2, 1.0), (1.4, 4.0)):
         trial = study.ask()
         trial.set_user_attr("measured", {"compression_ratio": ratio})
-        trial.set_user_attr("steps", [{"method": "dense", "loss": 2.0}, {"method": "prune", "loss": loss}])
+        trial.set_user_attr("steps", [{"method": "dense", "kl": 0.0}, {"method": "prune", "kl": loss - 2}])
+        trial.set_user_attr("short", loss)
         study.tell(trial, loss)
     stopped = study.ask()
     stopped.set_user_attr(
-        "steps", [{"method": "dense", "loss": 2.0}, {"method": "prune", "loss": 9.0}, {"method": "nf4", "loss": 9.5}]
+        "steps", [{"method": "dense", "kl": 0.0}, {"method": "prune", "kl": 7.0}, {"method": "nf4", "kl": 7.5}]
     )
-    study.tell(stopped, state=optuna.trial.TrialState.PRUNED)
+    stopped.set_user_attr("estimated", [7.5])
+    study.tell(stopped, 7.5)
     for _ in range(2):  # learning again is not learning twice
         runner.learn(study)
-    assert runner.best == 3.0  # the lower one misses the target
-    assert runner.changes == {"prune": [1.0, -1.0, 2.0, 7.0], "nf4": [0.5]}
+    assert runner.best == 1.0 and runner.measured == 3  # the lower one misses the target
+    assert runner.changes == {"prune": [1.0, -1.0, 2.0, 7.0], "nf4": [0.5], MORE_TOKENS: [-2.0] * 3}
+
+
+def test_a_pipeline_is_retrained_a_little_before_it_is_retrained_in_full(windows, monkeypatch):
+    monkeypatch.setattr(trials, "SHORTEST", 24)
+    pipeline = [PRUNE, {"method": "retrain", "params": {"tokens": 96}}, NF4]
+    runner, steps = make_runner(windows), read_pipeline(pipeline)
+    assert [step.recipe.tokens for step in shortened(steps) if step.method.kind == "retrain"] == [24]
+    assert shortened(read_pipeline([PRUNE, NF4])) is None and shortened(read_pipeline([PRUNE, RETRAIN, NF4])) is not None
+    monkeypatch.setattr(trials, "SHORTEST", 25)
+    assert shortened(steps) is None
+    monkeypatch.setattr(trials, "SHORTEST", 24)
+    found = run_pipeline(shortened(steps), runner.resources, runner.first_look, show=False).steps[-1]["kl"]
+    credit = -BEFORE_ANY[MORE_TOKENS] * (1 + OPTIMISM)
+    for beyond in (0.01, -0.01):
+        trial, runner.best = make_trial(), found - credit - OUT_OF_REACH - beyond
+        monkeypatch.setattr(runner, "learn", lambda _: None)
+        monkeypatch.setattr(trials, "HOPELESS", 100.0)
+        runner.changes = {"prune": [-100.0, -100.0], "retrain": [-100.0, -100.0], "nf4": [-100.0, -100.0]}  # nothing else stops it
+        if beyond > 0:
+            with pytest.raises(Stopped, match="stopped after 25% of the retraining"):
+                runner.evaluate(trial, steps)
+            assert "measured" not in trial.user_attrs
+        else:
+            runner.evaluate(trial, steps)
+            assert trial.user_attrs["measured"]["kl"] > 0
+        assert trial.user_attrs["short"] == found
+
+
+def test_what_falls_behind_is_looked_at_on_few_windows_and_told_as_what_they_say(windows, monkeypatch):
+    monkeypatch.setattr(trials, "HOPELESS", 1000.0)  # nothing else stops them
+    pipelines = [[{"method": "gptq", "params": {"bits": bits, "embeddings": "int8"}}] for bits in (8, 6, 5, 4, 3, 2)]
+    runner, looks = make_runner(windows, few=1, target=0.1), []
+    original = runner._look
+    runner._look = lambda model, start, end: looks.append((start, end)) or original(model, start, end)
+    study = optuna.create_study(pruner=runner.pruner())
+    for pipeline in pipelines:
+        trial = study.ask()
+        notes, steps = Notes(study, trial.number), read_pipeline(pipeline)
+        looks.clear()
+        try:
+            values = runner.evaluate(notes, steps)
+        except Stopped as stop:
+            values = [stop.value]
+            notes.set_user_attr("estimated", values)
+        notes.write(trial)
+        study.tell(trial, values)
+    whole = [(0, 1), (1, 2), (2, 4), (4, 6)]
+    stopped = [is_stopped(trial) for trial in study.trials]
+    assert stopped == [False] * 4 + [True] * 2  # the first few are not, whatever they give
+    assert looks == [(0, 1), (0, 1)]  # after the step, and again when it is measured
+    assert study.trials[-1].intermediate_values.keys() == {1} and study.trials[0].intermediate_values.keys() == {1, 2, 4, 6}
+    assert study.trials[-1].value == study.trials[-1].user_attrs["steps"][-1]["kl"]
+    looks.clear()
+    found = runner.measure(runner.run(read_pipeline(pipelines[0])))
+    assert looks[-4:] == whole and found["kl"] == pytest.approx(study.trials[0].value)
+
+
+def test_the_dense_model_reads_the_windows_once(windows, monkeypatch):
+    runner, read = make_runner(windows), []
+    original = runner.resources.dense
+    runner.resources.dense = lambda: original()
+    teacher = runner.resources.teacher()
+    teacher.register_forward_hook(lambda *_: read.append(1))
+    for pipeline in ([NF4], [W8A8]):
+        runner.evaluate(make_trial(), read_pipeline(pipeline))
+    assert len(read) <= len(windows) + 2  # beside the first look at itself
+    runner.windows = windows[:3]  # others
+    runner.logits()
+    assert len(runner.dense) == 3
 
 
 def test_a_simulated_kernel_has_no_latency(windows, monkeypatch):

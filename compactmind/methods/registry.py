@@ -115,7 +115,9 @@ class Method:
     ratio: Callable[[Any], float | None] | None = None
     """recipe -> the compression ratio it makes by itself, whatever was done before; None: `bits` tells."""
     aim: str | None = None
-    """The parameter of that ratio: a search for one size sets it to its target, and it takes the place of `space`."""
+    """The parameter of that ratio: a search for one size or for several sets it to its targets, and `aimed` takes the place of `space`."""
+    aimed: dict[str, Sequence[Any]] = field(default_factory=dict)
+    """What a search may choose from beside the target that `aim` is set to."""
     needs: Callable[[Sizes, Any, int], Need] | None = None
     """(sizes, recipe, bytes of the model that is in memory) -> the memory it needs, see memory.py."""
     beforehand: Callable[[Resources, Any], None] | None = None
@@ -133,14 +135,15 @@ class Method:
         """
         found = {}
         for name, values in (choices or self.space).items():
-            asked, numbers = f"{label or self.name}.{name}", all(type(value) in (int, float) for value in values)
+            asked, numbers = f"{label or self.name}.{name}", are_numbers(values)
             steps = {round(b - a, 9) for a, b in zip(values, values[1:], strict=False)} if numbers else set()
             if len(steps) == 1 and min(steps) > 0:
                 ask = trial.suggest_int if all(type(value) is int for value in values) else trial.suggest_float
                 wanted = ask(asked, values[0], values[-1], step=steps.pop())
                 found[name] = min(values, key=lambda value: abs(value - wanted))  # 0.30000000000000004 is 0.3
             else:
-                found[name] = values[0] if len(values) == 1 else trial.suggest_categorical(asked, list(values))
+                names = {asked_as(value): value for value in values}
+                found[name] = values[0] if len(values) == 1 else names[trial.suggest_categorical(asked, list(names))]
         return found
 
     def parameters(self, given: dict[str, Any]) -> Any:
@@ -149,6 +152,16 @@ class Method:
         if unknown := sorted(set(given) - known):
             raise ValueError(f"{self.name} has no parameter {unknown[0]!r}: choose from {', '.join(sorted(known))}")
         return self.recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def asked_as(value: Any) -> Any:
+    """Return what stands for a value in a study, which holds words and numbers alone: `channels+groups` for ("channels", "groups")."""
+    return "+".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else value
+
+
+def are_numbers(values: Sequence[Any]) -> bool:
+    """Tell whether all of these are numbers, to which truth values do not belong."""
+    return all(type(value) in (int, float) for value in values)
 
 
 @dataclass(frozen=True)
@@ -259,8 +272,10 @@ SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
 METHODS: dict[str, Method] = {
     "prune": Method(
         "prune", "prune", PruneRecipe, _prune,
-        {"sparsity": SPARSITIES, "criterion": ("taylor", "activation", "variance", "l2"), "scope": ("uniform", "global")}, "pruned",
-        check=check_prunable, needs=memory.prune,
+        {
+            "sparsity": SPARSITIES, "criterion": ("taylor", "activation", "variance", "l2"), "scope": ("uniform", "global"),
+            "structures": (("channels",), ("channels", "groups")), "blocks": (0, 1, 2),
+        }, "pruned", check=check_prunable, needs=memory.prune,
     ),
     "retrain": Method(
         "retrain", "retrain", RetrainRecipe, _retrain,
@@ -270,18 +285,27 @@ METHODS: dict[str, Method] = {
     "smooth": Method("smooth", "smooth", SmoothRecipe, _smooth, {"alpha": (0.5, 0.6, 0.7, 0.8, 0.9)}, needs=memory.smooth),
     "w8a8": Method(
         "w8a8", "quantize", W8A8Recipe, _w8a8,
-        {"alpha": (0.4, 0.5, 0.6, 0.7, 0.8), "activations": ("per_token", "per_tensor"), "embeddings": ("as_released", "int8")}, "w8a8",
-        needs=memory.w8a8, bits=lambda recipe: (8.05, 8.06 if recipe.embeddings == "int8" else table_bits(recipe.embeddings)),
+        {
+            "alpha": ("per_layer", 0.4, 0.5, 0.6, 0.7, 0.8), "activations": ("per_token", "per_tensor"),
+            "embeddings": ("as_released", "int8"), "rotations": (("o",), ("o", "down"), ()),
+        }, "w8a8", needs=memory.w8a8, bits=lambda recipe: (8.05, 8.06 if recipe.embeddings == "int8" else table_bits(recipe.embeddings)),
     ),
     "nf4": Method(
-        "nf4", "quantize", NF4Recipe, _nf4, {"double_quantization": (True, False), "embeddings": ("as_released", "int8")}, "nf4",
+        "nf4", "quantize", NF4Recipe, _nf4,
+        {"double_quantization": (True, False), "compensation": (True, False), "embeddings": ("as_released", "int8", "int4")}, "nf4",
         needs=memory.nf4, bits=lambda recipe: (4.13 if recipe.double_quantization else 4.5, table_bits(recipe.embeddings)),
     ),
     "gptq": Method(
         "gptq", "quantize", GPTQRecipe, _gptq,
-        {"bits": (3, 4, 5, 6), "group_size": (32, 64, 128), "embeddings": ("int8", "int6", "int4")}, "grouped",
+        {
+            "bits": (3, 4, 5, 6), "group_size": (32, 64, 128), "zero": ("symmetric", "float"), "embeddings": ("int8", "int6", "int4"),
+            "damping": (0.01, 0.05, 0.2),
+        }, "grouped",
         needs=memory.gptq, bits=lambda recipe: recipe.bits_per_weight,
         ratio=lambda recipe: recipe.target_compression or None, aim="target_compression",
+        aimed={
+            "damping": (0.01, 0.05, 0.2), "weigh_tokens": (False, True), "stream_rotation": (False, True), "tuning_tokens": (0, 8192),
+        },
     ),
 }  # fmt: skip
 """Name -> method."""

@@ -349,8 +349,8 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure | None]]] = {
     "latency": ("Measured speed-ups.", latency),
     "training_curves": ("Training curves of the encoder track.", training_curves),
     "alpha_curve": ("KL of W8A8 to the dense model against alpha.", alpha_curve),
-    "search_convergence": ("Search: best perplexity so far.", of_search(search_figures.convergence)),
-    "search_pareto": ("Search: perplexity against compression ratio.", of_search(search_figures.pareto)),
+    "search_convergence": ("Search: the best so far.", of_search(search_figures.convergence)),
+    "search_pareto": ("Search: KL to the dense model, or perplexity, against compression ratio.", of_search(search_figures.pareto)),
     "search_importance": (
         "Search: what explains the differences between pipelines.",
         of_search(search_figures.importance, lambda summary: summary["importances"]),

@@ -21,8 +21,14 @@ def _axes(**labels: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _quality(summary: dict[str, Any]) -> tuple[str, str]:
+    """Return the key of what pipelines are compared by and its words."""
+    quality = summary.get("quality", "perplexity")  # an earlier version compared by nothing else
+    return quality, {"kl": "KL to the dense model, nats", "perplexity": "perplexity"}[quality]
+
+
 def _log_scale(axes: Axes) -> None:
-    """Make the perplexity axis logarithmic, with plain numbers beside it."""
+    """Make the axis of KL or perplexity logarithmic, with plain numbers beside it."""
     axes.set_yscale("log")
     for format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         format(lambda value, _: f"{value:g}")
@@ -34,28 +40,25 @@ def _empty(axes: Axes, why: str) -> None:
 
 
 def convergence(summary: dict[str, Any]) -> Figure:
-    """Best perplexity so far, of pipelines that reach the target."""
-    target, points = summary["target_compression"], summary["points"]
+    """Best KL, or perplexity, so far, of pipelines that reach the target."""
+    (key, words), target, points = _quality(summary), summary["target_compression"], summary["points"]
     figure, axes = _axes(
-        title=f"Best perplexity so far, of pipelines at least {target:g} times smaller",
-        xlabel="trials that count", ylabel="perplexity, validation text",
-    )  # fmt: skip
+        title=f"Best so far, of pipelines at least {target:g} times smaller", xlabel="trials that count", ylabel=f"{words}, validation text"
+    )
     best, best_so_far = None, []
     for point in points:
-        if point["perplexity"] is not None and point["reached"]:
-            best = min(best or point["perplexity"], point["perplexity"])
+        if point[key] is not None and point["reached"]:
+            best = point[key] if best is None else min(best, point[key])
         best_so_far.append(float("nan") if best is None else best)
     if best is None:
         _empty(axes, "no pipeline reached the target")
         return figure
     for reached, colour, label in ((True, BLUE, "reaches the target"), (False, GREY, "too large")):
-        mine = [
-            (n, point["perplexity"]) for n, point in enumerate(points, 1) if point["reached"] == reached and point["perplexity"]
-        ]
+        mine = [(n, point[key]) for n, point in enumerate(points, 1) if point["reached"] == reached and point[key] is not None]
         if mine:
             axes.scatter(*zip(*mine, strict=True), color=colour, s=22, label=label, zorder=3)
-    stopped = [n for n, point in enumerate(points, 1) if point["perplexity"] is None]
-    if stopped:  # below all others: they have no perplexity
+    stopped = [n for n, point in enumerate(points, 1) if point[key] is None]
+    if stopped:  # below all others: they have no value
         edge = axes.get_xaxis_transform()
         axes.scatter(stopped, [0.02] * len(stopped), color=GREY, s=30, marker="x", transform=edge, label="stopped or failed")
     axes.step(range(1, len(points) + 1), best_so_far, where="post", color=RED, label="best so far")
@@ -69,7 +72,7 @@ def importance(summary: dict[str, Any]) -> Figure:
     """What explains the differences between pipelines."""
     figure, axes = _axes(
         title="What explains the differences between finished trials",
-        xlabel="share of the variance of log perplexity (fANOVA); stopped trials are not in it",
+        xlabel=f"share of the variance of log {_quality(summary)[0]} (fANOVA); stopped trials are not in it",
     )
     shares = summary["importances"]
     if not shares:
@@ -81,19 +84,26 @@ def importance(summary: dict[str, Any]) -> Figure:
 
 
 def pareto(summary: dict[str, Any]) -> Figure:
-    """Perplexity against compression ratio of everything that was run, and the front of what nothing beats in both."""
-    figure, axes = _axes(title="Everything that was run", xlabel="compression ratio", ylabel="perplexity, validation text")
-    rows = [point for point in summary["points"] if point["perplexity"] is not None]
+    """KL, or perplexity, against compression ratio of everything that was run, the front of what nothing beats in both, and its knee."""
+    key, words = _quality(summary)
+    figure, axes = _axes(title="Everything that was run", xlabel="compression ratio", ylabel=f"{words}, validation text")
+    rows = [point for point in summary["points"] if point[key] is not None]
     if not rows:
         _empty(axes, "no trial ran to its end")
         return figure
     for hybrid, colour, label in ((True, BLUE, "hybrid"), (False, GREY, "one method")):
-        each = [(row["compression_ratio"], row["perplexity"]) for row in rows if row["hybrid"] == hybrid]
+        each = [(row["compression_ratio"], row[key]) for row in rows if row["hybrid"] == hybrid]
         if each:
             axes.scatter(*zip(*each, strict=True), color=colour, s=26, label=label, zorder=3)
-    front = front_line(rows)
+    front = front_line(rows, key)
     if len(front) > 1:
         axes.plot(*zip(*front, strict=True), color=RED, label="nothing is better in both")
+    for point in summary.get("front", {}).get("points", ()):
+        if point["trial"] == summary["front"]["knee"]:
+            axes.annotate(
+                f"knee: trial {point['trial']}", (point["compression_ratio"], point[key]), xytext=(18, 24), textcoords="offset points",
+                arrowprops={"arrowstyle": "->", "color": RED}, color=RED,
+            )  # fmt: skip
     axes.axvline(summary["target_compression"], color=GREY, ls=":", label=f"target {summary['target_compression']:g}")
     low, high = axes.get_xlim()
     if high - low < SHORTEST_RATIOS:  # a few models of one size should look like it
@@ -103,14 +113,14 @@ def pareto(summary: dict[str, Any]) -> Figure:
     return figure
 
 
-def front_line(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    """Return the corners (compression ratio, perplexity) of the front, from the smallest model on.
+def front_line(rows: list[dict[str, Any]], key: str = "perplexity") -> list[tuple[float, float]]:
+    """Return the corners (compression ratio, KL or perplexity) of the front, from the smallest model on.
 
-    Its height at a ratio is the lowest perplexity of anything at least that small. Ratios that agree to three decimals count as one: files
+    Its height at a ratio is the lowest value of anything at least that small. Ratios that agree to three decimals count as one: files
     of one shape differ by a few bytes of description.
     """
     corners = []
-    points = [(round(row["compression_ratio"], 3), row["perplexity"]) for row in rows]
+    points = [(round(row["compression_ratio"], 3), row[key]) for row in rows]
     for ratio, value in sorted(points, key=lambda point: (-point[0], point[1])):
         if not corners:
             corners.append((ratio, value))

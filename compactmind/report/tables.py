@@ -187,12 +187,16 @@ def search_table(report: dict[str, Any]) -> Table | None:
     if not found or not found["confirmed"]:
         return None
     rows = []
-    for trial, row in sorted(found["confirmed"].items(), key=lambda item: item[1]["perplexity"]):
+    quality = found.get("quality", "perplexity")
+    for trial, row in sorted(found["confirmed"].items(), key=lambda item: item[1][quality]):
         steps = " > ".join(step["method"] for step in row["steps"][1:])
         rows.append(
-            [trial, steps, f"{row['perplexity']:.2f}", f"{row['compression_ratio']:.2f}x", number(row["interaction"], "+.4f")]
+            [
+                trial, steps, number(row.get("kl"), ".4g"), f"{row['perplexity']:.2f}", f"{row['compression_ratio']:.2f}x",
+                number(row["interaction"], "+.4f"),
+            ]
         )
-    header = ["trial", "pipeline", "perplexity, validation", "ratio", "interaction, nats"]
+    header = ["trial", "pipeline", "KL, validation, nats", "perplexity, validation", "ratio", "interaction, nats"]
     return Table(f"Search for {found['target_compression']:g}x, {found['trials']} trials: the best, on all windows", header, rows,
                  "interaction: loss of the whole minus the sum of the losses of its parts")  # fmt: skip
 

@@ -1,9 +1,10 @@
 """The engine asks Optuna for a pipeline, runs it, and tells what came of it; several processes may do so on one study at once.
 
-A trial is counted if it was really run: completed, stopped early, or failed with its reason. Set aside, and not counted, are trials that
-ask for what has been run already (the sampler is told what is known of it), pipelines that cannot reach the target, trials another
-worker was faster with, and trials whose process died; these are asked for once more. Before each trial the sampler is seeded with the
-number of trials so far, so that an interrupted search goes on as an unbroken one would.
+A trial is counted if it was really run: completed, stopped early, or failed with its reason. A trial that was stopped is told to the
+sampler as what it would have come to, and marked `estimated`. What is asked for has not been run and can reach the target (strategies.py);
+where two workers ask for the same all the same, a first guess turns out too large, or a process died, the trial is set aside and does not
+count; that of a process that died is asked for once more. Before each trial the sampler is seeded with the number of trials so far, so
+that an interrupted search goes on as an unbroken one would.
 
 Who runs a pipeline that two workers ask for? A storage has no lock to offer, but the numbers of its trials are one order for all. So a
 worker writes down which pipeline its trial is (`key`), then waits until every trial before it that is running has done so too, which takes
@@ -17,10 +18,11 @@ Optuna: Akiba et al. 2019 (https://arxiv.org/abs/1907.10902). TPE with constrain
 (https://arxiv.org/abs/2211.14411).
 """
 
+import copy
+import itertools
 import math
 import threading
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,7 +31,7 @@ from typing import Any
 import optuna
 import psutil
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.pruners import BasePruner, NopPruner
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from compactmind.errors import CompactMindError
@@ -37,11 +39,9 @@ from compactmind.search.compressor import Step, read_pipeline
 from compactmind.search.machine import lives, this_worker
 from compactmind.search.space import Space
 from compactmind.search.storage import differences, open_storage, without_password
+from compactmind.search.strategies import Proposer, key_of, make_sampler, shuffled_points
 
-SAMPLERS = ("tpe", "gp")
 HEARTBEAT_SECONDS = 20
-STARTUP_TRIALS = 8
-"""Random trials before the sampler begins to learn."""
 REPEATS = 100
 """Trials in a row that are set aside before the search ends: there is nothing new to find."""
 POLL_SECONDS = 1.0
@@ -51,7 +51,7 @@ PATIENCE_SECONDS = 6 * 3600
 
 
 class Stopped(Exception):
-    """Raised by what evaluates a pipeline: the trial ends early, for the reason in the message; `values` if they are known so far."""
+    """Raised by what evaluates a pipeline: the trial ends early, for the reason in the message; `value` is what it would have come to."""
 
     def __init__(self, reason: str, value: float | None = None):
         super().__init__(reason)
@@ -86,21 +86,15 @@ def open_study(name: str, storage: str, described: dict[str, Any], directions: S
     return study
 
 
-def make_sampler(strategy: str, sampler: str, seed: int) -> BaseSampler:
-    """Return what chooses the next pipeline; grid needs none, its points are queued."""
-    if strategy in ("random", "grid"):
-        return RandomSampler(seed=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # what Optuna calls every setting here
-        if sampler == "gp":
-            return GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
-        return TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, group=True, constant_liar=True)
-
-
 def is_counted(trial: FrozenTrial) -> bool:
     """Tell whether a trial was really run, or is being run."""
     interrupted = trial.state == TrialState.FAIL and "queued_again" in trial.user_attrs
     return trial.state != TrialState.WAITING and "set_aside" not in trial.user_attrs and not interrupted
+
+
+def is_stopped(trial: FrozenTrial) -> bool:
+    """Tell whether a trial was stopped early: its values are estimates then."""
+    return "estimated" in trial.user_attrs
 
 
 def counted_trials(study: optuna.Study) -> list[FrozenTrial]:
@@ -197,7 +191,7 @@ class Notes:
         self.study, self.number = study, number
         self.user_attrs: dict[str, Any] = {}
         self.constraints: dict[str, float] = {}
-        self.value: float | None = None
+        self.reported: dict[int, float] = {}
 
     def set_user_attr(self, name: str, value: Any) -> None:
         """Note an attribute."""
@@ -207,12 +201,24 @@ class Notes:
         """Note a constraint: what is above 0 is too much."""
         self.constraints[name] = value
 
+    def report(self, value: float, step: int) -> None:
+        """Note what is minimised as it is seen so far, after `step` windows."""
+        self.reported[step] = value
+
+    def should_prune(self) -> bool:
+        """Ask the study's pruner whether a trial with what was reported is worth going on with; never among several objectives."""
+        if len(self.study.directions) > 1 or not self.reported:
+            return False
+        frozen = copy.copy(self.study.get_trials(deepcopy=False)[self.number])
+        frozen.intermediate_values = dict(self.reported)
+        return self.study.pruner.prune(self.study, frozen)
+
     def write(self, trial: Trial) -> None:
         """Put everything on a trial of the study."""
         for name, value in self.constraints.items():
             trial.set_constraint(name, value)
-        if self.value is not None:
-            trial.report(self.value, 0)
+        for step, value in self.reported.items() if len(self.study.directions) == 1 else ():
+            trial.report(value, step)
         for name, value in self.user_attrs.items():
             trial.set_user_attr(name, value)
 
@@ -227,6 +233,8 @@ def search(
     sampler: str = "tpe",
     seed: int = 0,
     first: Sequence[dict[str, Any]] = (),
+    excess: Callable[[Sequence[Step]], float] = lambda _: 0.0,
+    pruner: BasePruner | None = None,
     finished: Callable[[FrozenTrial], None] = lambda _: None,
     patience: float = PATIENCE_SECONDS,
 ) -> None:
@@ -234,14 +242,23 @@ def search(
 
     `evaluate` gets the notes of the trial, on which it may set attributes and constraints, and the checked pipeline, and returns the values
     of the objectives. It may raise Stopped; any other error but an interrupt is the trial's reason to have failed, and the search goes on.
-    `first` are the parameters of trials a new study begins with; the last third of the trials is the sampler's in any case.
+    `first` are the parameters of trials a new study begins with, whatever the strategy; the last third of the trials is the sampler's in
+    any case. `excess` tells by how much a pipeline is expected to miss the target: what is above 0 is not asked for. `pruner` decides what
+    `should_prune` of the notes says.
     `finished` is called with every trial that counts. At the end the trials that other workers are still running are waited for, as long
     as these live and at most `patience` seconds. Raises CompactMindError if the storage does not answer for minutes.
     """
     if n_trials < 1:
         raise CompactMindError(f"n_trials {n_trials} is not at least 1: for example --n_trials 30")
-    queue_once(study, shuffled_points(space, seed)[:n_trials] if strategy == "grid" else first[: n_trials - n_trials // 3])
-    repeats, how, waiting_since = 0, strategy, None
+    if not study.get_trials(deepcopy=False) or study.user_attrs.get("queueing"):
+        queue = [*first[: n_trials - n_trials // 3]]
+        if strategy == "grid":
+            points = (point for point in shuffled_points(space, seed) if point not in queue)
+            possible = (point for point in points if excess(read_pipeline(space.pipeline(point))) <= 0)
+            queue += itertools.islice(possible, n_trials - len(queue))
+        queue_once(study, queue)
+    proposer, study.pruner = Proposer(space, strategy, sampler, excess), pruner or NopPruner()
+    repeats, waiting_since = 0, None
     while True:
         if retry_interrupted(study):
             repeats = 0
@@ -256,7 +273,14 @@ def search(
                 return
             _pause(POLL_SECONDS)
             continue
-        study.sampler = make_sampler(how, sampler, seed_among(seed, trials))
+        own_seed = seed_among(seed, trials)
+        study.sampler = make_sampler(strategy, sampler, own_seed)
+        if not waiting:
+            point = proposer.propose(study, {trial.user_attrs.get("key") for trial in trials}, own_seed)
+            if point is None:
+                repeats = REPEATS  # nothing is left, unless another worker's trial is to be run again
+                continue
+            study.enqueue_trial(point)
         trial, steps, waiting_since = study.ask(), None, None
         try:
             steps = _prepare(study, space, trial, n_trials)
@@ -267,9 +291,9 @@ def search(
             _interrupt(study, study.get_trials(deepcopy=False)[trial.number])
             raise
         if steps is None:
-            repeats, how = repeats + 1, "random"  # who proposes what is known is not asked again at once
+            repeats += 1
             continue
-        how, ended = strategy, None if number is None else study.get_trials(deepcopy=False)[number]
+        ended = None if number is None else study.get_trials(deepcopy=False)[number]
         repeats = 0 if ended is not None and is_counted(ended) else repeats + 1
         if ended is not None and is_counted(ended):
             finished(ended)
@@ -285,15 +309,6 @@ def _pause(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def shuffled_points(space: Space, seed: int) -> list[dict[str, Any]]:
-    """Return the points of a space in random order, so that the first ones are a fair sample."""
-    import random
-
-    points = list(space.points())
-    random.Random(seed).shuffle(points)
-    return points
-
-
 def _prepare(study: optuna.Study, space: Space, trial: Trial, n_trials: int) -> list[Step] | None:
     """Say who runs a trial and which pipeline it is; return its steps, or None if it need not be run and was set aside.
 
@@ -304,7 +319,7 @@ def _prepare(study: optuna.Study, space: Space, trial: Trial, n_trials: int) -> 
     pipeline = space.suggest(trial)
     steps = read_pipeline(pipeline)
     trial.set_user_attr("pipeline", [step.described() for step in steps])
-    trial.set_user_attr("key", " ".join(step.identity() for step in steps))
+    trial.set_user_attr("key", key_of(steps))
     if _set_aside(study, trial, n_trials):
         return None
     trial.set_user_attr("runs", True)
@@ -331,14 +346,12 @@ def _others_decided(study: optuna.Study, trial: Trial) -> list[FrozenTrial]:
 
 
 def _set_aside(study: optuna.Study, trial: Trial, n_trials: int) -> bool:
-    """Set a trial aside that need not be run, telling the sampler what is known of its pipeline; tell whether it was."""
-    key, reason, twin = trial.user_attrs["key"], None, None
+    """Set a trial aside that need not be run; tell whether it was. The sampler is not told again what it knows."""
+    key, reason = trial.user_attrs["key"], None
     others = _others_decided(study, trial)
     for other in others:
         same = other.user_attrs.get("key") == key
-        if same and other.state in (TrialState.COMPLETE, TrialState.PRUNED):
-            reason, twin = f"the same pipeline as trial {other.number}", other
-        elif same and (other.state == TrialState.FAIL or other.number < trial.number or "runs" in other.user_attrs):
+        if same and (other.state.is_finished() or other.number < trial.number or "runs" in other.user_attrs):
             reason = f"the same pipeline as trial {other.number}"
     if sum(other.number < trial.number for other in others) >= n_trials:  # two workers asked for the last one
         reason = reason or f"{n_trials} trials are enough"
@@ -346,10 +359,7 @@ def _set_aside(study: optuna.Study, trial: Trial, n_trials: int) -> bool:
         return False
     notes = Notes(study, trial.number)
     notes.set_user_attr("set_aside", reason)
-    if twin is not None:
-        notes.constraints = dict(twin.constraints)
-        notes.value = next(iter(twin.intermediate_values.values()), None) if twin.state == TrialState.PRUNED else None
-    _told(study, trial, notes, None if twin is None else twin.values, TrialState.FAIL if twin is None else twin.state)
+    _told(study, trial, notes, None, TrialState.FAIL)
     return True
 
 
@@ -362,12 +372,13 @@ def _run(study: optuna.Study, space: Space, trial: Trial, steps: list[Step], eva
             values = list(evaluate(notes, steps))
             if not all(value == value for value in values):
                 raise CompactMindError(f"the objectives are {values}")
-    except Stopped as stop:
+    except Skipped as stop:
         reason, state = str(stop), TrialState.FAIL if len(study.directions) > 1 else TrialState.PRUNED
-        if state == TrialState.PRUNED:
-            notes.value = stop.value
-        if isinstance(stop, Skipped):
-            notes.set_user_attr("set_aside", reason)
+        notes.set_user_attr("set_aside", reason)
+    except Stopped as stop:
+        reason, known = str(stop), stop.value is not None and len(study.directions) == 1
+        values, state = ([stop.value], TrialState.COMPLETE) if known else (None, TrialState.FAIL)
+        notes.set_user_attr("estimated", values)
     except Exception as error:  # noqa: BLE001  out of memory, NaN, a recipe that does not fit: one trial, not the search
         reason, state = f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:500], TrialState.FAIL
     notes.set_user_attr("seconds", time.perf_counter() - started)

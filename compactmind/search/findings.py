@@ -2,9 +2,11 @@
 
 trials.csv               a row per trial: pipeline, parameters, what was measured, why it was stopped
 best_pipeline.json       the best pipeline that reaches the target, ready for --strategy fixed --pipeline
-summary.json             the best trials on all windows, what orders and parameters mattered, errors of hybrids, retraining's gain and cost
-convergence.png          best perplexity so far, over trials; importance.png: what explains the differences between pipelines
-pareto.png               perplexity against compression ratio of everything that was run
+summary.json             the best trials on all windows, the front and its knee, what is saved and its final training, what each step of
+                         it is worth, what orders and parameters mattered, errors of hybrids, retraining's gain and cost
+convergence.png          best KL so far, over trials; importance.png: what explains the differences between pipelines
+pareto.png               KL against compression ratio of everything that was run, the front and its knee
+                         (KL, or perplexity where that is the objective)
 error_accumulation.png   loss of hybrids: the sum of their parts' losses against the measured one
 retraining_gain.png      nats won by retraining against its seconds
 """
@@ -24,8 +26,13 @@ from compactmind.files import write_json_atomically, write_text_atomically
 from compactmind.methods.registry import METHODS
 from compactmind.report.figures import save_figure
 from compactmind.report.search_figures import SEARCH_FIGURES
-from compactmind.search.engine import counted_trials
+from compactmind.search.engine import counted_trials, is_stopped
+from compactmind.search.front import candidates, described
 from compactmind.search.space import SEPARATOR, is_hybrid
+from compactmind.search.trials import quality_of
+
+SMALLEST_KL = 1e-7
+"""What a KL of 0 counts as where its logarithm is taken."""
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -39,10 +46,14 @@ def measured_trials(study: optuna.Study) -> list[FrozenTrial]:
     return [trial for trial in counted_trials(study) if trial.state == TrialState.COMPLETE and "measured" in trial.user_attrs]
 
 
+def quality_in(study: optuna.Study) -> str:
+    """Return what the pipelines of a study are compared by: kl or perplexity."""
+    return quality_of(study.user_attrs.get("described", {}).get("objectives", ()))
+
+
 def best_trials(study: optuna.Study, target: float, count: int) -> list[FrozenTrial]:
-    """Return the trials of lowest perplexity among those that reach the target, the best first."""
-    reached = [trial for trial in measured_trials(study) if trial.user_attrs["measured"]["compression_ratio"] >= target]
-    return sorted(reached, key=lambda trial: trial.user_attrs["measured"]["perplexity"])[:count]
+    """Return the best trials by KL, or perplexity, among those that reach the target, the best first."""
+    return candidates(measured_trials(study), target, quality_in(study), count)
 
 
 def shown(params: dict[str, Any]) -> str:
@@ -68,11 +79,11 @@ class SearchProgress:
         best = best_trials(self.study, self.target, 1)
         measured = trial.user_attrs.get("measured")
         if measured:
-            found = f"{measured['perplexity']:>9.3f} {measured['compression_ratio']:>5.2f}x"
+            found = f"KL {measured['kl']:<9.4g}{measured['perplexity']:>8.3f}{measured['compression_ratio']:>6.2f}x"
             found += "" if measured["compression_ratio"] >= self.target else " too large"
         else:
-            found = f"{trial.state.name.lower()}: {(trial.user_attrs.get('reason') or '')[:70]}"
-        so_far = f"best {best[0].user_attrs['measured']['perplexity']:.3f} (trial {best[0].number})" if best else "best -"
+            found = f"{state_of(trial).lower()}: {(trial.user_attrs.get('reason') or '')[:70]}"
+        so_far = f"best {best[0].user_attrs['measured'][quality_in(self.study)]:.4g} (trial {best[0].number})" if best else "best -"
         print(
             f"trial {trial.number:>3} ({done}/{self.n_trials}) {SEPARATOR.join(methods_of(trial)):<34}{found:<28} "
             f"{trial.user_attrs['seconds']:>5.0f} s | {so_far} | {each * max(0, self.n_trials - done) / 60:.1f} min to go",
@@ -92,7 +103,7 @@ def retraining_gains(study: optuna.Study) -> list[dict[str, float]]:
 
 
 def importances(study: optuna.Study) -> dict[str, float]:
-    """Return the share of the variance of log perplexity that the order and each parameter explain, the largest first.
+    """Return the share of the variance of log KL, or log perplexity, that the order and each parameter explain, the largest first.
 
     fANOVA (Hutter et al. 2014) over the trials that ran to their end; a parameter that a pipeline does not have counts as one more
     choice, what is the same in all is left out. Empty if there are too few trials or all are alike.
@@ -106,7 +117,7 @@ def importances(study: optuna.Study) -> dict[str, float]:
     distributions = {name: optuna.distributions.CategoricalDistribution(sorted(set(chosen))) for name, chosen in values.items()}
     for index, trial in enumerate(rows):
         params = {name: chosen[index] for name, chosen in values.items()}
-        value = math.log(trial.user_attrs["measured"]["perplexity"])
+        value = math.log(max(trial.user_attrs["measured"][quality_in(study)], SMALLEST_KL))
         inner.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=value))
     try:
         return {name: float(share) for name, share in optuna.importance.get_param_importances(inner).items()}
@@ -120,7 +131,7 @@ def trials_csv(study: optuna.Study) -> str:
     rows, names = [], {}
     for trial in counted_trials(study):
         row = {
-            "trial": trial.number, "state": trial.state.name, "pipeline": SEPARATOR.join(methods_of(trial)),
+            "trial": trial.number, "state": state_of(trial), "pipeline": SEPARATOR.join(methods_of(trial)),
             **{name: trial.user_attrs.get(name) for name in ("reason", "seconds", "memory_mb", "expected_ratio")},
             **trial.user_attrs.get("measured", {}), **trial.params,
         }  # fmt: skip
@@ -135,20 +146,27 @@ def trials_csv(study: optuna.Study) -> str:
 
 def trials_table(study: optuna.Study, target: float, confirmed: dict[int, dict[str, Any]], count: int = 10) -> str:
     """Return the best trials as aligned text, with the command that makes each of them again."""
-    lines = [f"\n{'trial':>5} {'pipeline':<34}{'perplexity':>11}{'all windows':>12}{'ratio':>8}  parameters"]
+    quality = quality_in(study)
+    lines = [f"\n{'trial':>5} {'pipeline':<34}{quality:>11}{'all windows':>12}{'perplexity':>12}{'ratio':>8}  parameters"]
     for trial in best_trials(study, target, count):
         measured, again = trial.user_attrs["measured"], confirmed.get(trial.number)
         lines.append(
-            f"{trial.number:>5} {SEPARATOR.join(methods_of(trial)):<34}{measured['perplexity']:>11.3f}"
-            f"{again['perplexity'] if again else float('nan'):>12.3f}{measured['compression_ratio']:>7.2f}x  {shown(trial.params)}"
+            f"{trial.number:>5} {SEPARATOR.join(methods_of(trial)):<34}{measured[quality]:>11.4g}"
+            f"{again[quality] if again else math.nan:>12.4g}{(again or measured)['perplexity']:>12.3f}"
+            f"{measured['compression_ratio']:>7.2f}x  {shown(trial.params)}"
         )
     return "\n".join(lines)
 
 
+def state_of(trial: FrozenTrial) -> str:
+    """Return the state of a trial: STOPPED for one whose values are an estimate, else Optuna's."""
+    return "STOPPED" if is_stopped(trial) else trial.state.name
+
+
 def states_of(study: optuna.Study) -> dict[str, int]:
     """Return how many of the trials that count are in which state."""
-    trials = counted_trials(study)
-    return {state.name: sum(trial.state == state for trial in trials) for state in TrialState}
+    states = [state_of(trial) for trial in counted_trials(study)]
+    return {name: states.count(name) for name in (*(state.name for state in TrialState), "STOPPED")}
 
 
 def write_findings(
@@ -157,28 +175,32 @@ def write_findings(
     target: float,
     confirmed: dict[int, dict[str, Any]],
     depends_on: dict[str, Any] | None = None,
+    extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write tables, plots and the summary, which is returned; `confirmed`: trial -> what it gave on all windows.
+    """Write tables, plots and the summary, which is returned; `confirmed`: trial -> what it gave on all windows; `extra`: more for it.
 
     `depends_on` is what else the findings depend on, beside the trials: `known_findings` compares it. A plot that cannot be drawn costs a
     line, not the search.
     """
     folder.mkdir(parents=True, exist_ok=True)
     trials = {trial.number: trial for trial in counted_trials(study)}
-    hybrids, singles = [], []
+    hybrids, singles, quality = [], [], quality_in(study)
     for trial in best_trials(study, target, len(trials)):
         (hybrids if is_hybrid([METHODS[name] for name in methods_of(trial)]) else singles).append(trial)
     summary: dict[str, Any] = {
         "study": study.study_name, "target_compression": target, "depends_on": depends_on, "trials": len(trials),
         "states": states_of(study),
-        "best": None, "confirmed": confirmed, "importances": importances(study), "retraining": retraining_gains(study),
+        "quality": quality, "best": None, "confirmed": confirmed, "front": described(measured_trials(study), quality, confirmed),
+        **(extra or {}), "importances": importances(study), "retraining": retraining_gains(study),
         "best_hybrid": _row(hybrids[0]) if hybrids else None, "best_single": _row(singles[0]) if singles else None,
         "points": [_point(trial, target) for trial in trials.values()],
     }  # fmt: skip
-    if confirmed:
-        number = min(confirmed, key=lambda each: confirmed[each]["perplexity"])
+    reached = [number for number, found in confirmed.items() if found["compression_ratio"] >= target]
+    if reached:
+        number = min(reached, key=lambda each: confirmed[each][quality])
         summary["best"] = {**_row(trials[number]), "confirmed": {k: v for k, v in confirmed[number].items() if k != "steps"}}
-        write_json_atomically(folder / "best_pipeline.json", summary["best"]["pipeline"])
+        saved = next((each for each in (extra or {}).get("chosen", ()) if each.get("trial") == number), summary["best"])
+        write_json_atomically(folder / "best_pipeline.json", saved["pipeline"])
     write_text_atomically(folder / "trials.csv", trials_csv(study))
     summary = json.loads(json.dumps(summary))
     write_json_atomically(folder / "summary.json", summary)
@@ -188,6 +210,33 @@ def write_findings(
         except Exception as error:  # noqa: BLE001  whatever a plot stumbles over: what it shows is in the summary
             print(f"{folder / name}.png could not be drawn: {type(error).__name__}: {error}", flush=True)
     return summary
+
+
+def nothing_reached(study: optuna.Study, target: float, folder: Path) -> str:
+    """Return why a search has found nothing, and what to do."""
+    everything = study.get_trials(deepcopy=False)
+    measured = [trial.user_attrs["measured"]["compression_ratio"] for trial in everything if "measured" in trial.user_attrs]
+    expected = [trial.user_attrs["expected_ratio"] for trial in everything if "expected_ratio" in trial.user_attrs]
+    if measured:
+        return (
+            f"none of {len(everything)} trials is {target:g} times smaller: the highest ratio measured is {max(measured):.2f}, the "
+            f"highest expected {max(expected):.2f}; choose a smaller --target_compression, more trials or other --methods"
+        )
+    run = counted_trials(study)
+    failed = [trial for trial in run if trial.state == TrialState.FAIL]
+    if failed:
+        last = failed[-1]
+        return (
+            f"no trial ran to its end, {len(failed)} failed; the last one, trial {last.number} ({SEPARATOR.join(methods_of(last))}): "
+            f"{last.user_attrs.get('reason')}; all of them: {folder / 'trials.csv'}. Mend that, then try them again with another "
+            "--study_name, or others with a larger --n_trials"
+        )
+    if run:
+        return f"no trial ran to its end ({folder / 'trials.csv'} says why): run the same command with a larger --n_trials"
+    return (
+        f"nothing was run: no pipeline is expected to be {target:g} times smaller, the highest expected is "
+        f"{max(expected, default=math.nan):.2f}; choose a smaller --target_compression or other --methods"
+    )
 
 
 def known_findings(study: optuna.Study, folder: Path, depends_on: dict[str, Any]) -> dict[str, Any] | None:
@@ -210,11 +259,11 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def _point(trial: FrozenTrial, target: float) -> dict[str, Any]:
-    """Return what a plot needs of a trial that counts; perplexity and ratio None if it did not run to its end."""
-    measured = trial.user_attrs.get("measured") if trial.state == TrialState.COMPLETE else None
+    """Return what a plot needs of a trial that counts; KL, perplexity and ratio None if it did not run to its end."""
+    measured = trial.user_attrs.get("measured") if trial.state == TrialState.COMPLETE else None  # an estimate is none
     return {
         "trial": trial.number, "hybrid": is_hybrid([METHODS[name] for name in methods_of(trial)]),
-        "perplexity": measured["perplexity"] if measured else None,
+        "kl": measured["kl"] if measured else None, "perplexity": measured["perplexity"] if measured else None,
         "compression_ratio": measured["compression_ratio"] if measured else None,
         "reached": bool(measured and measured["compression_ratio"] >= target),
     }  # fmt: skip

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from optuna import Trial
+from optuna.trial import FixedTrial
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
-from compactmind.methods.registry import METHODS, Method
+from compactmind.methods.registry import METHODS, Method, are_numbers, asked_as
 from compactmind.search.compressor import order_problem
 
 MODES = ("single", "hybrid", "both")
@@ -40,17 +41,46 @@ class Space:
             for name, label in zip(names, labels(names), strict=True)
         ]
 
+    def pipeline(self, point: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the pipeline of a point, the parameters an Optuna trial has."""
+        return self.suggest(FixedTrial(point))
+
+    def asked(self, order: Sequence[str]) -> dict[str, list[Any]]:
+        """Return what is asked for where methods stand in this order: by name, the values to choose from as a study holds them."""
+        return {
+            f"{label}.{parameter}": [asked_as(value) for value in values]
+            for name, label in zip(order, labels(order), strict=True)
+            for parameter, values in self.choices[name].items()
+            if len(values) > 1
+        }
+
     def points(self) -> Iterator[dict[str, Any]]:
         """Return every point of the space, as the parameters an Optuna trial has."""
         for order in self.orders:
-            names = [
-                (f"{label}.{parameter}", values)
-                for name, label in zip(order, labels(order), strict=True)
-                for parameter, values in self.choices[name].items()
-                if len(values) > 1
-            ]
-            for values in itertools.product(*(values for _, values in names)):
-                yield {"order": SEPARATOR.join(order), **{name: value for (name, _), value in zip(names, values, strict=True)}}
+            asked = self.asked(order)
+            for values in itertools.product(*asked.values()):
+                yield {"order": SEPARATOR.join(order), **dict(zip(asked, values, strict=True))}
+
+    def neighbours(self, point: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the points that differ from one in a single choice: in a parameter, for a number the next smaller or larger value; or in
+        the order, by a step more, a step less, another one in its place, or two in a row that change places. Steps that are new have the
+        usual parameters."""
+        order, found = tuple(point["order"].split(SEPARATOR)), []
+        for name, values in self.asked(order).items():
+            number = are_numbers(values) and len(values) > 2
+            at = _nearest(values, point[name]) if number else values.index(point[name])
+            others = [at - 1, at + 1] if number else range(len(values))
+            found += [{**point, name: values[other]} for other in others if other != at and 0 <= other < len(values)]
+        for other in self.orders:
+            if _differ_by_one(order, other):
+                usual = {
+                    f"{label}.{parameter}": asked_as(_usual(name, parameter, values))
+                    for name, label in zip(other, labels(other), strict=True)
+                    for parameter, values in self.choices[name].items()
+                    if len(values) > 1
+                }
+                found.append({"order": SEPARATOR.join(other), **{name: point.get(name, usual[name]) for name in usual}})
+        return found
 
     def first_guesses(self, ratio_of: Callable[[list[dict[str, Any]]], float], target: float) -> list[dict[str, Any]]:
         """Return what anyone would try first, as the parameters an Optuna trial has: every order prune > smooth > retrain > quantize, or
@@ -86,12 +116,20 @@ class Space:
             if reaching:
                 sparsity, *_, values = min(reaching, key=lambda known: known[:3])
                 asked = {
-                    f"{name}.{parameter}": value
+                    f"{name}.{parameter}": asked_as(value)
                     for (name, parameter), value in values.items()
                     if len(self.choices[name][parameter]) > 1
                 }
                 found.append((sparsity, -len(order), {"order": SEPARATOR.join(order), **asked}))
         return [guess for *_, guess in sorted(found, key=lambda known: known[:2])]
+
+    def guesses_for(self, targets: Sequence[float], ratio_of: Callable[[list[dict[str, Any]]], float]) -> list[dict[str, Any]]:
+        """Return the first guesses for several targets, each once: the first one for every target, then the second ones ..."""
+        of_each = [self.first_guesses(ratio_of, target) for target in targets]
+        found: list[dict[str, Any]] = []
+        for guesses in itertools.zip_longest(*of_each):
+            found += [guess for guess in guesses if guess is not None and guess not in found]
+        return found
 
     def _obvious_orders(self) -> Iterator[tuple[str, ...]]:
         """Return the orders of first_guesses, whatever they reach."""
@@ -126,6 +164,20 @@ def _usual(name: str, parameter: str, values: Sequence[Any]) -> Any:
     return min(values, key=lambda value: abs(value - default)) if len(numbers) == len(values) + 1 else values[len(values) // 2]
 
 
+def _nearest(values: Sequence[float], wanted: float) -> int:
+    return min(range(len(values)), key=lambda index: abs(values[index] - wanted))  # 0.30000000000000004 is 0.3
+
+
+def _differ_by_one(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    """Tell whether two orders differ by one step that is added, left out or replaced, or by two in a row that changed places."""
+    if len(one) == len(other):
+        different = [index for index, (a, b) in enumerate(zip(one, other, strict=True)) if a != b]
+        swapped = len(different) == 2 and different[1] == different[0] + 1 and sorted(one) == sorted(other)
+        return len(different) == 1 or swapped
+    short, long = sorted((one, other), key=len)
+    return len(long) == len(short) + 1 and any(long[:index] + long[index + 1 :] == short for index in range(len(long)))
+
+
 def labels(names: Sequence[str]) -> list[str]:
     """Return the name of each step's parameters: the method's, with a number from its second occurrence on."""
     found = []
@@ -142,12 +194,12 @@ def make_space(
     max_length: int = 4,
     max_repeats: int = 1,
     choices: dict[str, Sequence[Any]] | None = None,
-    target: float | None = None,
+    targets: Sequence[float] = (),
 ) -> Space:
     """Return the space of all legal orders of these methods, up to `max_length` steps, each method at most `max_repeats` times.
 
-    `choices` replaces what may be chosen from, by name: {"prune.sparsity": [0.1, 0.2]}. With a `target`, the one compression ratio that is
-    searched for, a method that can aim at it does, unless there are choices for it. Raises CompactMindError naming the unknown name, the
+    `choices` replaces what may be chosen from, by name: {"prune.sparsity": [0.1, 0.2]}. With `targets`, the compression ratios that are
+    searched for, a method that can aim at them does, unless there are choices for it. Raises CompactMindError naming the unknown name, the
     value a method refuses, or why no pipeline is left.
     """
     if mode not in MODES:
@@ -157,10 +209,11 @@ def make_space(
             raise CompactMindError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
     found = {name: dict(METHODS[name].space) for name in methods}
     for name in methods:
-        if METHODS[name].aim and target and not any(label.startswith(f"{name}.") for label in choices or {}):
+        if METHODS[name].aim and targets and not any(label.startswith(f"{name}.") for label in choices or {}):
             with suppress(ValueError):  # no target that it takes
-                METHODS[name].parameters({METHODS[name].aim: target})
-                found[name] = {METHODS[name].aim: (target,)}
+                for target in targets:
+                    METHODS[name].parameters({METHODS[name].aim: target})
+                found[name] = {METHODS[name].aim: tuple(targets), **METHODS[name].aimed}
     for label, values in (choices or {}).items():
         name, _, parameter = label.partition(".")
         if name not in found:

@@ -1,13 +1,18 @@
-"""What a trial of the search measures: perplexity on text no method sees, bytes, and if asked for latency and memory.
+"""What a trial of the search measures: KL to the dense model and perplexity on text no method sees, bytes, and if asked for latency and
+memory.
 
-Time is not spent on what cannot win: a pipeline whose bytes can be told beforehand to miss the target is not run, and one that is so far
-behind the best after a step, on the first few windows, that none of the coming steps has ever won as much in this study, is stopped there.
-Nothing of that is reported as measured.
+Pipelines are compared by KL (compactmind/evaluation/divergence.py): the perplexity of a few windows cannot tell good ones apart. Time is
+not spent on what cannot win. A pipeline whose bytes can be told beforehand to miss the target is not run. One that is so far behind the
+best after a step, on the first few windows, that none of the coming steps has ever won as much in this study, is stopped there; so is one
+that is as far behind after a short retraining, SHORT of the tokens, whatever the rest of them has ever won. What has run to its end is
+looked at on twice as many windows each time, and goes on while it is in the better half (successive halving, Li et al. 2018,
+https://arxiv.org/abs/1810.05934). What stopped is told as what it would have come to, and nothing of that is reported as measured.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,30 +20,44 @@ from typing import Any
 
 import torch
 from optuna import Study
+from optuna.pruners import BasePruner, SuccessiveHalvingPruner
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compactmind.checkpoint import save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import measure_generation, peak_memory
+from compactmind.evaluation.divergence import measure_windows
 from compactmind.formats.table import kernel_of
-from compactmind.forward import LARGEST_LOSS, window_losses
+from compactmind.forward import LARGEST_LOSS, LogitsOf
+from compactmind.methods.llama import llama_blocks
 from compactmind.methods.pruning.llama_structure import prunable_parameters
 from compactmind.methods.registry import Resources
 from compactmind.search.cache import PrefixCache
 from compactmind.search.compressor import Compressed, Measure, Step, run_pipeline, store_as_released, stored_bytes
 from compactmind.search.engine import Notes, Skipped, Stopped
+from compactmind.search.front import QUALITIES
 
-OBJECTIVES = ("perplexity", "bytes", "latency", "memory")
 SIMULATED = "simulated"
 HOPELESS = 0.3
-"""Nats per token behind the best finished pipeline, on the first windows, with which a pipeline is not measured on more of them."""
+"""Nats per token, of KL or of the loss, behind the best finished pipeline, on the first windows, with which a pipeline is not measured on
+more of them."""
 OUT_OF_REACH = 0.1
 """Nats behind the best with which a pipeline is stopped even if its coming steps do what no such step has done yet in this search ..."""
 OPTIMISM = 0.25
 """... which is this share better than the best one did: a loss that falls by so much more, or rises by so much less."""
-BEFORE_ANY = {"retrain": -1.0}
-"""Change of the loss that a method is given credit for while fewer than FEW_STEPS of its steps have been seen, 0 for the others."""
+MORE_TOKENS = "the rest of retraining"
+"""What the step from a short retraining to the whole of it is called among the changes."""
+BEFORE_ANY = {"retrain": -1.0, MORE_TOKENS: -0.5}
+"""Change in nats that a method is given credit for while fewer than FEW_STEPS of its steps have been seen, 0 for the others."""
 FEW_STEPS = 2
+SHORT = 0.25
+"""Share of the tokens of a short retraining ..."""
+SHORTEST = 2048
+"""... which is left out if it had fewer tokens than this."""
+REDUCTION = 2
+"""Successive halving: one of so many goes on, to so many times the windows."""
+BEFORE_HALVING = 4
+"""Measured trials before any is stopped by it."""
 MARGIN = 0.01
 """A pipeline is run unless its bytes are expected to miss the target by more than this share: widths are rounded, so that is not exact."""
 
@@ -56,57 +75,101 @@ class TrialRunner:
     """Bytes of the dense model's weight file: what a compression ratio is a ratio to."""
     target: float
     """Compression ratio that has to be reached."""
-    objectives: Sequence[str] = ("perplexity",)
+    objectives: Sequence[str] = ("kl",)
     cache: PrefixCache | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     """Needed for the objective memory alone, whose process loads a whole checkpoint."""
     prompt_tokens: int = 512
+    skeleton: Callable[[], PreTrainedModel] | None = None
+    """Makes the dense model without its weights, to count parameters; None: counted in the dense model."""
     best: float = math.inf
-    """Lowest loss of a finished pipeline that reached the target, on the first few windows."""
+    """Lowest KL, or loss, of a finished pipeline that reached the target, on the first few windows."""
     changes: dict[str, list[float]] = field(default_factory=dict, repr=False)
-    """By method: by how much each of its steps in this study changed the loss."""
-    sizes: tuple[int, int] | None = field(default=None, repr=False)
+    """By method: by how much each of its steps in this study changed it."""
+    measured: int = field(default=0, repr=False)
+    """Trials of the study that ran to their end."""
+    sizes: tuple[int, int, int] | None = field(default=None, repr=False)
+    dense: LogitsOf | None = field(default=None, repr=False)
+    """The dense model's logits of the windows, once it has read them."""
+
+    @property
+    def quality(self) -> str:
+        """What pipelines are compared by: kl or perplexity."""
+        return quality_of(self.objectives)
+
+    @property
+    def unit(self) -> str:
+        """The name of the same in nats in the row of a step: what stopping goes by."""
+        return "kl" if self.quality == "kl" else "loss"
+
+    def pruner(self) -> BasePruner:
+        """Return what stops a finished pipeline that falls behind as it is looked at on more and more windows."""
+        return SuccessiveHalvingPruner(min_resource=self.few, reduction_factor=REDUCTION, min_early_stopping_rate=0)
+
+    def logits(self) -> LogitsOf:
+        """Return the dense model's logits of the windows, which it reads once."""
+        if self.dense is None or len(self.dense) != len(self.windows):
+            self.dense = LogitsOf(self.resources.teacher(), self.windows)
+        return self.dense
 
     def learn(self, study: Study) -> None:
-        """Take over from the trials of a study what a good loss is and what the methods do to it."""
-        self.changes = {}
+        """Take over from the trials of a study what a good pipeline is and what the methods do."""
+        self.changes, self.measured = {}, 0
         for trial in study.get_trials(deepcopy=False):
             rows, measured = trial.user_attrs.get("steps", []), trial.user_attrs.get("measured")
             for before, row in pairwise(rows):
-                self.changes.setdefault(row["method"], []).append(row["loss"] - before["loss"])
+                self.changes.setdefault(row["method"], []).append(row[self.unit] - before[self.unit])
+            if measured and "short" in trial.user_attrs:
+                self.changes.setdefault(MORE_TOKENS, []).append(rows[-1][self.unit] - trial.user_attrs["short"])
+            self.measured += bool(measured)
             if measured and measured["compression_ratio"] >= self.target:
-                self.best = min(self.best, rows[-1]["loss"])
+                self.best = min(self.best, rows[-1][self.unit])
 
-    def within_reach(self, loss: float, coming: Sequence[Step]) -> float:
-        """Return the loss a pipeline can hope for that is at `loss` with the steps `coming` ahead."""
-        for name in (step.method.name for step in coming):
+    def within_reach(self, nats: float, coming: Sequence[str]) -> float:
+        """Return what a pipeline can hope for that is at `nats` with the methods `coming` ahead."""
+        for name in coming:
             seen = self.changes.get(name, [])
             change = min(seen) if len(seen) >= FEW_STEPS else BEFORE_ANY.get(name, 0.0)
-            loss += change - OPTIMISM * abs(change)
-        return loss
+            nats += change - OPTIMISM * abs(change)
+        return nats
+
+    def extrapolated(self, nats: float, coming: Sequence[str]) -> float:
+        """Return what a pipeline would have come to: each of its methods does what it usually did in this study, never less than 0."""
+        for name in coming:
+            seen = self.changes.get(name, [])
+            nats += statistics.median(seen) if len(seen) >= FEW_STEPS else BEFORE_ANY.get(name, 0.0)
+        nats = max(nats, self.best if self.best < math.inf else 0.0)  # it was stopped for being worse
+        return nats if self.quality == "kl" else math.exp(nats)
 
     @property
     def first_look(self) -> Measure:
         """What is measured after every step."""
-        return Measure(f"validation, first {self.few}", self.measure_few)
+        return Measure(f"validation, first {self.few}, against dense", self.measure_few)
 
     def measure_few(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Return loss and perplexity on the first few windows."""
-        loss = window_losses(model, self.windows[: self.few]).mean().item()
-        if not loss < LARGEST_LOSS:
-            raise CompactMindError(f"the loss is {loss}: the model is damaged")
-        return {"loss": loss, "perplexity": math.exp(loss)}
+        """Return loss, perplexity and KL to the dense model on the first few windows."""
+        return summed([self._look(model, 0, self.few)])
+
+    def _look(self, model: PreTrainedModel, start: int, end: int) -> dict[str, torch.Tensor]:
+        """Return `loss` and `kl` of every window from number `start` to before `end`."""
+        found = measure_windows({"": model}, self.windows[start:end], [self.logits()[index] for index in range(start, end)])[""]
+        if not found["losses"].mean().item() < LARGEST_LOSS:
+            raise CompactMindError(f"the loss is {found['losses'].mean().item()}: the model is damaged")
+        if found["divergence"] is None:
+            raise CompactMindError("the vocabulary is no longer the dense model's: no token is another's")
+        return {"loss": found["losses"], "kl": torch.tensor(found["divergence"]["divergences"], dtype=torch.float64)}
 
     def expected_ratio(self, steps: Sequence[Step]) -> float:
         """Return the compression ratio a pipeline should come to, from the shapes of the dense model and the bits of its methods."""
         if self.sizes is None:
-            teacher = self.resources.teacher()
-            self.sizes = (prunable_parameters(teacher), sum(weight.numel() for weight in teacher.parameters()))
+            model = self.skeleton() if self.skeleton else self.resources.teacher()
+            parameters = sum(weight.numel() for weight in model.parameters())
+            self.sizes = (prunable_parameters(model), parameters, len(llama_blocks(model)))
         blocks, others = self.sizes[0], self.sizes[1] - self.sizes[0]
         bits_of_blocks = bits_of_others = 8 * self.resources.released.itemsize
         for step in steps:
-            if step.method.kind == "prune" and not step.recipe.blocks and not step.recipe.hidden_sparsity:
-                blocks *= 1 - step.recipe.sparsity
+            if step.method.kind == "prune" and not step.recipe.hidden_sparsity:
+                blocks *= (1 - step.recipe.sparsity) * max(0.0, 1 - step.recipe.blocks / self.sizes[2])
             elif step.method.kind == "prune":
                 return math.inf  # its bytes are known when it has run
             if step.method.ratio and (ratio := step.method.ratio(step.recipe)):
@@ -116,6 +179,10 @@ class TrialRunner:
                 bits_of_others = of_others or bits_of_others
         return self.released_bytes / (blocks * bits_of_blocks / 8 + others * bits_of_others / 8)
 
+    def excess(self, steps: Sequence[Step]) -> float:
+        """Return by how much a pipeline is expected to miss the target; 0 or less: it may reach it."""
+        return self.target * (1 - MARGIN) - self.expected_ratio(steps)
+
     def evaluate(self, trial: Notes, steps: list[Step]) -> list[float]:
         """Return the values of the objectives of a pipeline and describe it on the trial.
 
@@ -124,51 +191,79 @@ class TrialRunner:
         self.learn(trial.study)  # other workers find good ones too
         expected = self.expected_ratio(steps)
         trial.set_user_attr("expected_ratio", expected)
-        if expected < self.target * (1 - MARGIN):
+        if self.excess(steps) > 0:
             trial.set_constraint("compression", self.target - expected)
             raise Skipped(f"not run: {expected:.2f} times smaller to expect, {self.target:g} wanted")
         try:
+            self.look_at_short(steps, trial)
             compressed = self.run(steps, trial)
+            measured = self.measure(compressed, trial)
         except Stopped:
             trial.set_constraint("compression", self.target - min(expected, self.target))
             raise
-        measured = self.measure(compressed)
         trial.set_constraint("compression", self.target - measured["compression_ratio"])
         trial.set_user_attr("measured", measured)
         trial.set_user_attr("steps", brief(compressed.steps))
         return [measured[name] for name in self.objectives]
 
-    def run(self, steps: Sequence[Step], trial: Notes | None = None) -> Compressed:
-        """Run a pipeline, measuring the first few windows after every step; with a trial, stop where it is hopeless.
+    def may_stop(self, trial: Notes | None) -> bool:
+        """Tell whether a trial may end early. Among several objectives none may: what is far behind in one may be ahead in another."""
+        return trial is not None and len(self.objectives) == 1 and self.best < math.inf
 
-        Among several objectives nothing is: what is far behind in perplexity may be ahead in another one.
-        """
-        may_stop = trial is not None and tuple(self.objectives) == ("perplexity",)
+    def look_at_short(self, steps: Sequence[Step], trial: Notes) -> None:
+        """Run a pipeline with a part of its retraining first, where that is worth it. Raises Stopped if the rest cannot win enough."""
+        short = shortened(steps)
+        if short is None or not self.may_stop(trial):
+            return
+        found = self.run(short, trial).steps[-1][self.unit]
+        trial.set_user_attr("short", found)
+        behind = self.within_reach(found, [MORE_TOKENS]) - self.best
+        if behind > OUT_OF_REACH:
+            raise Stopped(
+                f"stopped after {SHORT:.0%} of the retraining: {behind:+.2f} nats against the best, at the best to be hoped for",
+                self.extrapolated(found, [MORE_TOKENS]),
+            )
+
+    def run(self, steps: Sequence[Step], trial: Notes | None = None) -> Compressed:
+        """Run a pipeline, measuring the first few windows after every step; with a trial, stop where it is hopeless."""
 
         def check(number: int, rows: list[dict[str, Any]]) -> None:
-            if not may_stop or not self.best < math.inf:
+            if not self.may_stop(trial):
                 return
-            coming = steps[number:]
-            behind = self.within_reach(rows[-1]["loss"], coming) - self.best
+            coming = [step.method.name for step in steps[number:]]
+            behind = self.within_reach(rows[-1][self.unit], coming) - self.best
             if behind > (OUT_OF_REACH if coming else HOPELESS):
                 trial.set_user_attr("steps", brief(rows))
                 hope = ", at the best to be hoped for" if coming else ""
                 raise Stopped(
-                    f"stopped after {rows[-1]['method']}: {behind:+.2f} nats against the best{hope}", rows[-1]["perplexity"]
+                    f"stopped after {rows[-1]['method']}: {behind:+.2f} nats against the best{hope}",
+                    self.extrapolated(rows[-1][self.unit], coming),
                 )
 
+        self.logits()  # before the dense model may go
         return run_pipeline(steps, self.resources, self.first_look, cache=self.cache, check=check, show=False)
 
-    def measure(self, compressed: Compressed) -> dict[str, Any]:
-        """Return perplexity and loss on all windows, bytes, compression ratio, kernel, and what else the objectives ask for.
+    def measure(self, compressed: Compressed, trial: Notes | None = None) -> dict[str, Any]:
+        """Return KL, perplexity and loss on all windows, bytes, compression ratio, kernel, and what else the objectives ask for.
 
         latency: ms to read a prompt of `prompt_tokens` on this machine, of a real kernel only; memory: MB at the peak of a process that
-        loads the model and reads the prompt. Raises CompactMindError if there is nothing real to measure.
+        loads the model and reads the prompt. With a trial it is looked at on more and more windows: raises Stopped where it falls behind.
+        Raises CompactMindError if there is nothing real to measure.
         """
-        size = stored_bytes(compressed, self.resources.released)
-        loss = window_losses(compressed.model, self.windows).mean().item()
+        size, looks, end = stored_bytes(compressed, self.resources.released), [], 0
+        while end < len(self.windows):
+            start, end = end, min(REDUCTION * end or self.few, len(self.windows))
+            looks.append(self._look(compressed.model, start, end))
+            so_far = summed(looks)
+            if trial is None or len(self.objectives) > 1:
+                continue
+            trial.report(so_far[self.quality], end)
+            if end < len(self.windows) and trial.should_prune() and self.measured >= BEFORE_HALVING:
+                trial.set_user_attr("steps", brief(compressed.steps))
+                shown = f"{so_far[self.quality]:.4g}"
+                raise Stopped(f"stopped after {end} windows: {self.quality} {shown} is not in the better half", so_far[self.quality])
         found = {
-            "perplexity": math.exp(loss), "loss": loss, "windows": len(self.windows), "bytes": size,
+            **so_far, "windows": len(self.windows), "bytes": size,
             "compression_ratio": self.released_bytes / size, "kernel": kernel_of(compressed.model, compressed.kind),
         }  # fmt: skip
         if {"latency", "memory"} & set(self.objectives) and SIMULATED in found["kernel"]:
@@ -190,7 +285,32 @@ class TrialRunner:
         return found
 
 
+def quality_of(objectives: Sequence[str]) -> str:
+    """Return what pipelines are compared by among these objectives: kl, unless it is perplexity."""
+    return next((name for name in objectives if name in QUALITIES), QUALITIES[0])
+
+
+def summed(looks: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Return loss, perplexity and KL over the windows of several looks, each with `loss` and `kl` of every window."""
+    loss, kl = (torch.cat([look[name] for look in looks]).mean().item() for name in ("loss", "kl"))
+    return {"loss": loss, "perplexity": math.exp(loss), "kl": kl}
+
+
+def with_tokens(steps: Sequence[Step], tokens: Callable[[int], int]) -> list[Step]:
+    """Return the pipeline whose retraining sees `tokens(its tokens)` tokens."""
+    return [
+        Step(step.method, replace(step.recipe, tokens=tokens(step.recipe.tokens))) if step.method.kind == "retrain" else step
+        for step in steps
+    ]
+
+
+def shortened(steps: Sequence[Step]) -> list[Step] | None:
+    """Return the pipeline with SHORT of its retraining; None if there is none, or one that is short already."""
+    seen = [step.recipe.tokens for step in steps if step.method.kind == "retrain"]
+    return with_tokens(steps, lambda tokens: int(SHORT * tokens)) if seen and SHORT * max(seen) >= SHORTEST else None
+
+
 def brief(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what a study keeps of the rows of a pipeline: method, loss and perplexity on the first windows, seconds, cached or not."""
-    kept = ("method", "loss", "perplexity", "seconds", "cached")
+    """Return what a study keeps of the rows of a pipeline: method, what was seen on the first windows, seconds, cached or not."""
+    kept = ("method", "loss", "perplexity", "kl", "seconds", "cached")
     return [{name: row[name] for name in kept if name in row} for row in rows]

@@ -1,0 +1,90 @@
+"""From trials to what is saved: the best few on all windows, one of them for every size, retrained long, and what its steps are worth."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from compactmind.search.ablation import ablation
+from compactmind.search.compressor import Step, interaction, pipeline_name, read_pipeline
+from compactmind.search.findings import measured_trials, quality_in
+from compactmind.search.front import candidates
+from compactmind.search.trials import TrialRunner, brief, with_tokens
+
+
+def best_for(study: optuna.Study, ratios: Sequence[float], count: int) -> list[FrozenTrial]:
+    """Return the best `count` trials that are so many times smaller, for each of `ratios`, every trial once."""
+    trials, quality = measured_trials(study), quality_in(study)
+    found = {trial.number: trial for ratio in ratios for trial in candidates(trials, ratio, quality, count)}
+    return list(found.values())
+
+
+def confirm(
+    study: optuna.Study, trials: Sequence[FrozenTrial], runner: TrialRunner, diagnosed: Callable[[str, Callable], Any]
+) -> dict[int, dict[str, Any]]:
+    """Run trials again and measure them on all of the runner's windows, unless the study knows what they give; return that by number.
+
+    `diagnosed` does what is only to be known of a model and gives None where that fails.
+    """
+    for trial in trials:
+        confirmed = {int(number): found for number, found in study.user_attrs.get("confirmed", {}).items()}
+        if trial.number in confirmed:
+            continue
+        steps = read_pipeline(trial.user_attrs["pipeline"])
+        print(f"confirming trial {trial.number} on {len(runner.windows)} windows: {pipeline_name(steps)} ...", flush=True)
+        compressed = runner.run(steps)
+        together = diagnosed(
+            "the interaction",
+            lambda steps=steps, rows=compressed.steps: interaction(steps, runner.resources, runner.first_look, rows, runner.cache),
+        )
+        confirmed[trial.number] = {**runner.measure(compressed), "steps": brief(compressed.steps), "interaction": together}
+        del compressed
+        study.set_user_attr("confirmed", confirmed)
+    return {int(number): found for number, found in study.user_attrs["confirmed"].items()}
+
+
+def choose(
+    ratio: float, trials: Sequence[FrozenTrial], confirmed: dict[int, dict[str, Any]], runner: TrialRunner, tokens: int
+) -> dict[str, Any]:
+    """Return the ratio, and of the best trial on all windows that is so many times smaller its number, what was measured and the pipeline
+    to save; the ratio alone if there is none. A pipeline that retrains is retrained on `tokens` first, see `retrained_long`."""
+    small = [trial for trial in trials if confirmed[trial.number]["compression_ratio"] >= ratio]
+    if not small:
+        return {"ratio": ratio}
+    best = min(small, key=lambda trial: confirmed[trial.number][runner.quality])
+    steps = read_pipeline(best.user_attrs["pipeline"])
+    long, training = retrained_long(steps, confirmed[best.number], runner, tokens)
+    return {
+        "ratio": ratio, "trial": best.number, "measured": best.user_attrs["measured"],
+        "confirmed": {name: value for name, value in confirmed[best.number].items() if name != "steps"},
+        "pipeline": [step.described() for step in long], "final_training": training,
+    }  # fmt: skip
+
+
+def retrained_long(
+    steps: list[Step], confirmed: dict[str, Any], runner: TrialRunner, tokens: int
+) -> tuple[list[Step], dict[str, Any] | None]:
+    """Return the pipeline as it was or retrained on `tokens`, whichever is better on all windows, and the record of that training.
+
+    The record: tokens, seconds, the measure as in the search and afterwards, and whether the long one was kept; None if the pipeline does
+    not retrain, or on no fewer tokens.
+    """
+    final, quality = with_tokens(steps, lambda few: max(few, tokens)), runner.quality
+    if [step.identity() for step in final] == [step.identity() for step in steps]:
+        return steps, None
+    print(f"final training on {tokens} tokens: {pipeline_name(final)} ...", flush=True)
+    compressed = runner.run(final)
+    found = runner.measure(compressed)[quality]
+    record = {
+        "tokens": tokens, "seconds": sum(row["seconds"] for row in compressed.steps if row["method"] == "retrain"),
+        "searched": confirmed[quality], "final": found, "kept": found <= confirmed[quality],
+    }  # fmt: skip
+    print(f"search: {quality} {confirmed[quality]:.4g} on all windows\nfinal training: {quality} {found:.4g}", end="")
+    print("" if record["kept"] else "; the pipeline of the search is kept", flush=True)
+    return (final if record["kept"] else steps), record
+
+
+def steps_worth(steps: list[Step], runner: TrialRunner) -> list[dict[str, Any]]:
+    """Return what each step of a pipeline is worth on the first windows; nothing for a single one."""
+    return ablation(steps, runner.run, runner.unit, runner.run(steps).steps) if len(steps) > 1 else []

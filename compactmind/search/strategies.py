@@ -1,0 +1,158 @@
+"""What is asked for next: TPE, a Gaussian process, evolution or chance, and nothing twice.
+
+A pipeline is drawn in a copy of the study in memory, until it is one that has not been run and can be small enough; only that one becomes a
+trial. So the study holds no copies, nothing is told twice, and every strategy chooses among the same pipelines. Who proposes what is known
+already is near the best it has seen: instead the nearest thing that is not known is tried, a neighbour of the best, one choice away.
+
+Evolution: NSGA-II (Deb et al. 2002, https://doi.org/10.1109/4235.996017) on pipelines of different orders. Optuna's crosses only what all
+trials have, which is the order; here a child has the order of one parent and takes each parameter from either that has it.
+"""
+
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
+
+from compactmind.search.compressor import Step, read_pipeline
+from compactmind.search.space import Space
+
+SAMPLERS = ("tpe", "gp")
+STARTUP_TRIALS = 8
+"""Random trials before the sampler begins to learn."""
+POPULATION = 8
+"""Pipelines of a generation: of 30 trials that makes three and a half."""
+DRAWS = 40
+"""Pipelines the sampler may propose in a row that are too large, before chance proposes so many more."""
+BEST = 5
+"""Of so many of the best trials the neighbours are looked at."""
+ENUMERABLE = 20_000
+"""A space of at most so many points is looked through before it is said to be used up."""
+
+
+class Evolution(NSGAIISampler):
+    """NSGA-II whose children are crossed from parents of any orders."""
+
+    def __init__(self, seed: int):
+        self.choose = random.Random(seed)
+        super().__init__(population_size=POPULATION, seed=seed, child_generation_strategy=self._child)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Return everything that a trial of the study has been asked for."""
+        space: dict[str, BaseDistribution] = {}
+        for each in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+            space |= each.distributions
+        return space
+
+    def _child(self, _: optuna.Study, space: dict[str, BaseDistribution], parents: list[FrozenTrial]) -> dict[str, Any]:
+        one, other = (self.choose.choice(parents).params for _ in range(2))
+        child = dict(one)  # its order, and what the other one lacks
+        child |= {name: value for name, value in other.items() if name in one and name != "order" and self.choose.random() < 0.5}
+        forgotten = [name for name in child if self.choose.random() < 1 / len(child)]
+        if child == one and not forgotten:
+            forgotten = [self.choose.choice(list(child))]
+        return {name: value for name, value in child.items() if name not in forgotten and name in space}  # chance has the rest
+
+
+def make_sampler(strategy: str, sampler: str, seed: int) -> BaseSampler:
+    """Return what chooses the next pipeline; grid needs none, its points are queued."""
+    if strategy in ("random", "grid"):
+        return RandomSampler(seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # what Optuna calls every setting here
+        if strategy == "evolution":
+            return Evolution(seed)
+        if sampler == "gp":
+            return GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
+        return TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, group=True, constant_liar=True)
+
+
+class Proposer:
+    """Proposes what a study has not seen.
+
+    `excess` returns by how much a pipeline is expected to miss the target, 0 or less where it reaches it.
+    """
+
+    def __init__(self, space: Space, strategy: str, sampler: str, excess: Callable[[Sequence[Step]], float]):
+        self.space, self.strategy, self.sampler, self.excess = space, strategy, sampler, excess
+
+    def propose(self, study: optuna.Study, known: set[str], seed: int) -> dict[str, Any] | None:
+        """Return the point to try next, None if nothing is left that is not `known` (keys, see `key_of`) and can reach the target.
+
+        `seed` is of this proposal alone: another one for every worker and every number of trials.
+        """
+        trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING and trial.params]
+        several, draft = len(study.directions) > 1, optuna.create_study(directions=study.directions)
+        draft.add_trials(trials)
+        for draw in range(2 * DRAWS):
+            draft.sampler = make_sampler(self.strategy if draw < DRAWS else "random", self.sampler, seed + 100_003 * draw)
+            trial = draft.ask()
+            steps = read_pipeline(self.space.suggest(trial))
+            too_much = self.excess(steps)
+            if too_much > 0:  # the draft learns it, the study need not
+                trial.set_constraint("compression", too_much)
+                draft.tell(trial, state=TrialState.FAIL if several else TrialState.PRUNED)
+            elif key_of(steps) not in known:
+                return trial.params
+            else:
+                draft.tell(trial, state=TrialState.FAIL)
+                if self.strategy in ("bayesian", "evolution") and (near := self.near_the_best(trials, several, known, seed)):
+                    return near
+        return self._any(known, seed)
+
+    def near_the_best(self, trials: Sequence[FrozenTrial], several: bool, known: set[str], seed: int) -> dict[str, Any] | None:
+        """Return a neighbour, not known, of the best finished trial that has one; None if none of the best ones has."""
+        choose = random.Random(seed)
+        done = [each for each in trials if each.state == TrialState.COMPLETE and is_feasible(each)]
+        if several:
+            best = front_of(done)
+            choose.shuffle(best)
+        else:
+            best = sorted(done, key=lambda each: each.value)
+        for trial in best[:BEST]:
+            points = self.space.neighbours(trial.params)
+            choose.shuffle(points)
+            for point in points:
+                if self._is_new(point, known):
+                    return point
+        return None
+
+    def _is_new(self, point: dict[str, Any], known: set[str]) -> bool:
+        steps = read_pipeline(self.space.pipeline(point))
+        return self.excess(steps) <= 0 and key_of(steps) not in known
+
+    def _any(self, known: set[str], seed: int) -> dict[str, Any] | None:
+        if self.space.size() > ENUMERABLE:
+            return None
+        points = shuffled_points(self.space, seed)
+        return next((point for point in points if self._is_new(point, known)), None)
+
+
+def key_of(steps: Sequence[Step]) -> str:
+    """Return what tells a pipeline from every other one."""
+    return " ".join(step.identity() for step in steps)
+
+
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Tell whether a trial keeps to its constraints."""
+    return all(value <= 0 for value in trial.constraints.values())
+
+
+def front_of(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the trials that no other one beats in all that is minimised."""
+
+    def beaten(one: FrozenTrial, by: FrozenTrial) -> bool:
+        return by.values != one.values and all(b <= a for a, b in zip(one.values, by.values, strict=True))
+
+    return [trial for trial in trials if not any(beaten(trial, other) for other in trials)]
+
+
+def shuffled_points(space: Space, seed: int) -> list[dict[str, Any]]:
+    """Return the points of a space in random order, so that the first ones are a fair sample."""
+    points = list(space.points())
+    random.Random(seed).shuffle(points)
+    return points

@@ -1,0 +1,201 @@
+"""Fronts, knees and what steps are worth, by hand; what is asked for next, on made-up studies."""
+
+import json
+import random
+import re
+from types import SimpleNamespace
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from compactmind.search import choosing, findings
+from compactmind.search.ablation import ablation
+from compactmind.search.ablation import table as ablation_table
+from compactmind.search.compressor import read_pipeline
+from compactmind.search.engine import counted_trials, open_study, search
+from compactmind.search.front import candidates, described, front, front_problem, hypervolume, knee, objectives_problem, table
+from compactmind.search.space import make_space
+from compactmind.search.strategies import POPULATION, Proposer, front_of, key_of, make_sampler
+
+
+def trial(number, size, kl):
+    measured = {"bytes": size, "kl": kl, "compression_ratio": 100 / size, "perplexity": 1.0}
+    pipeline = [{"method": "nf4", "params": {}}]
+    return SimpleNamespace(number=number, user_attrs={"measured": measured, "pipeline": pipeline})
+
+
+TRIALS = [trial(*each) for each in ((0, 50, 0.1), (1, 40, 0.2), (2, 40, 0.3), (3, 25, 1.0), (4, 30, 0.25), (5, 45, 0.25), (6, 50, 0.1))]
+
+
+def test_the_front_is_what_nothing_beats_in_both():
+    assert [each.number for each in front(TRIALS, "kl")] == [0, 1, 4, 3]
+    assert [each.number for each in front(random.Random(1).sample(TRIALS, 7), "kl")] == [0, 1, 4, 3]
+    assert knee(front(TRIALS, "kl"), "kl").number == 4  # 4/5 of the way to the smallest, 1/6 of the way to the farthest
+    assert knee(front(TRIALS[:2], "kl"), "kl") is None
+    found = described(TRIALS, "kl", {4: {"kl": 0.26}})
+    assert [point["on_all_windows"] for point in found["points"]] == [None, None, 0.26, None] and found["knee"] == 4
+    lines = table(json.loads(json.dumps(found))).splitlines()
+    assert [line.endswith("<- the knee") for line in lines[2:]] == [False, False, True, False]
+    assert "0.26" in lines[4] and "nan" in lines[5]
+    assert front_problem(2) is None and "1 point" in front_problem(1)
+
+
+def test_the_best_of_a_size_is_the_nearest_that_is_small_enough():
+    assert [each.number for each in candidates(TRIALS, 2.4, "kl", 2)] == [1, 4]
+    assert candidates(TRIALS, 4.5, "kl", 2) == []
+
+
+def test_the_hypervolume_is_the_area_up_to_the_reference():
+    assert hypervolume([(1, 3), (2, 1), (2, 2)], (4, 4)) == (4 - 1) * (4 - 3) + (4 - 2) * (3 - 1)
+    assert hypervolume([(5, 0), (0, 5)], (4, 4)) == hypervolume([], (4, 4)) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("bayesian", ("kl", "bytes"), (2.0, 3.0)), None),
+        (("fixed", ("kl",), ()), None),
+        (("fixed", ("kl",), (2.0,)), "has no front"),
+        (("random", ("latency", "bytes"), ()), "how good a model is"),
+        (("random", ("perplexity",), (2.5,)), "save_front 2.5 wants.*--objectives perplexity bytes"),
+    ],
+)
+def test_objectives_that_contradict_what_is_asked_for_say_so(arguments, expected):
+    problem = objectives_problem(*arguments)
+    assert problem is None if expected is None else re.search(expected, problem)
+
+
+# --------------------------------------------------------------------------------------------------------------- ablation
+def test_what_a_step_is_worth_is_the_whole_without_it_and_the_step_alone():
+    found = {"prune > nf4": 1.0, "smooth > nf4": 0.25, "prune > smooth > nf4": 0.9, "nf4": 0.3, "prune": 0.5}
+
+    def run(steps):
+        return SimpleNamespace(steps=[{"kl": 0.0}, {"kl": found[" > ".join(step.method.name for step in steps)]}])
+
+    steps = read_pipeline([{"method": name} for name in ("prune", "smooth", "nf4")])
+    prune, smooth, nf4 = ablation(steps, run, "kl", [{"kl": 0.0}, {"kl": 0.9}])
+    assert prune["change"] == pytest.approx(0.65) and prune["alone"] == 0.5 and prune["interaction"] == pytest.approx(0.15)
+    assert smooth["change"] == pytest.approx(-0.1) and smooth["alone"] is smooth["interaction"] is None
+    assert nf4["change"] is None and "changes nothing but how well a quantization goes" in nf4["reason"] and nf4["alone"] == 0.3
+    assert ablation(steps[2:], run, "kl", []) == []
+    lines = ablation_table([prune, smooth, nf4], "kl").splitlines()
+    assert "+0.6500" in lines[2] and "+0.1500" in lines[2] and "-0.1000" in lines[3] and "put one behind it" in lines[4]
+
+
+# ------------------------------------------------------------------------------------------------------- what comes next
+@pytest.fixture
+def space():
+    choices = {
+        "prune.sparsity": [0.1, 0.2, 0.3, 0.4], "prune.criterion": ["taylor", "l2"], "prune.scope": ["global"],
+        "prune.structures": [["channels"]], "prune.blocks": [0], "nf4.compensation": [True], "nf4.embeddings": ["as_released", "int8"],
+        "retrain.lr": [1e-4], "retrain.tokens": [4096],
+    }  # fmt: skip
+    return make_space(("prune", "retrain", "nf4"), choices=choices)
+
+
+def cost(steps) -> float:
+    return 1 + sum(getattr(step.recipe, "sparsity", 0.0) for step in steps) - 0.5 * any(step.method.kind == "retrain" for step in steps)
+
+
+def bytes_of(steps) -> float:
+    return 100 / (1 + 2 * sum(getattr(step.recipe, "sparsity", 0.0) for step in steps) + any(step.method.name == "nf4" for step in steps))
+
+
+@pytest.mark.parametrize("strategy", ["bayesian", "evolution", "random", "grid"])
+@pytest.mark.parametrize("objectives", [1, 2])
+def test_nothing_is_asked_for_twice_nor_what_is_too_large_and_all_begin_alike(tmp_path, space, strategy, objectives):
+    study = open_study("x", f"sqlite:///{tmp_path}/study.db", {}, ["minimize"] * objectives)
+    first = [
+        {"order": "nf4", "nf4.double_quantization": True, "nf4.embeddings": "int8"},
+        {"order": "prune > nf4", "prune.sparsity": 0.1, "prune.criterion": "l2", "nf4.double_quantization": True, "nf4.embeddings": "int8"},
+    ]  # fmt: skip
+    small = lambda steps: 0.0 if steps[-1].method.name == "nf4" else 1.0  # noqa: E731
+    search(
+        study, space, 2 * POPULATION + 4, lambda _, steps: [cost(steps), bytes_of(steps)][:objectives], strategy=strategy, first=first,
+        excess=small, seed=3,
+    )  # fmt: skip
+    trials = counted_trials(study)
+    assert len(study.trials) == len(trials) == 2 * POPULATION + 4  # nothing was set aside
+    assert len({each.user_attrs["key"] for each in trials}) == len(trials)
+    assert [each.params for each in trials[:2]] == first and all(each.params["order"].endswith("nf4") for each in trials)
+
+
+def test_evolution_crosses_parents_of_different_orders(space):
+    study = optuna.create_study()
+    points = [
+        {"order": "prune > retrain > nf4", "prune.sparsity": 0.2, "prune.criterion": "l2", "retrain.distillation": True,
+         "nf4.double_quantization": False, "nf4.embeddings": "int8"},
+        {"order": "nf4", "nf4.double_quantization": True, "nf4.embeddings": "as_released"},
+    ]  # fmt: skip
+    evolution = make_sampler("evolution", "", 1)
+    for point in points * POPULATION:
+        study.enqueue_trial(point)
+        asked = study.ask()
+        space.suggest(asked)
+        study.tell(asked, 1.0)
+    parents = study.trials
+    children = [evolution._child(study, evolution.infer_relative_search_space(study, parents[0]), parents) for _ in range(200)]
+    both = [child for child in children if child.get("order") == points[0]["order"] and child.get("nf4.embeddings") == "as_released"]
+    assert both and any(child.get("prune.sparsity") == 0.2 for child in both)  # the order of one, the table of the other
+    assert all(set(child) <= set(points[0]) for child in children)
+    assert not any("prune.sparsity" in child for child in children if child.get("order") == "nf4")
+    assert any("order" not in child for child in children)  # what is forgotten is drawn anew
+
+
+def test_after_a_duplicate_comes_a_neighbour_of_the_best(space, monkeypatch):
+    study, everything = optuna.create_study(), list(space.points())
+    best = next(point for point in everything if point["order"] == "prune > nf4" and point["prune.sparsity"] == 0.2)
+    known = set()
+    for value, point in enumerate([best, *random.Random(0).sample(everything, 30)]):
+        study.enqueue_trial(point)
+        asked = study.ask()
+        steps = read_pipeline(space.suggest(asked))
+        known.add(key_of(steps))
+        study.tell(asked, float(value))
+    proposer = Proposer(space, "bayesian", "tpe", lambda _: 0.0)
+    others = [point for point in everything if point["order"] != "prune > nf4"]
+    with pytest.warns(optuna.exceptions.ExperimentalWarning):
+        stuck = optuna.samplers.PartialFixedSampler(best, optuna.samplers.RandomSampler(seed=0))
+    monkeypatch.setattr("compactmind.search.strategies.make_sampler", lambda *_: stuck)
+    proposed = proposer.propose(study, known, seed=0)
+    near = space.neighbours(study.trials[0].params)
+    assert proposed in near and key_of(read_pipeline(space.pipeline(proposed))) not in known
+    left = others[-1]
+    all_but_one = {key_of(read_pipeline(space.pipeline(point))) for point in everything if point != left}
+    assert proposer.propose(study, all_but_one, seed=0) == left
+    assert proposer.propose(study, all_but_one | {key_of(read_pipeline(space.pipeline(left)))}, seed=0) is None
+
+
+def test_the_front_of_a_study_is_optunas(space):
+    study, choose = optuna.create_study(directions=["minimize"] * 2), random.Random(2)
+    for _ in range(40):
+        study.add_trial(optuna.trial.create_trial(values=[choose.randint(0, 9), choose.randint(0, 9)], state=TrialState.COMPLETE))
+    assert {tuple(each.values) for each in front_of(study.trials)} == {tuple(each.values) for each in study.best_trials}
+
+
+# ------------------------------------------------------------------------------------------------------------- choosing
+def test_what_is_retrained_long_is_saved_only_if_it_is_better():
+    steps = read_pipeline([{"method": "prune"}, {"method": "retrain", "params": {"tokens": 100}}])
+
+    def runner(kl):
+        made = SimpleNamespace(steps=[{"method": "retrain", "seconds": 2.0}])
+        return SimpleNamespace(quality="kl", run=lambda _: made, measure=lambda _: {"kl": kl})
+
+    for kl, kept in ((0.4, True), (0.6, False)):
+        found, record = choosing.retrained_long(steps, {"kl": 0.5}, runner(kl), 300)
+        assert record == {"tokens": 300, "seconds": 2.0, "searched": 0.5, "final": kl, "kept": kept}
+        assert found[1].recipe.tokens == (300 if kept else 100)
+    for few in (0, 100):
+        assert choosing.retrained_long(steps, {"kl": 0.5}, runner(0.1), few) == (steps, None)
+    assert choosing.retrained_long(steps[:1], {"kl": 0.5}, runner(0.1), 300) == (steps[:1], None)
+
+
+def test_a_stopped_trial_is_none_of_the_measured_ones():
+    study = optuna.create_study()
+    for estimated in (False, True):
+        asked = study.ask()
+        asked.set_user_attr("estimated" if estimated else "measured", [1.0] if estimated else {"kl": 1.0, "compression_ratio": 2.0})
+        study.tell(asked, 1.0)
+    assert [each.number for each in findings.measured_trials(study)] == [0]
+    assert findings.states_of(study)["STOPPED"] == 1 and findings.states_of(study)["COMPLETE"] == 1
