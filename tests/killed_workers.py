@@ -28,6 +28,7 @@ PATIENCE_SECONDS = 300
 def space():
     """Return a space of 960 pipelines."""
     choices = {"prune.sparsity": SPARSITIES, "prune.criterion": ["taylor", "l2"], "prune.scope": ["global", "uniform"]}
+    choices |= {"prune.structures": [["channels"]], "prune.blocks": [0]}
     return make_space(("prune", "retrain"), choices=choices | {"retrain.lr": [1e-4, 2e-4, 4e-4], "retrain.tokens": [65536]})
 
 

@@ -40,7 +40,8 @@ def gone():
 
 
 def small_space():
-    return make_space(("prune",), choices={"prune.sparsity": [0.1, 0.2, 0.3], "prune.criterion": ["l2"], "prune.scope": ["global"]})
+    choices = {"prune.sparsity": [0.1, 0.2, 0.3], "prune.criterion": ["l2"], "prune.scope": ["global"]}
+    return make_space(("prune",), choices=choices | {"prune.structures": [["channels"]], "prune.blocks": [0]})
 
 
 # ------------------------------------------------------------------------------------------------------------------- shares
