@@ -8,7 +8,7 @@ import pytest
 
 from compactmind.methods.llama import LINEARS
 from compactmind.model_card import model_card
-from compactmind.report import tables
+from compactmind.report import search_figures, tables
 from compactmind.report.documents import escape_markdown, escape_tex, render, sections, write_documents
 from compactmind.report.figures import FIGURES, WIDTHS, tensor_bits
 from compactmind.report.literature import beside_the_literature, check_llama_2
@@ -395,6 +395,18 @@ def test_a_figure_without_anything_in_it_is_left_out(report, tmp_path):
     write_documents(report, tmp_path)
     left = {path.stem for path in tmp_path.glob("*.png")}
     assert left == FIGURES.keys() - {"search_importance", "search_retraining_gain"}
+
+
+@pytest.mark.parametrize("highest", [2.5e-2, 5e-2, 0.5, 5.0, 60.0])
+def test_numbers_beside_a_logarithmic_axis_do_not_overlap_and_are_there(highest):
+    figure, axes = search_figures._axes(title="")
+    axes.plot([0, 1], [1e-2, highest])
+    search_figures._log_scale(axes)
+    figure.canvas.draw()
+    labels = [label for minor in (False, True) for label in axes.yaxis.get_ticklabels(minor=minor) if label.get_text()]
+    low, high = axes.get_ylim()
+    boxes = sorted((label.get_window_extent() for label in labels if low <= label.get_position()[1] <= high), key=lambda box: box.y0)
+    assert len(boxes) >= 2 and all(below.y1 <= above.y0 for below, above in zip(boxes, boxes[1:], strict=False))
 
 
 def test_nothing_measured_is_still_a_report(report, tmp_path):

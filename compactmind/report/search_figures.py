@@ -1,5 +1,6 @@
 """What a search found, as figures, drawn from its summary alone (compactmind/search/findings.py writes it)."""
 
+import math
 from typing import Any
 
 import matplotlib
@@ -28,10 +29,17 @@ def _quality(summary: dict[str, Any]) -> tuple[str, str]:
 
 
 def _log_scale(axes: Axes) -> None:
-    """Make the axis of KL or perplexity logarithmic, with plain numbers beside it."""
+    """Make the axis of KL or perplexity logarithmic, with plain numbers beside it, as many as there is room for."""
     axes.set_yscale("log")
-    for format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        format(lambda value, _: f"{value:g}")
+
+    def between(value: float, _: int) -> str:
+        low, high = axes.get_ylim()
+        decades = math.log10(high / low)
+        shown = "23456789" if decades < 1 else "25" if decades < 3 else ""
+        return f"{value:g}" if f"{value:e}"[0] in shown else ""
+
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(between)
 
 
 def _empty(axes: Axes, why: str) -> None:
