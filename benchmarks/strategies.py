@@ -221,7 +221,7 @@ def strategies(config: Any, stage: SearchConfig) -> dict[str, Any]:
             "KL, test, over seconds": {
                 s: [over_seconds(rows, regrets(rows, "test"), moments) for rows in each] for s, each in runs.items()
             },
-            "front lacks, test, over trials": {
+            "front missing, test, over trials": {
                 s: [[1 - value / whole["test"] for value in volumes(rows, "test", reference)] for rows in each]
                 for s, each in fronts.items()
             },
@@ -264,8 +264,9 @@ def draw(curves: dict[str, dict[str, list]], moments: np.ndarray, path: Path, na
         front = what.startswith("front")
         axes.set(
             xlabel="CPU seconds charged" if what.endswith("seconds") else "trials", title=what,
-            ylabel="share of the table's hypervolume that lacks" if front else "ln(KL of the best so far / lowest of the table)",
+            ylabel="missing share of hypervolume" if front else "ln(best KL so far / lowest KL)",
         )  # fmt: skip
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
     places.flat[0].legend(frameon=False)
     figure.suptitle(f"Searches in a table, {name}: median of the seeds and the middle half")

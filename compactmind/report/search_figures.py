@@ -71,6 +71,7 @@ def convergence(summary: dict[str, Any]) -> Figure:
         axes.scatter(stopped, [0.02] * len(stopped), color=GREY, s=30, marker="x", transform=edge, label="stopped or failed")
     axes.step(range(1, len(points) + 1), best_so_far, where="post", color=RED, label="best so far")
     axes.margins(y=0.1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     _log_scale(axes)
     axes.legend(frameon=False)
     return figure
