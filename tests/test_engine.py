@@ -190,7 +190,7 @@ def test_a_trial_whose_process_is_gone_is_run_once_more_and_only_once(tmp_path, 
 
 def test_a_trial_that_another_process_is_running_is_left_alone(tmp_path, space):
     study = fresh(tmp_path)
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         worker = this_worker() | {"pid": other.pid, "started": psutil.Process(other.pid).create_time()}
         number = abandoned(study, space, next(space.points()), worker)
         assert len(run(study, space, 3, patience=0)) == 3
@@ -483,7 +483,7 @@ def test_an_interrupted_trial_is_queued_at_once(tmp_path, space):
 # ------------------------------------------------------------------------------------------------------------ the last trials
 def test_the_end_waits_for_the_trials_of_other_workers(tmp_path, space, monkeypatch, capsys):
     study, pauses = fresh(tmp_path), []
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as other:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         worker = this_worker() | {"pid": other.pid, "started": psutil.Process(other.pid).create_time()}
         number = abandoned(study, space, next(space.points()), worker)
 
@@ -496,7 +496,9 @@ def test_the_end_waits_for_the_trials_of_other_workers(tmp_path, space, monkeypa
         trials = run(study, space, 3)
         assert pauses == [TrialState.RUNNING] * 3 and all(trial.state == TrialState.COMPLETE for trial in trials)
         assert f"waiting for trials [{number}] of other workers" in capsys.readouterr().out
-        number = abandoned(study, space, list(space.points())[1], worker)
+        tried = {trial.user_attrs["key"] for trial in trials}  # beside other workers the draws differ from run to run
+        new = (point for point in space.points() if key_of(space, point) not in tried)
+        number = abandoned(study, space, next(new), worker)
         monkeypatch.setattr(engine, "_pause", lambda _: other.kill() or other.wait())
         trials = run(study, space, 4)  # it dies while it is waited for: its trial is run here
         assert len(trials) == 4 and trials[-1].user_attrs["retry_of"] == number
