@@ -14,13 +14,14 @@ Run:   python 5_bayesian_search.py              (after python download_model.py;
        accelerate launch --mixed_precision bf16 5_bayesian_search.py --strategy fixed     (or --replay; several GPUs retrain)
        accelerate launch --config_file configs/fsdp.yaml 5_bayesian_search.py --strategy fixed     (one model divided between them)
 Reads: models/llama, wikitext_data/{train,validation,test}.jsonl     (test: only for the perplexity of what is saved)
-Writes: models/llama_searched      the best pipeline that reaches the target (--output), with perplexity and KL after every step,
+Writes: models/llama_searched      the best pipeline that reaches --target_compression, with perplexity and KL after every step,
                                    retrained on --final_tokens if it retrains
-        models/llama_front_2x ...  with --save_front: the best pipeline of every size
+        models/llama_front_3x ...  with --save_front: the best pipeline of every other size
         results/search/            trials.csv, best_pipeline.json, summary.json and the plots; study.db, which may hold many studies
         models/llama_pruned, results/pipeline_llama_pruned.json      with --strategy fixed
         Any study but that of models/llama by Bayesian search has places of its own: results/search/<study>/,
-        models/llama_searched_<study>, models/llama_trial_<N>_<study>. A front is a study of its own, llama-bayesian-front.
+        models/llama_searched_<study>, models/llama_trial_<N>_<study>. A front is a study of its own, llama-bayesian-front, whose
+        models have the short names all the same.
 Time:  on 2 CPU cores, embedded profile: fixed about 10 minutes, half of it retraining; a trial of a
        search from seconds to a few minutes, depending on what it shares with earlier ones and whether it retrains.
 
@@ -85,6 +86,7 @@ from compactmind.search.findings import (
     write_findings,
 )
 from compactmind.search.machine import machine_kind, noting_kind, require_kind
+from compactmind.search.places import findings_folder, front_name, searched_name, trial_name
 from compactmind.search.space import Space, check_space, make_space
 from compactmind.search.storage import first_line, without_password
 from compactmind.search.trials import TrialRunner
@@ -99,10 +101,6 @@ CONFIG = SearchConfig.for_profile(PROFILE)
 ERROR_WINDOWS = 2
 """Windows of validation text on which the error of every layer is measured."""
 
-FIRST_STUDY = "llama-bayesian"
-"""The study whose findings and model lie where the report looks for them; every other one has places of its own."""
-FIRST_FRONT = "llama-bayesian-front"
-"""The study whose models of every size are called by their size alone."""
 FRONT = (1.0, 1.2, 1.4, 1.6, 2.0)
 """Times the target, where no ratios are named: the sizes that a method which aims at one may aim at."""
 
@@ -400,10 +398,9 @@ def study_name_of(config: SearchConfig) -> str:
     return config.study_name
 
 
-def place_of_study(config: SearchConfig, prefix: Path, between: str) -> Path:
-    """Return `prefix` for the first study, and for every other one a path of its own: `prefix`, `between` and the study's name."""
-    name = study_name_of(config)
-    return prefix if name == FIRST_STUDY else Path(f"{prefix}{between}{name}")
+def searched_output(config: SearchConfig) -> Path:
+    """Return where the best model goes that reaches the target."""
+    return Path(config.output or config.models_dir / searched_name(study_name_of(config)))
 
 
 def study_of(config: SearchConfig, space: Space) -> tuple[optuna.Study, str, dict]:
@@ -454,13 +451,15 @@ NOT_THE_STUDYS = (
 
 
 def run_search(config: SearchConfig, output: Path) -> None:
-    space, folder = space_of(config), place_of_study(config, config.results_dir / "search", os.sep)
-    check_outputs([output], "5_bayesian_search.py", [source_of(config)], config.models_dir)
+    space, folder = space_of(config), findings_folder(config.results_dir / "search", study_name_of(config))
+    places = [front_output(config, ratio) for ratio in config.save_front] or [output]
+    check_outputs(places, "5_bayesian_search.py", [source_of(config)], config.models_dir)
     study, storage, depends_on = study_of(config, space)
     kind = machine_kind(default_device(), threads="latency" in config.objectives)
     require_kind(study, config.objectives, kind)
     planned = shares(config.workers, default_device(), config.objectives) if config.workers > 1 and not is_worker() else []
-    print(f"study {study.study_name} in {without_password(storage)}; findings go to {folder}, the best model to {output}")
+    print(f"study {study.study_name} in {without_password(storage)}; findings go to {folder}, ", end="")
+    print(f"the best model{'s' * (len(places) > 1)} to {', '.join(map(str, places))}")
     print(f"{len(space.orders)} orders of methods, {space.size()} pipelines; ", end="")
     print(f"{len(counted_trials(study))} of {config.n_trials} trials are there")
     known = known_findings(study, folder, depends_on)
@@ -542,8 +541,9 @@ def front_output(config: SearchConfig, ratio: float) -> Path:
     """Return where the model of a front goes that is so many times smaller."""
     if config.output:
         return Path(f"{config.output}_{ratio:g}x")
-    place = config.models_dir / f"llama_front_{ratio:g}x"
-    return place if study_name_of(config) == FIRST_FRONT else Path(f"{place}_{study_name_of(config)}")
+    if ratio == config.target_compression:
+        return searched_output(config)
+    return config.models_dir / front_name(study_name_of(config), ratio)
 
 
 def replay(config: SearchConfig, output: Path) -> None:
@@ -579,11 +579,11 @@ def main(config: SearchConfig) -> None:
                 f"a search is run by workers of one process each and was started as {number_of_processes()} processes: start several "
                 "workers instead, each by `python 5_bayesian_search.py` with the same settings and the same --storage"
             )
-        run_search(config, given or place_of_study(config, models / "llama_searched", "_"))
+        run_search(config, searched_output(config))
         return
     with helped_by_the_others():
         if config.replay >= 0:
-            replay(config, given or place_of_study(config, models / f"llama_trial_{config.replay}", "_"))
+            replay(config, given or models / trial_name(study_name_of(config), config.replay))
         else:
             make_and_save(config, read_pipeline(config.pipeline), given or models / "llama_pruned", "fixed")
 

@@ -3,7 +3,7 @@
 Run:   python 6_evaluate_report.py                    (after any of the other stages; every setting: --help)
        python 6_evaluate_report.py --fresh True       (measure every row again)
        python 6_evaluate_report.py --from_json True   (draw and write everything again from final_report.json, measuring nothing)
-Reads: models/*, results/search/summary.json, sst2_data/test.jsonl, wikitext_data/test.jsonl   (test sentences are used here alone)
+Reads: models/*, the summary of a search in results/search, sst2_data/test.jsonl, wikitext_data/test.jsonl   (of test here alone)
 Writes: results/final_report.json               everything measured, with protocols, environment and goals; what follows is made of it
         results/final_report.{html,md,tex}      the report: sentences, tables, figures, literature (html: stands alone; tex: the tables)
         results/final_report.png                accuracy against GFLOPs, point size by bytes
@@ -48,6 +48,7 @@ from compactmind.report.documents import write_documents
 from compactmind.report.goals import goals
 from compactmind.report.sentences import sentences, warnings
 from compactmind.room import require_room
+from compactmind.search.places import findings_of
 from compactmind.text import load_documents, token_windows
 
 # ------------------------------------------------------------------------------------------------------------ constants
@@ -65,7 +66,8 @@ ENCODER_ROWS = (
     "student_pruned_w8a8",
 )  # fmt: skip
 LANGUAGE_ROWS = (
-    "llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_gptq_2.5x", "llama_gptq_3.5x", "llama_pruned", "llama_searched",
+    "llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_gptq_3.5x", "llama_pruned", "llama_searched", "llama_front_3x",
+    "llama_front_4x",
 )  # fmt: skip
 """The rows a complete run has, in this order; further checkpoints of the same track under models/ and your own models follow them."""
 DENSE_LANGUAGE_MODEL = "llama"
@@ -452,7 +454,7 @@ def report_of(
         "references": {"encoder": config.reference, "llm": DENSE_LANGUAGE_MODEL},
         "data": {**description, "fingerprint": data_fingerprint(config.data_dir)},
         "protocols": protocols(config, description),
-        "search": read_json(config.results_dir / "search" / "summary.json"),
+        "search": read_json(findings_of(config.results_dir / "search", config.models_dir / "llama_searched") / "summary.json"),
         "smoothquant": read_json(config.results_dir / "smoothquant.json"),
         "benchmarks": benchmarks,
         "models": rows,

@@ -311,7 +311,8 @@ class SearchConfig(StageConfig):
     """What to minimise: kl to the dense model (or perplexity, which tells good models apart only on much more text), alone or with others:
     a front then. latency and memory are measured on this machine."""
     save_front: tuple[float, ...] = ()
-    """Compression ratios at each of which the best model is saved, in place of the one at target_compression; objectives kl bytes."""
+    """Compression ratios at each of which the best model is saved (objectives kl bytes): models/llama_front_<ratio>x, the one at
+    target_compression llama_searched."""
     final_tokens: int = 24_000
     """Tokens on which the best pipeline is retrained before it is saved, if it retrains: trials are cheap looks (5 minutes on 2 CPU cores,
     embedded profile); 0: as in its trial."""

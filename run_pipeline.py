@@ -19,11 +19,10 @@ MODELS = "<models_dir>"
 FIXED = ("5_bayesian_search.py", "--strategy=fixed")
 
 
-def gptq_run(times: str) -> tuple[str, ...]:
-    """Return the run that makes the Llama so many times smaller by integers alone."""
-    pipeline = f'[{{"method": "gptq", "params": {{"target_compression": {times}}}}}]'
-    return (*FIXED, f"--output={MODELS}/llama_gptq_{times}x", f"--pipeline={pipeline}")
 
+INTEGERS = '[{"method": "gptq", "params": {"target_compression": 3.5}}]'
+FRONT = ("5_bayesian_search.py", "--objectives", "kl", "bytes", "--save_front", "2.5", "3", "4", "--target_compression", "2.5")
+"""The search for the best model of every size."""
 
 RUNS = (
     ("download_model.py",),
@@ -32,9 +31,8 @@ RUNS = (
     ("3_quantize.py",),
     ("4_smoothquant_llama.py",),
     (*FIXED, "--calibration_windows=32"),
-    gptq_run("2.5"),
-    gptq_run("3.5"),
-    ("5_bayesian_search.py",),
+    (*FIXED, f"--output={MODELS}/llama_gptq_3.5x", f"--pipeline={INTEGERS}"),
+    FRONT,
     ("6_evaluate_report.py",),
 )
 """Scripts and what they are told beside the settings all share, in the order in which they read each other's output."""

@@ -36,7 +36,7 @@ NEW_TOKENS = 8
 
 @dataclass(frozen=True)
 class GenerationConfig(StageConfig):
-    models: tuple[str, ...] = ("llama", "llama_w8a8", "llama_gptq_2.5x", "llama_gptq_3.5x")
+    models: tuple[str, ...] = ("llama", "llama_w8a8", "llama_searched", "llama_gptq_3.5x")
     """Folders, or names under models_dir."""
     prompt_tokens: int = 512
     """Of the prompt."""

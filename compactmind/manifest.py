@@ -24,8 +24,9 @@ CARD = "README.md"
 ADDED_LATER = (MANIFEST, CARD, "model.onnx", "model.gguf")
 """Files of a checkpoint that its manifest does not vouch for."""
 
-GPTQ = """python 5_bayesian_search.py --strategy fixed --output models/llama_gptq_{times}x \
---pipeline '[{{"method": "gptq", "params": {{"target_compression": {times}}}}}]'"""
+GPTQ = """python 5_bayesian_search.py --strategy fixed --output models/llama_gptq_3.5x \
+--pipeline '[{"method": "gptq", "params": {"target_compression": 3.5}}]'"""
+FRONT = "python 5_bayesian_search.py --objectives kl bytes --save_front 2.5 3 4 --target_compression 2.5"
 
 MADE_BY = {
     "teacher_base": "python download_model.py",
@@ -42,9 +43,10 @@ MADE_BY = {
     "llama_w8a8_naive": "python 4_smoothquant_llama.py",
     "llama_nf4": "python 4_smoothquant_llama.py",
     "llama_pruned": "python 5_bayesian_search.py --strategy fixed --calibration_windows 32",
-    "llama_gptq_2.5x": GPTQ.format(times="2.5"),
-    "llama_gptq_3.5x": GPTQ.format(times="3.5"),
-    "llama_searched": "python 5_bayesian_search.py",
+    "llama_gptq_3.5x": GPTQ,
+    "llama_searched": FRONT,
+    "llama_front_3x": FRONT,
+    "llama_front_4x": FRONT,
     "llama_smoothed": "python 4_smoothquant_llama.py --save_smoothed True",
 }
 """Checkpoint name -> the command that makes it: for error messages and for the rows of a report that have not run."""

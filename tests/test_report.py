@@ -25,12 +25,12 @@ from compactmind.text import load_documents, token_windows
 
 ROWS = ["teacher", "student_finetuned", "student_distilled", "student_pruned", "student_distilled_nf4", "student_pruned_nf4",
         "student_pruned_w8a8"]  # fmt: skip
-LANGUAGE_ROWS = ["llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_gptq_2.5x", "llama_gptq_3.5x", "llama_pruned",
-                 "llama_searched"]  # fmt: skip
+LANGUAGE_ROWS = ["llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_gptq_3.5x", "llama_pruned", "llama_searched",
+                 "llama_front_3x", "llama_front_4x"]  # fmt: skip
 FIXED = "5_bayesian_search.py --strategy=fixed"
 STAGES = ("download_model.py", "1_distill.py", "2_prune_finetune.py", "3_quantize.py", "4_smoothquant_llama.py",
-          f"{FIXED} --calibration_windows=32,", f"{FIXED} --output=models/llama_gptq_2.5x",
-          f"{FIXED} --output=models/llama_gptq_3.5x", "5_bayesian_search.py,", "6_evaluate_report.py")  # fmt: skip
+          f"{FIXED} --calibration_windows=32,", f"{FIXED} --output=models/llama_gptq_3.5x",
+          "5_bayesian_search.py --objectives kl bytes --save_front 2.5 3 4", "6_evaluate_report.py")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def copy(reported, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- pipeline
 def test_the_pipeline_runs_every_stage_in_order_and_says_where_the_report_is(reported):
     _, output = reported
-    places = [output.index(f"[{number}/10] {name}") for number, name in enumerate(STAGES, start=1)]
+    places = [output.index(f"[{number}/9] {name}") for number, name in enumerate(STAGES, start=1)]
     assert places == sorted(places)
     assert output.rstrip().endswith("report: results/final_report.html")
 
@@ -62,11 +62,12 @@ def test_the_pipeline_runs_every_stage_in_order_and_says_where_the_report_is(rep
 def test_the_command_of_every_fixed_row_is_what_the_pipeline_runs():
     pipeline = runpy.run_path(str(helpers.REPOSITORY / "run_pipeline.py"))
     runs = [[part.replace(pipeline["MODELS"], "models") for part in run] for run in pipeline["RUNS"]]
-    for name in ("llama_gptq_2.5x", "llama_gptq_3.5x"):
-        told = shlex.split(MADE_BY[name])[1:]
-        options = [f"{option}={value}" for option, value in zip(told[1::2], told[2::2], strict=True)]
-        assert [told[0], *options] in runs and options[-2] == f"--output=models/{name}"
-        read_pipeline(options[-1].removeprefix("--pipeline="))
+    told = shlex.split(MADE_BY["llama_gptq_3.5x"])[1:]
+    options = [f"{option}={value}" for option, value in zip(told[1::2], told[2::2], strict=True)]
+    assert [told[0], *options] in runs and options[-2] == "--output=models/llama_gptq_3.5x"
+    read_pipeline(options[-1].removeprefix("--pipeline="))
+    for name in ("llama_searched", "llama_front_3x", "llama_front_4x"):
+        assert shlex.split(MADE_BY[name])[1:] in runs
 
 
 def test_a_second_pipeline_skips_what_is_finished(copy):
@@ -238,13 +239,14 @@ def test_language_models_are_measured_on_the_same_windows_and_against_the_dense_
     for step in steps:  # measured as the report does
         assert (step["divergence"]["mean"] == 0) == (step["method"] == "dense") and 0 <= step["divergence"]["same_top"] <= 1
     assert steps[-1]["divergence"]["mean"] == pytest.approx(rows["llama_pruned"]["divergence"]["mean"], rel=1e-3)
-    for target in (2.5, 3.5):
-        row = rows[f"llama_gptq_{target}x"]
-        assert row["kind"] == "grouped" and row["compression_ratio"] >= target and row["interaction"] is None
-        assert row["quantization"]["target_compression"] == target and len(row["quantization"]["tensors"]) == 2 * 7 + 1
-        assert [step["method"] for step in row["pipeline"]] == ["dense", "gptq"]
-        assert row["pipeline"][-1]["divergence"]["mean"] == pytest.approx(row["divergence"]["mean"], rel=1e-3)
-        assert f"{target:g}x smaller was asked for, {row['compression_ratio']:.3f}x reached" in output
+    row = rows["llama_gptq_3.5x"]
+    assert row["kind"] == "grouped" and row["compression_ratio"] >= 3.5 and row["interaction"] is None
+    assert row["quantization"]["target_compression"] == 3.5 and len(row["quantization"]["tensors"]) == 2 * 7 + 1
+    assert [step["method"] for step in row["pipeline"]] == ["dense", "gptq"]
+    assert row["pipeline"][-1]["divergence"]["mean"] == pytest.approx(row["divergence"]["mean"], rel=1e-3)
+    assert f"3.5x smaller was asked for, {row['compression_ratio']:.3f}x reached" in output
+    for name, ratio in (("llama_searched", 2.5), ("llama_front_3x", 3), ("llama_front_4x", 4)):
+        assert rows[name]["compression_ratio"] >= ratio
     goals = {goal["goal"]: goal for goal in report["goals"]}
     assert goals["llama_pruned perplexity, times dense"]["measured"] == rows["llama_pruned"]["against_dense"]["ratio"]
     assert goals["llama_pruned retraining"]["measured"] == pytest.approx(steps[-1]["seconds"] / 60)

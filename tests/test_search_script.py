@@ -286,7 +286,7 @@ def test_a_search_gives_gptq_its_target_and_any_of_its_trials_comes_again(tmp_pa
     assert status == 0, output
     with open(tmp_path / "results" / "search" / "trials.csv", newline="", encoding="utf-8") as file:
         rows = {row["pipeline"]: row for row in csv.DictReader(file)}
-    assert list(rows)[:2] == ["smooth > gptq", "gptq"]
+    assert list(rows)[:2] == ["gptq", "smooth > gptq"]
     assert all(float(row["compression_ratio"]) >= 1.5 for row in rows.values() if row["compression_ratio"])
     status, output = run_here(*settings, "--replay", rows["gptq"]["trial"])
     manifest = load_checkpoint(tmp_path / "models" / f"llama_trial_{rows['gptq']['trial']}").manifest
@@ -539,7 +539,8 @@ def test_a_front_is_saved_at_every_size_that_something_reaches(tmp_path, run_her
     helpers.add_llama(tmp_path)
     status, output = run_here(*FRONT)
     assert status == 0, output
-    assert models_in(tmp_path) == ["llama", "llama_front_1.2x", "llama_front_1.6x"]
+    assert models_in(tmp_path) == ["llama", "llama_front_1.6x", "llama_searched"]  # which is the one of the usual size
+    assert "the best models to models/llama_searched, models/llama_front_1.6x, models/llama_front_9x" in output
     assert "save_front 9: no trial is so many times smaller, the smallest is" in output
     folder = tmp_path / "results" / "search" / "llama-bayesian-front"
     summary, dense = helpers.read_json(folder / "summary.json"), read_manifest(tmp_path / "models" / "llama")
@@ -547,8 +548,8 @@ def test_a_front_is_saved_at_every_size_that_something_reaches(tmp_path, run_her
     assert sizes == sorted(sizes, reverse=True) and len(sizes) > 1 and (folder / "pareto.png").is_file()
     distances = [point["kl"] for point in summary["front"]["points"]]
     assert distances == sorted(distances) and summary["target_compression"] == 1.2
-    for ratio, chosen in zip((1.2, 1.6), summary["chosen"], strict=False):
-        manifest = load_checkpoint(tmp_path / "models" / f"llama_front_{ratio}x").manifest
+    for ratio, name, chosen in zip((1.2, 1.6), ("llama_searched", "llama_front_1.6x"), summary["chosen"], strict=False):
+        manifest = load_checkpoint(tmp_path / "models" / name).manifest
         assert manifest["search"]["trial"] == chosen["trial"]
         assert dense["files"]["model.safetensors"]["bytes"] / manifest["files"]["model.safetensors"]["bytes"] >= ratio
         small = {number: row for number, row in summary["confirmed"].items() if row["compression_ratio"] >= ratio}
@@ -558,7 +559,8 @@ def test_a_front_is_saved_at_every_size_that_something_reaches(tmp_path, run_her
     status, output = run_here(*FRONT)
     assert status == 0 and output.count("is up to date") == 2 and "save_front 9: no trial" in output, output
     status, output = run_here(*FRONT, "--strategy", "evolution", "--first_guesses", False)
-    assert status == 0 and {"llama_front_1.2x_llama-evolution-front"} <= set(models_in(tmp_path)), output
+    its_own = {f"{name}_llama-evolution-front" for name in ("llama_searched", "llama_front_1.6x")}
+    assert status == 0 and its_own <= set(models_in(tmp_path)), output
 
 
 def test_the_best_pipeline_is_retrained_long_before_it_is_saved(tmp_path, run_here):

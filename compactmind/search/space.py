@@ -88,7 +88,7 @@ class Space:
         values of everything else.
 
         `ratio_of` tells the ratio to expect of a pipeline. An order that cannot reach the target is left out, and so are several methods
-        without retraining where the same with it are there. What should lose least comes first: the least pruned, then the longest.
+        without retraining where the same with it are there. The least pruned come first, of these the shortest, then the largest models.
         """
         usual = {
             (name, parameter): _usual(name, parameter, values)
@@ -114,14 +114,14 @@ class Space:
                     unusual = sum(value != usual[key] for key, value in chosen.items())
                     reaching.append((sparsity, round(ratio, 3), unusual, values))
             if reaching:
-                sparsity, *_, values = min(reaching, key=lambda known: known[:3])
+                sparsity, ratio, _, values = min(reaching, key=lambda known: known[:3])
                 asked = {
                     f"{name}.{parameter}": asked_as(value)
                     for (name, parameter), value in values.items()
                     if len(self.choices[name][parameter]) > 1
                 }
-                found.append((sparsity, -len(order), {"order": SEPARATOR.join(order), **asked}))
-        return [guess for *_, guess in sorted(found, key=lambda known: known[:2])]
+                found.append((sparsity, len(order), ratio, {"order": SEPARATOR.join(order), **asked}))
+        return [guess for *_, guess in sorted(found, key=lambda known: known[:3])]
 
     def guesses_for(self, targets: Sequence[float], ratio_of: Callable[[list[dict[str, Any]]], float]) -> list[dict[str, Any]]:
         """Return the first guesses for several targets, each once: the first one for every target, then the second ones ..."""
