@@ -16,23 +16,22 @@ speed.
 
 import datetime
 import json
-import math
-import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch.optim.lr_scheduler import LambdaLR
 
 from common import PROFILE, PruneConfig, parse_command_line, run_stage
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.accuracy import accuracy_of
 from compactmind.forward import predict_logits
 from compactmind.guards import check_outputs, check_parent, check_tokenizer
+from compactmind.loop import EpochLoop, FirstBest, inputs_of
 from compactmind.manifest import is_up_to_date, read_manifest, weights_fingerprint
 from compactmind.methods.distillation.soft_targets import distillation_loss
 from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
@@ -43,21 +42,12 @@ from compactmind.methods.pruning.masks import LayerMask, apply_masks, choose_mas
 from compactmind.methods.pruning.schedule import cubic_sparsity
 from compactmind.report.figures import save_figure
 from compactmind.training import (
-    Progress,
-    TrainingState,
-    WeightAverage,
     accelerator_record,
-    cpu_copy,
     freeze_word_embeddings,
     linear_decay_with_warmup,
     make_accelerator,
-    make_optimizer,
-    mean_loss,
     only_writer,
-    prepare_for_training,
     set_dropout,
-    validation_logits,
-    warn_of_chance,
 )
 
 # ------------------------------------------------------------------------------------------------------------ constants
@@ -78,11 +68,9 @@ def check(config: PruneConfig) -> None:
         )
 
 
-def phase_of(epoch: int, config: PruneConfig) -> str:
-    """Return warmup, pruning or recovery for an epoch counted from 1."""
-    if epoch < config.prune_start_epoch:
-        return "warmup"
-    return "pruning" if epoch <= config.prune_end_epoch else "recovery"
+def selection_of(config: PruneConfig) -> FirstBest:
+    """Return which epoch of recovery is kept."""
+    return FirstBest(config.min_delta)
 
 
 def compact_and_compare(model: torch.nn.Module, masks: list[LayerMask], validation: EncodedSentences, batch_size: int):
@@ -145,7 +133,8 @@ def main(config: PruneConfig) -> None:
             "freeze_word_embeddings", "criterion", "target_sparsity", "round_to", "epochs", "prune_start_epoch",
             "prune_end_epoch", "prune_every", "dropout", "lr", "recovery_lr", "patience", "min_delta", "temperature", "alpha",
             "average_share",
-        ) | accelerator_record(accelerator, config.batch_size) | {"data": data_fingerprint(config.data_dir)},
+        ) | accelerator_record(accelerator, config.batch_size)
+        | {"selection": str(selection_of(config)), "data": data_fingerprint(config.data_dir)},
         "inputs": {
             config.parent: weights_fingerprint(source),
             **({"teacher": weights_fingerprint(teacher)} if config.alpha > 0 else {}),
@@ -185,11 +174,9 @@ def prune(config: PruneConfig, accelerator: Accelerator, stage: dict) -> None:
         del teacher
     if config.freeze_word_embeddings:
         freeze_word_embeddings(model)
-    set_dropout(model, config.dropout)
-    read_first_token_only(model)
     set_seed(config.seed)
-    masks = full_masks(model)
     dense_parameters, dense_shapes = prunable_parameters(model), layer_shapes(model)
+    masks, sparsity, difference = full_masks(model), 0.0, None
     try:  # with any scores: what can be reached does not depend on the ranking
         choose_masks(model, ImportanceScorer(model, "l2").scores(), masks, config.target_sparsity, config.round_to)
     except ValueError as error:
@@ -200,175 +187,108 @@ def prune(config: PruneConfig, accelerator: Accelerator, stage: dict) -> None:
     )
 
     # ---- the plan in steps
-    steps_per_epoch = math.ceil(len(splits["train"]) / (config.batch_size * accelerator.num_processes))
-    begin_step = (config.prune_start_epoch - 1) * steps_per_epoch
-    end_step = config.prune_end_epoch * steps_per_epoch
+    loop = EpochLoop(
+        config.output_dir, directory, stage, accelerator, splits["train"], splits["validation"], selection_of(config),
+        first_kept=config.prune_end_epoch,  # from the moment the target sparsity is reached
+        **config.relevant("epochs", "batch_size", "eval_batch_size", "seed", "weight_decay", "max_grad_norm", "log_every"),
+    )  # fmt: skip
+    begin_step = (config.prune_start_epoch - 1) * loop.steps_per_epoch
+    end_step = config.prune_end_epoch * loop.steps_per_epoch
     last_event = begin_step + (end_step - begin_step - 1) // config.prune_every * config.prune_every
-    total_steps = config.epochs * steps_per_epoch
     if last_event == begin_step:
         raise CompactMindError(
             f"no room to prune gradually: prune_every {config.prune_every} is not below the {end_step - begin_step} steps from "
             f"epoch {config.prune_start_epoch} to {config.prune_end_epoch}; use a smaller --prune_every"
         )
 
-    def start_phase(recovering: bool):
-        """Return optimizer, schedule and average of a phase: constant rate and the weights as they are up to the end of
-        pruning, then a decaying rate and averaged weights."""
-        optimizer = make_optimizer(model, config.recovery_lr if recovering else config.lr, config.weight_decay)
-        if recovering:
-            steps = total_steps - end_step
-            average = WeightAverage(model, decay=1 - 1 / max(1, config.average_share * steps))
-            return optimizer, linear_decay_with_warmup(optimizer, 0, steps), average
+    def begin_pruning(model: torch.nn.Module) -> None:
+        """Train at a rate that rises over the warm-up steps and stays; the weights are kept as they are."""
         warmup_steps = max(1, int(config.warmup_ratio * end_step))
-        rise = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup_steps))
-        return optimizer, rise, WeightAverage(model, decay=0)
-
-    # ---- resume: the state of the last finished epoch, if this very stage was interrupted
-    resume = TrainingState(directory, stage)
-    history: list[dict] = []
-    best = {"accuracy": -1.0, "weights": None, "epoch": 0}
-    difference = None
-    saved = resume.load()
-    if saved:
-        history, best, difference = saved["history"], saved["best"], saved["difference"]
-        masks = [LayerMask(heads, neurons) for heads, neurons in saved["masks"]]
-        if difference is not None:
-            model = compact(model, masks)
-            set_dropout(model, config.dropout)
-        model.load_state_dict(saved["model"])
+        set_dropout(model, config.dropout)
         read_first_token_only(model)
-        accelerator.print(f"{config.output_dir}: going on after epoch {len(history)} of {config.epochs}")
-    recovering = len(history) >= config.prune_end_epoch
-    optimizer, scheduler, average = start_phase(recovering)
-    if saved:
-        average.load_state_dict(saved["average"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scheduler.load_state_dict(saved["scheduler"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(saved["scaler"])
-    scorer = ImportanceScorer(model, config.criterion, config.seed)
-    if saved and difference is None:
-        scorer.observed = [LayerScores(heads, neurons) for heads, neurons in saved["observed"]]
-    wrapped, optimizer = prepare_for_training(accelerator, model, optimizer)
+        loop.begin(model, ("lr", config.lr), lambda optimizer: LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup_steps)))
 
-    # ---- loop
-    progress = Progress(
-        config.output_dir, total_steps, config.log_every, len(history) * steps_per_epoch, accelerator.is_main_process
-    )
-    sparsity = history[-1]["sparsity"] if history else 0.0
-    for epoch in range(len(history) + 1, config.epochs + 1):
-        if recovering and len(history) - best["epoch"] >= config.patience:
-            progress.write(f"{config.output_dir:<18} stopped early: no better validation accuracy for {config.patience} epochs")
-            break
-        started, losses = time.perf_counter(), []
-        phase = phase_of(epoch, config)
-        first_step, lr_name = progress.step + 1, "recovery_lr" if recovering else "lr"
-        reason = (f"{config.output_dir}, epoch {epoch} ({phase})", f"{lr_name} {getattr(config, lr_name):g}")
-        set_seed(config.seed + epoch, device_specific=True)  # a resumed run is the same run
-        loader = splits["train"].training_batches(config.batch_size, config.seed + epoch, accelerator.num_processes)
-        batches = accelerator.prepare(loader)
-        wrapped.train()
-        for batch in batches:
-            with accelerator.autocast():
-                logits = wrapped(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-                targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
-                loss = distillation_loss(logits, targets, batch["labels"], config.temperature, config.alpha)
-            accelerator.backward(loss)
-            if difference is None:
-                scorer.observe(accelerator.scaler.get_scale() if accelerator.scaler else 1.0)
-            accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            losses.append(loss.detach())
-            progress.update(
-                losses[-1],
-                scheduler.get_last_lr()[0],
-                len(batch["labels"]) * accelerator.num_processes,
-                sparsity=sparsity,
-            )
+    def begin_recovery(model: torch.nn.Module) -> None:
+        """Train the small model at a rate that decays to 0; the weights are averaged."""
+        steps = loop.total_steps - end_step
+        set_dropout(model, config.dropout)
+        read_first_token_only(model)
+        loop.begin(
+            model, ("recovery_lr", config.recovery_lr), lambda optimizer: linear_decay_with_warmup(optimizer, 0, steps),
+            average_steps=config.average_share * steps,
+        )  # fmt: skip
 
-            # Masks: re-applied after every step, tightened every `prune_every` steps.
-            if phase == "pruning" and difference is None:
-                since = progress.step - 1 - begin_step
-                if since % config.prune_every == 0 and since > 0:
-                    due = cubic_sparsity(progress.step - 1, begin_step, last_event, config.target_sparsity)
-                    masks = choose_masks(model, scorer.scores(), masks, due, config.round_to)
-                    sparsity = sparsity_of(model, masks)
-                    scorer.reset()
-                apply_masks(model, masks)
-            average.update(model)
-            if progress.step % config.log_every == 0:
-                mean_loss(losses, accelerator, first_step, *reason)
+    def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with accelerator.autocast():
+            logits = loop.wrapped(**inputs_of(batch)).logits.float()
+            targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
+            return distillation_loss(logits, targets, batch["labels"], config.temperature, config.alpha)
 
-        epoch_loss = mean_loss(losses, accelerator, first_step, *reason)
-        if epoch == config.prune_end_epoch:
-            model, difference = compact_and_compare(model, masks, splits["validation"], config.eval_batch_size)
-            accelerator.free_memory()
-            set_dropout(model, config.dropout)
-            read_first_token_only(model)
-            average = WeightAverage(model, decay=0)
-            if epoch < config.epochs:
-                recovering = True
-                optimizer, scheduler, average = start_phase(recovering)
-                wrapped, optimizer = prepare_for_training(accelerator, model, optimizer)
-            progress.write(
-                f"{config.output_dir:<18} compacted: {len(splits['validation'])} logits differ by at most {difference:.1e} from the "
-                f"masked model; heads {[s['num_heads'] for s in layer_shapes(model)]}, "
-                f"FFN {[s['intermediate_size'] for s in layer_shapes(model)]}"
-            )
-        with average.applied_to(model):
-            logits = validation_logits(model, splits["validation"], config.eval_batch_size, accelerator, *reason)
-            accuracy = accuracy_of(logits, splits["validation"].labels)
-            # The best epoch counts from the moment the target sparsity is reached.
-            if epoch >= config.prune_end_epoch and accuracy > best["accuracy"] + (config.min_delta if best["epoch"] else 0.0):
-                best = {"accuracy": accuracy, "weights": cpu_copy(model.state_dict()), "epoch": epoch}
-        history.append(
-            {
-                "epoch": epoch,
-                "phase": phase,
-                "loss": epoch_loss,
-                "accuracy": accuracy,
-                "sparsity": sparsity,
-                "lr": scheduler.get_last_lr()[0],
-                "temperature": config.temperature if teacher_logits is not None else None,
-                "alpha": config.alpha if teacher_logits is not None else None,
-                "seconds": time.perf_counter() - started,
-            }
-        )
-        progress.write(
-            f"{config.output_dir:<18} epoch {epoch}/{config.epochs} {phase} | loss {history[-1]['loss']:7.4f} | "
-            f"validation accuracy {accuracy:6.2%} | sparsity {sparsity:6.2%} | {history[-1]['seconds']:.0f} s"
-        )
-        if accelerator.is_main_process:
-            resume.save(
-                model=model.state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), history=history,
-                masks=[(mask.heads, mask.neurons) for mask in masks], best=best, difference=difference, average=average.state_dict(),
-                observed=[(score.heads, score.neurons) for score in scorer.observed],
-                scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
-            )  # fmt: skip
-    progress.close()
+    # ---- go on where a killed run was, or begin
+    if loop.own:
+        masks, difference = [LayerMask(*each) for each in loop.own["masks"]], loop.own["difference"]
+        sparsity = loop.history[-1]["sparsity"]
+    if difference is not None:
+        model = compact(model, masks)
+        begin_recovery(model)
+    else:
+        begin_pruning(model)
+        scorer = ImportanceScorer(model, config.criterion, config.seed)
+        if loop.own:
+            scorer.observed = [LayerScores(*each) for each in loop.own["observed"]]
+
+    # ---- prune gradually, and make the model really smaller when the last structure is chosen
+    soft = {"temperature": config.temperature, "alpha": config.alpha} if config.alpha > 0 else {}
+    for phase, last in (("warmup", config.prune_start_epoch - 1), ("pruning", config.prune_end_epoch)):
+        for epoch in loop.epochs(phase, last):
+            for batch in loop.batches():
+                loop.backward(loss_of(batch))
+                scorer.observe(loop.loss_scale)
+                loop.step(sparsity=sparsity)
+                if phase == "pruning":  # masks: re-applied after every step, tightened every `prune_every` steps
+                    step = loop.progress.step - 1
+                    if step > begin_step and (step - begin_step) % config.prune_every == 0:
+                        due = cubic_sparsity(step, begin_step, last_event, config.target_sparsity)
+                        masks = choose_masks(model, scorer.scores(), masks, due, config.round_to)
+                        sparsity = sparsity_of(model, masks)
+                        scorer.reset()
+                    apply_masks(model, masks)
+            if epoch == config.prune_end_epoch:
+                model, difference = compact_and_compare(model, masks, splits["validation"], config.eval_batch_size)
+                begin_recovery(model)
+                loop.progress.write(
+                    f"{config.output_dir:<18} compacted: {len(splits['validation'])} logits differ by at most {difference:.1e} from "
+                    f"the masked model; heads {[s['num_heads'] for s in layer_shapes(model)]}, "
+                    f"FFN {[s['intermediate_size'] for s in layer_shapes(model)]}"
+                )
+            loop.row |= {"sparsity": sparsity, **soft}
+            loop.own = {
+                "masks": [(mask.heads, mask.neurons) for mask in masks], "difference": difference,
+                "observed": [(score.heads, score.neurons) for score in scorer.observed],
+            }  # fmt: skip
+
+    # ---- recover
+    for _ in loop.epochs("recovery", config.epochs, config.patience):
+        for batch in loop.batches():
+            loop.backward(loss_of(batch))
+            loop.step(sparsity=sparsity)
+        loop.row |= {"sparsity": sparsity, **soft}
 
     # ---- save
-    model.load_state_dict(best["weights"])
+    model = loop.finish()
     read_all_tokens(model)
     if not accelerator.is_main_process:
         return
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     name = config.experiment_name or f"{config.output_dir}_{config.criterion}_{config.target_sparsity:g}_{now}"
     save_checkpoint(
-        directory, model, parent.tokenizer, kind="pruned", parent=config.parent, stage=stage, history=history,
-        metrics={"validation_accuracy": best["accuracy"], "best_epoch": best["epoch"], "sparsity": sparsity,
-                 "masked_against_compacted": difference},
+        directory, model, parent.tokenizer, kind="pruned", parent=config.parent, stage=stage, history=loop.history,
+        metrics={**loop.metrics(), "sparsity": sparsity, "masked_against_compacted": difference},
         data_fingerprint=data_fingerprint(config.data_dir), extra={"experiment_name": name},
         beside=config.models_dir / config.parent,
     )  # fmt: skip
-    resume.clear()
-    print(
-        f"{config.output_dir}: {1 - prunable_parameters(model) / dense_parameters:.1%} of the prunable parameters removed, "
-        f"validation accuracy {best['accuracy']:.2%} (epoch {best['epoch']})\nsaved to {directory}"
-    )
-    warn_of_chance(config.output_dir, best["accuracy"], splits["validation"].labels, accelerator)
+    print(f"{config.output_dir}: {1 - prunable_parameters(model) / dense_parameters:.1%} of the prunable parameters removed")
+    loop.clear(directory)
 
 
 if __name__ == "__main__":
