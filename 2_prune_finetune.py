@@ -4,6 +4,7 @@ Paper: Zhu & Gupta 2017 (cubic schedule), Michel et al. 2019 and Molchanov et al
 Run:   python 2_prune_finetune.py               (after python 1_distill.py; every setting: --help)
        accelerate launch --mixed_precision bf16 2_prune_finetune.py    (several GPUs)
        python 2_prune_finetune.py --criterion l2 --target_sparsity 0.5 --output_dir student_l2_50    (side by side)
+       python 2_prune_finetune.py --target_speedups 2 4 8          (a family: models/student_pruned_2x, _4x, _8x; docs/families.md)
 Reads: models/student_distilled, models/teacher (its logits, cached), sst2_data/{train,validation}.jsonl
 Writes: models/student_pruned with training_history.json, results/student_pruned_history.png
 Time:  about 2 minutes on 2 CPU cores (embedded profile). A killed run goes on at its last epoch.
@@ -16,6 +17,7 @@ speed.
 
 import datetime
 import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -28,18 +30,23 @@ from common import PROFILE, PruneConfig, parse_command_line, run_stage
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split
+from compactmind.devices import number_of_processes
 from compactmind.errors import CompactMindError
+from compactmind.evaluation.cost import gflops, measure_latency
+from compactmind.evaluation.cost_table import gflops_table, latency_table
 from compactmind.forward import predict_logits
 from compactmind.guards import check_outputs, check_parent, check_tokenizer
 from compactmind.loop import EpochLoop, FirstBest, inputs_of
 from compactmind.manifest import is_up_to_date, read_manifest, weights_fingerprint
-from compactmind.methods.distillation.soft_targets import distillation_loss
+from compactmind.methods.distillation.soft_targets import distillation_loss, hidden_state_loss
+from compactmind.methods.distillation.student import matching_layers
 from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only
 from compactmind.methods.pruning.encoder import layer_shapes
 from compactmind.methods.pruning.importance import ImportanceScorer, LayerScores, prunable_parameters
-from compactmind.methods.pruning.masks import LayerMask, apply_masks, choose_masks, compact, full_masks, sparsity_of
+from compactmind.methods.pruning.masks import LayerMask, apply_masks, compact, full_masks
 from compactmind.methods.pruning.schedule import cubic_sparsity
+from compactmind.methods.pruning.targets import CostTarget, SparsityTarget
 from compactmind.report.figures import save_figure
 from compactmind.training import (
     accelerator_record,
@@ -58,6 +65,12 @@ COMPACTION_TOLERANCE = 1e-5
 """Largest allowed difference of any logit between the masked and the compacted model, as a share of the largest logit or of 1."""
 
 
+MEASURED_BATCH, MEASURED_ROUNDS = 32, 9
+"""Sentences per batch of a family's speed-ups, and rounds whose median ratio a speed-up is."""
+ATTEMPTS = 4
+"""How often a member that is not fast enough when measured is made smaller before that is accepted."""
+
+
 # ---------------------------------------------------------------------------------------------------------------- checks
 def check(config: PruneConfig) -> None:
     """Raise CompactMindError on settings that do not go together, before anything is loaded."""
@@ -66,6 +79,32 @@ def check(config: PruneConfig) -> None:
             f"epochs out of order: 1 <= prune_start_epoch {config.prune_start_epoch} <= prune_end_epoch "
             f"{config.prune_end_epoch} <= epochs {config.epochs} must hold"
         )
+    if config.target_speedups and config.target_gflops:
+        raise CompactMindError("a family is made by target_speedups or by target_gflops, not by both: leave one of them out")
+    if config.target_speedups and number_of_processes() > 1:
+        raise CompactMindError(
+            "target_speedups are measured, by one process that has the machine for itself: run without a launcher, or use --target_gflops"
+        )
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a member of a family is to cost."""
+
+    name: str
+    """What its directory is called after the family's."""
+    measured: bool
+    """Whether the cost is time, measured, or operations, counted."""
+    share: float
+    """Cost as a share of the parent's."""
+
+
+def family_of(config: PruneConfig) -> dict[str, Goal | None]:
+    """Return what is made, directory -> goal, from the gentlest to the strongest; without targets one model by target_sparsity."""
+    goals = [Goal(f"{each:g}x", True, 1 / each) for each in config.target_speedups]
+    goals += [Goal(f"gflops{each:g}", False, each) for each in config.target_gflops]
+    goals.sort(key=lambda goal: -goal.share)
+    return {f"{config.output_dir}_{goal.name}": goal for goal in goals} or {config.output_dir: None}
 
 
 def selection_of(config: PruneConfig) -> FirstBest:
@@ -90,6 +129,14 @@ def compact_and_compare(model: torch.nn.Module, masks: list[LayerMask], validati
             f"compacted and masked model differ by {difference:.2e} on a logit: this is a bug, please report it"
         )
     return smaller, difference
+
+
+def share_of_cost(goal: Goal, smaller: torch.nn.Module, dense: torch.nn.Module, length: int) -> float:
+    """Return what a model costs as a share of what the family's parent does: median ratio of times in turns, or GFLOPs."""
+    if not goal.measured:
+        return gflops(smaller, length) / gflops(dense, length)
+    both = {"dense": dense.eval(), "smaller": smaller.eval()}
+    return 1 / measure_latency(both, MEASURED_BATCH, length, MEASURED_ROUNDS, "dense")["smaller"]["speedup"]
 
 
 # ----------------------------------------------------------------------------------------------------------------- plot
@@ -122,29 +169,40 @@ def plot_history(directory: Path, path: Path) -> None:
 def main(config: PruneConfig) -> None:
     check(config)
     accelerator = make_accelerator()
-    directory, source, teacher = (config.models_dir / name for name in (config.output_dir, config.parent, "teacher"))
-    check_outputs([directory], "2_prune_finetune.py", [source, teacher], config.models_dir)
+    source, teacher, family = config.models_dir / config.parent, config.models_dir / "teacher", family_of(config)
+    check_outputs([config.models_dir / name for name in family], "2_prune_finetune.py", [source, teacher], config.models_dir)
     check_parent(source, "--parent", "classifier")
+    parent = config.parent
+    for name, goal in family.items():  # each goes on from the one before it
+        make(replace(config, parent=parent, output_dir=name), accelerator, goal, config.parent, [*family.values()][-1])
+        parent = name
+
+
+def make(config: PruneConfig, accelerator: Accelerator, goal: Goal | None, dense: str, hardest: Goal | None) -> None:
+    """Make models/<output_dir> of the parent unless it is up to date, and plot its history.
+
+    `dense`: the model a goal is a share of. `hardest`: the strongest goal of the family.
+    """
+    directory = config.models_dir / config.output_dir
+    read = {config.parent, *([dense] if goal or config.hidden_loss_weight else []), *(["teacher"] if config.alpha > 0 else [])}
     stage = {
         "script": "2_prune_finetune.py",
         "code": code_version(__file__),
         "config": config.relevant(
             "profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio",
-            "freeze_word_embeddings", "criterion", "target_sparsity", "round_to", "epochs", "prune_start_epoch",
-            "prune_end_epoch", "prune_every", "dropout", "lr", "recovery_lr", "patience", "min_delta", "temperature", "alpha",
-            "average_share",
+            "freeze_word_embeddings", "criterion", "round_to", "epochs", "prune_start_epoch", "prune_end_epoch", "prune_every",
+            "dropout", "lr", "recovery_lr", "patience", "min_delta", "temperature", "alpha", "average_share", "hidden_loss_weight",
+            *(("cost_length",) if goal else ("target_sparsity",)),
         ) | accelerator_record(accelerator, config.batch_size)
-        | {"selection": str(selection_of(config)), "data": data_fingerprint(config.data_dir)},
-        "inputs": {
-            config.parent: weights_fingerprint(source),
-            **({"teacher": weights_fingerprint(teacher)} if config.alpha > 0 else {}),
-        },
+        | {"selection": str(selection_of(config)), "data": data_fingerprint(config.data_dir)}
+        | ({"goal": asdict(goal)} if goal else {}),
+        "inputs": {name: weights_fingerprint(config.models_dir / name) for name in sorted(read)},
     }  # fmt: skip
     plot = config.results_dir / f"{config.output_dir}_history.png"
     with only_writer(directory, accelerator):
         due = config.force or not is_up_to_date(directory, stage, config.verify)
         if due:
-            prune(config, accelerator, stage)
+            prune(config, accelerator, stage, goal, dense, hardest)
         else:
             accelerator.print(f"{directory} is up to date: skipped (--force True prunes again)")
         if accelerator.is_main_process and (due or not plot.is_file()):
@@ -152,8 +210,28 @@ def main(config: PruneConfig) -> None:
             print(f"plot {plot}")
 
 
-def prune(config: PruneConfig, accelerator: Accelerator, stage: dict) -> None:
-    """Prune and recover the parent, and save the result as models/<output_dir>."""
+def target_of(
+    config: PruneConfig, goal: Goal | None, model: torch.nn.Module, dense: torch.nn.Module
+) -> SparsityTarget | CostTarget:
+    """Return where pruning is to end. Raises CompactMindError if that cannot be reached."""
+    if goal is None:
+        target = SparsityTarget(config.target_sparsity, config.round_to)
+    else:
+        protocol = (MEASURED_BATCH, config.cost_length, MEASURED_ROUNDS, config.models_dir)
+        table = latency_table(dense, *protocol) if goal.measured else gflops_table(dense, config.cost_length)
+        target = CostTarget(table, goal.share, config.round_to, model, dense)
+    try:  # with any scores: what can be reached does not depend on the ranking
+        target.tightened(model, ImportanceScorer(model, "l2").scores(), full_masks(model), target.end)
+    except ValueError as error:
+        easier = "a gentler target" if goal else "a smaller --target_sparsity"
+        raise CompactMindError(f"{error}: use {easier} or --round_to") from None
+    return target
+
+
+def prune(
+    config: PruneConfig, accelerator: Accelerator, stage: dict, goal: Goal | None, dense_name: str, hardest: Goal | None
+) -> None:
+    """Prune and recover the parent, to its target sparsity or to a goal, and save the result as models/<output_dir>."""
     directory = config.models_dir / config.output_dir
 
     # ---- data and models
@@ -172,18 +250,19 @@ def prune(config: PruneConfig, accelerator: Accelerator, stage: dict) -> None:
             teacher.model, teacher.fingerprint, splits["train"], config.eval_batch_size, config.models_dir, accelerator
         )
         del teacher
+    # What stays as it is beside the model: the parent of a family, whose cost is shared out, and whose hidden states are to be kept.
+    beside = goal is not None or config.hidden_loss_weight > 0
+    dense = load_checkpoint(config.models_dir / dense_name, accelerator.device).model if beside else model
     if config.freeze_word_embeddings:
         freeze_word_embeddings(model)
     set_seed(config.seed)
-    dense_parameters, dense_shapes = prunable_parameters(model), layer_shapes(model)
-    masks, sparsity, difference = full_masks(model), 0.0, None
-    try:  # with any scores: what can be reached does not depend on the ranking
-        choose_masks(model, ImportanceScorer(model, "l2").scores(), masks, config.target_sparsity, config.round_to)
-    except ValueError as error:
-        raise CompactMindError(f"{error}: use a smaller --target_sparsity or --round_to") from None
+    target_of(config, hardest, dense, dense)  # what cannot be reached is said before the first of a family is begun
+    target, dense_parameters = target_of(config, goal, model, dense), prunable_parameters(dense)
+    masks, sparsity, difference, reached = full_masks(model), 0.0, None, None
     accelerator.print(
-        f"{config.parent}: {dense_parameters / 1e6:.2f} M prunable parameters in {len(dense_shapes)} layers, "
-        f"removing {config.target_sparsity:.0%} by {config.criterion}"
+        f"{config.parent}: {prunable_parameters(model) / 1e6:.2f} M prunable parameters in {len(masks)} layers, removing "
+        + (f"{target.end:.0%}" if goal is None else f"{target.end:.0%} of {target.start:.4g} {target.table.unit}")
+        + f" by {config.criterion}"
     )
 
     # ---- the plan in steps
@@ -201,41 +280,61 @@ def prune(config: PruneConfig, accelerator: Accelerator, stage: dict) -> None:
             f"epoch {config.prune_start_epoch} to {config.prune_end_epoch}; use a smaller --prune_every"
         )
 
+    def ready(model: torch.nn.Module) -> torch.nn.Module:
+        set_dropout(model, config.dropout)
+        if not config.hidden_loss_weight:  # which reads all tokens of all layers
+            read_first_token_only(model)
+        return model
+
     def begin_pruning(model: torch.nn.Module) -> None:
         """Train at a rate that rises over the warm-up steps and stays; the weights are kept as they are."""
         warmup_steps = max(1, int(config.warmup_ratio * end_step))
-        set_dropout(model, config.dropout)
-        read_first_token_only(model)
-        loop.begin(model, ("lr", config.lr), lambda optimizer: LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup_steps)))
+        loop.begin(
+            ready(model), ("lr", config.lr),
+            lambda optimizer: LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup_steps)),
+        )  # fmt: skip
 
     def begin_recovery(model: torch.nn.Module) -> None:
         """Train the small model at a rate that decays to 0; the weights are averaged."""
         steps = loop.total_steps - end_step
-        set_dropout(model, config.dropout)
-        read_first_token_only(model)
         loop.begin(
-            model, ("recovery_lr", config.recovery_lr), lambda optimizer: linear_decay_with_warmup(optimizer, 0, steps),
-            average_steps=config.average_share * steps,
+            ready(model), ("recovery_lr", config.recovery_lr),
+            lambda optimizer: linear_decay_with_warmup(optimizer, 0, steps), average_steps=config.average_share * steps,
         )  # fmt: skip
 
     def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        inputs, hidden = inputs_of(batch), config.hidden_loss_weight > 0
         with accelerator.autocast():
-            logits = loop.wrapped(**inputs_of(batch)).logits.float()
+            output = loop.wrapped(**inputs, **({"output_hidden_states": True} if hidden else {}))
             targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
-            return distillation_loss(logits, targets, batch["labels"], config.temperature, config.alpha)
+            loss = distillation_loss(output.logits.float(), targets, batch["labels"], config.temperature, config.alpha)
+            if hidden:  # a layer also does the work of those after it that are gone
+                left = [index for index, mask in enumerate(masks) if mask.heads.any() or mask.neurons.any()]
+                with torch.no_grad():
+                    states = dense(**inputs, output_hidden_states=True).hidden_states
+                own = (output.hidden_states[0], *(output.hidden_states[index + 1] for index in left))
+                loss = loss + config.hidden_loss_weight * hidden_state_loss(
+                    own, states, matching_layers(len(masks), left), batch["attention_mask"]
+                )
+        return loss
+
+    def cost_of(masks: list[LayerMask]) -> float:
+        return share_of_cost(goal, compact(model, masks), dense, config.cost_length)
 
     # ---- go on where a killed run was, or begin
     if loop.own:
         masks, difference = [LayerMask(*each) for each in loop.own["masks"]], loop.own["difference"]
-        sparsity = loop.history[-1]["sparsity"]
+        sparsity, reached = loop.history[-1]["sparsity"], loop.own["reached"]
     if difference is not None:
         model = compact(model, masks)
         begin_recovery(model)
     else:
         begin_pruning(model)
         scorer = ImportanceScorer(model, config.criterion, config.seed)
+        scores = scorer.scores()
         if loop.own:
             scorer.observed = [LayerScores(*each) for each in loop.own["observed"]]
+            scores = [LayerScores(*each) for each in loop.own["scores"]]
 
     # ---- prune gradually, and make the model really smaller when the last structure is chosen
     soft = {"temperature": config.temperature, "alpha": config.alpha} if config.alpha > 0 else {}
@@ -248,12 +347,15 @@ def prune(config: PruneConfig, accelerator: Accelerator, stage: dict) -> None:
                 if phase == "pruning":  # masks: re-applied after every step, tightened every `prune_every` steps
                     step = loop.progress.step - 1
                     if step > begin_step and (step - begin_step) % config.prune_every == 0:
-                        due = cubic_sparsity(step, begin_step, last_event, config.target_sparsity)
-                        masks = choose_masks(model, scorer.scores(), masks, due, config.round_to)
-                        sparsity = sparsity_of(model, masks)
+                        scores, due = scorer.scores(), cubic_sparsity(step, begin_step, last_event, target.end)
+                        masks = target.tightened(model, scores, masks, due)
+                        sparsity = target.removed(model, masks)
                         scorer.reset()
                     apply_masks(model, masks)
             if epoch == config.prune_end_epoch:
+                if goal:  # a table says what should be cheap enough, a clock whether it is
+                    masks, reached = target.settled(model, scores, masks, cost_of, ATTEMPTS)
+                    sparsity = target.removed(model, masks)
                 model, difference = compact_and_compare(model, masks, splits["validation"], config.eval_batch_size)
                 begin_recovery(model)
                 loop.progress.write(
@@ -264,7 +366,8 @@ def prune(config: PruneConfig, accelerator: Accelerator, stage: dict) -> None:
             loop.row |= {"sparsity": sparsity, **soft}
             loop.own = {
                 "masks": [(mask.heads, mask.neurons) for mask in masks], "difference": difference,
-                "observed": [(score.heads, score.neurons) for score in scorer.observed],
+                "observed": [(score.heads, score.neurons) for score in scorer.observed], "reached": reached,
+                "scores": [(score.heads, score.neurons) for score in scores],
             }  # fmt: skip
 
     # ---- recover
@@ -277,18 +380,19 @@ def prune(config: PruneConfig, accelerator: Accelerator, stage: dict) -> None:
     # ---- save
     model = loop.finish()
     read_all_tokens(model)
-    if not accelerator.is_main_process:
-        return
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = config.experiment_name or f"{config.output_dir}_{config.criterion}_{config.target_sparsity:g}_{now}"
-    save_checkpoint(
-        directory, model, parent.tokenizer, kind="pruned", parent=config.parent, stage=stage, history=loop.history,
-        metrics={**loop.metrics(), "sparsity": sparsity, "masked_against_compacted": difference},
-        data_fingerprint=data_fingerprint(config.data_dir), extra={"experiment_name": name},
-        beside=config.models_dir / config.parent,
-    )  # fmt: skip
-    print(f"{config.output_dir}: {1 - prunable_parameters(model) / dense_parameters:.1%} of the prunable parameters removed")
-    loop.clear(directory)
+    if accelerator.is_main_process:
+        cost = {} if goal is None else {"speedup_measured": 1 / reached} if goal.measured else {"gflops_share": reached}
+        end, now = goal.name if goal else f"{config.target_sparsity:g}", datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        save_checkpoint(
+            directory, model, parent.tokenizer, kind="pruned", parent=config.parent, stage=stage, history=loop.history,
+            metrics={**loop.metrics(), "sparsity": sparsity, "masked_against_compacted": difference, **cost},
+            data_fingerprint=data_fingerprint(config.data_dir), beside=config.models_dir / config.parent,
+            extra={"experiment_name": config.experiment_name or f"{config.output_dir}_{config.criterion}_{end}_{now}"},
+        )  # fmt: skip
+        found = [f"{1 - prunable_parameters(model) / dense_parameters:.1%} of the prunable parameters removed"]
+        print(f"{config.output_dir}: " + ", ".join(found + [f"{name} {value:.3g}" for name, value in cost.items()]))
+        loop.clear(directory)
+    accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":
