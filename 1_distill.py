@@ -10,8 +10,6 @@ Writes: models/teacher            the teacher, fine-tuned on the labels
 Time:  about 5 minutes on 2 CPU cores (embedded profile). A killed run goes on at its last epoch.
 """
 
-import math
-import time
 from pathlib import Path
 
 import torch
@@ -30,8 +28,8 @@ from compactmind.checkpoint import first_not_finite, load_checkpoint, save_check
 from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.accuracy import accuracy_of, standard_error
 from compactmind.guards import check_outputs, check_tokenizer
+from compactmind.loop import EpochLoop, LastNotWorse, inputs_of
 from compactmind.manifest import is_up_to_date, read_manifest, weights_fingerprint
 from compactmind.methods.distillation.schedules import linear_anneal
 from compactmind.methods.distillation.soft_targets import distillation_loss, hidden_state_loss
@@ -39,21 +37,12 @@ from compactmind.methods.distillation.student import alternate_layers, matching_
 from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only
 from compactmind.training import (
-    Progress,
-    TrainingState,
-    WeightAverage,
     accelerator_record,
-    cpu_copy,
     freeze_word_embeddings,
     linear_decay_with_warmup,
     make_accelerator,
-    make_optimizer,
-    mean_loss,
     only_writer,
-    prepare_for_training,
     set_dropout,
-    validation_logits,
-    warn_of_chance,
 )
 
 # ------------------------------------------------------------------------------------------------------------ constants
@@ -62,6 +51,10 @@ CONFIG = DistillConfig.for_profile(PROFILE)
 
 LABELS = {0: "negative", 1: "positive"}
 """The class names stored in every checkpoint of this track."""
+
+
+SELECTION = LastNotWorse()
+"""Which epoch of each model is kept."""
 
 
 # ----------------------------------------------------------------------------------------------------------------- loop
@@ -84,54 +77,33 @@ def train(
 ) -> None:
     """Train one classifier and save the averaged weights of its last epoch that is not worse than the best as models/<name>.
 
-    Not worse: validation accuracy within one standard error. Weights trained at a falling rate are better the lower it is, and
-    the validation sentences are too few to see differences below that.
     A loss or a validation logit that is not finite ends the run with a CompactMindError that names `lr_name`, the setting `lr` is from.
     With `teacher_logits` (one row per training sentence) the loss is distillation; `teacher` and `layer_map` are needed
     for the hidden-state loss only.
     """
     directory = config.models_dir / name
-    train_set, validation = splits["train"], splits["validation"]
+    distilled = teacher_logits is not None
     use_hidden_loss = teacher is not None and config.hidden_loss_weight > 0
     if not use_hidden_loss:
         read_first_token_only(model)
-    optimizer = make_optimizer(model, lr, config.weight_decay)
-    steps_per_epoch = math.ceil(len(train_set) / (config.batch_size * accelerator.num_processes))
-    total_steps = epochs * steps_per_epoch
-    scheduler = linear_decay_with_warmup(optimizer, int(config.warmup_ratio * total_steps), total_steps)
+    loop = EpochLoop(
+        name, directory, stage, accelerator, splits["train"], splits["validation"], SELECTION, epochs=epochs,
+        **config.relevant("batch_size", "eval_batch_size", "seed", "weight_decay", "max_grad_norm", "log_every"),
+    )  # fmt: skip
+    warmup_steps = int(config.warmup_ratio * loop.total_steps)
+    loop.begin(
+        model, (lr_name, lr), lambda optimizer: linear_decay_with_warmup(optimizer, warmup_steps, loop.total_steps),
+        average_steps=config.average_share * loop.total_steps,
+    )  # fmt: skip
 
-    # Resume: the state of the last finished epoch, if this very stage was interrupted.
-    resume = TrainingState(directory, stage)
-    history, kept = [], {"accuracy": -1.0, "epoch": 0, "weights": None}
-    if saved := resume.load():
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scheduler.load_state_dict(saved["scheduler"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(saved["scaler"])
-        history, kept = saved["history"], saved["kept"]
-        accelerator.print(f"{name}: going on after epoch {len(history)} of {epochs}")
-    wrapped, optimizer = prepare_for_training(accelerator, model, optimizer)
-    average = WeightAverage(model, decay=1 - 1 / max(1, config.average_share * total_steps))
-    if saved:
-        average.load_state_dict(saved["average"])
-
-    progress = Progress(name, total_steps, config.log_every, len(history) * steps_per_epoch, accelerator.is_main_process)
-    for epoch in range(len(history) + 1, epochs + 1):
-        started, losses = time.perf_counter(), []
-        first_step, reason = progress.step + 1, (f"{name}, epoch {epoch}", f"{lr_name} {lr:g}")
-        set_seed(config.seed + epoch, device_specific=True)  # a resumed run is the same run: only the epoch decides
-        loader = train_set.training_batches(config.batch_size, config.seed + epoch, accelerator.num_processes)
-        batches = accelerator.prepare(loader)
-        wrapped.train()
-        for batch in batches:
-            fraction = progress.step / total_steps
-            temperature = linear_anneal(config.temperature_start, config.temperature_end, fraction)
-            alpha = linear_anneal(config.alpha_start, config.alpha_end, fraction)
-            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    for _ in loop.epochs("distill" if distilled else "finetune", epochs):
+        for batch in loop.batches():
+            temperature = linear_anneal(config.temperature_start, config.temperature_end, loop.fraction)
+            alpha = linear_anneal(config.alpha_start, config.alpha_end, loop.fraction)
+            inputs = inputs_of(batch)
             with accelerator.autocast():
-                output = wrapped(**inputs, output_hidden_states=use_hidden_loss)
-                targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
+                output = loop.wrapped(**inputs, output_hidden_states=use_hidden_loss)
+                targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if distilled else None
                 loss = distillation_loss(output.logits.float(), targets, batch["labels"], temperature, alpha)
                 if use_hidden_loss:
                     with torch.no_grad():
@@ -139,62 +111,20 @@ def train(
                     loss = loss + config.hidden_loss_weight * hidden_state_loss(
                         output.hidden_states, states, layer_map, batch["attention_mask"]
                     )
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            average.update(model)
-            losses.append(loss.detach())
-            progress.update(losses[-1], scheduler.get_last_lr()[0], len(batch["labels"]) * accelerator.num_processes)
-            if progress.step % config.log_every == 0:
-                mean_loss(losses, accelerator, first_step, *reason)
+            loop.backward(loss)
+            loop.step()
+        if distilled:
+            loop.row |= {"temperature": temperature, "alpha": alpha}
 
-        epoch_loss = mean_loss(losses, accelerator, first_step, *reason)
-        with average.applied_to(model):
-            logits = validation_logits(model, validation, config.eval_batch_size, accelerator, *reason)
-            accuracy = accuracy_of(logits, validation.labels)
-            best = max([accuracy, *(row["accuracy"] for row in history)])
-            if accuracy >= best - standard_error(best, len(validation)):
-                kept = {"accuracy": accuracy, "epoch": epoch, "weights": cpu_copy(model.state_dict())}
-        history.append(
-            {
-                "epoch": epoch,
-                "phase": "distill" if teacher_logits is not None else "finetune",
-                "loss": epoch_loss,
-                "accuracy": accuracy,
-                "sparsity": 0.0,
-                "lr": scheduler.get_last_lr()[0],
-                "temperature": temperature if teacher_logits is not None else None,
-                "alpha": alpha if teacher_logits is not None else None,
-                "seconds": time.perf_counter() - started,
-            }
-        )
-        progress.write(
-            f"{name:<18} epoch {epoch}/{epochs} | loss {history[-1]['loss']:7.4f} | "
-            f"validation accuracy {accuracy:6.2%} | {history[-1]['seconds']:.0f} s"
-        )
-        if accelerator.is_main_process:
-            resume.save(
-                model=model.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict(),
-                scheduler=scheduler.state_dict(), history=history, kept=kept,
-                scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
-            )  # fmt: skip
-    progress.close()
-
-    model.load_state_dict(kept["weights"])
+    model = loop.finish()
     read_all_tokens(model)
     if accelerator.is_main_process:
         save_checkpoint(
-            directory, model, tokenizer, kind="dense", parent=parent, stage=stage, history=history,
-            metrics={"validation_accuracy": kept["accuracy"], "kept_epoch": kept["epoch"]},
+            directory, model, tokenizer, kind="dense", parent=parent, stage=stage, history=loop.history, metrics=loop.metrics(),
             data_fingerprint=data_fingerprint(config.data_dir), beside=config.models_dir / parent,
         )  # fmt: skip
-        resume.clear()
+        loop.clear(directory)
     accelerator.wait_for_everyone()
-    accelerator.free_memory()
-    accelerator.print(f"{name}: saved to {directory} (validation accuracy {kept['accuracy']:.2%}, epoch {kept['epoch']})")
-    warn_of_chance(name, kept["accuracy"], validation.labels, accelerator)
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -241,7 +171,7 @@ def main(config: DistillConfig) -> None:
     # What each output depends on: if none of it changed, the output is up to date.
     shared = config.relevant("profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio",
                              "average_share")  # fmt: skip
-    shared |= accelerator_record(accelerator, config.batch_size)
+    shared |= accelerator_record(accelerator, config.batch_size) | {"selection": str(SELECTION)}
     shared["data"] = data_fingerprint(config.data_dir)
     made_by = {"script": "1_distill.py", "code": code_version(__file__)}
     teacher_stage = {

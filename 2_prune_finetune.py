@@ -4,6 +4,7 @@ Paper: Zhu & Gupta 2017 (cubic schedule), Michel et al. 2019 and Molchanov et al
 Run:   python 2_prune_finetune.py               (after python 1_distill.py; every setting: --help)
        accelerate launch --mixed_precision bf16 2_prune_finetune.py    (several GPUs)
        python 2_prune_finetune.py --criterion l2 --target_sparsity 0.5 --output_dir student_l2_50    (side by side)
+       python 2_prune_finetune.py --target_speedups 2 4 8          (a family: models/student_pruned_2x, _4x, _8x; docs/families.md)
 Reads: models/student_distilled, models/teacher (its logits, cached), sst2_data/{train,validation}.jsonl
 Writes: models/student_pruned with training_history.json, results/student_pruned_history.png
 Time:  about 2 minutes on 2 CPU cores (embedded profile). A killed run goes on at its last epoch.
@@ -16,48 +17,44 @@ speed.
 
 import datetime
 import json
-import math
-import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch.optim.lr_scheduler import LambdaLR
 
 from common import PROFILE, PruneConfig, parse_command_line, run_stage
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split
+from compactmind.devices import number_of_processes
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.accuracy import accuracy_of
+from compactmind.evaluation.cost import gflops, measure_latency
+from compactmind.evaluation.cost_table import gflops_table, latency_table
 from compactmind.forward import predict_logits
 from compactmind.guards import check_outputs, check_parent, check_tokenizer
+from compactmind.loop import EpochLoop, FirstBest, inputs_of
 from compactmind.manifest import is_up_to_date, read_manifest, weights_fingerprint
-from compactmind.methods.distillation.soft_targets import distillation_loss
+from compactmind.methods.distillation.soft_targets import distillation_loss, hidden_state_loss
+from compactmind.methods.distillation.student import matching_layers
 from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only
 from compactmind.methods.pruning.encoder import layer_shapes
 from compactmind.methods.pruning.importance import ImportanceScorer, LayerScores, prunable_parameters
-from compactmind.methods.pruning.masks import LayerMask, apply_masks, choose_masks, compact, full_masks, sparsity_of
+from compactmind.methods.pruning.masks import LayerMask, apply_masks, compact, full_masks
 from compactmind.methods.pruning.schedule import cubic_sparsity
+from compactmind.methods.pruning.targets import CostTarget, SparsityTarget
 from compactmind.report.figures import save_figure
 from compactmind.training import (
-    Progress,
-    TrainingState,
-    WeightAverage,
     accelerator_record,
-    cpu_copy,
     freeze_word_embeddings,
     linear_decay_with_warmup,
     make_accelerator,
-    make_optimizer,
-    mean_loss,
     only_writer,
-    prepare_for_training,
     set_dropout,
-    validation_logits,
-    warn_of_chance,
 )
 
 # ------------------------------------------------------------------------------------------------------------ constants
@@ -68,6 +65,12 @@ COMPACTION_TOLERANCE = 1e-5
 """Largest allowed difference of any logit between the masked and the compacted model, as a share of the largest logit or of 1."""
 
 
+MEASURED_BATCH, MEASURED_ROUNDS = 32, 9
+"""Sentences per batch of a family's speed-ups, and rounds whose median ratio a speed-up is."""
+ATTEMPTS = 4
+"""How often a member that is not fast enough when measured is made smaller before that is accepted."""
+
+
 # ---------------------------------------------------------------------------------------------------------------- checks
 def check(config: PruneConfig) -> None:
     """Raise CompactMindError on settings that do not go together, before anything is loaded."""
@@ -76,13 +79,37 @@ def check(config: PruneConfig) -> None:
             f"epochs out of order: 1 <= prune_start_epoch {config.prune_start_epoch} <= prune_end_epoch "
             f"{config.prune_end_epoch} <= epochs {config.epochs} must hold"
         )
+    if config.target_speedups and config.target_gflops:
+        raise CompactMindError("a family is made by target_speedups or by target_gflops, not by both: leave one of them out")
+    if config.target_speedups and number_of_processes() > 1:
+        raise CompactMindError(
+            "target_speedups are measured, by one process that has the machine for itself: run without a launcher, or use --target_gflops"
+        )
 
 
-def phase_of(epoch: int, config: PruneConfig) -> str:
-    """Return warmup, pruning or recovery for an epoch counted from 1."""
-    if epoch < config.prune_start_epoch:
-        return "warmup"
-    return "pruning" if epoch <= config.prune_end_epoch else "recovery"
+@dataclass(frozen=True)
+class Goal:
+    """What a member of a family is to cost."""
+
+    name: str
+    """What its directory is called after the family's."""
+    measured: bool
+    """Whether the cost is time, measured, or operations, counted."""
+    share: float
+    """Cost as a share of the parent's."""
+
+
+def family_of(config: PruneConfig) -> dict[str, Goal | None]:
+    """Return what is made, directory -> goal, from the gentlest to the strongest; without targets one model by target_sparsity."""
+    goals = [Goal(f"{each:g}x", True, 1 / each) for each in config.target_speedups]
+    goals += [Goal(f"gflops{each:g}", False, each) for each in config.target_gflops]
+    goals.sort(key=lambda goal: -goal.share)
+    return {f"{config.output_dir}_{goal.name}": goal for goal in goals} or {config.output_dir: None}
+
+
+def selection_of(config: PruneConfig) -> FirstBest:
+    """Return which epoch of recovery is kept."""
+    return FirstBest(config.min_delta)
 
 
 def compact_and_compare(model: torch.nn.Module, masks: list[LayerMask], validation: EncodedSentences, batch_size: int):
@@ -102,6 +129,14 @@ def compact_and_compare(model: torch.nn.Module, masks: list[LayerMask], validati
             f"compacted and masked model differ by {difference:.2e} on a logit: this is a bug, please report it"
         )
     return smaller, difference
+
+
+def share_of_cost(goal: Goal, smaller: torch.nn.Module, dense: torch.nn.Module, length: int) -> float:
+    """Return what a model costs as a share of what the family's parent does: median ratio of times in turns, or GFLOPs."""
+    if not goal.measured:
+        return gflops(smaller, length) / gflops(dense, length)
+    both = {"dense": dense.eval(), "smaller": smaller.eval()}
+    return 1 / measure_latency(both, MEASURED_BATCH, length, MEASURED_ROUNDS, "dense")["smaller"]["speedup"]
 
 
 # ----------------------------------------------------------------------------------------------------------------- plot
@@ -134,28 +169,40 @@ def plot_history(directory: Path, path: Path) -> None:
 def main(config: PruneConfig) -> None:
     check(config)
     accelerator = make_accelerator()
-    directory, source, teacher = (config.models_dir / name for name in (config.output_dir, config.parent, "teacher"))
-    check_outputs([directory], "2_prune_finetune.py", [source, teacher], config.models_dir)
+    source, teacher, family = config.models_dir / config.parent, config.models_dir / "teacher", family_of(config)
+    check_outputs([config.models_dir / name for name in family], "2_prune_finetune.py", [source, teacher], config.models_dir)
     check_parent(source, "--parent", "classifier")
+    parent = config.parent
+    for name, goal in family.items():  # each goes on from the one before it
+        make(replace(config, parent=parent, output_dir=name), accelerator, goal, config.parent, [*family.values()][-1])
+        parent = name
+
+
+def make(config: PruneConfig, accelerator: Accelerator, goal: Goal | None, dense: str, hardest: Goal | None) -> None:
+    """Make models/<output_dir> of the parent unless it is up to date, and plot its history.
+
+    `dense`: the model a goal is a share of. `hardest`: the strongest goal of the family.
+    """
+    directory = config.models_dir / config.output_dir
+    read = {config.parent, *([dense] if goal or config.hidden_loss_weight else []), *(["teacher"] if config.alpha > 0 else [])}
     stage = {
         "script": "2_prune_finetune.py",
         "code": code_version(__file__),
         "config": config.relevant(
             "profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio",
-            "freeze_word_embeddings", "criterion", "target_sparsity", "round_to", "epochs", "prune_start_epoch",
-            "prune_end_epoch", "prune_every", "dropout", "lr", "recovery_lr", "patience", "min_delta", "temperature", "alpha",
-            "average_share",
-        ) | accelerator_record(accelerator, config.batch_size) | {"data": data_fingerprint(config.data_dir)},
-        "inputs": {
-            config.parent: weights_fingerprint(source),
-            **({"teacher": weights_fingerprint(teacher)} if config.alpha > 0 else {}),
-        },
+            "freeze_word_embeddings", "criterion", "round_to", "epochs", "prune_start_epoch", "prune_end_epoch", "prune_every",
+            "dropout", "lr", "recovery_lr", "patience", "min_delta", "temperature", "alpha", "average_share", "hidden_loss_weight",
+            *(("cost_length",) if goal else ("target_sparsity",)),
+        ) | accelerator_record(accelerator, config.batch_size)
+        | {"selection": str(selection_of(config)), "data": data_fingerprint(config.data_dir)}
+        | ({"goal": asdict(goal)} if goal else {}),
+        "inputs": {name: weights_fingerprint(config.models_dir / name) for name in sorted(read)},
     }  # fmt: skip
     plot = config.results_dir / f"{config.output_dir}_history.png"
     with only_writer(directory, accelerator):
         due = config.force or not is_up_to_date(directory, stage, config.verify)
         if due:
-            prune(config, accelerator, stage)
+            prune(config, accelerator, stage, goal, dense, hardest)
         else:
             accelerator.print(f"{directory} is up to date: skipped (--force True prunes again)")
         if accelerator.is_main_process and (due or not plot.is_file()):
@@ -163,8 +210,28 @@ def main(config: PruneConfig) -> None:
             print(f"plot {plot}")
 
 
-def prune(config: PruneConfig, accelerator: Accelerator, stage: dict) -> None:
-    """Prune and recover the parent, and save the result as models/<output_dir>."""
+def target_of(
+    config: PruneConfig, goal: Goal | None, model: torch.nn.Module, dense: torch.nn.Module
+) -> SparsityTarget | CostTarget:
+    """Return where pruning is to end. Raises CompactMindError if that cannot be reached."""
+    if goal is None:
+        target = SparsityTarget(config.target_sparsity, config.round_to)
+    else:
+        protocol = (MEASURED_BATCH, config.cost_length, MEASURED_ROUNDS, config.models_dir)
+        table = latency_table(dense, *protocol) if goal.measured else gflops_table(dense, config.cost_length)
+        target = CostTarget(table, goal.share, config.round_to, model, dense)
+    try:  # with any scores: what can be reached does not depend on the ranking
+        target.tightened(model, ImportanceScorer(model, "l2").scores(), full_masks(model), target.end)
+    except ValueError as error:
+        easier = "a gentler target" if goal else "a smaller --target_sparsity"
+        raise CompactMindError(f"{error}: use {easier} or --round_to") from None
+    return target
+
+
+def prune(
+    config: PruneConfig, accelerator: Accelerator, stage: dict, goal: Goal | None, dense_name: str, hardest: Goal | None
+) -> None:
+    """Prune and recover the parent, to its target sparsity or to a goal, and save the result as models/<output_dir>."""
     directory = config.models_dir / config.output_dir
 
     # ---- data and models
@@ -183,192 +250,149 @@ def prune(config: PruneConfig, accelerator: Accelerator, stage: dict) -> None:
             teacher.model, teacher.fingerprint, splits["train"], config.eval_batch_size, config.models_dir, accelerator
         )
         del teacher
+    # What stays as it is beside the model: the parent of a family, whose cost is shared out, and whose hidden states are to be kept.
+    beside = goal is not None or config.hidden_loss_weight > 0
+    dense = load_checkpoint(config.models_dir / dense_name, accelerator.device).model if beside else model
     if config.freeze_word_embeddings:
         freeze_word_embeddings(model)
-    set_dropout(model, config.dropout)
-    read_first_token_only(model)
     set_seed(config.seed)
-    masks = full_masks(model)
-    dense_parameters, dense_shapes = prunable_parameters(model), layer_shapes(model)
-    try:  # with any scores: what can be reached does not depend on the ranking
-        choose_masks(model, ImportanceScorer(model, "l2").scores(), masks, config.target_sparsity, config.round_to)
-    except ValueError as error:
-        raise CompactMindError(f"{error}: use a smaller --target_sparsity or --round_to") from None
+    target_of(config, hardest, dense, dense)  # what cannot be reached is said before the first of a family is begun
+    target, dense_parameters = target_of(config, goal, model, dense), prunable_parameters(dense)
+    masks, sparsity, difference, reached = full_masks(model), 0.0, None, None
     accelerator.print(
-        f"{config.parent}: {dense_parameters / 1e6:.2f} M prunable parameters in {len(dense_shapes)} layers, "
-        f"removing {config.target_sparsity:.0%} by {config.criterion}"
+        f"{config.parent}: {prunable_parameters(model) / 1e6:.2f} M prunable parameters in {len(masks)} layers, removing "
+        + (f"{target.end:.0%}" if goal is None else f"{target.end:.0%} of {target.start:.4g} {target.table.unit}")
+        + f" by {config.criterion}"
     )
 
     # ---- the plan in steps
-    steps_per_epoch = math.ceil(len(splits["train"]) / (config.batch_size * accelerator.num_processes))
-    begin_step = (config.prune_start_epoch - 1) * steps_per_epoch
-    end_step = config.prune_end_epoch * steps_per_epoch
+    loop = EpochLoop(
+        config.output_dir, directory, stage, accelerator, splits["train"], splits["validation"], selection_of(config),
+        first_kept=config.prune_end_epoch,  # from the moment the target sparsity is reached
+        **config.relevant("epochs", "batch_size", "eval_batch_size", "seed", "weight_decay", "max_grad_norm", "log_every"),
+    )  # fmt: skip
+    begin_step = (config.prune_start_epoch - 1) * loop.steps_per_epoch
+    end_step = config.prune_end_epoch * loop.steps_per_epoch
     last_event = begin_step + (end_step - begin_step - 1) // config.prune_every * config.prune_every
-    total_steps = config.epochs * steps_per_epoch
     if last_event == begin_step:
         raise CompactMindError(
             f"no room to prune gradually: prune_every {config.prune_every} is not below the {end_step - begin_step} steps from "
             f"epoch {config.prune_start_epoch} to {config.prune_end_epoch}; use a smaller --prune_every"
         )
 
-    def start_phase(recovering: bool):
-        """Return optimizer, schedule and average of a phase: constant rate and the weights as they are up to the end of
-        pruning, then a decaying rate and averaged weights."""
-        optimizer = make_optimizer(model, config.recovery_lr if recovering else config.lr, config.weight_decay)
-        if recovering:
-            steps = total_steps - end_step
-            average = WeightAverage(model, decay=1 - 1 / max(1, config.average_share * steps))
-            return optimizer, linear_decay_with_warmup(optimizer, 0, steps), average
-        warmup_steps = max(1, int(config.warmup_ratio * end_step))
-        rise = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup_steps))
-        return optimizer, rise, WeightAverage(model, decay=0)
-
-    # ---- resume: the state of the last finished epoch, if this very stage was interrupted
-    resume = TrainingState(directory, stage)
-    history: list[dict] = []
-    best = {"accuracy": -1.0, "weights": None, "epoch": 0}
-    difference = None
-    saved = resume.load()
-    if saved:
-        history, best, difference = saved["history"], saved["best"], saved["difference"]
-        masks = [LayerMask(heads, neurons) for heads, neurons in saved["masks"]]
-        if difference is not None:
-            model = compact(model, masks)
-            set_dropout(model, config.dropout)
-        model.load_state_dict(saved["model"])
-        read_first_token_only(model)
-        accelerator.print(f"{config.output_dir}: going on after epoch {len(history)} of {config.epochs}")
-    recovering = len(history) >= config.prune_end_epoch
-    optimizer, scheduler, average = start_phase(recovering)
-    if saved:
-        average.load_state_dict(saved["average"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scheduler.load_state_dict(saved["scheduler"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(saved["scaler"])
-    scorer = ImportanceScorer(model, config.criterion, config.seed)
-    if saved and difference is None:
-        scorer.observed = [LayerScores(heads, neurons) for heads, neurons in saved["observed"]]
-    wrapped, optimizer = prepare_for_training(accelerator, model, optimizer)
-
-    # ---- loop
-    progress = Progress(
-        config.output_dir, total_steps, config.log_every, len(history) * steps_per_epoch, accelerator.is_main_process
-    )
-    sparsity = history[-1]["sparsity"] if history else 0.0
-    for epoch in range(len(history) + 1, config.epochs + 1):
-        if recovering and len(history) - best["epoch"] >= config.patience:
-            progress.write(f"{config.output_dir:<18} stopped early: no better validation accuracy for {config.patience} epochs")
-            break
-        started, losses = time.perf_counter(), []
-        phase = phase_of(epoch, config)
-        first_step, lr_name = progress.step + 1, "recovery_lr" if recovering else "lr"
-        reason = (f"{config.output_dir}, epoch {epoch} ({phase})", f"{lr_name} {getattr(config, lr_name):g}")
-        set_seed(config.seed + epoch, device_specific=True)  # a resumed run is the same run
-        loader = splits["train"].training_batches(config.batch_size, config.seed + epoch, accelerator.num_processes)
-        batches = accelerator.prepare(loader)
-        wrapped.train()
-        for batch in batches:
-            with accelerator.autocast():
-                logits = wrapped(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-                targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
-                loss = distillation_loss(logits, targets, batch["labels"], config.temperature, config.alpha)
-            accelerator.backward(loss)
-            if difference is None:
-                scorer.observe(accelerator.scaler.get_scale() if accelerator.scaler else 1.0)
-            accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            losses.append(loss.detach())
-            progress.update(
-                losses[-1],
-                scheduler.get_last_lr()[0],
-                len(batch["labels"]) * accelerator.num_processes,
-                sparsity=sparsity,
-            )
-
-            # Masks: re-applied after every step, tightened every `prune_every` steps.
-            if phase == "pruning" and difference is None:
-                since = progress.step - 1 - begin_step
-                if since % config.prune_every == 0 and since > 0:
-                    due = cubic_sparsity(progress.step - 1, begin_step, last_event, config.target_sparsity)
-                    masks = choose_masks(model, scorer.scores(), masks, due, config.round_to)
-                    sparsity = sparsity_of(model, masks)
-                    scorer.reset()
-                apply_masks(model, masks)
-            average.update(model)
-            if progress.step % config.log_every == 0:
-                mean_loss(losses, accelerator, first_step, *reason)
-
-        epoch_loss = mean_loss(losses, accelerator, first_step, *reason)
-        if epoch == config.prune_end_epoch:
-            model, difference = compact_and_compare(model, masks, splits["validation"], config.eval_batch_size)
-            accelerator.free_memory()
-            set_dropout(model, config.dropout)
+    def ready(model: torch.nn.Module) -> torch.nn.Module:
+        set_dropout(model, config.dropout)
+        if not config.hidden_loss_weight:  # which reads all tokens of all layers
             read_first_token_only(model)
-            average = WeightAverage(model, decay=0)
-            if epoch < config.epochs:
-                recovering = True
-                optimizer, scheduler, average = start_phase(recovering)
-                wrapped, optimizer = prepare_for_training(accelerator, model, optimizer)
-            progress.write(
-                f"{config.output_dir:<18} compacted: {len(splits['validation'])} logits differ by at most {difference:.1e} from the "
-                f"masked model; heads {[s['num_heads'] for s in layer_shapes(model)]}, "
-                f"FFN {[s['intermediate_size'] for s in layer_shapes(model)]}"
-            )
-        with average.applied_to(model):
-            logits = validation_logits(model, splits["validation"], config.eval_batch_size, accelerator, *reason)
-            accuracy = accuracy_of(logits, splits["validation"].labels)
-            # The best epoch counts from the moment the target sparsity is reached.
-            if epoch >= config.prune_end_epoch and accuracy > best["accuracy"] + (config.min_delta if best["epoch"] else 0.0):
-                best = {"accuracy": accuracy, "weights": cpu_copy(model.state_dict()), "epoch": epoch}
-        history.append(
-            {
-                "epoch": epoch,
-                "phase": phase,
-                "loss": epoch_loss,
-                "accuracy": accuracy,
-                "sparsity": sparsity,
-                "lr": scheduler.get_last_lr()[0],
-                "temperature": config.temperature if teacher_logits is not None else None,
-                "alpha": config.alpha if teacher_logits is not None else None,
-                "seconds": time.perf_counter() - started,
-            }
-        )
-        progress.write(
-            f"{config.output_dir:<18} epoch {epoch}/{config.epochs} {phase} | loss {history[-1]['loss']:7.4f} | "
-            f"validation accuracy {accuracy:6.2%} | sparsity {sparsity:6.2%} | {history[-1]['seconds']:.0f} s"
-        )
-        if accelerator.is_main_process:
-            resume.save(
-                model=model.state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), history=history,
-                masks=[(mask.heads, mask.neurons) for mask in masks], best=best, difference=difference, average=average.state_dict(),
-                observed=[(score.heads, score.neurons) for score in scorer.observed],
-                scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
-            )  # fmt: skip
-    progress.close()
+        return model
+
+    def begin_pruning(model: torch.nn.Module) -> None:
+        """Train at a rate that rises over the warm-up steps and stays; the weights are kept as they are."""
+        warmup_steps = max(1, int(config.warmup_ratio * end_step))
+        loop.begin(
+            ready(model), ("lr", config.lr),
+            lambda optimizer: LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup_steps)),
+        )  # fmt: skip
+
+    def begin_recovery(model: torch.nn.Module) -> None:
+        """Train the small model at a rate that decays to 0; the weights are averaged."""
+        steps = loop.total_steps - end_step
+        loop.begin(
+            ready(model), ("recovery_lr", config.recovery_lr),
+            lambda optimizer: linear_decay_with_warmup(optimizer, 0, steps), average_steps=config.average_share * steps,
+        )  # fmt: skip
+
+    def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        inputs, hidden = inputs_of(batch), config.hidden_loss_weight > 0
+        with accelerator.autocast():
+            output = loop.wrapped(**inputs, **({"output_hidden_states": True} if hidden else {}))
+            targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
+            loss = distillation_loss(output.logits.float(), targets, batch["labels"], config.temperature, config.alpha)
+            if hidden:  # a layer also does the work of those after it that are gone
+                left = [index for index, mask in enumerate(masks) if mask.heads.any() or mask.neurons.any()]
+                with torch.no_grad():
+                    states = dense(**inputs, output_hidden_states=True).hidden_states
+                own = (output.hidden_states[0], *(output.hidden_states[index + 1] for index in left))
+                loss = loss + config.hidden_loss_weight * hidden_state_loss(
+                    own, states, matching_layers(len(masks), left), batch["attention_mask"]
+                )
+        return loss
+
+    def cost_of(masks: list[LayerMask]) -> float:
+        return share_of_cost(goal, compact(model, masks), dense, config.cost_length)
+
+    # ---- go on where a killed run was, or begin
+    if loop.own:
+        masks, difference = [LayerMask(*each) for each in loop.own["masks"]], loop.own["difference"]
+        sparsity, reached = loop.history[-1]["sparsity"], loop.own["reached"]
+    if difference is not None:
+        model = compact(model, masks)
+        begin_recovery(model)
+    else:
+        begin_pruning(model)
+        scorer = ImportanceScorer(model, config.criterion, config.seed)
+        scores = scorer.scores()
+        if loop.own:
+            scorer.observed = [LayerScores(*each) for each in loop.own["observed"]]
+            scores = [LayerScores(*each) for each in loop.own["scores"]]
+
+    # ---- prune gradually, and make the model really smaller when the last structure is chosen
+    soft = {"temperature": config.temperature, "alpha": config.alpha} if config.alpha > 0 else {}
+    for phase, last in (("warmup", config.prune_start_epoch - 1), ("pruning", config.prune_end_epoch)):
+        for epoch in loop.epochs(phase, last):
+            for batch in loop.batches():
+                loop.backward(loss_of(batch))
+                scorer.observe(loop.loss_scale)
+                loop.step(sparsity=sparsity)
+                if phase == "pruning":  # masks: re-applied after every step, tightened every `prune_every` steps
+                    step = loop.progress.step - 1
+                    if step > begin_step and (step - begin_step) % config.prune_every == 0:
+                        scores, due = scorer.scores(), cubic_sparsity(step, begin_step, last_event, target.end)
+                        masks = target.tightened(model, scores, masks, due)
+                        sparsity = target.removed(model, masks)
+                        scorer.reset()
+                    apply_masks(model, masks)
+            if epoch == config.prune_end_epoch:
+                if goal:  # a table says what should be cheap enough, a clock whether it is
+                    masks, reached = target.settled(model, scores, masks, cost_of, ATTEMPTS)
+                    sparsity = target.removed(model, masks)
+                model, difference = compact_and_compare(model, masks, splits["validation"], config.eval_batch_size)
+                begin_recovery(model)
+                loop.progress.write(
+                    f"{config.output_dir:<18} compacted: {len(splits['validation'])} logits differ by at most {difference:.1e} from "
+                    f"the masked model; heads {[s['num_heads'] for s in layer_shapes(model)]}, "
+                    f"FFN {[s['intermediate_size'] for s in layer_shapes(model)]}"
+                )
+            loop.row |= {"sparsity": sparsity, **soft}
+            loop.own = {
+                "masks": [(mask.heads, mask.neurons) for mask in masks], "difference": difference,
+                "observed": [(score.heads, score.neurons) for score in scorer.observed], "reached": reached,
+                "scores": [(score.heads, score.neurons) for score in scores],
+            }  # fmt: skip
+
+    # ---- recover
+    for _ in loop.epochs("recovery", config.epochs, config.patience):
+        for batch in loop.batches():
+            loop.backward(loss_of(batch))
+            loop.step(sparsity=sparsity)
+        loop.row |= {"sparsity": sparsity, **soft}
 
     # ---- save
-    model.load_state_dict(best["weights"])
+    model = loop.finish()
     read_all_tokens(model)
-    if not accelerator.is_main_process:
-        return
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = config.experiment_name or f"{config.output_dir}_{config.criterion}_{config.target_sparsity:g}_{now}"
-    save_checkpoint(
-        directory, model, parent.tokenizer, kind="pruned", parent=config.parent, stage=stage, history=history,
-        metrics={"validation_accuracy": best["accuracy"], "best_epoch": best["epoch"], "sparsity": sparsity,
-                 "masked_against_compacted": difference},
-        data_fingerprint=data_fingerprint(config.data_dir), extra={"experiment_name": name},
-        beside=config.models_dir / config.parent,
-    )  # fmt: skip
-    resume.clear()
-    print(
-        f"{config.output_dir}: {1 - prunable_parameters(model) / dense_parameters:.1%} of the prunable parameters removed, "
-        f"validation accuracy {best['accuracy']:.2%} (epoch {best['epoch']})\nsaved to {directory}"
-    )
-    warn_of_chance(config.output_dir, best["accuracy"], splits["validation"].labels, accelerator)
+    if accelerator.is_main_process:
+        cost = {} if goal is None else {"speedup_measured": 1 / reached} if goal.measured else {"gflops_share": reached}
+        end, now = goal.name if goal else f"{config.target_sparsity:g}", datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        save_checkpoint(
+            directory, model, parent.tokenizer, kind="pruned", parent=config.parent, stage=stage, history=loop.history,
+            metrics={**loop.metrics(), "sparsity": sparsity, "masked_against_compacted": difference, **cost},
+            data_fingerprint=data_fingerprint(config.data_dir), beside=config.models_dir / config.parent,
+            extra={"experiment_name": config.experiment_name or f"{config.output_dir}_{config.criterion}_{end}_{now}"},
+        )  # fmt: skip
+        found = [f"{1 - prunable_parameters(model) / dense_parameters:.1%} of the prunable parameters removed"]
+        print(f"{config.output_dir}: " + ", ".join(found + [f"{name} {value:.3g}" for name, value in cost.items()]))
+        loop.clear(directory)
+    accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

@@ -172,6 +172,14 @@ class PruneConfig(EncoderConfig):
     """Softening of the teacher's logits; distillation continues through all phases."""
     alpha: float = 0.2
     """Weight of the soft-target loss, 1 - alpha goes to the labels; 0 = labels only. Distillation ends at 0.2 too."""
+    hidden_loss_weight: float = 0.0
+    """Weight of the mean-squared error between the outputs of layers and those of the parent before pruning; 0 = off."""
+    target_speedups: tuple[float, ...] = ()
+    """A family instead of one model: for each, <output_dir>_<target>x, so many times as fast as the parent (batch 32, measured here)."""
+    target_gflops: tuple[float, ...] = ()
+    """The same by operations: for each, <output_dir>_gflops<target>, with that share of the parent's GFLOPs left."""
+    cost_length: int = 128
+    """Sequence length at which a family's speed-ups and GFLOPs are measured, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -445,7 +453,7 @@ PROFILES: dict[str, dict[str, dict]] = {
         "DistillConfig": {"batch_size": 8, "teacher_epochs": 1, "student_epochs": 2, "student_layers": 1, "log_every": 4},
         "PruneConfig": {
             "batch_size": 8, "target_sparsity": 0.4, "round_to": 8, "epochs": 3, "prune_start_epoch": 1, "prune_end_epoch": 2,
-            "prune_every": 3, "log_every": 4,
+            "prune_every": 3, "log_every": 4, "cost_length": 16,
         },
         "SmoothQuantConfig": {"calibration_windows": 4, "seq_len": 32, "eval_windows": 4, "alpha_grid": (0.5, 0.8)},
         "SearchConfig": {
@@ -478,6 +486,7 @@ RANGES: dict[str, str] = {
     # pruning
     "target_sparsity": "[0, 1)", "round_to": "[1, inf)", "epochs": "[1, inf)", "prune_start_epoch": "[1, inf)",
     "prune_end_epoch": "[1, inf)", "prune_every": "[1, inf)", "dropout": "[0, 1)", "lr": "(0, inf)", "recovery_lr": "(0, inf)",
+    "target_speedups": "(1, inf)", "target_gflops": "(0, 1)",
     "patience": "[1, inf)", "min_delta": "[0, 1]", "temperature": "(0, inf)", "alpha": "[0, 1]",
     # quantization
     "calibration_sentences": "[0, inf)", "calibration_windows": "[1, inf)", "seq_len": "[2, inf)", "eval_windows": "[0, inf)",

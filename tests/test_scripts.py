@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import compactmind.loop
 import compactmind.training
 from compactmind.checkpoint import load_checkpoint
 from compactmind.data import EncodedSentences, load_split
@@ -166,8 +167,10 @@ def test_the_checkpoint_is_the_last_epoch_not_worse_than_the_best(finished):
         assert (metrics["kept_epoch"], metrics["validation_accuracy"]) == (kept["epoch"], kept["accuracy"])
     rows = helpers.read_json(folder / "models" / "student_pruned" / "training_history.json")
     metrics = read_manifest(folder / "models" / "student_pruned")["metrics"]
-    assert metrics["validation_accuracy"] == rows[metrics["best_epoch"] - 1]["accuracy"]
-    assert metrics["best_epoch"] >= 2  # no epoch before the target sparsity was reached
+    assert metrics["validation_accuracy"] == rows[metrics["kept_epoch"] - 1]["accuracy"]
+    assert metrics["kept_epoch"] >= 2  # no epoch before the target sparsity was reached
+    for name, rule in (("teacher", "last epoch within one standard error"), ("student_pruned", "better than by more than 0.001")):
+        assert rule in read_manifest(folder / "models" / name)["stage"]["config"]["selection"]
 
 
 def test_the_plot_is_a_picture(finished):
@@ -212,7 +215,7 @@ def test_scripts_print_their_settings_their_progress_and_where_the_result_is(fin
         assert f"{name}: saved to models/{name}" in outputs["1_distill.py"]
     assert re.search(r"student_distilled +step +16/16 \| loss .* \| lr .* sentences/s \| left 0:00", outputs["1_distill.py"])
     assert re.search(r"student_pruned +compacted: .* heads \[\d\], FFN \[\d+\]", outputs["2_prune_finetune.py"])
-    assert "saved to models/student_pruned\n" in outputs["2_prune_finetune.py"]
+    assert "student_pruned: saved to models/student_pruned (" in outputs["2_prune_finetune.py"]
     assert outputs["2_prune_finetune.py"].endswith("plot results/student_pruned_history.png\n")
 
 
@@ -262,15 +265,15 @@ def test_recovery_stops_early_and_keeps_the_best_epoch(copy, run_here):
     assert "stopped early: no better validation accuracy for 2 epochs" in output
     rows = helpers.read_json(copy / "models" / "student_pruned" / "training_history.json")
     assert len(rows) == 4  # nothing is better by 200 points: epochs 3 and 4 use up the patience
-    assert read_manifest(copy / "models" / "student_pruned")["metrics"]["best_epoch"] == 2
+    assert read_manifest(copy / "models" / "student_pruned")["metrics"]["kept_epoch"] == 2
 
 
 # ------------------------------------------------------------------------------------------- mixed precision, processes
 @pytest.fixture
 def measured(monkeypatch):
     """All validation logits that training was judged by, in order."""
-    seen, original = [], compactmind.training.validation_logits
-    monkeypatch.setattr(compactmind.training, "validation_logits", lambda *them: seen.append(original(*them)) or seen[-1])
+    seen, original = [], compactmind.loop.validation_logits
+    monkeypatch.setattr(compactmind.loop, "validation_logits", lambda *them: seen.append(original(*them)) or seen[-1])
     return seen
 
 
@@ -388,8 +391,8 @@ def test_what_is_for_one_process_refuses_several_in_one_line(tmp_path, run_here,
 @pytest.mark.parametrize(
     ("script", "arguments", "parts"),
     [
-        ("1_distill.py", ("--teacher_lr", 1e25), ("teacher, epoch 1: ", "teacher_lr 1e+25", "--teacher_lr")),
-        ("1_distill.py", ("--student_lr", 1e25), ("student_finetuned, epoch 1: ", "student_lr 1e+25", "--student_lr")),
+        ("1_distill.py", ("--teacher_lr", 1e25), ("teacher, epoch 1 (finetune): ", "teacher_lr 1e+25", "--teacher_lr")),
+        ("1_distill.py", ("--student_lr", 1e25), ("student_finetuned, epoch 1 (finetune): ", "student_lr 1e+25", "--student_lr")),
         ("2_prune_finetune.py", ("--lr", 1e25), ("student_pruned, epoch 1 (pruning): ", "lr 1e+25", "--lr")),
         ("2_prune_finetune.py", ("--recovery_lr", 1e25), ("student_pruned, epoch 3 (recovery): ", "--recovery_lr")),
     ],

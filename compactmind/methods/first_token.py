@@ -63,6 +63,8 @@ def _attention(
 
     `attention_mask`: (batch, 1, queries, tokens) as transformers makes it (boolean or additive), or None.
     """
+    if not query.out_features:  # a layer that lost all its heads
+        return hidden_states[:, :1, :0]
     heads = [
         linear(states).unflatten(-1, (-1, head_dim)).transpose(1, 2)
         for linear, states in ((query, hidden_states[:, :1]), (key, hidden_states), (value, hidden_states))

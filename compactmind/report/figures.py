@@ -42,6 +42,17 @@ def colours_of(rows: dict[str, Any]) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------------------ encoders
+def families(rows: dict[str, Any]) -> list[list[str]]:
+    """Return the names of the members of every family of pruned classifiers that was made by one run, from the largest to the smallest."""
+    found: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        goal = ((row.get("stage") or {}).get("config") or {}).get("goal")
+        if goal and name.endswith(f"_{goal['name']}"):
+            kind = "times" if goal["measured"] else "operations"
+            found.setdefault(f"{kind} {name.removesuffix('_' + goal['name'])}", []).append(name)
+    return [sorted(names, key=lambda name: -rows[name]["gflops"]) for names in found.values()]
+
+
 def accuracy_against_gflops(report: dict[str, Any]) -> Figure | None:
     """One point per classifier: GFLOPs (equal ones side by side), accuracy with its interval, area proportional to bytes."""
     everyone = measured(report, "encoder")
@@ -54,6 +65,10 @@ def accuracy_against_gflops(report: dict[str, Any]) -> Figure | None:
         Counter(round(row["gflops"], 2) for row in rows.values()),
     )
     beside = Counter()
+    for names in families(rows):
+        axes.plot(
+            [rows[name]["gflops"] for name in names], [100 * rows[name]["accuracy"] for name in names], color="#999999", lw=1, zorder=1
+        )
     for name, row in rows.items():
         colour = colours_of(everyone)[name]
         same = round(row["gflops"], 2)

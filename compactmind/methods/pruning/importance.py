@@ -120,6 +120,8 @@ class ImportanceScorer:
 
 def _columns_times_gradient(linear: nn.Linear) -> torch.Tensor:
     """Return sum over rows of weight x gradient, one value per input column: (in_features,)."""
+    if not linear.in_features:  # what is left of a layer without heads or neurons
+        return torch.zeros(0)
     if linear.weight.grad is None:
         raise RuntimeError("the taylor criterion needs gradients: call observe() after backward()")
     return (linear.weight * linear.weight.grad).sum(dim=0)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compactmind.methods.pruning.encoder import EncoderLayer, encoder_layers, layer_shapes
+from compactmind.methods.pruning.encoder import EncoderLayer, encoder_layers
 from compactmind.methods.pruning.importance import LayerScores, head_parameters, neuron_parameters, prunable_parameters
 from compactmind.methods.pruning.modeling_pruned_encoder import (
     PrunedBertConfig,
@@ -116,12 +116,10 @@ def _zero_rows(linear: nn.Linear, keep: torch.Tensor) -> None:
         linear.bias.mul_(keep)
 
 
-@torch.no_grad()
-def compact(model: PreTrainedModel, masks: list[LayerMask]) -> PreTrainedModel:
-    """Return a physically smaller copy of a BERT or DistilBERT classifier without the pruned rows and columns.
+def of_widths(model: PreTrainedModel, heads: list[int], neurons: list[int]) -> PreTrainedModel:
+    """Return an untrained pruned classifier like `model`, on its device, with so many heads and neurons per layer, and as many layers.
 
-    Its logits equal those of the masked model; `model` stays as it was. Compacting a pruned model again is fine.
-    Raises TypeError for other architectures.
+    Raises TypeError for other architectures than BERT and DistilBERT.
     """
     classes = {
         "bert": (PrunedBertConfig, PrunedBertForSequenceClassification),
@@ -134,9 +132,20 @@ def compact(model: PreTrainedModel, masks: list[LayerMask]) -> PreTrainedModel:
     settings = model.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "transformers_version"):
         settings.pop(key, None)
-    settings["layer_num_heads"] = [int(mask.heads.sum()) for mask in masks]
-    settings["layer_intermediate_sizes"] = [int(mask.neurons.sum()) for mask in masks]
-    smaller = model_class(config_class(**settings)).to(model.device)
+    settings["layer_num_heads"], settings["layer_intermediate_sizes"] = heads, neurons
+    config = config_class(**settings)
+    config.num_hidden_layers = len(heads)
+    return model_class(config).to(model.device)
+
+
+@torch.no_grad()
+def compact(model: PreTrainedModel, masks: list[LayerMask]) -> PreTrainedModel:
+    """Return a physically smaller copy of a BERT or DistilBERT classifier without the pruned rows and columns.
+
+    Its logits equal those of the masked model; `model` stays as it was. Compacting a pruned model again is fine.
+    Raises TypeError for other architectures.
+    """
+    smaller = of_widths(model, [int(mask.heads.sum()) for mask in masks], [int(mask.neurons.sum()) for mask in masks])
 
     kept = {}
     for source, target, mask in zip(encoder_layers(model), encoder_layers(smaller), masks, strict=True):
@@ -152,10 +161,10 @@ def compact(model: PreTrainedModel, masks: list[LayerMask]) -> PreTrainedModel:
     rest = {name: value for name, value in model.state_dict().items() if name.rsplit(".", 1)[0] not in resized}
     smaller.load_state_dict(rest, strict=False)
     for module, state in kept.items():
-        module.load_state_dict(state)
-    assert [shape["num_heads"] for shape in layer_shapes(smaller)] == settings["layer_num_heads"]
-    for parameter, source in zip(smaller.parameters(), model.parameters(), strict=True):
-        parameter.requires_grad_(source.requires_grad)
+        module.load_state_dict({name: state[name] for name in module.state_dict()})  # what is left of a layer without heads has no weight
+    sources = dict(model.named_parameters())
+    for name, parameter in smaller.named_parameters():
+        parameter.requires_grad_(sources[name].requires_grad)
     return smaller.train(model.training)
 
 
@@ -166,4 +175,4 @@ def _selected(
     state = {name: value.detach() for name, value in linear.state_dict().items()}
     if rows is not None:
         return {name: value[rows] for name, value in state.items()}
-    return {**state, "weight": state["weight"][:, columns]}
+    return {**state, **({"weight": state["weight"][:, columns]} if "weight" in state else {})}

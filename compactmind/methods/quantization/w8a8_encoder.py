@@ -87,6 +87,8 @@ def fuse_encoder(model: PreTrainedModel) -> None:
     base = model.base_model
     blocks = base.encoder.layer if hasattr(base, "encoder") else base.transformer.layer
     for block, layer in zip(blocks, encoder_layers(model), strict=True):
+        if not (layer.num_heads and layer.intermediate_size):
+            continue  # without attention or FFN: its linears are int8 each
         if type(block) is BertLayer:
             attention, activation = block.attention.self, block.intermediate.intermediate_act_fn
         elif type(block) is TransformerBlock:
