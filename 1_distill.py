@@ -28,7 +28,7 @@ from transformers import (
 from common import PROFILE, DistillConfig, parse_command_line, run_stage
 from compactmind.checkpoint import first_not_finite, load_checkpoint, save_checkpoint
 from compactmind.code_version import code_version
-from compactmind.data import EncodedSentences, data_fingerprint, load_split
+from compactmind.data import EncodedSentences, Task, data_fingerprint, load_split, model_inputs, read_task
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import accuracy_of, standard_error
 from compactmind.guards import check_outputs, check_tokenizer
@@ -59,9 +59,6 @@ from compactmind.training import (
 # ------------------------------------------------------------------------------------------------------------ constants
 # Every field, its reason and its range: common.DistillConfig. For example: for_profile(PROFILE, student_epochs=6)
 CONFIG = DistillConfig.for_profile(PROFILE)
-
-LABELS = {0: "negative", 1: "positive"}
-"""The class names stored in every checkpoint of this track."""
 
 
 # ----------------------------------------------------------------------------------------------------------------- loop
@@ -128,14 +125,13 @@ def train(
             fraction = progress.step / total_steps
             temperature = linear_anneal(config.temperature_start, config.temperature_end, fraction)
             alpha = linear_anneal(config.alpha_start, config.alpha_end, fraction)
-            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
             with accelerator.autocast():
-                output = wrapped(**inputs, output_hidden_states=use_hidden_loss)
+                output = wrapped(**model_inputs(batch, model), output_hidden_states=use_hidden_loss)
                 targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
                 loss = distillation_loss(output.logits.float(), targets, batch["labels"], temperature, alpha)
                 if use_hidden_loss:
                     with torch.no_grad():
-                        states = teacher(**inputs, output_hidden_states=True).hidden_states
+                        states = teacher(**model_inputs(batch, teacher), output_hidden_states=True).hidden_states
                     loss = loss + config.hidden_loss_weight * hidden_state_loss(
                         output.hidden_states, states, layer_map, batch["attention_mask"]
                     )
@@ -213,14 +209,15 @@ def check(config: DistillConfig) -> None:
         )
 
 
-def with_new_head(model_class: type[PreTrainedModel], directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a pretrained encoder in float32 with a new head for LABELS, and its tokenizer. Raises CompactMindError if it does not fit."""
+def with_new_head(
+    model_class: type[PreTrainedModel], directory: Path, task: Task
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a pretrained encoder in float32 with a new head for a task, and its tokenizer. Raises CompactMindError if it does not fit."""
     architecture, expected = read_manifest(directory, verify=True)["architecture"], model_class.__name__.partition("For")[0]
     if not architecture.startswith(expected):
         raise CompactMindError(f"{directory} holds a {architecture}, expected a {expected}: run `python download_model.py`")
-    model = model_class.from_pretrained(
-        directory, num_labels=len(LABELS), id2label=LABELS, label2id={v: k for k, v in LABELS.items()}, dtype=torch.float32
-    )
+    model = model_class.from_pretrained(directory, **task.head_settings(), dtype=torch.float32)
+    task.mark(model.config)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     if bad := first_not_finite(model.state_dict().items()):
         raise CompactMindError(f"{directory}: {bad} holds NaN or infinite numbers: run `python download_model.py --force True`")
@@ -249,7 +246,7 @@ def main(config: DistillConfig) -> None:
         "config": {**shared, **config.relevant("teacher_epochs", "teacher_lr", "teacher_dropout")},
         "inputs": {"teacher_base": weights_fingerprint(models / "teacher_base")},
     }
-    splits = {}
+    task, splits = read_task(config.data_dir), {}
 
     def load_splits(tokenizer) -> dict[str, EncodedSentences]:
         if not splits:
@@ -263,7 +260,7 @@ def main(config: DistillConfig) -> None:
     with only_writer(models / "teacher", accelerator):
         if config.force or not is_up_to_date(models / "teacher", teacher_stage, config.verify):
             set_seed(config.seed)
-            model, tokenizer = with_new_head(BertForSequenceClassification, models / "teacher_base")
+            model, tokenizer = with_new_head(BertForSequenceClassification, models / "teacher_base", task)
             set_dropout(model, config.teacher_dropout)
             train("teacher", model, tokenizer, load_splits(tokenizer), config, accelerator, teacher_stage,
                   epochs=config.teacher_epochs, lr=config.teacher_lr, lr_name="teacher_lr", parent="teacher_base")  # fmt: skip
@@ -292,11 +289,12 @@ def main(config: DistillConfig) -> None:
         teacher_layers = teacher.model.config.num_hidden_layers
         set_seed(config.seed)
         if "student_base" in inputs:
-            student, _ = with_new_head(DistilBertForSequenceClassification, models / "student_base")
+            student, _ = with_new_head(DistilBertForSequenceClassification, models / "student_base", task)
             layer_map = alternate_layers(teacher_layers, student.config.n_layers)
         else:
             layer_map = alternate_layers(teacher_layers, config.student_layers)
             student = student_from_teacher(teacher.model, layer_map).to(accelerator.device)
+        task.mark(student.config)
         if config.hidden_loss_weight > 0 and student.config.hidden_size != teacher.model.config.hidden_size:
             raise CompactMindError(
                 f"hidden_loss_weight {config.hidden_loss_weight} needs student and teacher of one hidden size, not "

@@ -28,7 +28,7 @@ from accelerate.utils import set_seed
 from common import PROFILE, PruneConfig, parse_command_line, run_stage
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.code_version import code_version
-from compactmind.data import EncodedSentences, data_fingerprint, load_split
+from compactmind.data import EncodedSentences, data_fingerprint, load_split, model_inputs
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import accuracy_of
 from compactmind.forward import predict_logits
@@ -270,7 +270,7 @@ def prune(config: PruneConfig, accelerator: Accelerator, stage: dict) -> None:
         wrapped.train()
         for batch in batches:
             with accelerator.autocast():
-                logits = wrapped(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+                logits = wrapped(**model_inputs(batch, model)).logits.float()
                 targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
                 loss = distillation_loss(logits, targets, batch["labels"], config.temperature, config.alpha)
             accelerator.backward(loss)
