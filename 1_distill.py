@@ -28,7 +28,7 @@ from transformers import (
 from common import PROFILE, DistillConfig, parse_command_line, run_stage
 from compactmind.checkpoint import first_not_finite, load_checkpoint, save_checkpoint
 from compactmind.code_version import code_version
-from compactmind.data import EncodedSentences, Task, data_fingerprint, load_split, model_inputs, read_task
+from compactmind.data import EncodedSentences, data_fingerprint, load_split, model_inputs
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import accuracy_of, standard_error
 from compactmind.guards import check_outputs, check_tokenizer
@@ -38,6 +38,7 @@ from compactmind.methods.distillation.soft_targets import distillation_loss, hid
 from compactmind.methods.distillation.student import alternate_layers, matching_layers, student_from_teacher
 from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only
+from compactmind.task import Task, read_task
 from compactmind.training import (
     Progress,
     TrainingState,

@@ -1,6 +1,5 @@
 """Labelled sentences: reading, splitting, tokenizing once, and length-bucketed batches."""
 
-import bisect
 import csv
 import hashlib
 import io
@@ -9,7 +8,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +16,14 @@ import pandas
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from compactmind.errors import CompactMindError
 from compactmind.files import lock_directory, sha256_of, write_json_atomically, write_text_atomically
+from compactmind.task import DESCRIPTION, Task, read_task
 
 SPLITS = ("train", "validation", "test")
-DESCRIPTION = "dataset.json"
 TEXT_COLUMNS = ("sentence", "text", "content")
 """Names under which the sentence is looked for: copies of SST-2 differ, sometimes between their own two files."""
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")
@@ -43,39 +42,6 @@ class Sentence:
     """Its class, an index into the names of the task: of sentiment 0 negative, 1 positive."""
     pair: str | None = None
     """The second text where a row has two: premise and hypothesis, question and answer."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a data set asks of a classifier: one of several classes for a text, or for a pair of texts."""
-
-    labels: tuple[str, ...] = ("negative", "positive")
-    """Names of the classes, in the order of the logits."""
-    pairs: bool = False
-    """Whether every row is a pair of texts."""
-    name: str = ""
-    """What the data set is called: a GLUE task, a file, a data set of the hub; empty: the sentiment sentences of the profiles."""
-
-    def head_settings(self) -> dict:
-        """Return what `from_pretrained` makes a new head of."""
-        names = dict(enumerate(self.labels))
-        return {"num_labels": len(names), "id2label": names, "label2id": {name: index for index, name in names.items()}}
-
-    def mark(self, config: PretrainedConfig) -> None:
-        """Note in a model's configuration, in place, whether it is trained on pairs; what is made of the model keeps the note."""
-        if self.name:
-            config.sentence_pairs = self.pairs
-
-
-def read_task(data_dir: Path) -> Task:
-    """Return the task of the data in `data_dir` as dataset.json has it, sentiment where it says nothing. Raises CompactMindError."""
-    try:
-        found = json.loads((data_dir / DESCRIPTION).read_text(encoding="utf-8")).get("task")
-        return Task(tuple(found["labels"]), found["pairs"], found["name"]) if found else Task()
-    except FileNotFoundError:
-        return Task()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CompactMindError(f"{data_dir / DESCRIPTION} is damaged ({error!r}): run `python download_model.py` again") from None
 
 
 def read_labelled_sentences(path: Path, task: Task = Task()) -> list[Sentence]:  # noqa: B008  frozen
@@ -214,61 +180,6 @@ def split_by_hash(sentences: Sequence[Sentence], shares: dict[str, float]) -> di
     return parts
 
 
-def hold_out_whole_sentences(sentences: Sequence[Sentence], share: float) -> dict[str, list[Sentence]]:
-    """Split into train and validation where many rows are fragments of others, as SST-2's phrases are of its sentences.
-
-    Validation is a share (by `stable_share`) of the rows that are no fragment of another row; train is what remains without the
-    fragments that occur in held-out sentences only. A random split would ask about sentences whose pieces were trained on. Words
-    are compared after `normalize`; both parts keep the order of the rows.
-    """
-    texts = [normalize(sentence.text) for sentence in sentences]
-    rows_within = fragment_finder(texts)
-    known: set[str] = set()
-    whole: set[str] = set()
-    for text in sorted(texts, key=lambda text: -len(text.split())):
-        if text not in known:
-            whole.add(text)
-            known |= rows_within(text)
-    held_out = {text for text in whole if stable_share(text) < share}
-    trainable = set().union(*map(rows_within, whole - held_out))
-    return {
-        "train": [sentence for sentence, text in zip(sentences, texts, strict=True) if text in trainable],
-        "validation": [sentence for sentence, text in zip(sentences, texts, strict=True) if text in held_out],
-    }
-
-
-def fragment_finder(texts: Sequence[str]) -> Callable[[str], set[str]]:
-    """Return a function that gives those of the normalized `texts` that are a run of words of the text it is asked about.
-
-    In a sorted list the texts with which a string begins are the greatest one that is not greater than the string, or lie on its
-    chain of shorter and shorter beginnings. So one search per word finds all that begin there, and memory grows with the texts,
-    not with the square of their lengths as it would if every run of words were kept.
-    """
-    ordered = sorted({f"{text} " for text in texts})  # the space ends a word: "a go" is no beginning of "a good film"
-    longest = max(map(len, ordered), default=0)
-    beginning = []  # of each text: the position of the longest other one with which it begins, -1 for none
-    for position, text in enumerate(ordered):
-        shorter = position - 1
-        while shorter >= 0 and not text.startswith(ordered[shorter]):
-            shorter = beginning[shorter]
-        beginning.append(shorter)
-
-    def rows_within(text: str) -> set[str]:
-        text, start, found = f"{text} ", 0, set()
-        while start < len(text):
-            rest = text[start : start + longest]
-            position = bisect.bisect_right(ordered, rest) - 1
-            while position >= 0 and not rest.startswith(ordered[position]):
-                position = beginning[position]
-            while position >= 0 and ordered[position] not in found:
-                found.add(ordered[position])
-                position = beginning[position]
-            start = text.index(" ", start) + 1
-        return {row[:-1] for row in found}
-
-    return rows_within
-
-
 def write_dataset(data_dir: Path, splits: dict[str, list[Sentence]], source: str) -> dict:
     """Write the sentences of each split with `write_splits`; the description counts the positive ones."""
     rows = {name: [{"sentence": s.text, "label": s.label} for s in splits[name]] for name in SPLITS}
@@ -282,8 +193,8 @@ def write_splits(
 
     `counts` adds entries to what dataset.json says of a split, `more` to what it says of all. Everything is written beside the old files
     before the first of them is replaced: until then the old dataset is whole, from then on until the end dataset.json vouches for the new
-    one and lists in `replaces` what the old files were, so that the next run knows them for its own. Raises CompactMindError rather than replace a file
-    of somebody's own (`refuse_own_files`), and if another process is writing this data.
+    one and lists in `replaces` what the old files were, so that the next run knows them for its own. Raises CompactMindError rather than
+    replace a file of somebody's own (`refuse_own_files`), and if another process is writing this data.
     """
     with lock_directory(data_dir / DESCRIPTION):
         return _write_splits(data_dir, splits, source, counts, more)
@@ -404,8 +315,12 @@ class EncodedSentences:
         if not self.cut:
             return f"none of {rows} sentences is cut at {self.max_length} tokens"
         said = f"{self.cut} of {rows} sentences ({self.cut / rows:.1%}) {'is' if self.cut == 1 else 'are'} cut at {self.max_length} tokens"
-        enough = sorted(self.whole_lengths)[math.ceil(0.99 * rows) - 1]
+        enough = self.length_of(0.99)
         return said + (f"; at {enough} it would be 1%" if enough > self.max_length else "")
+
+    def length_of(self, share: float) -> int:
+        """Return the tokens that a `share` of the rows has at most."""
+        return sorted(self.whole_lengths)[math.ceil(share * len(self)) - 1]
 
     def collate(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """Return a batch padded to its longest row, with zeros where the tokenizer has no padding token.
@@ -446,11 +361,16 @@ def model_inputs(batch: dict[str, torch.Tensor], model: PreTrainedModel) -> dict
 
     Token ids, mask, and of pairs the token types where the model has two of them: DistilBERT has none, RoBERTa one.
     """
-    config, device = getattr(model, "module", model).config, next(model.parameters()).device
     names = ["input_ids", "attention_mask"]
-    if "token_type_ids" in batch and (getattr(config, "type_vocab_size", 0) or 0) > 1:
+    if "token_type_ids" in batch and reads_token_types(model):
         names.append("token_type_ids")
+    device = next(model.parameters()).device
     return {name: batch[name].to(device) for name in names}
+
+
+def reads_token_types(model: PreTrainedModel) -> bool:
+    """Tell whether a model has two token types, by which it tells the texts of a pair apart."""
+    return (getattr(getattr(model, "module", model).config, "type_vocab_size", 0) or 0) > 1
 
 
 def require_same_texts(model: PreTrainedModel, sentences: EncodedSentences) -> None:
@@ -458,4 +378,6 @@ def require_same_texts(model: PreTrainedModel, sentences: EncodedSentences) -> N
     wanted = getattr(model.config, "sentence_pairs", None)
     if wanted is not None and wanted != sentences.pairs:
         told = ("pairs of texts and was given single ones", "single texts and was given pairs")[not wanted]
-        raise CompactMindError(f"the model was trained on {told}: use the data it was trained on (--pair_column of download_model.py)")
+        raise CompactMindError(
+            f"the model was trained on {told}: use the data it was trained on (--pair_column of download_model.py)"
+        )
