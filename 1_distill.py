@@ -26,16 +26,17 @@ from transformers import (
 from common import PROFILE, DistillConfig, parse_command_line, run_stage
 from compactmind.checkpoint import first_not_finite, load_checkpoint, save_checkpoint
 from compactmind.code_version import code_version
-from compactmind.data import EncodedSentences, data_fingerprint, load_split
+from compactmind.data import EncodedSentences, data_fingerprint, load_split, model_inputs
 from compactmind.errors import CompactMindError
 from compactmind.guards import check_outputs, check_tokenizer
-from compactmind.loop import EpochLoop, LastNotWorse, inputs_of
+from compactmind.loop import EpochLoop, LastNotWorse
 from compactmind.manifest import is_up_to_date, read_manifest, weights_fingerprint
 from compactmind.methods.distillation.schedules import linear_anneal
 from compactmind.methods.distillation.soft_targets import distillation_loss, hidden_state_loss
 from compactmind.methods.distillation.student import alternate_layers, matching_layers, student_from_teacher
 from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only
+from compactmind.task import Task, read_task
 from compactmind.training import (
     accelerator_record,
     freeze_word_embeddings,
@@ -48,9 +49,6 @@ from compactmind.training import (
 # ------------------------------------------------------------------------------------------------------------ constants
 # Every field, its reason and its range: common.DistillConfig. For example: for_profile(PROFILE, student_epochs=6)
 CONFIG = DistillConfig.for_profile(PROFILE)
-
-LABELS = {0: "negative", 1: "positive"}
-"""The class names stored in every checkpoint of this track."""
 
 
 SELECTION = LastNotWorse()
@@ -100,14 +98,13 @@ def train(
         for batch in loop.batches():
             temperature = linear_anneal(config.temperature_start, config.temperature_end, loop.fraction)
             alpha = linear_anneal(config.alpha_start, config.alpha_end, loop.fraction)
-            inputs = inputs_of(batch)
             with accelerator.autocast():
-                output = loop.wrapped(**inputs, output_hidden_states=use_hidden_loss)
+                output = loop.wrapped(**model_inputs(batch, loop.wrapped), output_hidden_states=use_hidden_loss)
                 targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if distilled else None
                 loss = distillation_loss(output.logits.float(), targets, batch["labels"], temperature, alpha)
                 if use_hidden_loss:
                     with torch.no_grad():
-                        states = teacher(**inputs, output_hidden_states=True).hidden_states
+                        states = teacher(**model_inputs(batch, teacher), output_hidden_states=True).hidden_states
                     loss = loss + config.hidden_loss_weight * hidden_state_loss(
                         output.hidden_states, states, layer_map, batch["attention_mask"]
                     )
@@ -143,14 +140,15 @@ def check(config: DistillConfig) -> None:
         )
 
 
-def with_new_head(model_class: type[PreTrainedModel], directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a pretrained encoder in float32 with a new head for LABELS, and its tokenizer. Raises CompactMindError if it does not fit."""
+def with_new_head(
+    model_class: type[PreTrainedModel], directory: Path, task: Task
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a pretrained encoder in float32 with a new head for a task, and its tokenizer. Raises CompactMindError if it does not fit."""
     architecture, expected = read_manifest(directory, verify=True)["architecture"], model_class.__name__.partition("For")[0]
     if not architecture.startswith(expected):
         raise CompactMindError(f"{directory} holds a {architecture}, expected a {expected}: run `python download_model.py`")
-    model = model_class.from_pretrained(
-        directory, num_labels=len(LABELS), id2label=LABELS, label2id={v: k for k, v in LABELS.items()}, dtype=torch.float32
-    )
+    model = model_class.from_pretrained(directory, **task.head_settings(), dtype=torch.float32)
+    task.mark(model.config)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     if bad := first_not_finite(model.state_dict().items()):
         raise CompactMindError(f"{directory}: {bad} holds NaN or infinite numbers: run `python download_model.py --force True`")
@@ -179,7 +177,7 @@ def main(config: DistillConfig) -> None:
         "config": {**shared, **config.relevant("teacher_epochs", "teacher_lr", "teacher_dropout")},
         "inputs": {"teacher_base": weights_fingerprint(models / "teacher_base")},
     }
-    splits = {}
+    task, splits = read_task(config.data_dir), {}
 
     def load_splits(tokenizer) -> dict[str, EncodedSentences]:
         if not splits:
@@ -193,7 +191,7 @@ def main(config: DistillConfig) -> None:
     with only_writer(models / "teacher", accelerator):
         if config.force or not is_up_to_date(models / "teacher", teacher_stage, config.verify):
             set_seed(config.seed)
-            model, tokenizer = with_new_head(BertForSequenceClassification, models / "teacher_base")
+            model, tokenizer = with_new_head(BertForSequenceClassification, models / "teacher_base", task)
             set_dropout(model, config.teacher_dropout)
             train("teacher", model, tokenizer, load_splits(tokenizer), config, accelerator, teacher_stage,
                   epochs=config.teacher_epochs, lr=config.teacher_lr, lr_name="teacher_lr", parent="teacher_base")  # fmt: skip
@@ -222,11 +220,12 @@ def main(config: DistillConfig) -> None:
         teacher_layers = teacher.model.config.num_hidden_layers
         set_seed(config.seed)
         if "student_base" in inputs:
-            student, _ = with_new_head(DistilBertForSequenceClassification, models / "student_base")
+            student, _ = with_new_head(DistilBertForSequenceClassification, models / "student_base", task)
             layer_map = alternate_layers(teacher_layers, student.config.n_layers)
         else:
             layer_map = alternate_layers(teacher_layers, config.student_layers)
             student = student_from_teacher(teacher.model, layer_map).to(accelerator.device)
+        task.mark(student.config)
         if config.hidden_loss_weight > 0 and student.config.hidden_size != teacher.model.config.hidden_size:
             raise CompactMindError(
                 f"hidden_loss_weight {config.hidden_loss_weight} needs student and teacher of one hidden size, not "

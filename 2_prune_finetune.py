@@ -29,14 +29,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from common import PROFILE, PruneConfig, parse_command_line, run_stage
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.code_version import code_version
-from compactmind.data import EncodedSentences, data_fingerprint, load_split
+from compactmind.data import EncodedSentences, data_fingerprint, load_split, model_inputs
 from compactmind.devices import number_of_processes
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import gflops, measure_latency
 from compactmind.evaluation.cost_table import gflops_table, latency_table
 from compactmind.forward import predict_logits
 from compactmind.guards import check_outputs, check_parent, check_tokenizer
-from compactmind.loop import EpochLoop, FirstBest, inputs_of
+from compactmind.loop import EpochLoop, FirstBest
 from compactmind.manifest import is_up_to_date, read_manifest, weights_fingerprint
 from compactmind.methods.distillation.soft_targets import distillation_loss, hidden_state_loss
 from compactmind.methods.distillation.student import matching_layers
@@ -303,15 +303,15 @@ def prune(
         )  # fmt: skip
 
     def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        inputs, hidden = inputs_of(batch), config.hidden_loss_weight > 0
+        hidden = config.hidden_loss_weight > 0
         with accelerator.autocast():
-            output = loop.wrapped(**inputs, **({"output_hidden_states": True} if hidden else {}))
+            output = loop.wrapped(**model_inputs(batch, loop.wrapped), **({"output_hidden_states": True} if hidden else {}))
             targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
             loss = distillation_loss(output.logits.float(), targets, batch["labels"], config.temperature, config.alpha)
             if hidden:  # a layer also does the work of those after it that are gone
                 left = [index for index, mask in enumerate(masks) if mask.heads.any() or mask.neurons.any()]
                 with torch.no_grad():
-                    states = dense(**inputs, output_hidden_states=True).hidden_states
+                    states = dense(**model_inputs(batch, dense), output_hidden_states=True).hidden_states
                 own = (output.hidden_states[0], *(output.hidden_states[index + 1] for index in left))
                 loss = loss + config.hidden_loss_weight * hidden_state_loss(
                     own, states, matching_layers(len(masks), left), batch["attention_mask"]

@@ -31,6 +31,7 @@ from compactmind.checkpoint import Checkpoints, load_any, skeleton_of
 from compactmind.data import data_fingerprint, load_split, read_dataset_description
 from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
+from compactmind.evaluation.accuracy import correct_for_many
 from compactmind.evaluation.classifiers import measure_classifiers
 from compactmind.evaluation.cost import weight_bytes
 from compactmind.evaluation.failures import fail, row_fails_alone
@@ -49,6 +50,7 @@ from compactmind.report.goals import goals
 from compactmind.report.sentences import sentences, warnings
 from compactmind.room import require_room
 from compactmind.search.places import findings_of
+from compactmind.task import read_task
 from compactmind.text import load_documents, token_windows
 
 # ------------------------------------------------------------------------------------------------------------ constants
@@ -56,10 +58,10 @@ from compactmind.text import load_documents, token_windows
 CONFIG = ReportConfig.for_profile(PROFILE)
 
 MODELS_TO_EVALUATE: dict[str, str] = {}
-"""Your own models, name -> folder: any Hugging Face sequence classifier of two classes or causal language model becomes a row. For example
-{"my-bert": "/models/my-bert"}; also on the command line: --models my-bert=/models/my-bert."""
+"""Your own models, name -> folder: any Hugging Face sequence classifier of the same classes or causal language model becomes a row. For
+example {"my-bert": "/models/my-bert"}; also on the command line: --models my-bert=/models/my-bert."""
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 ENCODER_ROWS = (
     "teacher", "student_finetuned", "student_distilled", "student_pruned", "student_distilled_nf4", "student_pruned_nf4",
@@ -78,6 +80,10 @@ LLAMA_CPP = ("Q8_0", "Q4_0")
 """Types that llama.cpp rounds the dense language model to, where it is installed: a row each, run by llama.cpp."""
 TASKS = {"encoder": "SequenceClassification", "llm": "CausalLM"}
 """Track -> how the architectures end that belong to it."""
+PER_CLASS = (
+    "F1 of a class: harmonic mean of its precision and recall; macro: mean over the classes; AUC of more than two: mean of each against "
+    "the rest; MCC: Matthews' correlation"
+)
 ENCODER_SETTINGS = ("max_length", "eval_batch_size", "cost_length", "latency_batches", "latency_repeats")
 LANGUAGE_SETTINGS = ("seq_len", "eval_windows", "window_choice", "prompt_tokens", "latency_repeats", "gsm8k_problems")
 """Settings a track's measurements depend on."""
@@ -309,8 +315,8 @@ def measure_track(
         return
     if track == "encoder":
         measure_classifiers(
-            needed, checkpoints, held_out, reference=there.get(reference), **config.relevant(*ENCODER_SETTINGS)
-        )
+            needed, checkpoints, held_out, reference=there.get(reference), task=read_task(data), **config.relevant(*ENCODER_SETTINGS)
+        )  # fmt: skip
         return
 
     def windows_for(tokenizer):
@@ -368,7 +374,9 @@ def protocols(config: ReportConfig, description: dict) -> dict[str, str]:
     return {
         "accuracy": f"{rows} held-out test sentences ({description['source']['source']}), cut at {config.max_length} tokens; "
         "95% Wilson interval; never used for training or selection",
-        "mcnemar": f"exact two-sided McNemar test against {config.reference} on the same sentences",
+        "mcnemar": f"exact two-sided McNemar test against {config.reference} on the same sentences; p corrected for the number of rows "
+        "compared with it (Holm 1979)",
+        **({"per class": PER_CLASS} if "task" in description else {}),
         "gflops": f"2 x MACs / 1e9, batch 1, {length} tokens, attention matmuls included (FlopCounterMode)",
         "gmacs_thop": f"thop's multiply-accumulates / 1e9, batch 1, {length} tokens, attention matmuls not included",
         "size_mb": "1e6 bytes of the weight files",
@@ -444,6 +452,7 @@ def report_of(
     config: ReportConfig, rows: list[dict[str, Any]], description: dict[str, Any], where: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the report's dict from its rows, the description of the sentences and the environment."""
+    correct_for_many(rows)
     benchmarks = {name: read_json(config.results_dir / f"benchmark_{name}.json") for name in ("training", "int8")}
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -477,6 +486,7 @@ def print_report(report: dict[str, Any], config: ReportConfig) -> None:
     """Print the tables and sentences a terminal has room for."""
     shown = [
         tables.encoder_table(report),
+        tables.per_class_table(report),
         tables.language_table(report),
         tables.gsm8k_table(report),
         tables.search_table(report),

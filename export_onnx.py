@@ -12,7 +12,7 @@ import torch
 
 from common import PROFILE, ExportConfig, parse_command_line, run_stage
 from compactmind.checkpoint import load_checkpoint
-from compactmind.data import EncodedSentences, load_split
+from compactmind.data import EncodedSentences, load_split, model_inputs, require_same_texts
 from compactmind.errors import CompactMindError
 from compactmind.formats.table import FORMATS
 from compactmind.onnx_export import FILE, OnnxClassifier, export_classifier, require_onnx
@@ -33,6 +33,7 @@ def export(name: str, config: ExportConfig) -> None:
         )
     path = directory / FILE
     sentences = EncodedSentences(checkpoint.tokenizer, load_split(config.data_dir, "validation")[: config.sentences], 128)
+    require_same_texts(checkpoint.model, sentences)
     tolerance = config.int8_tolerance if FORMATS[kind].quantized else config.tolerance
     largest = 0.0
 
@@ -40,10 +41,10 @@ def export(name: str, config: ExportConfig) -> None:
         nonlocal largest
         for size in (1, 7, 32):
             for batch in sentences.evaluation_batches(size):
-                ids, mask = batch["input_ids"], batch["attention_mask"]
+                inputs = model_inputs(batch, checkpoint.model)
                 with torch.inference_mode():
-                    wanted = checkpoint.model(input_ids=ids, attention_mask=mask).logits
-                difference = (exported(ids, mask) - wanted).abs().max().item()
+                    wanted = checkpoint.model(**inputs).logits
+                difference = (exported(**inputs) - wanted).abs().max().item()
                 if not difference <= tolerance:
                     raise CompactMindError(
                         f"{name}: logits of ONNX differ by {difference:.2e}, more than {tolerance:g}: the file was not kept"

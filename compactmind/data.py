@@ -1,6 +1,5 @@
 """Labelled sentences: reading, splitting, tokenizing once, and length-bucketed batches."""
 
-import bisect
 import csv
 import hashlib
 import io
@@ -9,7 +8,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +16,14 @@ import pandas
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from compactmind.errors import CompactMindError
 from compactmind.files import lock_directory, sha256_of, write_json_atomically, write_text_atomically
+from compactmind.task import DESCRIPTION, Task, read_task
 
 SPLITS = ("train", "validation", "test")
-DESCRIPTION = "dataset.json"
 TEXT_COLUMNS = ("sentence", "text", "content")
 """Names under which the sentence is looked for: copies of SST-2 differ, sometimes between their own two files."""
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")
@@ -40,30 +39,40 @@ class Sentence:
 
     text: str
     label: int
-    """0 negative, 1 positive."""
+    """Its class, an index into the names of the task: of sentiment 0 negative, 1 positive."""
+    pair: str | None = None
+    """The second text where a row has two: premise and hypothesis, question and answer."""
 
 
-def read_labelled_sentences(path: Path) -> list[Sentence]:
-    """Read a tsv, csv, jsonl or parquet file with the columns `sentence` (or `text`, `content`) and `label`.
+def read_labelled_sentences(path: Path, task: Task = Task()) -> list[Sentence]:  # noqa: B008  frozen
+    """Read a tsv, csv, jsonl or parquet file with the columns `sentence` (or `text`, `content`), `label` and of a task of pairs `pair`.
 
-    Raises CompactMindError naming the file and the row (counted from 1, without the header) of the first problem.
+    The label is the index of a class. Raises CompactMindError naming the file and the row (counted from 1, without the header) of the
+    first problem.
     """
     if not path.is_file():
         raise CompactMindError(f"{path} not found: run `python download_model.py` first")
-    try:
-        if path.suffix == ".jsonl":
-            rows = read_json_lines(path)
-        elif path.suffix == ".parquet":
-            rows = pandas.read_parquet(path).to_dict("records")
-        elif path.suffix in (".tsv", ".csv"):
-            rows = _read_table(path)
-        else:
-            raise CompactMindError(f"{path}: cannot read {path.suffix!r} files, expected one of {', '.join(READABLE)}")
-    except (pandas.errors.EmptyDataError, pandas.errors.ParserError, UnicodeDecodeError, OSError, ValueError) as error:
-        raise unreadable(path, error) from None
+    rows = read_rows(path)
     if not rows:
         raise CompactMindError(f"{path} holds no sentences: it needs the columns sentence and label and at least one row")
-    return [check_row(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1) if row is not BLANK]
+    return [check_row(f"{path}, row {number}", row, task) for number, row in enumerate(rows, start=1) if row is not BLANK]
+
+
+def read_rows(path: Path, names: Sequence[str] = ()) -> list:
+    """Return the rows of a tsv, csv, jsonl or parquet file as dicts, BLANK for blank lines of jsonl.
+
+    `names`: of the columns of a tsv or csv file without a header. Raises CompactMindError if the file cannot be read.
+    """
+    try:
+        if path.suffix == ".jsonl":
+            return read_json_lines(path)
+        if path.suffix == ".parquet":
+            return pandas.read_parquet(path).to_dict("records")
+        if path.suffix in (".tsv", ".csv"):
+            return _read_table(path, names)
+    except (pandas.errors.EmptyDataError, pandas.errors.ParserError, UnicodeDecodeError, OSError, ValueError) as error:
+        raise unreadable(path, error) from None
+    raise CompactMindError(f"{path}: cannot read {path.suffix!r} files, expected one of {', '.join(READABLE)}")
 
 
 def unreadable(path: Path, error: Exception) -> CompactMindError:
@@ -72,7 +81,7 @@ def unreadable(path: Path, error: Exception) -> CompactMindError:
     return CompactMindError(f"{path} cannot be read: {reason}. Fix or delete it, then run `python download_model.py`")
 
 
-def _read_table(path: Path) -> list[dict[str, str]]:
+def _read_table(path: Path, names: Sequence[str] = ()) -> list[dict[str, str]]:
     """Return the rows of a tsv or csv file; raises ValueError (or what pandas raises) if it is no table of text."""
     with open(path, encoding="utf-8-sig", newline="") as file:  # a byte order mark is none of the first name's letters
         content = file.read()
@@ -81,8 +90,10 @@ def _read_table(path: Path) -> list[dict[str, str]]:
         raise ValueError(f"line {before.count(chr(10)) + 1} holds a NUL character")
     separator, quoting = ("\t", csv.QUOTE_NONE) if path.suffix == ".tsv" else (",", csv.QUOTE_MINIMAL)
     options = {"sep": separator, "quoting": quoting, "dtype": str, "keep_default_na": False, "index_col": False}
-    names = pandas.read_csv(io.StringIO(content), header=None, nrows=1, **options).iloc[0].tolist()
-    if twice := [name for name in (*TEXT_COLUMNS, "label") if names.count(name) > 1]:
+    if names:
+        return pandas.read_csv(io.StringIO(content), header=None, names=list(names), **options).to_dict("records")
+    header = pandas.read_csv(io.StringIO(content), header=None, nrows=1, **options).iloc[0].tolist()
+    if twice := [name for name in (*TEXT_COLUMNS, "label") if header.count(name) > 1]:
         raise ValueError(f"two columns are named {twice[0]!r}")
     return pandas.read_csv(io.StringIO(content), **options).to_dict("records")
 
@@ -105,7 +116,7 @@ def read_json_lines(path: Path) -> list:
     return rows if any(row is not BLANK for row in rows) else []
 
 
-def check_row(where: str, row: object) -> Sentence:
+def check_row(where: str, row: object, task: Task = Task()) -> Sentence:  # noqa: B008  frozen
     """Return the sentence of a row that has been read. Raises CompactMindError naming it as `where` and what is wrong with it."""
     column = next((name for name in TEXT_COLUMNS if name in row), None) if isinstance(row, dict) else None
     if column is None or "label" not in row:
@@ -122,9 +133,13 @@ def check_row(where: str, row: object) -> Sentence:
         raise CompactMindError(f"{where}: the sentence is empty")
     if HALF_A_PAIR.search(text):
         raise CompactMindError(f"{where}: half a surrogate pair, which is no character: {text[:60]!r}")
-    if label not in ("0", "1"):
-        raise CompactMindError(f"{where}: label {row['label']!r} is not 0 (negative) or 1 (positive): {text[:60]!r}")
-    return Sentence(text.strip(), int(label))
+    if label not in map(str, range(len(task.labels))):
+        choices = ", ".join(f"{index} ({name})" for index, name in enumerate(task.labels[:-1]))
+        choices += f" or {len(task.labels) - 1} ({task.labels[-1]})"
+        raise CompactMindError(f"{where}: label {row['label']!r} is not {choices}: {text[:60]!r}")
+    if task.pairs and not isinstance(row.get("pair"), str):
+        raise CompactMindError(f"{where}: the second text of the pair (pair) is missing: {text[:60]!r}")
+    return Sentence(text.strip(), int(label), row["pair"] if task.pairs else None)
 
 
 def normalize(text: str) -> str:
@@ -165,82 +180,31 @@ def split_by_hash(sentences: Sequence[Sentence], shares: dict[str, float]) -> di
     return parts
 
 
-def hold_out_whole_sentences(sentences: Sequence[Sentence], share: float) -> dict[str, list[Sentence]]:
-    """Split into train and validation where many rows are fragments of others, as SST-2's phrases are of its sentences.
-
-    Validation is a share (by `stable_share`) of the rows that are no fragment of another row; train is what remains without the
-    fragments that occur in held-out sentences only. A random split would ask about sentences whose pieces were trained on. Words
-    are compared after `normalize`; both parts keep the order of the rows.
-    """
-    texts = [normalize(sentence.text) for sentence in sentences]
-    rows_within = fragment_finder(texts)
-    known: set[str] = set()
-    whole: set[str] = set()
-    for text in sorted(texts, key=lambda text: -len(text.split())):
-        if text not in known:
-            whole.add(text)
-            known |= rows_within(text)
-    held_out = {text for text in whole if stable_share(text) < share}
-    trainable = set().union(*map(rows_within, whole - held_out))
-    return {
-        "train": [sentence for sentence, text in zip(sentences, texts, strict=True) if text in trainable],
-        "validation": [sentence for sentence, text in zip(sentences, texts, strict=True) if text in held_out],
-    }
-
-
-def fragment_finder(texts: Sequence[str]) -> Callable[[str], set[str]]:
-    """Return a function that gives those of the normalized `texts` that are a run of words of the text it is asked about.
-
-    In a sorted list the texts with which a string begins are the greatest one that is not greater than the string, or lie on its
-    chain of shorter and shorter beginnings. So one search per word finds all that begin there, and memory grows with the texts,
-    not with the square of their lengths as it would if every run of words were kept.
-    """
-    ordered = sorted({f"{text} " for text in texts})  # the space ends a word: "a go" is no beginning of "a good film"
-    longest = max(map(len, ordered), default=0)
-    beginning = []  # of each text: the position of the longest other one with which it begins, -1 for none
-    for position, text in enumerate(ordered):
-        shorter = position - 1
-        while shorter >= 0 and not text.startswith(ordered[shorter]):
-            shorter = beginning[shorter]
-        beginning.append(shorter)
-
-    def rows_within(text: str) -> set[str]:
-        text, start, found = f"{text} ", 0, set()
-        while start < len(text):
-            rest = text[start : start + longest]
-            position = bisect.bisect_right(ordered, rest) - 1
-            while position >= 0 and not rest.startswith(ordered[position]):
-                position = beginning[position]
-            while position >= 0 and ordered[position] not in found:
-                found.add(ordered[position])
-                position = beginning[position]
-            start = text.index(" ", start) + 1
-        return {row[:-1] for row in found}
-
-    return rows_within
-
-
 def write_dataset(data_dir: Path, splits: dict[str, list[Sentence]], source: str) -> dict:
     """Write the sentences of each split with `write_splits`; the description counts the positive ones."""
     rows = {name: [{"sentence": s.text, "label": s.label} for s in splits[name]] for name in SPLITS}
     return write_splits(data_dir, rows, source, {name: {"positive": sum(s.label for s in splits[name])} for name in SPLITS})
 
 
-def write_splits(data_dir: Path, splits: dict[str, list[dict]], source: str | dict, counts: dict[str, dict]) -> dict:
+def write_splits(
+    data_dir: Path, splits: dict[str, list[dict]], source: str | dict, counts: dict[str, dict], **more: dict
+) -> dict:
     """Write train/validation/test.jsonl and dataset.json, which vouches for them with their SHA-256. Returns that description.
 
-    `counts` adds entries to what dataset.json says of a split. Everything is written beside the old files before the first of them is
-    replaced: until then the old dataset is whole, from then on until the end dataset.json vouches for the new one and lists in
-    `replaces` what the old files were, so that the next run knows them for its own. Raises CompactMindError rather than replace a file
-    of somebody's own (`refuse_own_files`), and if another process is writing this data.
+    `counts` adds entries to what dataset.json says of a split, `more` to what it says of all. Everything is written beside the old files
+    before the first of them is replaced: until then the old dataset is whole, from then on until the end dataset.json vouches for the new
+    one and lists in `replaces` what the old files were, so that the next run knows them for its own. Raises CompactMindError rather than
+    replace a file of somebody's own (`refuse_own_files`), and if another process is writing this data.
     """
     with lock_directory(data_dir / DESCRIPTION):
-        return _write_splits(data_dir, splits, source, counts)
+        return _write_splits(data_dir, splits, source, counts, more)
 
 
-def _write_splits(data_dir: Path, splits: dict[str, list[dict]], source: str | dict, counts: dict[str, dict]) -> dict:
+def _write_splits(
+    data_dir: Path, splits: dict[str, list[dict]], source: str | dict, counts: dict[str, dict], more: dict[str, dict]
+) -> dict:
     refuse_own_files(data_dir)
-    description = {"source": source, "splits": {}}
+    description = {"source": source, **more, "splits": {}}
     new = {name: data_dir / f".{name}.jsonl.new" for name in SPLITS}
     try:
         for name, path in new.items():
@@ -295,31 +259,48 @@ def read_dataset_description(data_dir: Path) -> dict:
 
 
 def data_fingerprint(data_dir: Path) -> str:
-    """Return one SHA-256 over the three splits: the identity of the data a model was trained and chosen on."""
-    splits = read_dataset_description(data_dir)["splits"]
-    return hashlib.sha256("".join(splits[name]["sha256"] for name in SPLITS).encode()).hexdigest()
+    """Return one SHA-256 over the three splits and the names of the classes: what a model was trained and chosen on.
+
+    Those of sentiment are left out.
+    """
+    description = read_dataset_description(data_dir)
+    told = "".join(description["splits"][name]["sha256"] for name in SPLITS)
+    if "task" in description:
+        told += json.dumps(description["task"]["labels"])
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def load_split(data_dir: Path, split: str) -> list[Sentence]:
     """Return the sentences of train, validation or test. Raises CompactMindError if they are missing or malformed."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}, expected one of {', '.join(SPLITS)}")
-    return read_labelled_sentences(data_dir / f"{split}.jsonl")
+    return read_labelled_sentences(data_dir / f"{split}.jsonl", read_task(data_dir))
 
 
 class EncodedSentences:
-    """Sentences tokenized once, padded batch by batch.
+    """Sentences, or pairs of them, tokenized once, padded batch by batch.
 
-    `input_ids` holds one list of token ids per row, `labels` is an int64 tensor of shape (rows,), `whole_lengths` the tokens each
-    row has uncut and `cut` the number of rows that have more than `max_length`.
+    `input_ids` holds one list of token ids per row and `token_type_ids` of pairs (else None) as many zeros and ones, `labels` is an int64
+    tensor of shape (rows,), `whole_lengths` the tokens each row has uncut and `cut` the number of rows that have more than `max_length`.
+    Of a pair the longer text is cut first. Raises CompactMindError where only some rows are pairs.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[Sentence], max_length: int):
-        texts = [s.text for s in sentences]
-        self.input_ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        alone = sum(sentence.pair is None for sentence in sentences)
+        if 0 < alone < len(sentences):
+            raise CompactMindError(f"{alone} of {len(sentences)} texts have no second text beside them: give each one, or none")
+        self.pairs = len(sentences) > 0 and not alone
+
+        def encode(part: Sequence[Sentence], **options) -> dict[str, list[list[int]]]:
+            texts = [[s.text for s in part], *([[s.pair for s in part]] if self.pairs else [])]
+            return tokenizer(*texts, return_token_type_ids=self.pairs, **options)
+
+        encoded = encode(sentences, truncation=True, max_length=max_length)
+        self.input_ids, self.token_type_ids = encoded["input_ids"], encoded.get("token_type_ids")
         self.max_length, self.whole_lengths = max_length, [len(ids) for ids in self.input_ids]
         if full := [row for row, length in enumerate(self.whole_lengths) if length >= max_length]:
-            for row, ids in zip(full, tokenizer([texts[row] for row in full], verbose=False)["input_ids"], strict=True):
+            whole = encode([sentences[row] for row in full], verbose=False)["input_ids"]
+            for row, ids in zip(full, whole, strict=True):
                 self.whole_lengths[row] = len(ids)
         self.cut = sum(length > max_length for length in self.whole_lengths)
         self.labels = torch.tensor([sentence.label for sentence in sentences])
@@ -334,23 +315,31 @@ class EncodedSentences:
         if not self.cut:
             return f"none of {rows} sentences is cut at {self.max_length} tokens"
         said = f"{self.cut} of {rows} sentences ({self.cut / rows:.1%}) {'is' if self.cut == 1 else 'are'} cut at {self.max_length} tokens"
-        enough = sorted(self.whole_lengths)[math.ceil(0.99 * rows) - 1]
+        enough = self.length_of(0.99)
         return said + (f"; at {enough} it would be 1%" if enough > self.max_length else "")
+
+    def length_of(self, share: float) -> int:
+        """Return the tokens that a `share` of the rows has at most."""
+        return sorted(self.whole_lengths)[math.ceil(share * len(self)) - 1]
 
     def collate(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """Return a batch padded to its longest row, with zeros where the tokenizer has no padding token.
 
-        `input_ids`, `attention_mask` (1 keep, 0 padding): (len(rows), longest); `labels`, `rows`: (len(rows),).
+        `input_ids`, `attention_mask` (1 keep, 0 padding), of pairs `token_type_ids`: (len(rows), longest); `labels`, `rows`: (len(rows),).
         """
         ids = [torch.tensor(self.input_ids[row], dtype=torch.long) for row in rows]
         input_ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id or 0)
         lengths = torch.tensor([len(row) for row in ids])
-        return {
+        batch = {
             "input_ids": input_ids,
             "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
             "labels": self.labels[list(rows)],
             "rows": torch.tensor(list(rows)),
         }
+        if self.token_type_ids is not None:
+            types = [torch.tensor(self.token_type_ids[row], dtype=torch.long) for row in rows]
+            batch["token_type_ids"] = pad_sequence(types, batch_first=True)
+        return batch
 
     def training_batches(self, batch_size: int, seed: int, processes: int = 1) -> DataLoader:
         """Return a loader over all rows in random order, rows of similar length together (little padding).
@@ -365,3 +354,30 @@ class EncodedSentences:
         """Return a loader over all rows from short to long; `rows` says where each result belongs."""
         order = sorted(range(len(self)), key=lambda row: len(self.input_ids[row]))
         return DataLoader(order, batch_size=batch_size, collate_fn=self.collate)
+
+
+def model_inputs(batch: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return what of a batch of `EncodedSentences` a model reads, wrapped for several processes or not, on its device.
+
+    Token ids, mask, and of pairs the token types where the model has two of them: DistilBERT has none, RoBERTa one.
+    """
+    names = ["input_ids", "attention_mask"]
+    if "token_type_ids" in batch and reads_token_types(model):
+        names.append("token_type_ids")
+    device = next(model.parameters()).device
+    return {name: batch[name].to(device) for name in names}
+
+
+def reads_token_types(model: PreTrainedModel) -> bool:
+    """Tell whether a model has two token types, by which it tells the texts of a pair apart."""
+    return (getattr(getattr(model, "module", model).config, "type_vocab_size", 0) or 0) > 1
+
+
+def require_same_texts(model: PreTrainedModel, sentences: EncodedSentences) -> None:
+    """Raise CompactMindError if a model was trained on pairs of texts and these are single, or the other way round; some do not say."""
+    wanted = getattr(model.config, "sentence_pairs", None)
+    if wanted is not None and wanted != sentences.pairs:
+        told = ("pairs of texts and was given single ones", "single texts and was given pairs")[not wanted]
+        raise CompactMindError(
+            f"the model was trained on {told}: use the data it was trained on (--pair_column of download_model.py)"
+        )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from compactmind.data import EncodedSentences
+from compactmind.data import EncodedSentences, model_inputs, require_same_texts
 from compactmind.errors import CompactMindError
 from compactmind.limits import require_known_ids, rows_at_a_time
 from compactmind.precision import is_small
@@ -31,15 +31,14 @@ def predict_logits(model: nn.Module, sentences: EncodedSentences, batch_size: in
     CompactMindError on a sentence without tokens or with one that the model does not know.
     """
     model.eval()
-    device = next(model.parameters()).device
+    require_same_texts(model, sentences)
     logits = None
     for batch in sentences.evaluation_batches(rows_at_a_time(model, sentences.pad_token_id, batch_size)):
         empty = batch["rows"][batch["attention_mask"].sum(1) == 0].tolist()
         if empty:
             raise CompactMindError(f"sentence {empty[0] + 1} of {len(sentences)} has no tokens")
         require_known_ids(model, batch["input_ids"])
-        inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-        out = model(**inputs).logits.float().cpu()
+        out = model(**model_inputs(batch, model)).logits.float().cpu()
         logits = out.new_empty(len(sentences), out.shape[1]) if logits is None else logits
         logits[batch["rows"]] = out
     return logits

@@ -7,7 +7,7 @@ What is special to a stage, its loss and what it does to the weights between ste
     for epoch in loop.epochs("finetune", 3):
         for batch in loop.batches():
             with accelerator.autocast():
-                loss = ... loop.wrapped(**inputs_of(batch)) ...
+                loss = ... loop.wrapped(**model_inputs(batch, model)) ...
             loop.backward(loss)
             loop.step()
     model = loop.finish()
@@ -76,11 +76,6 @@ class FirstBest:
 
 
 # -------------------------------------------------------------------------------------------------------------- the loop
-def inputs_of(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return what of a batch a model reads: (batch, seq) each."""
-    return {key: batch[key] for key in ("input_ids", "attention_mask")}
-
-
 class EpochLoop:
     """One training run of a classifier over sentences, see the top of this file.
 

@@ -100,6 +100,8 @@ def _numbers(manifest: dict[str, Any], row: dict[str, Any] | None) -> list[str]:
         if "accuracy" in row:
             low, high = row["accuracy_interval"]
             shown = {"accuracy": f"{row['accuracy']:.1%} [{low:.1%}, {high:.1%}]", "GFLOPs": row["gflops"], **shown}
+            if len(row.get("per_class", ())) > 2:
+                shown["macro-F1"] = row["macro_f1"]
             shown |= {f"ms at {batch.replace('_', ' ')}": times["median_ms"] for batch, times in row["latency"].items()}
         else:
             low, high = row["perplexity_interval"]

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from compactmind.data import reads_token_types
 from compactmind.errors import CompactMindError
 from compactmind.files import replace_file
 from compactmind.methods.quantization.grouped import GroupedWeight, forget_unpacked
@@ -25,6 +26,7 @@ from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 FILE = "model.onnx"
 """Its name in the directory of a checkpoint."""
 INPUTS = ("input_ids", "attention_mask")
+"""And of a model of pairs that has two token types `token_type_ids`."""
 OPSET = 18
 
 
@@ -39,15 +41,24 @@ def require_onnx() -> None:
 
 
 class Logits(nn.Module):
-    """A classifier as a function of two tensors that returns one."""
+    """A classifier as a function of two tensors, of pairs with token types three, that returns one."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Both (batch, tokens) int64 -> logits (batch, classes)."""
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Each (batch, tokens) int64 -> logits (batch, classes)."""
+        more = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **more).logits
+
+
+def inputs_of(model: PreTrainedModel) -> list[str]:
+    """Return the names of what the file of a model takes."""
+    pairs = getattr(model.config, "sentence_pairs", False) and reads_token_types(model)
+    return [*INPUTS, *(["token_type_ids"] if pairs else [])]
 
 
 def traceable(model: PreTrainedModel) -> PreTrainedModel:
@@ -91,13 +102,14 @@ def export_classifier(
     plain = traceable(model)
     plain.set_attn_implementation("eager")
     example = torch.ones(2, 8, dtype=torch.long)
+    names = inputs_of(model)
     batch, tokens = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=2)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter, about its own insides
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
-            Logits(plain), (example, example.clone()), dynamo=True, opset_version=OPSET, verbose=False,
-            input_names=list(INPUTS), output_names=["logits"], dynamic_shapes=({0: batch, 1: tokens}, {0: batch, 1: tokens}),
+            Logits(plain), tuple(example.clone() for _ in names), dynamo=True, opset_version=OPSET, verbose=False,
+            input_names=names, output_names=["logits"], dynamic_shapes=({0: batch, 1: tokens},) * len(names),
             custom_translation_table={torch.ops.aten._int_mm.default: int_mm},
         )  # fmt: skip
     for node in program.model.graph.all_nodes():
@@ -123,7 +135,11 @@ class OnnxClassifier:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # else it takes the cores from who comes next
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
-    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Both (batch, tokens) int64 -> logits (batch, classes) float32."""
+    def __call__(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None, **_: Any
+    ) -> torch.Tensor:
+        """Each (batch, tokens) int64 -> logits (batch, classes) float32."""
         given = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
+        if len(self.session.get_inputs()) > len(INPUTS):
+            given["token_type_ids"] = (torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids).numpy()
         return torch.from_numpy(self.session.run(["logits"], given)[0])

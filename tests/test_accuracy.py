@@ -6,7 +6,14 @@ import numpy
 import pytest
 import torch
 
-from compactmind.evaluation.accuracy import accuracy_of, classification_metrics, mcnemar, standard_error
+from compactmind.evaluation.accuracy import (
+    accuracy_of,
+    classification_metrics,
+    correct_for_many,
+    holm,
+    mcnemar,
+    standard_error,
+)
 
 LABELS = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0, 0, 0])
 SCORES = torch.tensor([0.9, 0.8, 0.6, -0.3, 0.7, -0.1, -0.2, -0.5, -0.6, -0.9])  # label 1 is predicted where positive
@@ -79,3 +86,61 @@ def test_the_standard_error_is_the_spread_of_a_share():
     assert standard_error(1.0, 100) == 0
     drawn = torch.distributions.Binomial(200, torch.tensor(0.8)).sample((4000,)) / 200
     assert standard_error(0.8, 200) == pytest.approx(drawn.std().item(), rel=0.1)
+
+
+def by_hand(truth: list[int], scores: list[list[float]]) -> dict:
+    """Return metrics of several classes from their definitions, counted one by one."""
+    classes, predicted = range(len(scores[0])), [row.index(max(row)) for row in scores]
+    each, areas = [], []
+    for label in classes:
+        hit = sum(t == p == label for t, p in zip(truth, predicted, strict=True))
+        asked, said = truth.count(label), predicted.count(label)
+        each.append({"precision": hit / said if said else 0, "recall": hit / asked if asked else 0, "rows": asked,
+                     "f1": 2 * hit / (asked + said) if asked + said else 0})  # fmt: skip
+        mine = [row[label] for t, row in zip(truth, scores, strict=True) if t == label]
+        others = [row[label] for t, row in zip(truth, scores, strict=True) if t != label]
+        if mine and others:
+            areas.append(sum((m > o) + 0.5 * (m == o) for m in mine for o in others) / len(mine) / len(others))
+    seen = [label for label in classes if label in truth or label in predicted]
+    indicator = [[[float(v == c) for c in classes] for v in values] for values in (truth, predicted)]
+    x, y = (numpy.array(side) - numpy.mean(side, axis=0) for side in indicator)
+    spread = math.sqrt((x * x).sum() * (y * y).sum())
+    return {
+        "per_class": each, "macro_f1": sum(each[label]["f1"] for label in seen) / len(seen), "auc": sum(areas) / len(areas),
+        "mcc": (x * y).sum() / spread if spread else 0.0,
+        "confusion_matrix": [[sum((t, p) == (i, j) for t, p in zip(truth, predicted, strict=True)) for j in classes] for i in classes],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("classes", "missing"), [(2, None), (3, None), (4, 2), (5, 0)])
+def test_metrics_of_several_classes_by_counting(classes, missing):
+    generator = torch.Generator().manual_seed(classes)
+    labels = torch.randint(0, classes, (60,), generator=generator)
+    labels[labels == missing] = 1  # a class that does not occur
+    logits = torch.randn(60, classes, generator=generator) + torch.nn.functional.one_hot(labels, classes)
+    metrics, expected = classification_metrics(logits, labels), by_hand(labels.tolist(), logits.softmax(-1).tolist())
+    for name, value in expected.items():
+        if name == "per_class":
+            assert metrics[name] == [pytest.approx(one) for one in value]
+        else:
+            assert metrics[name] == (value if name == "confusion_matrix" else pytest.approx(value, abs=1e-9)), name
+    assert metrics["f1"] == pytest.approx(metrics["per_class"][1]["f1"] if classes == 2 else metrics["macro_f1"])
+
+
+def test_holm_by_its_definition_and_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert holm([]) == [] and holm([0.2]) == [0.2] and holm([0.9, 0.8]) == [1.0, 1.0]
+    values = torch.rand(9, generator=torch.Generator().manual_seed(0)).div(20).tolist()
+    for index, corrected in enumerate(holm(values)):  # rejected at a level just where Holm's steps come to it
+        ranked = sorted(values)
+        reached = [(len(values) - rank) * p for rank, p in enumerate(ranked) if p <= values[index]]
+        assert corrected == pytest.approx(min(1.0, max(reached)))
+
+
+def test_every_row_that_was_compared_is_corrected_for_all():
+    rows = [{"mcnemar_against_reference": {"p_value": p}} for p in (0.01, 0.04)]
+    rows += [{"mcnemar_against_reference": None}, {"status": "not run"}]
+    correct_for_many(rows)
+    assert [row["mcnemar_against_reference"]["p_holm"] for row in rows[:2]] == pytest.approx([0.02, 0.04])
+    correct_for_many(rows[:1])  # made again: from the p-value itself
+    assert rows[0]["mcnemar_against_reference"]["p_holm"] == 0.01

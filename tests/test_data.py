@@ -22,7 +22,6 @@ from compactmind.data import (
     Sentence,
     data_fingerprint,
     deduplicate,
-    hold_out_whole_sentences,
     load_split,
     normalize,
     read_dataset_description,
@@ -35,6 +34,7 @@ from compactmind.data import (
 )
 from compactmind.errors import CompactMindError
 from compactmind.files import sha256_of
+from compactmind.phrases import hold_out_whole_sentences
 
 ROWS = [Sentence("a good film", 1), Sentence('the "best", they say', 0), Sentence("naïve — and long", 1)]
 

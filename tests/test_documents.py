@@ -80,7 +80,7 @@ def search_summary(**changes) -> dict:
 @pytest.fixture
 def report() -> dict:
     return {
-        "schema_version": 5, "profile": "embedded", "created": "2026-01-01T00:00:00+00:00",
+        "schema_version": 6, "profile": "embedded", "created": "2026-01-01T00:00:00+00:00",
         "environment": {"machine": "a CPU, 2 threads", "cpu": "a CPU", "gpu": None, "threads": 2, "versions": {"torch": "2.13.0"}},
         "settings": {"cost_length": 128, "max_length": 64, "prompt_tokens": 512, "eval_windows": 16, "latency_batches": [1, 32]},
         "references": {"encoder": "student", "llm": "llama"},

@@ -129,7 +129,7 @@ def test_a_missing_parent_names_its_command(copy, run_here):
 def test_the_report_holds_every_row_with_every_measurement(reported):
     folder, output = reported
     report = helpers.read_json(folder / "results" / "final_report.json")
-    assert report["schema_version"] == 5 and report["profile"] == "smoke"
+    assert report["schema_version"] == 6 and report["profile"] == "smoke"
     assert [row["name"] for row in report["models"]] == [*ROWS, *LANGUAGE_ROWS]
     for row in report["models"][: len(ROWS)]:
         assert row["status"] == "measured" and row["track"] == "encoder"

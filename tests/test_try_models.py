@@ -15,6 +15,7 @@ from transformers import BertForMaskedLM, BertModel, GPT2Config, GPT2ForSequence
 
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
+from compactmind.task import Task
 
 SENTENCES = ["the film is good", "a bad plot", "dull and slow", "a moving story", "what a mess"]
 
@@ -144,9 +145,61 @@ def test_the_labels_are_the_model_s_own(run, tmp_path, tokenizer, labels, expect
         assert found["label"] == expected[int(chances.argmax())] and found["score"] == pytest.approx(
             chances.max().item(), abs=1e-5
         )
-        assert ("positive" in found) == (len(labels) == 2)
+        assert ("positive" in found) == (set(expected) == {"negative", "positive"}) != ("scores" in found)
         if "positive" in expected and len(labels) == 2:
             assert found["positive"] == pytest.approx(chances[expected.index("positive")].item(), abs=1e-5)
+
+
+@pytest.fixture
+def of_pairs(folder, tokenizer):
+    """models/pairs: a BERT of three classes trained on pairs of texts."""
+    model = helpers.make_bert(seed=2, scale=0.6, **Task(("yes", "no", "maybe")).head_settings())
+    Task(("yes", "no", "maybe"), True, "x").mark(model.config)
+    if not (folder / "models" / "pairs").exists():
+        save_checkpoint(folder / "models" / "pairs", model, tokenizer, kind="dense", parent=None, stage={})
+    return model
+
+
+def test_pairs_by_a_tab_or_an_option(run, of_pairs, tokenizer):
+    first, second = "a good film", "the plot is dull"
+    inputs = tokenizer(first, second, return_tensors="pt")
+    chances = helpers.logits_of(of_pairs, dict(inputs)).softmax(-1)[0].tolist()
+    assert chances != pytest.approx(helpers.logits_of(of_pairs, {"input_ids": inputs["input_ids"]}).softmax(-1)[0].tolist(), abs=1e-3)
+    given = ((first, "--pair", second), (f"{first}\t{second}",), ())
+    for arguments in given:
+        status, output, error = run(
+            "classify.py", *arguments, "--json", "--model", "models/pairs", stdin=None if arguments else f"{first}\t{second}\n"
+        )
+        assert status == 0, error
+        found = json.loads(output)
+        assert (found["text"], found["pair"]) == (first, second) and "positive" not in found
+        assert list(found["scores"]) == ["yes", "no", "maybe"] and list(found["scores"].values()) == pytest.approx(chances, abs=1e-5)
+    status, output, _ = run("classify.py", first, "--pair", second, "--model", "models/pairs")
+    assert output.split("\t")[2:] == [first, f"{second}\n"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("one text", "--model", "models/pairs"), "trained on pairs of texts: give the second of 'one text' with --pair, or behind a tab"),
+        (("a\tb\tc", "--model", "models/pairs"), "trained on pairs of texts"),
+        (("a\t ", "--model", "models/pairs"), "trained on pairs of texts"),
+        (("a", "--pair", "b"), "trained on single texts: leave out --pair"),
+    ],
+)
+def test_a_pair_and_a_model_that_do_not_go_together_are_said(run, of_pairs, arguments, expected):
+    status, output, error = run("classify.py", *arguments)
+    assert status == 1 and expected in error and "Traceback" not in error and output == ""
+
+
+def test_the_names_of_a_task_of_ones_own_are_printed_as_they_are(run, folder, tokenizer):
+    for names in (("neg", "pos"), ("LABEL_0", "LABEL_1"), ("possible", "negligible")):
+        model = helpers.make_distilbert(**Task(names).head_settings())
+        Task(names, False, "x").mark(model.config)
+        directory = folder / "models" / names[0]
+        save_checkpoint(directory, model, tokenizer, kind="dense", parent=None, stage={})
+        status, output, error = run("classify.py", "a good film", "--json", "--model", str(directory))
+        assert status == 0 and list(json.loads(output)["scores"]) == list(names), error
 
 
 def test_a_classifier_without_a_padding_token_is_asked_one_text_at_a_time(run, tmp_path, tokenizer):

@@ -6,7 +6,14 @@ from typing import Any
 import numpy
 import torch
 from scipy.stats import binomtest
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    f1_score,
+    matthews_corrcoef,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
 
 
 def accuracy_of(logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -20,23 +27,44 @@ def standard_error(accuracy: float, rows: int) -> float:
 
 
 def classification_metrics(logits: torch.Tensor, labels: torch.Tensor, confidence: float = 0.95) -> dict[str, Any]:
-    """Return accuracy with its Wilson interval, F1 of the positive class, ROC AUC and the confusion matrix.
+    """Return accuracy with its Wilson interval, F1, ROC AUC, Matthews' correlation (MCC), what is right per class, the confusion matrix.
 
-    Logits: (rows, 2), labels: (rows,) of 0/1. `confusion_matrix[i][j]` counts rows of label i predicted j. Shares are
-    in [0, 1]. The AUC is None when only one label occurs.
+    Logits: (rows, classes), labels: (rows,). `f1` is that of the last of two classes, of more it is `macro_f1`: the mean over the classes
+    that occur or are answered. `auc` of more than two is the mean over classes of each against the rest; it is None where only one
+    occurs. `confusion_matrix[i][j]` counts rows of label i predicted j; `per_class` has precision, recall, f1 and rows of each. Shares are
+    in [0, 1].
     """
+    classes = list(range(logits.shape[1]))
     truth, predicted = labels.numpy(), logits.argmax(dim=-1).numpy()
     correct = int((truth == predicted).sum())
     interval = binomtest(correct, len(truth)).proportion_ci(confidence, method="wilson")
-    probability = logits.double().softmax(dim=-1)[:, 1].numpy()
+    macro_f1 = float(f1_score(truth, predicted, average="macro", zero_division=0))
+    each = precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0)
+    names = ("precision", "recall", "f1", "rows")
+    per_class = [dict(zip(names, map(float, row), strict=True)) for row in zip(*each, strict=True)]
     return {
         "rows": len(truth),
         "accuracy": float(accuracy_score(truth, predicted)),
         "accuracy_interval": [float(interval.low), float(interval.high)],
-        "f1": float(f1_score(truth, predicted, zero_division=0)),
-        "auc": float(roc_auc_score(truth, probability)) if len(set(truth.tolist())) == 2 else None,
-        "confusion_matrix": confusion_matrix(truth, predicted, labels=[0, 1]).tolist(),
+        "f1": per_class[1]["f1"] if len(classes) == 2 else macro_f1,
+        "macro_f1": macro_f1,
+        "mcc": float(matthews_corrcoef(truth, predicted)),
+        "auc": area_under_curve(truth, logits.double().softmax(dim=-1).numpy()),
+        "per_class": per_class,
+        "confusion_matrix": confusion_matrix(truth, predicted, labels=classes).tolist(),
     }
+
+
+def area_under_curve(truth: numpy.ndarray, probabilities: numpy.ndarray) -> float | None:
+    """Return the ROC AUC of the last of two classes, of more the mean over those that occur of each against the rest.
+
+    Labels (rows,), probabilities (rows, classes). None where all labels are the same.
+    """
+    occurring = numpy.unique(truth)
+    if len(occurring) < 2:
+        return None
+    asked = [1] if probabilities.shape[1] == 2 else occurring
+    return float(numpy.mean([roc_auc_score(truth == label, probabilities[:, label]) for label in asked]))
 
 
 def mcnemar(reference_correct: numpy.ndarray, other_correct: numpy.ndarray) -> dict[str, Any]:
@@ -52,3 +80,23 @@ def mcnemar(reference_correct: numpy.ndarray, other_correct: numpy.ndarray) -> d
     discordant = only_reference + only_other
     p_value = binomtest(only_reference, discordant).pvalue if discordant else 1.0
     return {"only_reference_correct": only_reference, "only_this_correct": only_other, "p_value": float(p_value)}
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Return p-values corrected for how many were looked at (Holm 1979, Scandinavian Journal of Statistics 6:65), in the same order.
+
+    The smallest is multiplied by their number, the next by one less, and so on; none is smaller than one before it or larger than 1.
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def correct_for_many(rows: list[dict[str, Any]]) -> None:
+    """Give, in place, every row of a report that was compared with the reference its p-value corrected for all of them, `p_holm`."""
+    found = [row["mcnemar_against_reference"] for row in rows if row.get("mcnemar_against_reference")]
+    for comparison, corrected in zip(found, holm([each["p_value"] for each in found]), strict=True):
+        comparison["p_holm"] = corrected

@@ -4,6 +4,8 @@ accuracy, McNemar        compactmind/evaluation/accuracy.py
 GFLOPs, latency, memory  compactmind/evaluation/cost.py
 """
 
+import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,12 @@ from compactmind.evaluation.failures import cell_fails_alone, leave_out, row_fai
 from compactmind.forward import predict_logits
 from compactmind.limits import positions_of, require_positions
 from compactmind.onnx_export import FILE, OnnxClassifier
+from compactmind.task import Task
+
+
+def is_sentiment(names: Sequence[str]) -> bool:
+    """Tell whether two names are those of negative and positive in any spelling, or no names (LABEL_0, LABEL_1)."""
+    return len(names) == 2 and all(re.fullmatch(r"(pos|neg)(itive|ative)?|label_\d+", name.lower()) for name in names)
 
 
 def positive_class(model: torch.nn.Module) -> int:
@@ -35,6 +43,31 @@ def positive_class(model: torch.nn.Module) -> int:
     return 0 if names.get(0, "").startswith("pos") or names.get(1, "").startswith("neg") else 1
 
 
+def columns_of_labels(model: torch.nn.Module, labels: Sequence[str]) -> list[int]:
+    """Return, for each of the data's labels, which of the model's logits is its: by name, else in order where one side has no names.
+
+    Raises CompactMindError if they are not the same classes.
+    """
+    if tuple(labels) == Task().labels:
+        positive = positive_class(model)
+        return [1 - positive, positive]
+    names = [name.lower() for name in _raw_names(model)]
+    wanted = [label.lower() for label in labels]
+    if len(set(wanted)) == len(wanted) and sorted(names) == sorted(wanted):
+        return [names.index(label) for label in wanted]
+    nameless = all(re.fullmatch(r"label_\d+", name) for name in names) or wanted == [str(index) for index in range(len(wanted))]
+    if len(names) == len(wanted) and (list(labels) == _raw_names(model) or nameless):
+        return list(range(len(wanted)))
+    raise CompactMindError(
+        f"it tells {len(names)} classes apart ({', '.join(_raw_names(model))}), the test rows are of {len(labels)} ({', '.join(labels)})"
+    )
+
+
+def _raw_names(model: torch.nn.Module) -> list[str]:
+    config = model.config
+    return [str(config.id2label.get(index, f"LABEL_{index}")) for index in range(config.num_labels)]
+
+
 def class_names(model: torch.nn.Module) -> list[str]:
     """Return what a model calls its classes, in the order of its logits: negative and positive where that is what two of them mean.
 
@@ -44,8 +77,8 @@ def class_names(model: torch.nn.Module) -> list[str]:
     if config.num_labels < 2 or config.problem_type == "multi_label_classification":
         what = "one number" if config.num_labels < 2 else "labels of which several may be right"
         raise CompactMindError(f"it gives {what} for a text, not one of several classes")
-    names = [str(config.id2label.get(index, f"LABEL_{index}")) for index in range(config.num_labels)]
-    if len(names) == 2 and all(name.lower().startswith(("pos", "neg", "label_")) for name in names):
+    names = _raw_names(model)
+    if is_sentiment(names) and not hasattr(config, "sentence_pairs"):  # of a task of one's own the names are what they are
         positive = positive_class(model)
         return ["positive" if index == positive else "negative" for index in range(2)]
     return names
@@ -57,6 +90,7 @@ def measure_classifiers(
     sentences: list[Sentence],
     *,
     reference: dict[str, Any] | None,
+    task: Task = Task(),  # noqa: B008  frozen
     max_length: int,
     eval_batch_size: int,
     cost_length: int,
@@ -72,7 +106,7 @@ def measure_classifiers(
     for row in rows:
         print(f"{row['name']:<24} accuracy, operations, load time ...", flush=True)
         with row_fails_alone(row):
-            _measure_accuracy(row, checkpoints[row["name"]], sentences, max_length, eval_batch_size)
+            _measure_accuracy(row, checkpoints[row["name"]], sentences, task, max_length, eval_batch_size)
     rows = [row for row in rows if row["status"] == "measured"]
     if reference is not None and reference["status"] != "measured":
         reference = None
@@ -122,18 +156,18 @@ def measure_classifiers(
 
 
 def _measure_accuracy(
-    row: dict[str, Any], checkpoint: Checkpoint, sentences: list[Sentence], max_length: int, batch_size: int
+    row: dict[str, Any], checkpoint: Checkpoint, sentences: list[Sentence], task: Task, max_length: int, batch_size: int
 ) -> None:
     """Add, in place, what a classifier gets right and the bytes of its weights; `max_length` is what its sentences are cut at."""
     model = checkpoint.model
-    positive = positive_class(model)
+    columns = columns_of_labels(model, task.labels)
     row["max_length"] = min(max_length, positions_of(model) or max_length)
     encoded = EncodedSentences(checkpoint.tokenizer, sentences, row["max_length"])
     logits = predict_logits(model, encoded, batch_size)
     if not logits.isfinite().all():
         raise CompactMindError("its logits are not numbers: the weights are damaged, or its training diverged")
-    if positive == 0:
-        logits = logits.flip(-1)
+    logits = logits[:, columns]
+    row["cut"] = {"rows": encoded.cut, "share": encoded.cut / len(encoded), "length_of_99": encoded.length_of(0.99)}
     row.update(classification_metrics(logits, encoded.labels))
     row["correct"] = numpy.packbits((logits.argmax(dim=-1) == encoded.labels).numpy()).tobytes().hex()
     row["size_mb"] = weight_bytes(Path(row["directory"])) / 1e6

@@ -47,7 +47,7 @@ def sections(report: dict[str, Any], drawn: dict[str, str]) -> list[Section]:
         Section("Summary", sentences(report) or ["Nothing has been measured yet: the tables say what to run."]),
         Section("Warnings", warnings(report)),
         Section(
-            "Encoder track", tables=[tables.encoder_table(report)],
+            "Encoder track", tables=[tables.encoder_table(report), tables.per_class_table(report), tables.confusion_table(report)],
             figures=["final_report", "model_comparison", "latency", "training_curves"],
         ),
         Section(

@@ -73,7 +73,7 @@ def beside_the_literature(report: dict[str, Any]) -> list[dict[str, Any]]:
 def _against_sst2(report: dict[str, Any], published: Published) -> list[str]:
     reasons = ["a hidden test set"] if published.test_server else []
     source, rows = report["data"]["source"]["source"], report["data"]["splits"]["test"]["rows"]
-    if source.startswith("PyPI"):
+    if source.startswith("PyPI") or "task" in report["data"]:
         reasons.append("this run's sentences are not SST-2")
     elif rows != SST2_DEV_ROWS:
         reasons.append(f"this run measured {rows} sentences, not the {SST2_DEV_ROWS} of dev")

@@ -8,6 +8,8 @@ from compactmind.report.as_shipped import as_shipped, compressed, is_better, is_
 
 DISTINGUISHABLE = 0.05
 """Below this p-value two classifiers count as different."""
+MAJORITY = 0.75
+"""Share of one class above which an accuracy alone says little."""
 FASTER = 1.03
 """A smaller ratio of times is called "as fast as": it is within what repeated measurements differ by."""
 
@@ -52,6 +54,12 @@ def times_as_fast(row: dict[str, Any], other: dict[str, Any], batch: str) -> flo
     return theirs["median_ms"] / mine["median_ms"]
 
 
+def corrected_p(row: dict[str, Any]) -> float | None:
+    """Return the p-value of a row against the reference, corrected for the number of rows; None where it was not compared."""
+    comparison = row["mcnemar_against_reference"] or {}
+    return comparison.get("p_holm", comparison.get("p_value"))
+
+
 def speed(ratio: float) -> str:
     """Return a ratio of times in words: 1.6x faster, as fast, 1.3x slower."""
     if ratio >= FASTER:
@@ -94,11 +102,12 @@ def encoder_sentence(row: dict[str, Any], reference: dict[str, Any], batch: str)
     if ratio is not None:
         saved.append(f"{speed(ratio)} at batch {batch.removeprefix('batch_')}")
     points = 100 * (row["accuracy"] - reference["accuracy"])
-    p_value = (row["mcnemar_against_reference"] or {}).get("p_value")
+    p_value, corrected = (row["mcnemar_against_reference"] or {}).get("p_value"), corrected_p(row)
     verdict = ""
     if p_value is not None:
-        which = "different" if p_value < DISTINGUISHABLE else "not distinguishable"
-        verdict = f"; McNemar p = {p_value:.2g}: {which} on {row['rows']} sentences"
+        which = "different" if corrected < DISTINGUISHABLE else "not distinguishable"
+        among = f", {corrected:.2g} among all rows" if f"{corrected:.2g}" != f"{p_value:.2g}" else ""
+        verdict = f"; McNemar p = {p_value:.2g}{among}: {which} on {row['rows']} sentences"
     return (
         f"{row['name']}: {', '.join([*saved, 'for ']) if saved else ''}{points:+.1f} points of accuracy against {reference['name']} "
         f"({row['accuracy']:.1%} and {reference['accuracy']:.1%}{verdict})."
@@ -202,6 +211,8 @@ def warnings(report: dict[str, Any]) -> list[str]:
         *_without_reference(report, encoders),
         *_compared_with_nothing(report, languages),
         *_left_out(report, [*encoders.values(), *languages.values()]),
+        *_many_cut(encoders),
+        *_one_class_is_most(encoders, report),
         *_slower_than_parent(encoders),
         *_operations_without_time(encoders),
         *_too_wide_to_rank(report, encoders),
@@ -256,6 +267,31 @@ def _left_out(report: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+def _many_cut(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Classifiers that read less than all of more than one row in a hundred, those with the same numbers together."""
+    found: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        cut = row.get("cut")
+        if cut and cut["share"] > 0.01:
+            told = (
+                f"of {cut['share']:.1%} of the test rows only the first {row['max_length']} tokens were read; at --max_length "
+            )
+            found.setdefault(f"{told}{cut['length_of_99']} it would be 1%.", []).append(name)
+    return [f"{', '.join(names)}: {told}" for told, names in found.items()]
+
+
+def _one_class_is_most(rows: dict[str, dict[str, Any]], report: dict[str, Any]) -> list[str]:
+    task = report["data"].get("task")
+    each = next((row["per_class"] for row in rows.values() if "per_class" in row), None)
+    if not task or not each:
+        return []
+    largest = max(range(len(each)), key=lambda index: each[index]["rows"])
+    share = each[largest]["rows"] / sum(one["rows"] for one in each)
+    if share <= MAJORITY:
+        return []
+    return [f"{share:.1%} of the test rows are {task['labels'][largest]}: always saying that is as accurate; look at macro-F1."]
+
+
 def _slower_than_parent(rows: dict[str, dict[str, Any]]) -> list[str]:
     found = []
     for name, row in rows.items():
@@ -290,11 +326,7 @@ def _operations_without_time(rows: dict[str, dict[str, Any]]) -> list[str]:
 
 def _too_wide_to_rank(report: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:
     reference = rows.get(reference_of(report, "encoder"))
-    alike = [
-        name
-        for name, row in rows.items()
-        if row["mcnemar_against_reference"] and row["mcnemar_against_reference"]["p_value"] >= DISTINGUISHABLE
-    ]
+    alike = [name for name, row in rows.items() if row["mcnemar_against_reference"] and corrected_p(row) >= DISTINGUISHABLE]
     if not reference or not alike:
         return []
     half = 50 * (reference["accuracy_interval"][1] - reference["accuracy_interval"][0])

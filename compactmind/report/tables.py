@@ -10,9 +10,11 @@ from typing import Any
 
 from compactmind.report.as_shipped import as_shipped
 from compactmind.report.literature import beside_the_literature
-from compactmind.report.sentences import largest_batch, speedup, tokens_per_second
+from compactmind.report.sentences import corrected_p, largest_batch, measured, speedup, tokens_per_second
 
 NOTHING = "-"
+MATRIX = 12
+"""Classes up to which a confusion matrix is shown as one, and errors shown where there are more."""
 VERDICTS = {True: "met", False: "MISSED", None: "not run"}
 
 
@@ -50,7 +52,20 @@ def _is_words(line: Sequence[str]) -> bool:
     return len(line) > 2 and not any(line[2:])
 
 
-LEFT = ("step", "kernel", "verdict", "source", "protocol", "comparable", "pipeline", "parameters", "value", "model", "task")
+LEFT = (
+    "step",
+    "taken for",
+    "kernel",
+    "verdict",
+    "source",
+    "protocol",
+    "comparable",
+    "pipeline",
+    "parameters",
+    "value",
+    "model",
+    "task",
+)
 """Columns of words."""
 FROM = {"spread": "spread over the text", "first": "its first"}
 """Which windows of the text, see compactmind/text.py -> in words."""
@@ -77,7 +92,10 @@ def encoder_table(report: dict[str, Any]) -> Table:
     rows = [row for row in report["models"] if row["track"] == "encoder"]
     batches = sorted(report["settings"]["latency_batches"]) if any(row["status"] == "measured" for row in rows) else []
     onnx = any("onnx_latency" in row for row in rows)
-    header = ["model", "accuracy [95%]", "F1", "AUC", "p", "M param", "GFLOPs", "thop GMACs", "MB",
+    task = report["data"].get("task") or {}
+    many, mcc = len(task.get("labels", ())) > 2, task.get("metric") == "mcc"
+    header = ["model", "accuracy [95%]", "macro-F1" if many else "F1", *(["MCC"] if mcc else []), "AUC", "p", "p, Holm", "M param",
+              "GFLOPs", "thop GMACs", "MB",
               *(f"ms, batch {batch}" for batch in batches), "speed-up", "load s", "peak MB",
               *(f"ONNX ms, batch {batch}" for batch in batches if onnx)]  # fmt: skip
     lines = []
@@ -90,16 +108,67 @@ def encoder_table(report: dict[str, Any]) -> Table:
         times, exported = ([row.get(key, {}).get(f"batch_{batch}") for batch in batches] for key in ("latency", "onnx_latency"))
         lines.append(
             [
-                row["name"], f"{row['accuracy']:.1%} [{low:.1%}, {high:.1%}]", f"{row['f1']:.3f}", number(row["auc"], ".3f"),
-                number(against and against["p_value"], ".2g"), f"{row['parameters'] / 1e6:.2f}", number(row["gflops"]),
+                row["name"], f"{row['accuracy']:.1%} [{low:.1%}, {high:.1%}]", f"{row['f1']:.3f}",
+                *([f"{row['mcc']:.3f}"] if mcc else []), number(row["auc"], ".3f"),
+                number(against and against["p_value"], ".2g"), number(corrected_p(row), ".2g"),
+                f"{row['parameters'] / 1e6:.2f}", number(row["gflops"]),
                 number(row["gmacs_thop"]), f"{row['size_mb']:.1f}", *(number(time and time["median_ms"], ".1f") for time in times),
                 number(speedup(row, largest_batch(report)), ".2f", "x"), number(row["load_seconds"]),
                 number(row["peak_memory_mb"], ".0f"), *(number(time and time["median_ms"], ".1f") for time in exported if onnx),
             ]
         )  # fmt: skip
     reference, tokens = report["references"]["encoder"], report["settings"]["cost_length"]
-    note = f"p: McNemar against {reference}; speed-up: against it, at the largest batch; ms for sentences of {tokens} tokens."
+    note = (
+        f"p: McNemar against {reference} (Holm: corrected for the number of rows); speed-up: against it, at the largest batch; ms for "
+        f"sentences of {tokens} tokens."
+    )
+    if task:
+        f1 = "mean over the classes" if many else f"of {task['labels'][1]}"
+        judged = {"mcc": "MCC", "f1": "F1"}.get(task["metric"], "accuracy")
+        usually = f"; the task is usually judged by {judged}" if task["name"].startswith("GLUE ") else ""
+        note += f" {task['name']}: F1 is {f1}{', AUC the mean of each class against the rest' if many else ''}{usually}."
     return Table("Encoder track", header, lines, note)
+
+
+def per_class_table(report: dict[str, Any]) -> Table | None:
+    """Return, per class of a task that is not the profiles' sentiment, its test rows and the F1 of every classifier."""
+    task, rows = report["data"].get("task"), measured(report, "encoder")
+    rows = {name: row for name, row in rows.items() if task and len(row.get("per_class", ())) == len(task["labels"])}
+    if not rows:
+        return None
+    first = next(iter(rows.values()))
+    lines = [
+        [label, f"{first['per_class'][index]['rows']:.0f}", *(f"{row['per_class'][index]['f1']:.3f}" for row in rows.values())]
+        for index, label in enumerate(task["labels"])
+    ]
+    lines.append(["macro", f"{first['rows']}", *(f"{row['macro_f1']:.3f}" for row in rows.values())])
+    return Table(
+        "F1 per class", ["class", "rows", *rows], lines, "Precision and recall of every class are in final_report.json."
+    )
+
+
+def confusion_table(report: dict[str, Any]) -> Table | None:
+    """Return what the reference takes for what: the matrix, of more than MATRIX classes the most frequent errors."""
+    task, row = report["data"].get("task"), measured(report, "encoder").get(report["references"]["encoder"])
+    if not task or not row or len(row["confusion_matrix"]) != len(task["labels"]):
+        return None
+    matrix, labels = row["confusion_matrix"], task["labels"]
+    caption = f"What {row['name']} takes for what"
+    if len(labels) <= MATRIX:
+        lines = [[label, *map(str, counts)] for label, counts in zip(labels, matrix, strict=True)]
+        return Table(
+            caption,
+            ["class", *(f"as {label}" for label in labels)],
+            lines,
+            "A row is what it is, a column what it is taken for.",
+        )
+    errors = [(count, i, j) for i, counts in enumerate(matrix) for j, count in enumerate(counts) if i != j and count]
+    lines = [
+        [labels[i], labels[j], str(count)] for count, i, j in sorted(errors, key=lambda error: (-error[0], error[1:]))[:MATRIX]
+    ]
+    return Table(
+        caption, ["class", "taken for", "rows"], lines, f"The {len(lines)} most frequent errors; all are in final_report.json."
+    )
 
 
 def language_table(report: dict[str, Any]) -> Table:
@@ -192,7 +261,11 @@ def search_table(report: dict[str, Any]) -> Table | None:
         steps = " > ".join(step["method"] for step in row["steps"][1:])
         rows.append(
             [
-                trial, steps, number(row.get("kl"), ".4g"), f"{row['perplexity']:.2f}", f"{row['compression_ratio']:.2f}x",
+                trial,
+                steps,
+                number(row.get("kl"), ".4g"),
+                f"{row['perplexity']:.2f}",
+                f"{row['compression_ratio']:.2f}x",
                 number(row["interaction"], "+.4f"),
             ]
         )
@@ -250,7 +323,8 @@ def protocols_table(report: dict[str, Any]) -> Table:
 # ------------------------------------------------------------------------------------------------------ for spreadsheets
 def comparison_csv(report: dict[str, Any]) -> str:
     """Return the models of both tracks as CSV text, one line each, empty cells where nothing was measured, the reasons last."""
-    fields = ["name", "status", "accuracy", "accuracy_low", "accuracy_high", "f1", "auc", "mcnemar_p", "parameters", "gflops",
+    fields = ["name", "status", "accuracy", "accuracy_low", "accuracy_high", "f1", "macro_f1", "mcc", "auc", "mcnemar_p",
+              "mcnemar_p_holm", "parameters", "gflops",
               "gmacs_thop", "size_mb", "load_seconds", "peak_memory_mb",
               "perplexity", "perplexity_low", "perplexity_high", "kl_mean", "kl_low", "kl_high", "kl_p999", "same_top",
               "compression_ratio", "prefill_ms", "decode_ms",
@@ -277,6 +351,7 @@ def comparison_csv(report: dict[str, Any]) -> str:
         elif row["status"] == "measured":
             flat["accuracy_low"], flat["accuracy_high"] = row["accuracy_interval"]
             flat["mcnemar_p"] = (row["mcnemar_against_reference"] or {}).get("p_value")
+            flat["mcnemar_p_holm"] = corrected_p(row)
             for batch, times in row["latency"].items():
                 flat |= {f"latency_{batch.removeprefix('batch_')}_{what}": value for what, value in times.items()}
         writer.writerow(flat)

@@ -34,7 +34,7 @@ def cached_teacher_logits(
     """
     teacher_key = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
     rows_key = hashlib.sha256()
-    for ids in sentences.input_ids:
+    for ids in [*sentences.input_ids, *(sentences.token_type_ids or [])]:
         rows_key.update(torch.tensor(ids, dtype=torch.int32).numpy().tobytes() + b";")
     path = cache_directory / f".teacher_logits_{teacher_key}_{rows_key.hexdigest()[:16]}.safetensors"
     with accelerator.main_process_first():  # the others find the file

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from compactmind.data import model_inputs
 from compactmind.methods.quantization.replayed import replayed
 
 
@@ -44,7 +45,7 @@ def input_second_moments(
         for batch in batches:
             kept = batch["attention_mask"].to(device).bool()
             count += int(kept.sum())
-            model(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device))
+            model(**model_inputs(batch, model))
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,49 @@
+"""What a data set asks of a classifier: which classes, of a text or of a pair of texts, and what it is judged by."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from compactmind.errors import CompactMindError
+
+DESCRIPTION = "dataset.json"
+"""What lies beside the splits and says what they are."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a data set asks of a classifier: one of several classes for a text, or for a pair of texts."""
+
+    labels: tuple[str, ...] = ("negative", "positive")
+    """Names of the classes, in the order of the logits."""
+    pairs: bool = False
+    """Whether every row is a pair of texts."""
+    name: str = ""
+    """What the data set is called: a GLUE task, a file, a data set of the hub; empty: the sentiment sentences of the profiles."""
+    metric: str = "accuracy"
+    """What the task is usually judged by: accuracy, f1 (of the last of two classes), mcc."""
+
+    def head_settings(self) -> dict:
+        """Return what `from_pretrained` makes a new head of."""
+        names = dict(enumerate(self.labels))
+        return {"num_labels": len(names), "id2label": names, "label2id": {name: index for index, name in names.items()}}
+
+    def mark(self, config: PretrainedConfig) -> None:
+        """Note in a model's configuration, in place, whether it is trained on pairs; what is made of the model keeps the note."""
+        if self.name:
+            config.sentence_pairs = self.pairs
+
+
+def read_task(data_dir: Path) -> Task:
+    """Return the task of the data in `data_dir` as dataset.json has it, sentiment where it says nothing. Raises CompactMindError."""
+    try:
+        found = json.loads((data_dir / DESCRIPTION).read_text(encoding="utf-8")).get("task")
+        return Task(**{**found, "labels": tuple(found["labels"])}) if found else Task()
+    except FileNotFoundError:
+        return Task()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CompactMindError(
+            f"{data_dir / DESCRIPTION} is damaged ({error!r}): run `python download_model.py` again"
+        ) from None
