@@ -59,6 +59,7 @@ from compactmind.training import (
     validation_logits,
     warn_of_chance,
 )
+from compactmind.vocabulary import same_tokenizer
 
 # ------------------------------------------------------------------------------------------------------------ constants
 # Every field, its reason and its range: common.PruneConfig. For example: for_profile(PROFILE, target_sparsity=0.5)
@@ -179,8 +180,11 @@ def prune(config: PruneConfig, accelerator: Accelerator, stage: dict) -> None:
     teacher_logits = None
     if config.alpha > 0:
         teacher = load_checkpoint(config.models_dir / "teacher", accelerator.device)
+        read_by_teacher = splits["train"]
+        if not same_tokenizer(teacher.tokenizer, parent.tokenizer):
+            read_by_teacher = EncodedSentences(teacher.tokenizer, load_split(config.data_dir, "train"), config.max_length)
         teacher_logits = cached_teacher_logits(
-            teacher.model, teacher.fingerprint, splits["train"], config.eval_batch_size, config.models_dir, accelerator
+            teacher.model, teacher.fingerprint, read_by_teacher, config.eval_batch_size, config.models_dir, accelerator
         )
         del teacher
     if config.freeze_word_embeddings:

