@@ -33,6 +33,7 @@ from compactmind.methods.distillation.student import alternate_layers, matching_
 from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only
 from compactmind.methods.pruning.encoder import classifier_class, encoder_layers, family_name
+from compactmind.methods.vocabulary import same_tokenizer
 from compactmind.training import (
     Progress,
     TrainingState,
@@ -50,7 +51,6 @@ from compactmind.training import (
     validation_logits,
     warn_of_chance,
 )
-from compactmind.vocabulary import same_tokenizer
 
 # ------------------------------------------------------------------------------------------------------------ constants
 # Every field, its reason and its range: common.DistillConfig. For example: for_profile(PROFILE, student_epochs=6)

@@ -41,6 +41,7 @@ from compactmind.methods.pruning.encoder import layer_shapes
 from compactmind.methods.pruning.importance import ImportanceScorer, LayerScores, prunable_parameters
 from compactmind.methods.pruning.masks import LayerMask, apply_masks, choose_masks, compact, full_masks, sparsity_of
 from compactmind.methods.pruning.schedule import cubic_sparsity
+from compactmind.methods.vocabulary import same_tokenizer
 from compactmind.report.figures import save_figure
 from compactmind.training import (
     Progress,
@@ -59,7 +60,6 @@ from compactmind.training import (
     validation_logits,
     warn_of_chance,
 )
-from compactmind.vocabulary import same_tokenizer
 
 # ------------------------------------------------------------------------------------------------------------ constants
 # Every field, its reason and its range: common.PruneConfig. For example: for_profile(PROFILE, target_sparsity=0.5)

@@ -192,6 +192,9 @@ class QuantizeConfig(StageConfig):
     embeddings: Literal["fp16", "float32", "int8", "int6", "int5", "int4"] = "fp16"
     """What embedding tables are stored in, two thirds of a small encoder that 4-bit kernels do not touch: float32 as they are, integers
     with a scale for every 64 weights of a row."""
+    vocabulary_coverage: float = 0.0
+    """Make <parent>_small of every parent too, and quantize it: its vocabulary is the fewest tokens that make up this share of the training
+    text, and what others are split into (0.99 to 1; 1 keeps every token that occurs). 0 = whole vocabularies alone."""
     max_length: int = 64
     """Tokens after which a sentence is cut, in calibration and in the check of parent against result."""
     eval_batch_size: int = 64
@@ -479,7 +482,8 @@ RANGES: dict[str, str] = {
     "prune_end_epoch": "[1, inf)", "prune_every": "[1, inf)", "dropout": "[0, 1)", "lr": "(0, inf)", "recovery_lr": "(0, inf)",
     "patience": "[1, inf)", "min_delta": "[0, 1]", "temperature": "(0, inf)", "alpha": "[0, 1]",
     # quantization
-    "calibration_sentences": "[0, inf)", "calibration_windows": "[1, inf)", "seq_len": "[2, inf)", "eval_windows": "[0, inf)",
+    "vocabulary_coverage": "[0, 1]", "calibration_sentences": "[0, inf)",
+    "calibration_windows": "[1, inf)", "seq_len": "[2, inf)", "eval_windows": "[0, inf)",
     "alpha_grid": "[0, 1]",
     # search
     "save_front": "(1, inf)", "final_tokens": "[0, inf)", "replay": "[-1, inf)", "n_trials": "[1, inf)", "workers": "[1, inf)",

@@ -29,7 +29,7 @@ from compactmind.methods.pruning.modeling_pruned_encoder import FAMILIES
 from compactmind.methods.quantization.packed_model import linears_to_quantize, skipped_modules
 from compactmind.methods.quantization.w8a8_encoder import W8A8EncoderBlock, quantize_encoder
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
-from compactmind.vocabulary import same_tokenizer
+from compactmind.methods.vocabulary import same_tokenizer
 
 OTHERS = [name for name in FAMILIES if name not in ("bert", "distilbert")]
 """Those that no other file of tests looks at."""
@@ -196,8 +196,11 @@ def test_a_roberta_goes_through_every_stage(workspace, run_here):
     run("download_model.py", "--teacher_name", "tiny-roberta")
     run("1_distill.py", "--student_layers", 2, "--student_epochs", 1, "--students", "student_distilled")
     run("2_prune_finetune.py")
-    assert run("3_quantize.py").count("reloads with equal logits") == 3
-    rows = ["student_pruned", "student_pruned_w8a8"]
+    small = ("--vocabulary_coverage", 0.9, "--embeddings", "int8", "--parents", "student_pruned")
+    output = run("3_quantize.py", *small)
+    assert output.count("reloads with equal logits") == 4 and "student_pruned_small " in output
+    assert run("3_quantize.py", *small).count("up to date") == 5
+    rows = ["student_pruned", "student_pruned_small_w8a8"]
     try:
         import onnxruntime  # noqa: F401
     except ImportError:
@@ -208,13 +211,17 @@ def test_a_roberta_goes_through_every_stage(workspace, run_here):
     run("6_evaluate_report.py", "--models", *own)
     report = helpers.read_json(workspace / "results" / "final_report.json")
     found = {row["name"]: row for row in report["models"] if row["status"] == "measured"}
-    made = {"teacher", "student_distilled", "student_pruned", "student_distilled_nf4", "student_pruned_nf4", "student_pruned_w8a8"}
-    assert found.keys() == made | {"deberta", "modernbert"}
+    made = {f"student_pruned{cut}{method}" for cut in ("", "_small") for method in ("", "_nf4", "_w8a8")}
+    assert found.keys() == made | {"teacher", "student_distilled", "deberta", "modernbert"}
     assert found["teacher"]["architecture"] == "RobertaForSequenceClassification"
     assert found["student_pruned"]["architecture"] == "PrunedRobertaForSequenceClassification"
     assert found["student_pruned"]["gflops"] < found["student_distilled"]["gflops"] < found["teacher"]["gflops"]
     assert all("latency" in row and not row.get("left_out") for row in found.values())
-    small = load_checkpoint(workspace / "models" / "student_pruned_w8a8")
+    assert found["student_pruned_small_w8a8"]["size_mb"] < found["student_pruned_w8a8"]["size_mb"]
+    cut = found["student_pruned_small"]["stage_metrics"]
+    assert cut["vocabulary"] < cut["parent_vocabulary"] and 0 <= cut["agreement_with_parent"] <= 1
+    small = load_checkpoint(workspace / "models" / "student_pruned_small_w8a8")
+    assert small.model.config.vocab_size == len(small.tokenizer) == cut["vocabulary"]
     classify = runpy.run_path(str(helpers.REPOSITORY / "classify.py"))["classify"]
     (answer,) = classify(small.model, small.tokenizer, ["a good film"], 128)  # more than it has positions for
     assert answer["label"] in ("negative", "positive")
