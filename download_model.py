@@ -30,7 +30,7 @@ import pandas
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from common import PROFILE, DownloadConfig, parse_command_line, run_stage
 from compactmind.checkpoint import save_checkpoint
@@ -59,6 +59,7 @@ from compactmind.labelled import describe as describe_rows
 from compactmind.labelled import split as split_labelled
 from compactmind.manifest import MANIFEST, MANIFEST_VERSION, is_up_to_date, read_manifest
 from compactmind.methods.llama import llama_blocks
+from compactmind.methods.pruning.encoder import family_name
 from compactmind.phrases import hold_out_whole_sentences
 from compactmind.published import published_as
 from compactmind.text import read_documents, write_text
@@ -323,10 +324,9 @@ def refuse_to_mix(config: DownloadConfig, wanted: dict[str, dict | None]) -> Non
 
 
 def load_encoder(found: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the BERT or DistilBERT of a Hugging Face folder in float32 and its tokenizer."""
+    """Return the encoder of a Hugging Face folder in float32 and its tokenizer. Raises CompactMindError if it is of none of FAMILIES."""
+    family_name(AutoConfig.from_pretrained(found))
     model = AutoModel.from_pretrained(found, dtype=torch.float32, use_safetensors=True)
-    if model.config.model_type not in ("bert", "distilbert"):
-        raise CompactMindError(f"it is a {model.config.model_type} model, expected bert or distilbert")
     return model, AutoTokenizer.from_pretrained(found)
 
 

@@ -46,12 +46,9 @@ from compactmind.manifest import (
     versions,
 )
 from compactmind.methods.llama import is_llama, llama_blocks, llama_shapes
+from compactmind.methods.pruning import modeling_pruned_encoder
 from compactmind.methods.pruning.encoder import layer_shapes
 from compactmind.methods.pruning.llama_structure import FAMILIES
-from compactmind.methods.pruning.modeling_pruned_encoder import (
-    PrunedBertForSequenceClassification,
-    PrunedDistilBertForSequenceClassification,
-)
 from compactmind.model_card import model_card
 from compactmind.precision import SMALL_BYTES, dtype_to_hold, is_small, ready_to_use
 
@@ -59,15 +56,8 @@ GENERATION = "generation_config.json"
 TRAVELLING = (GENERATION, "*.jinja", "special_tokens_map.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*_POLICY*")
 """What a model's folder holds beside weights, configuration and tokenizer and what is made of the model keeps."""
 
-PRUNED_CLASSES = {
-    each.__name__: each
-    for each in (
-        PrunedBertForSequenceClassification,
-        PrunedDistilBertForSequenceClassification,
-        *(family.unequal for family in FAMILIES.values()),
-    )
-}
-"""Architectures of our own; the file that defines one lies beside the weights of each such checkpoint."""
+UNEQUAL_LLAMAS = {family.unequal.__name__: family.unequal for family in FAMILIES.values()}
+"""Architectures of our own, as pruned encoders are; the file that defines one lies beside the weights of each such checkpoint."""
 
 FOREIGN = {"ForSequenceClassification": AutoModelForSequenceClassification, "ForCausalLM": AutoModelForCausalLM}
 """How the architectures end that are read from folders which are not of this project -> what reads them."""
@@ -165,16 +155,23 @@ def write_model(
     directory: Path, model: PreTrainedModel, state: dict[str, torch.Tensor], form: Format, quantization: dict[str, Any] | None, dtype: str
 ) -> None:
     """Write configuration and tensors alone: `state` is what of the model's state dict the file shall hold."""
-    module = Path(sys.modules[type(model).__module__].__file__) if type(model).__name__ in PRUNED_CLASSES else None
+    module = Path(sys.modules[type(model).__module__].__file__) if own_class_named(type(model).__name__) else None
     _config_to_save(model, form, quantization, dtype, module).save_pretrained(directory)
     if module:
         shutil.copyfile(module, directory / module.name)
     save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
 
 
+def own_class_named(architecture: str) -> type[PreTrainedModel] | None:
+    """Return the pruned architecture of that name, which transformers has not; None if there is none."""
+    if architecture.startswith("Pruned"):
+        return UNEQUAL_LLAMAS.get(architecture) or getattr(modeling_pruned_encoder, architecture, None)
+    return None
+
+
 def model_class_named(architecture: str) -> type[PreTrainedModel] | None:
     """Return the class of that name, ours or that of transformers; None if there is none."""
-    return PRUNED_CLASSES.get(architecture) or getattr(transformers, architecture, None)
+    return own_class_named(architecture) or getattr(transformers, architecture, None)
 
 
 def _config_to_save(

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
@@ -23,7 +25,10 @@ from transformers import (
     DistilBertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    RobertaTokenizerFast,
 )
 
 from compactmind.checkpoint import save_checkpoint
@@ -113,6 +118,34 @@ def make_distilbert(seed: int = 0, scale: float = 0.2, **changes) -> DistilBertF
 
 
 MAKERS = {"bert": make_bert, "distilbert": make_distilbert}
+
+
+def encoder_config(family: str, **changes) -> PretrainedConfig:
+    """Return the configuration of a small encoder of any of FAMILIES: 4 layers, 4 heads of 8, FFN 64; `changes` on top."""
+    settings = {"vocab_size": len(VOCABULARY), "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    settings |= {"intermediate_size": 64, "max_position_embeddings": 64, "num_labels": 2, "pad_token_id": 0}
+    settings |= {"embedding_size": 16} if family == "electra" else {}
+    settings |= {"bos_token_id": 2, "eos_token_id": 3}
+    if family == "distilbert":
+        return distilbert_config(**changes)
+    return AutoConfig.for_model(family, **settings | changes)
+
+
+def make_encoder(family: str, seed: int = 0, scale: float = 0.2, **changes) -> PreTrainedModel:
+    """Return a classifier of any of FAMILIES with random weights everywhere, in evaluation mode."""
+    config = encoder_config(family, **changes)
+    return randomize(AutoModelForSequenceClassification.from_config(config), seed, scale)
+
+
+def make_byte_bpe(folder: Path, vocab_size: int = 400) -> RobertaTokenizerFast:
+    """Return a byte-level BPE tokenizer of the words of `make_sentences`, as RoBERTa has: `<pad>` is token 1."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    texts = [sentence.text for sentence in make_sentences(200)]
+    trained.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    trained.save_model(str(folder))
+    return RobertaTokenizerFast(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=62)
 
 LLAMA_VOCABULARY = 264
 """The 256 bytes and the begin-of-text token of `make_byte_tokenizer`, and a few ids that never occur."""

@@ -153,7 +153,7 @@ def test_a_model_of_another_architecture_is_refused(workspace):
         "n_embd": 32,
     }
     path.write_text(json.dumps(config))
-    with pytest.raises(CompactMindError, match="gpt2 model, expected bert or distilbert"):
+    with pytest.raises(CompactMindError, match="'gpt2' model: bert, distilbert, roberta, .*electra can be distilled"):
         download_model.main(smoke())
     assert "teacher_base" not in written(workspace)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from compactmind.errors import CompactMindError
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only
 from compactmind.methods.pruning.masks import compact
 
@@ -88,5 +89,5 @@ def test_another_architecture_is_refused_by_name():
     llama = LlamaForCausalLM(
         LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     )
-    with pytest.raises(TypeError, match="llama"):
+    with pytest.raises(CompactMindError, match="llama"):
         read_first_token_only(llama)

@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 
 import compactmind.loop
-from compactmind.data import EncodedSentences
-from compactmind.loop import EpochLoop, FirstBest, LastNotWorse, inputs_of
+from compactmind.data import EncodedSentences, model_inputs
+from compactmind.loop import EpochLoop, FirstBest, LastNotWorse
 from compactmind.methods.distillation.soft_targets import distillation_loss
 from compactmind.training import linear_decay_with_warmup
 
@@ -51,7 +51,7 @@ def run(loop: EpochLoop, killed_after: int | None = None, patience: int | None =
     for phase, last in (("first", switch), ("second", loop.total_epochs)):
         for epoch in loop.epochs(phase, last, patience if phase == "second" else None):
             for batch in loop.batches():
-                logits = loop.wrapped(**inputs_of(batch)).logits
+                logits = loop.wrapped(**model_inputs(batch, loop.wrapped)).logits
                 loop.backward(distillation_loss(logits, None, batch["labels"], 1.0, 0.0))
                 loop.step()
             if epoch == switch:
@@ -128,7 +128,7 @@ def test_the_average_takes_what_is_left_after_a_step(tmp_path, parts):
     loop.begin(model, ("lr", 1e-3), lambda each: linear_decay_with_warmup(each, 0, loop.total_steps))
     for _ in loop.epochs("only", 1):
         for batch in loop.batches():
-            loop.backward(distillation_loss(loop.wrapped(**inputs_of(batch)).logits, None, batch["labels"], 1.0, 0.0))
+            loop.backward(distillation_loss(loop.wrapped(**model_inputs(batch, loop.wrapped)).logits, None, batch["labels"], 1.0, 0.0))
             loop.step()
             with torch.no_grad():
                 model.classifier.bias.fill_(math.pi)

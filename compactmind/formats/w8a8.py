@@ -1,4 +1,4 @@
-"""Blocks of int8 linears, weights and activations: a Llama (methods/quantization/w8a8_model.py), a BERT or DistilBERT (w8a8_encoder.py).
+"""Blocks of int8 linears, weights and activations: a Llama (methods/quantization/w8a8_model.py), an encoder (w8a8_encoder.py).
 
 The files follow the compressed-tensors layout `int-quantized` (int8 `weight`, `weight_scale` per output channel, `input_scale`
 if static), which vLLM and transformers with compressed-tensors read; a rotation of an input is a `transform_config`, which

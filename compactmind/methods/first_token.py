@@ -13,28 +13,22 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from compactmind.methods.pruning.encoder import encoder_blocks, family_of
+from compactmind.methods.pruning.modeling_pruned_encoder import BERT_BLOCK, DISTILBERT_BLOCK
+
 
 def read_first_token_only(model: PreTrainedModel) -> None:
-    """Make, in place, the last block of a BERT or DistilBERT classifier return its first token alone, (batch, 1, hidden_size).
+    """Make, in place, the last block of a classifier of one of FAMILIES return its first token alone, (batch, 1, hidden_size).
 
-    `read_all_tokens` undoes it. The last entry of `hidden_states` has one token then. Raises TypeError for other models.
+    `read_all_tokens` undoes it. The last entry of `hidden_states` has one token then. Raises CompactMindError for other models.
     """
-    layer, forward = _last_layer(model)
+    layer, forward = encoder_blocks(model)[-1], FORWARD[family_of(model).layout]
     layer.forward = types.MethodType(forward, layer)  # a bound method: a deep copy of the model binds it to the copy
 
 
 def read_all_tokens(model: PreTrainedModel) -> None:
     """Give, in place, the last block its ordinary forward pass back."""
-    _last_layer(model)[0].__dict__.pop("forward", None)
-
-
-def _last_layer(model: PreTrainedModel) -> tuple[nn.Module, types.FunctionType]:
-    base = model.base_model
-    if base.config.model_type in ("bert", "pruned_bert"):
-        return base.encoder.layer[-1], _bert_layer
-    if base.config.model_type in ("distilbert", "pruned_distilbert"):
-        return base.transformer.layer[-1], _distilbert_layer
-    raise TypeError(f"no classifier on the first token is known for model type {base.config.model_type!r}")
+    encoder_blocks(model)[-1].__dict__.pop("forward", None)
 
 
 def _bert_layer(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *_, **__) -> torch.Tensor:
@@ -48,6 +42,10 @@ def _distilbert_layer(self, hidden_states: torch.Tensor, attention_mask: torch.T
     context = _attention(own.q_lin, own.k_lin, own.v_lin, own.attention_head_size, own.dropout, hidden_states, attention_mask)
     attended = self.sa_layer_norm(own.out_lin(context) + hidden_states[:, :1])
     return self.output_layer_norm(self.ffn(attended) + attended)
+
+
+FORWARD = {BERT_BLOCK: _bert_layer, DISTILBERT_BLOCK: _distilbert_layer}
+"""Layout of a block -> its forward pass for one token."""
 
 
 def _attention(

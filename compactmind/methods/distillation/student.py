@@ -1,14 +1,22 @@
-"""Make a DistilBERT student out of alternate layers of a BERT teacher, as DistilBERT itself was made.
+"""Make a student out of alternate layers of a teacher, as DistilBERT was made of BERT.
 
-Sanh et al. 2019 (https://arxiv.org/abs/1910.01108). DistilBERT has no token-type embeddings: for single sentences they
-are one constant vector, which is added to the position embeddings, so nothing is lost. The teacher's pooler and
-classifier become pre_classifier and classifier; the tanh between them is a ReLU in DistilBERT, which training absorbs.
+Sanh et al. 2019 (https://arxiv.org/abs/1910.01108). A BERT teacher gives a DistilBERT student, which has no token-type embeddings: for
+single sentences they are one constant vector, which is added to the position embeddings, so nothing is lost. The teacher's pooler and
+classifier become pre_classifier and classifier; the tanh between them is a ReLU in DistilBERT, which training absorbs. Any other teacher
+of FAMILIES gives a student of its own family with fewer layers: embeddings and head are the teacher's, the function of as many layers is.
 """
 
-import torch
-from transformers import BertForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification
+import copy
 
-from compactmind.methods.pruning.encoder import encoder_layers
+import torch
+from transformers import (
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    PreTrainedModel,
+)
+
+from compactmind.methods.pruning.encoder import PARTS, encoder_blocks, encoder_layers, family_of
 
 
 def alternate_layers(teacher_layers: int, student_layers: int) -> list[int]:
@@ -30,9 +38,37 @@ def matching_layers(teacher_layers: int, layer_map: list[int]) -> list[int]:
     return [following - 1 for following in [*layer_map[1:], teacher_layers]]
 
 
+def student_from_teacher(teacher: PreTrainedModel, layer_map: list[int]) -> PreTrainedModel:
+    """Return a new classifier with the teacher's embeddings, head, and the layers in `layer_map`; `teacher` stays as it is.
+
+    Raises CompactMindError if the teacher is of none of FAMILIES.
+    """
+    of_bert = family_of(teacher).student == "distilbert"
+    return _distilbert_from_bert(teacher, layer_map) if of_bert else _with_layers(teacher, layer_map)
+
+
 @torch.no_grad()
-def student_from_teacher(teacher: BertForSequenceClassification, layer_map: list[int]) -> DistilBertForSequenceClassification:
-    """Return a new DistilBERT classifier with the teacher's embeddings, head, and the layers in `layer_map`."""
+def _with_layers(teacher: PreTrainedModel, layer_map: list[int]) -> PreTrainedModel:
+    """Return a copy of a classifier that has the blocks in `layer_map` alone."""
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = len(layer_map)
+    student = type(teacher)(config)
+    state = teacher.state_dict()
+    theirs, ours = (
+        next(name for name, module in model.named_modules() if module is encoder_blocks(model)) for model in (teacher, student)
+    )
+    kept = {name: value for name, value in state.items() if not name.startswith(f"{theirs}.")}
+    for index, teacher_index in enumerate(layer_map):
+        before = f"{theirs}.{teacher_index}."
+        kept |= {f"{ours}.{index}.{name.removeprefix(before)}": state[name] for name in state if name.startswith(before)}
+    student.load_state_dict(kept)
+    return student
+
+
+@torch.no_grad()
+def _distilbert_from_bert(
+    teacher: BertForSequenceClassification, layer_map: list[int]
+) -> DistilBertForSequenceClassification:
     source = teacher.config
     student = DistilBertForSequenceClassification(
         DistilBertConfig(
@@ -57,8 +93,8 @@ def student_from_teacher(teacher: BertForSequenceClassification, layer_map: list
     ours.LayerNorm.load_state_dict(theirs.LayerNorm.state_dict())
     blocks = encoder_layers(teacher)
     for layer, teacher_index in zip(encoder_layers(student), layer_map, strict=True):
-        for name in ("query", "key", "value", "attention_output", "attention_norm", "up", "down", "output_norm"):
+        for name in PARTS:
             getattr(layer, name).load_state_dict(getattr(blocks[teacher_index], name).state_dict())
-    student.pre_classifier.load_state_dict(teacher.bert.pooler.dense.state_dict())
-    student.classifier.load_state_dict(teacher.classifier.state_dict())
+    for name, teacher_name in zip(family_of(student).head, family_of(teacher).head, strict=True):
+        student.get_submodule(name).load_state_dict(teacher.get_submodule(teacher_name).state_dict())
     return student

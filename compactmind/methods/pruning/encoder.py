@@ -1,19 +1,23 @@
-"""Where the prunable structures of a BERT or DistilBERT encoder are: which linear feeds which, layer by layer.
+"""Where the prunable structures of an encoder are: which linear feeds which, layer by layer, whatever its family calls them.
 
 One attention head is `head_dim` rows of query/key/value and the matching columns of the output projection; one FFN neuron
-is a row of the up projection and a column of the down projection. Everything that prunes, scores, resizes or copies
-layers goes through `encoder_layers`, so the two architectures differ in this file only.
+is a row of the up projection and a column of the down projection. Everything that prunes, scores, resizes, quantizes or copies
+layers goes through `encoder_layers`; what families differ in is the table FAMILIES (modeling_pruned_encoder.py).
 """
 
 from dataclasses import dataclass
 
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+from compactmind.errors import CompactMindError
+from compactmind.methods.pruning.modeling_pruned_encoder import CLASSIFIER, FAMILIES, PRUNED, Family
 
 
 @dataclass(frozen=True)
 class EncoderLayer:
-    """The modules of one encoder block under common names (BERT's and DistilBERT's differ)."""
+    """The modules of one encoder block under common names."""
 
     query: nn.Linear  # (num_heads * head_dim, hidden_size)
     key: nn.Linear
@@ -36,43 +40,49 @@ class EncoderLayer:
         return self.up.out_features
 
 
-def encoder_layers(model: PreTrainedModel) -> list[EncoderLayer]:
-    """Return the blocks of a BERT or DistilBERT model in order (live modules, not copies).
+PARTS = ("query", "key", "value", "attention_output", "attention_norm", "up", "down", "output_norm")
+"""The fields of an EncoderLayer that are modules with weights."""
 
-    Raises TypeError for any other architecture.
+
+def family_name(config: PretrainedConfig) -> str:
+    """Return the key of FAMILIES of a model, pruned or not. Raises CompactMindError listing the families for any other model."""
+    name = config.model_type.removeprefix(PRUNED)
+    if name not in FAMILIES:
+        raise CompactMindError(
+            f"no encoder layers are known for a {config.model_type!r} model: {', '.join(FAMILIES)} can be distilled and compressed. "
+            "6_evaluate_report.py measures any sequence classifier: --models name=folder"
+        )
+    return name
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """Return the row of FAMILIES of a model. Raises CompactMindError, see `family_name`."""
+    return FAMILIES[family_name(model.base_model.config)]
+
+
+def classifier_class(name: str) -> type[PreTrainedModel]:
+    """Return the class of transformers for the sequence classifiers of a family."""
+    return getattr(transformers, FAMILIES[name].classes + CLASSIFIER)
+
+
+def encoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the blocks of an encoder in order, as they are. Raises CompactMindError, see `family_name`."""
+    return model.base_model.get_submodule(family_of(model).layout.layers)
+
+
+def encoder_layers(model: PreTrainedModel) -> list[EncoderLayer]:
+    """Return the parts of the blocks of an encoder in order (live modules, not copies).
+
+    Raises CompactMindError, see `family_name`.
     """
-    base = model.base_model
-    if base.config.model_type in ("bert", "pruned_bert"):
-        return [
-            EncoderLayer(
-                query=layer.attention.self.query,
-                key=layer.attention.self.key,
-                value=layer.attention.self.value,
-                attention_output=layer.attention.output.dense,
-                attention_norm=layer.attention.output.LayerNorm,
-                up=layer.intermediate.dense,
-                down=layer.output.dense,
-                output_norm=layer.output.LayerNorm,
-                head_dim=layer.attention.self.attention_head_size,
-            )
-            for layer in base.encoder.layer
-        ]
-    if base.config.model_type in ("distilbert", "pruned_distilbert"):
-        return [
-            EncoderLayer(
-                query=layer.attention.q_lin,
-                key=layer.attention.k_lin,
-                value=layer.attention.v_lin,
-                attention_output=layer.attention.out_lin,
-                attention_norm=layer.sa_layer_norm,
-                up=layer.ffn.lin1,
-                down=layer.ffn.lin2,
-                output_norm=layer.output_layer_norm,
-                head_dim=layer.attention.attention_head_size,
-            )
-            for layer in base.transformer.layer
-        ]
-    raise TypeError(f"no encoder layers known for model type {base.config.model_type!r}: expected bert or distilbert")
+    layout = family_of(model).layout
+    return [
+        EncoderLayer(
+            **{part: block.get_submodule(getattr(layout, part)) for part in PARTS},
+            head_dim=block.get_submodule(layout.attention).attention_head_size,
+        )
+        for block in encoder_blocks(model)
+    ]
 
 
 def layer_shapes(model: PreTrainedModel) -> list[dict[str, int]]:

@@ -11,14 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compactmind.methods.pruning.encoder import EncoderLayer, encoder_layers
+from compactmind.methods.pruning.encoder import EncoderLayer, encoder_layers, family_name
 from compactmind.methods.pruning.importance import LayerScores, head_parameters, neuron_parameters, prunable_parameters
-from compactmind.methods.pruning.modeling_pruned_encoder import (
-    PrunedBertConfig,
-    PrunedBertForSequenceClassification,
-    PrunedDistilBertConfig,
-    PrunedDistilBertForSequenceClassification,
-)
+from compactmind.methods.pruning.modeling_pruned_encoder import pruned_classes
 
 
 @dataclass
@@ -119,16 +114,9 @@ def _zero_rows(linear: nn.Linear, keep: torch.Tensor) -> None:
 def of_widths(model: PreTrainedModel, heads: list[int], neurons: list[int]) -> PreTrainedModel:
     """Return an untrained pruned classifier like `model`, on its device, with so many heads and neurons per layer, and as many layers.
 
-    Raises TypeError for other architectures than BERT and DistilBERT.
+    Raises CompactMindError for other architectures than those of FAMILIES.
     """
-    classes = {
-        "bert": (PrunedBertConfig, PrunedBertForSequenceClassification),
-        "distilbert": (PrunedDistilBertConfig, PrunedDistilBertForSequenceClassification),
-    }
-    architecture = model.config.model_type.removeprefix("pruned_")
-    if architecture not in classes:
-        raise TypeError(f"cannot compact a {architecture} model: expected one of {', '.join(classes)}")
-    config_class, model_class = classes[architecture]
+    config_class, model_class = pruned_classes(family_name(model.config))
     settings = model.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "transformers_version"):
         settings.pop(key, None)
@@ -140,10 +128,10 @@ def of_widths(model: PreTrainedModel, heads: list[int], neurons: list[int]) -> P
 
 @torch.no_grad()
 def compact(model: PreTrainedModel, masks: list[LayerMask]) -> PreTrainedModel:
-    """Return a physically smaller copy of a BERT or DistilBERT classifier without the pruned rows and columns.
+    """Return a physically smaller copy of a classifier of one of FAMILIES without the pruned rows and columns.
 
     Its logits equal those of the masked model; `model` stays as it was. Compacting a pruned model again is fine.
-    Raises TypeError for other architectures.
+    Raises CompactMindError for other architectures.
     """
     smaller = of_widths(model, [int(mask.heads.sum()) for mask in masks], [int(mask.neurons.sum()) for mask in masks])
 

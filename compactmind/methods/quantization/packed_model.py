@@ -19,8 +19,9 @@ from compactmind.methods.quantization.tables import INTEGERS, replace_tables, ta
 PACKINGS = ("nf4", "int8")
 EMBEDDINGS = ("fp16", "float32", *INTEGERS)
 """What the tables of a classifier may be stored in; float32 is as they are."""
-SKIPPED_MODULES = ("classifier", "pre_classifier", "pooler", "score", "lm_head")
-"""Heads and what feeds them: a few thousand weights that decide the answer (transformers#29701, #24037)."""
+SKIPPED_MODULES = ("classifier", "pre_classifier", "pooler", "score", "lm_head", "embeddings_project")
+"""Heads and what feeds them, a few thousand weights that decide the answer (transformers#29701, #24037), and ELECTRA's small linear
+between table and blocks."""
 
 
 class HalfEmbedding(nn.Embedding):

@@ -1,4 +1,4 @@
-"""Turn the blocks of a BERT or DistilBERT into W8A8: int8 weights and activations on a real int8 kernel.
+"""Turn the blocks of an encoder of BERT's layout into W8A8: int8 weights and activations on a real int8 kernel.
 
 Nothing is smoothed: these blocks normalize behind the addition, so what a linear reads is the residual stream itself, and dividing
 its channels would need a multiplication on the way around. A scale per token is enough for them. The forward pass quantizes
@@ -14,10 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.bert.modeling_bert import BertLayer, eager_attention_forward
-from transformers.models.distilbert.modeling_distilbert import TransformerBlock
+from transformers.models.bert.modeling_bert import eager_attention_forward
 
-from compactmind.methods.pruning.encoder import EncoderLayer, encoder_layers
+from compactmind.methods.pruning.encoder import EncoderLayer, encoder_blocks, encoder_layers, family_of
 from compactmind.methods.quantization.packed_model import linears_to_quantize, require_quantizable, store_tables
 from compactmind.methods.quantization.w8a8_block import joined
 from compactmind.methods.quantization.w8a8_linear import Int8Parts, W8A8Linear
@@ -84,19 +83,14 @@ def _with_int8_forward(layer_class: type[nn.Module]) -> type[nn.Module]:
 
 def fuse_encoder(model: PreTrainedModel) -> None:
     """Give, in place, every block of a W8A8 encoder the forward pass above."""
-    base = model.base_model
-    blocks = base.encoder.layer if hasattr(base, "encoder") else base.transformer.layer
-    for block, layer in zip(blocks, encoder_layers(model), strict=True):
+    layout = family_of(model).layout
+    for block, layer in zip(encoder_blocks(model), encoder_layers(model), strict=True):
         if not (layer.num_heads and layer.intermediate_size):
             continue  # without attention or FFN: its linears are int8 each
-        if type(block) is BertLayer:
-            attention, activation = block.attention.self, block.intermediate.intermediate_act_fn
-        elif type(block) is TransformerBlock:
-            attention, activation = block.attention, block.ffn.activation
-        else:
+        if isinstance(block, W8A8EncoderBlock):
             continue  # fused already
         block.__class__ = _with_int8_forward(type(block))
-        block.fuse(layer, attention, activation)
+        block.fuse(layer, block.get_submodule(layout.attention), block.get_submodule(layout.activation))
 
 
 # ---------------------------------------------------------------------------------------------------------- quantizing
