@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
@@ -54,12 +53,14 @@ def read_labelled_sentences(path: Path) -> list[Sentence]:
         if path.suffix == ".jsonl":
             rows = read_json_lines(path)
         elif path.suffix == ".parquet":
+            import pandas  # here: who only asks a model needs none
+
             rows = pandas.read_parquet(path).to_dict("records")
         elif path.suffix in (".tsv", ".csv"):
             rows = _read_table(path)
         else:
             raise CompactMindError(f"{path}: cannot read {path.suffix!r} files, expected one of {', '.join(READABLE)}")
-    except (pandas.errors.EmptyDataError, pandas.errors.ParserError, UnicodeDecodeError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
     if not rows:
         raise CompactMindError(f"{path} holds no sentences: it needs the columns sentence and label and at least one row")
@@ -74,6 +75,8 @@ def unreadable(path: Path, error: Exception) -> CompactMindError:
 
 def _read_table(path: Path) -> list[dict[str, str]]:
     """Return the rows of a tsv or csv file; raises ValueError (or what pandas raises) if it is no table of text."""
+    import pandas
+
     with open(path, encoding="utf-8-sig", newline="") as file:  # a byte order mark is none of the first name's letters
         content = file.read()
     before, nul, _ = content.partition("\0")  # pandas would end the sentence there, silently

@@ -4,6 +4,7 @@ It says what the model is (`kind`, `architecture`, per-layer shapes, quantizatio
 scored. Nothing is guessed from a name; size and SHA-256 of every file are recorded.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -182,6 +183,8 @@ def add_to_manifest(directory: Path | str, extra: dict[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions that decide what a number means: Python and the packages that compute."""
-    packages = ("torch", "transformers", "bitsandbytes", "accelerate")
-    found = {name: importlib.metadata.version(name) for name in packages}
+    found = {}
+    for name in ("torch", "transformers", "bitsandbytes", "accelerate"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # who only loads models needs the first two
+            found[name] = importlib.metadata.version(name)
     return {"python": platform.python_version(), "compactmind": __version__, **found}

@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy
 import torch
-from scipy.stats import binomtest
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, roc_auc_score
 
 
 def accuracy_of(logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -25,6 +23,9 @@ def classification_metrics(logits: torch.Tensor, labels: torch.Tensor, confidenc
     Logits: (rows, 2), labels: (rows,) of 0/1. `confusion_matrix[i][j]` counts rows of label i predicted j. Shares are
     in [0, 1]. The AUC is None when only one label occurs.
     """
+    from scipy.stats import binomtest  # here: who only asks a classifier needs neither
+    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, roc_auc_score
+
     truth, predicted = labels.numpy(), logits.argmax(dim=-1).numpy()
     correct = int((truth == predicted).sum())
     interval = binomtest(correct, len(truth)).proportion_ci(confidence, method="wilson")
@@ -45,6 +46,8 @@ def mcnemar(reference_correct: numpy.ndarray, other_correct: numpy.ndarray) -> d
     Arguments are boolean arrays of shape (rows,). Only rows that one model gets right and the other wrong carry
     information; `p_value` is 1 when there are none.
     """
+    from scipy.stats import binomtest
+
     if reference_correct.shape != other_correct.shape:
         raise ValueError(f"different rows: {reference_correct.shape} against {other_correct.shape}")
     only_reference = int((reference_correct & ~other_correct).sum())
