@@ -22,6 +22,8 @@ import filelock
 
 from compactmind.errors import CompactMindError
 
+MANIFEST = "manifest.json"
+"""The file of a checkpoint that says what it is: manifest.py."""
 WEIGHTS = "model.safetensors"
 """The weight file of a checkpoint of this project."""
 LOCK_WAIT_SECONDS = 5.0

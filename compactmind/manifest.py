@@ -15,10 +15,9 @@ from typing import Any
 from compactmind import __version__
 from compactmind.devices import is_main_process
 from compactmind.errors import CompactMindError
-from compactmind.files import WEIGHTS, sha256_of, weight_files, write_json_atomically
+from compactmind.files import MANIFEST, WEIGHTS, sha256_of, weight_files, write_json_atomically
 from compactmind.formats.table import FORMATS
 
-MANIFEST = "manifest.json"
 MANIFEST_VERSION = 3
 """2: what travels with a model (TRAVELLING) lies beside it, too. 3: what was made from a GGUF file says so (`published_as`)."""
 CARD = "README.md"
