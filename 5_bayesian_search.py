@@ -36,8 +36,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +44,13 @@ import optuna
 import torch
 
 from common import PROFILE, SearchConfig, parse_command_line, run_stage
-from compactmind.checkpoint import load_as_released, load_checkpoint, save_checkpoint, skeleton_of
+from compactmind.checkpoint import load_as_released, load_checkpoint, skeleton_of
 from compactmind.code_version import code_version
 from compactmind.data import data_fingerprint, read_dataset_description
 from compactmind.devices import default_device, is_worker, number_of_processes
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import weight_bytes
-from compactmind.evaluation.divergence import measure_logits, measure_windows
-from compactmind.evaluation.perplexity import paired_ratio, perplexity_of
 from compactmind.files import lock_directory, write_json_atomically
-from compactmind.forward import LogitsOf
 from compactmind.gguf_source import folder_of
 from compactmind.guards import check_outputs
 from compactmind.manifest import add_to_manifest, identity_of, is_up_to_date, read_manifest
@@ -67,14 +63,12 @@ from compactmind.search import ablation, front
 from compactmind.search.cache import PrefixCache
 from compactmind.search.choosing import best_for, choose, confirm, steps_worth
 from compactmind.search.compressor import (
-    Measure,
     Step,
     check_steps,
     interaction,
     layer_errors,
     read_pipeline,
     run_pipeline,
-    store_as_released,
 )
 from compactmind.search.engine import PATIENCE_SECONDS, counted_trials, open_study, search
 from compactmind.search.findings import (
@@ -86,6 +80,7 @@ from compactmind.search.findings import (
     write_findings,
 )
 from compactmind.search.machine import machine_kind, noting_kind, require_kind
+from compactmind.search.material import Material, save_compressed
 from compactmind.search.places import findings_folder, front_name, searched_name, trial_name
 from compactmind.search.space import Space, check_space, make_space
 from compactmind.search.storage import first_line, without_password
@@ -106,39 +101,6 @@ FRONT = (1.0, 1.2, 1.4, 1.6, 2.0)
 
 
 # -------------------------------------------------------------------------------------------------------- model and text
-@dataclass
-class Material:
-    """What every pipeline works on, and what identifies it."""
-
-    source: Path
-    tokenizer: object
-    resources: Resources
-    choose: torch.Tensor
-    test: torch.Tensor
-    text: str
-    window_choice: str
-    fingerprint: str
-
-    @cached_property
-    def dense_on_test(self) -> LogitsOf:
-        """The dense model's logits of every window of test text."""
-        return LogitsOf(self.resources.teacher(), self.test)
-
-    @property
-    def on_test(self) -> Measure:
-        """Perplexity and KL to the dense model on test text: of what is saved, and of nothing that is chosen between."""
-
-        def measure(model) -> dict:
-            known = self.dense_on_test
-            dense = self.resources.is_teacher(model)
-            found = measure_logits(known, self.test) if dense else measure_windows({"": model}, self.test, known)[""]
-            far = {name: found["divergence"][name] for name in ("mean", "interval", "p999", "same_top")}
-            found = perplexity_of(found["losses"], self.test.shape[1], f"{self.text}, test", self.window_choice)
-            return {**{name: found[name] for name in ("perplexity", "loss", "losses", "protocol")}, "divergence": far}
-
-        return Measure(f"test, {len(self.test)} windows, {self.window_choice}", measure)
-
-
 def source_of(config: SearchConfig) -> Path:
     return Path(config.model_path) if config.model_path else config.models_dir / "llama"
 
@@ -308,16 +270,7 @@ def make_and_save(
             if sum(step.method.kind == "retrain" for step in steps) == 1:  # two could not tell their states apart
                 resources.resume = TrainingState(output, stage)
             found = run_pipeline(steps, resources, material.on_test, cache=cache)
-            dense_losses = found.steps[0]["losses"]
-            for row in found.steps:
-                row["against_dense"] = paired_ratio(row.pop("losses"), dense_losses)
-            record = {"pipeline": found.steps, **(extra or {})}
-            with store_as_released(found, resources.released):
-                save_checkpoint(
-                    output, found.model, material.tokenizer, kind=found.kind, parent=material.source.name, stage=stage,
-                    quantization=found.quantization, data_fingerprint=material.fingerprint, extra=record,
-                    dtype=str(resources.released).removeprefix("torch."), beside=material.source,
-                )  # fmt: skip
+            record = save_compressed(output, found, material, stage, extra or {})
             if resources.resume:
                 resources.resume.clear()
             model = found.model

@@ -1,113 +1,13 @@
-"""Try a classifier on your own sentences.
-
-Run:   python classify.py "a lovely film" "two hours I will not get back"
-       python classify.py --model models/student_pruned_w8a8 --json < reviews.txt > answers.jsonl      (a sentence per line)
-Reads: any directory under models/ with a classifier, or any Hugging Face sequence classifier.
-       python classify.py --model models/student_distilled "the premise" --pair "the hypothesis"      (a model trained on pairs of texts; or
-       one argument or line with a tab between the two)
-Prints: label, probability of the label and text, tab-separated; with --json an object per line. The labels are the model's own names
-        of its classes, positive and negative where it has two without names.
-"""
+"""Try a classifier on your own sentences: what `python -m compactmind.classify` does, from this folder. `python classify.py --help`"""
 
 import gc
 
 gc.disable()  # what importing makes stays: looking for garbage in it is a third of the time until the first answer
 
-import argparse
-import json
-import sys
-from collections.abc import Iterator
-from itertools import islice
-from pathlib import Path
-
-from compactmind.checkpoint import silence_libraries
-from compactmind.console import errors_in_one_line, open_model, texts_of
-from compactmind.data import EncodedSentences, Sentence
-from compactmind.errors import CompactMindError
-from compactmind.evaluation.classifiers import class_names
-from compactmind.forward import predict_logits
-from compactmind.limits import positions_of
+from compactmind.classify import main
 
 gc.freeze()
 gc.enable()
-
-
-def as_sentences(texts: list[str], pair: str | None, reads_pairs: bool | None) -> list[Sentence]:
-    """Return the texts with their second texts: `pair`, or where the model reads pairs what follows a tab.
-
-    `reads_pairs` is None where a model of others does not say. Raises CompactMindError where it and what was given do not go together.
-    """
-    if pair is not None and reads_pairs is False:
-        raise CompactMindError("the model was trained on single texts: leave out --pair")
-    if pair is not None or not reads_pairs:
-        return [Sentence(text, 0, pair) for text in texts]
-    found = [text.split("\t") for text in texts]
-    for text, parts in zip(texts, found, strict=True):
-        if len(parts) != 2 or not all(part.strip() for part in parts):
-            raise CompactMindError(
-                f"the model was trained on pairs of texts: give the second of {text[:60]!r} with --pair, or behind a tab"
-            )
-    return [Sentence(first.strip(), 0, second.strip()) for first, second in found]
-
-
-def classify(model, tokenizer, texts: list[Sentence], max_length: int) -> list[dict[str, object]]:
-    """Return, per text, `text`, of a pair `pair`, `label`, `score` (probability of the label), and the probability of every class.
-
-    These are `positive` of negative and positive, else `scores` by name. Raises CompactMindError on a text without tokens and on a model
-    whose answers are no classes or no numbers.
-    """
-    names = class_names(model)
-    encoded = EncodedSentences(tokenizer, texts, min(max_length, positions_of(model) or max_length))
-    for sentence, ids in zip(texts, encoded.input_ids, strict=True):
-        if not ids:
-            raise CompactMindError(f"the text {sentence.text!r} has no tokens for this model")
-    probabilities = predict_logits(model, encoded, len(texts)).softmax(dim=-1)
-    if not probabilities.isfinite().all():
-        raise CompactMindError("the model's logits are not numbers: its weights are damaged, or its training diverged")
-    answers = []
-    for sentence, row in zip(texts, probabilities.tolist(), strict=True):
-        score, pair = max(row), {} if sentence.pair is None else {"pair": sentence.pair}
-        answers.append({"text": sentence.text, **pair, "label": names[row.index(score)], "score": score})
-        if set(names) == {"negative", "positive"}:
-            answers[-1]["positive"] = row[names.index("positive")]
-        else:
-            answers[-1]["scores"] = dict(zip(names, row, strict=True))
-    return answers
-
-
-def in_batches(texts: Iterator[str], size: int) -> Iterator[list[str]]:
-    """Return the texts, so many at a time, as they come."""
-    while batch := list(islice(texts, size)):
-        yield batch
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", nargs="*", help="sentences; without any they are read from standard input, one per line")
-    parser.add_argument("--pair", help="second text of every one, for a model trained on pairs of texts")
-    parser.add_argument("--model", type=Path, default=Path("models/student_pruned"), help="directory of the classifier")
-    parser.add_argument("--batch_size", type=int, default=32, help="sentences at a time")
-    parser.add_argument("--max_length", type=int, default=128, help="tokens after which a sentence is cut")
-    parser.add_argument("--json", action="store_true", help="print an object per line")
-    asked = parser.parse_args(arguments)
-    if asked.batch_size < 1 or asked.max_length < 2:
-        parser.error(f"batch_size {asked.batch_size} and max_length {asked.max_length} must be at least 1 and 2")
-    if not asked.texts and (sys.stdin is None or sys.stdin.isatty()):
-        parser.error('no sentence: give some, or pipe them in, for example python classify.py "a lovely film"')
-    silence_libraries()
-    with errors_in_one_line():
-        checkpoint = open_model(asked.model, "SequenceClassification")
-        foreign = checkpoint.manifest["kind"] == "foreign"
-        reads_pairs = getattr(checkpoint.model.config, "sentence_pairs", None if foreign else False)
-        for batch in in_batches(texts_of(asked.texts, sys.stdin and sys.stdin.buffer), asked.batch_size):
-            texts = as_sentences(batch, asked.pair, reads_pairs)
-            for found in classify(checkpoint.model, checkpoint.tokenizer, texts, asked.max_length):
-                if asked.json:
-                    print(json.dumps(found, ensure_ascii=False))
-                else:
-                    print(found["label"], f"{found['score']:.3f}", found["text"], *filter(None, [found.get("pair")]), sep="\t")
-            sys.stdout.flush()
-
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """Write a language model as one GGUF file for llama.cpp, Ollama and LM Studio: weights, tokenizer, chat template.
 
-Run:   python export_gguf.py                                 (after 5_bayesian_search.py, see "A Llama of a given size" in README.md)
+Run:   python export_gguf.py                                 (after 5_bayesian_search.py, see docs/language_models.md)
        python export_gguf.py --model models/llama_gptq_3.5x --output x.gguf
 Reads: a Llama or Mistral under models/, dense, uniformly pruned or of the method gptq, or any such Hugging Face folder
 Writes: the file; an older one is replaced only when the new one, read back by gguf's own code, holds the weights of the model

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
@@ -67,10 +66,12 @@ def read_rows(path: Path, names: Sequence[str] = ()) -> list:
         if path.suffix == ".jsonl":
             return read_json_lines(path)
         if path.suffix == ".parquet":
+            import pandas  # here: who only asks a model needs none
+
             return pandas.read_parquet(path).to_dict("records")
         if path.suffix in (".tsv", ".csv"):
             return _read_table(path, names)
-    except (pandas.errors.EmptyDataError, pandas.errors.ParserError, UnicodeDecodeError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # what pandas and UTF-8 have to say are ValueErrors
         raise unreadable(path, error) from None
     raise CompactMindError(f"{path}: cannot read {path.suffix!r} files, expected one of {', '.join(READABLE)}")
 
@@ -83,6 +84,8 @@ def unreadable(path: Path, error: Exception) -> CompactMindError:
 
 def _read_table(path: Path, names: Sequence[str] = ()) -> list[dict[str, str]]:
     """Return the rows of a tsv or csv file; raises ValueError (or what pandas raises) if it is no table of text."""
+    import pandas
+
     with open(path, encoding="utf-8-sig", newline="") as file:  # a byte order mark is none of the first name's letters
         content = file.read()
     before, nul, _ = content.partition("\0")  # pandas would end the sentence there, silently

@@ -1,5 +1,17 @@
 """The one exception a user is meant to read: it names the value, the valid choices and the command that fixes it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class CompactMindError(Exception):
     """A problem with input, settings or files that the user can fix. Scripts print it without a traceback."""
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Inside the `with` block a package that is not installed is a CompactMindError naming the extra of this one that brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise CompactMindError(f"{error.name} is not installed: pip install 'compactmind[{extra}]'") from None

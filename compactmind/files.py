@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import psutil
 
 from compactmind.errors import CompactMindError
 
+MANIFEST = "manifest.json"
+"""The file of a checkpoint that says what it is: manifest.py."""
 WEIGHTS = "model.safetensors"
 """The weight file of a checkpoint of this project."""
 LOCK_WAIT_SECONDS = 5.0
@@ -178,6 +179,10 @@ def remove_stale_temporaries(path: Path) -> None:
 
 def _is_written_by(process: int, temporary: Path) -> bool:
     """Tell whether the process that began a file runs; one that started a minute after the file was touched got the number later."""
+    try:
+        import psutil  # here: who only loads models needs none
+    except ImportError:
+        return True
     try:
         return psutil.Process(process).create_time() < temporary.stat().st_mtime + 60
     except (psutil.NoSuchProcess, FileNotFoundError):

@@ -4,6 +4,7 @@ It says what the model is (`kind`, `architecture`, per-layer shapes, quantizatio
 scored. Nothing is guessed from a name; size and SHA-256 of every file are recorded.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -14,10 +15,9 @@ from typing import Any
 from compactmind import __version__
 from compactmind.devices import is_main_process
 from compactmind.errors import CompactMindError
-from compactmind.files import WEIGHTS, sha256_of, weight_files, write_json_atomically
+from compactmind.files import MANIFEST, WEIGHTS, sha256_of, weight_files, write_json_atomically
 from compactmind.formats.table import FORMATS
 
-MANIFEST = "manifest.json"
 MANIFEST_VERSION = 3
 """2: what travels with a model (TRAVELLING) lies beside it, too. 3: what was made from a GGUF file says so (`published_as`)."""
 CARD = "README.md"
@@ -184,6 +184,8 @@ def add_to_manifest(directory: Path | str, extra: dict[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions that decide what a number means: Python and the packages that compute."""
-    packages = ("torch", "transformers", "bitsandbytes", "accelerate")
-    found = {name: importlib.metadata.version(name) for name in packages}
+    found = {}
+    for name in ("torch", "transformers", "bitsandbytes", "accelerate"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # who only loads models needs the first two
+            found[name] = importlib.metadata.version(name)
     return {"python": platform.python_version(), "compactmind": __version__, **found}

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from compactmind.errors import needs_extra
 from compactmind.files import sha256_of
 
 SIMPLE = re.compile(r"Q(\d)_([01])")
@@ -20,7 +21,8 @@ def published_as(path: Path) -> dict[str, Any]:
     `types` has per type, that of most weights first: tensors, weights, bits_per_weight and block_size (weights per scale; 1: not rounded
     in blocks). Raises ValueError for a file that is no GGUF.
     """
-    from gguf import GGML_QUANT_SIZES, GGUFReader
+    with needs_extra("gguf"):
+        from gguf import GGML_QUANT_SIZES, GGUFReader
 
     types: dict[str, dict[str, Any]] = {}
     for tensor in GGUFReader(path).tensors:

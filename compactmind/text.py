@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -33,6 +32,8 @@ def read_documents(path: Path) -> list[str]:
         return [_text_of(path, number, row) for number, row in enumerate(read_json_lines(path), start=1) if row is not BLANK]
     try:
         if path.suffix == ".parquet":
+            import pandas
+
             rows = pandas.read_parquet(path, columns=["text"]).to_dict("records")
             return [_text_of(path, number, row) for number, row in enumerate(rows, start=1)]
         lines = path.read_text(encoding="utf-8-sig").split("\n")

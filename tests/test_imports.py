@@ -10,7 +10,7 @@ ABOVE = (
     ("formats",),
     ("manifest", "guards", "model_card", "checkpoint", "onnx_export", "generation", "gguf_export", "gguf_source"),
     ("evaluation",),
-    ("search", "report", "console"),
+    ("search", "report", "plan", "console", "classify", "generate", "__init__"),  # __init__: what the package itself offers
 )
 """Packages and files of compactmind/ in layers; one that is not named is below all of them. A layer may import itself and those below."""
 SCRIPTS = {path.stem for path in helpers.REPOSITORY.glob("*.py")}

@@ -5,15 +5,6 @@ from typing import Any
 
 import numpy
 import torch
-from scipy.stats import binomtest
-from sklearn.metrics import (
-    accuracy_score,
-    confusion_matrix,
-    f1_score,
-    matthews_corrcoef,
-    precision_recall_fscore_support,
-    roc_auc_score,
-)
 
 
 def accuracy_of(logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -34,6 +25,9 @@ def classification_metrics(logits: torch.Tensor, labels: torch.Tensor, confidenc
     occurs. `confusion_matrix[i][j]` counts rows of label i predicted j; `per_class` has precision, recall, f1 and rows of each. Shares are
     in [0, 1].
     """
+    from scipy.stats import binomtest  # here: who only asks a classifier needs neither
+    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, matthews_corrcoef, precision_recall_fscore_support
+
     classes = list(range(logits.shape[1]))
     truth, predicted = labels.numpy(), logits.argmax(dim=-1).numpy()
     correct = int((truth == predicted).sum())
@@ -60,6 +54,8 @@ def area_under_curve(truth: numpy.ndarray, probabilities: numpy.ndarray) -> floa
 
     Labels (rows,), probabilities (rows, classes). None where all labels are the same.
     """
+    from sklearn.metrics import roc_auc_score
+
     occurring = numpy.unique(truth)
     if len(occurring) < 2:
         return None
@@ -73,6 +69,8 @@ def mcnemar(reference_correct: numpy.ndarray, other_correct: numpy.ndarray) -> d
     Arguments are boolean arrays of shape (rows,). Only rows that one model gets right and the other wrong carry
     information; `p_value` is 1 when there are none.
     """
+    from scipy.stats import binomtest
+
     if reference_correct.shape != other_correct.shape:
         raise ValueError(f"different rows: {reference_correct.shape} against {other_correct.shape}")
     only_reference = int((reference_correct & ~other_correct).sum())

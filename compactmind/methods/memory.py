@@ -228,7 +228,7 @@ def of_pipeline(steps: Sequence[Any], sizes: Sizes) -> tuple[dict[str, int], int
     teacher, before, file = sizes.held if sizes.small else 0, sizes.held, sizes.itemsize * sizes.parameters
     found = {"dense": RUNTIME + before + sizes.measuring}
     for number, step in enumerate(steps, start=1):
-        need = step.method.needs(sizes, step.recipe, before)
+        need = step.method.needs(sizes, step.recipe, before) if step.method.needs else Need(before, before, file, sizes)
         sizes, before, file = need.sizes, need.held, need.file
         found[f"{step.method.name} (step {number})"] = RUNTIME + teacher + max(need.peak, before + sizes.measuring)
     return found, file

@@ -6,10 +6,9 @@ directories or searches.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from optuna import Trial
 from transformers import PreTrainedModel
 
 from compactmind.devices import number_of_processes
@@ -34,6 +33,9 @@ from compactmind.methods.retraining.sharding import check_sharding
 from compactmind.methods.retraining.together import retrain_together
 from compactmind.precision import is_small
 from compactmind.training import TrainingState, trains_sharded
+
+if TYPE_CHECKING:
+    from optuna import Trial
 
 
 @dataclass
@@ -126,7 +128,7 @@ class Method:
     """(dense model, recipe, whether it is done to this very model) raises CompactMindError if it cannot be done; it computes nothing."""
 
     def suggest(
-        self, trial: Trial, label: str | None = None, choices: dict[str, Sequence[Any]] | None = None
+        self, trial: "Trial", label: str | None = None, choices: dict[str, Sequence[Any]] | None = None
     ) -> dict[str, Any]:
         """Return parameters asked of an Optuna trial under the names <label>.<parameter>; from `choices` instead of `space` if given.
 

@@ -15,10 +15,12 @@ from torch import nn
 from torch.nn import functional
 
 from compactmind import kernels
+from compactmind.errors import needs_extra
 from compactmind.methods.quantization.error_compensation import compensate_rounding, smaller_scales
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises optional CPU kernels at import
-import bitsandbytes as bnb  # noqa: E402
+with needs_extra("nf4"):
+    import bitsandbytes as bnb
 
 BLOCK_SIZE = 64
 """Weights that share a scale."""

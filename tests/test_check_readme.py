@@ -1,0 +1,65 @@
+"""What README and docs/ tell a newcomer to do can be done: every command, piece of code and link is read (benchmarks/check_readme.py)."""
+
+import runpy
+from types import SimpleNamespace
+
+import helpers
+import pytest
+
+check = SimpleNamespace(**runpy.run_path(str(helpers.REPOSITORY / "benchmarks" / "check_readme.py")))
+
+
+@pytest.mark.parametrize("page", check.PAGES, ids=[page.name for page in check.PAGES])
+def test_every_command_piece_of_code_and_link_of_a_page_leads_somewhere(page):
+    assert check.problems_of_page(page) == []
+
+
+def test_the_readme_can_be_read_in_ten_minutes_and_every_page_is_in_the_index():
+    assert len((helpers.REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+    pages = {page.name for page in (helpers.REPOSITORY / "docs").glob("*.md")} - {"index.md"}
+    index = (helpers.REPOSITORY / "docs" / "index.md").read_text(encoding="utf-8")
+    assert [name for name in sorted(pages) if f"]({name})" not in index] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[a](nowhere.md)", "a link leads to nowhere.md, which is not there"),
+        ("[a](docs/methods.md#no-such)", "methods.md has no such heading"),
+        ("```bash\npython 7_fly.py\n```", "there is no 7_fly.py"),
+        ("```bash\npython 2_prune_finetune.py --target_sparcity 0.1\n```", "has no option --target_sparcity"),
+        ("```bash\npython 2_prune_finetune.py --target_sparsity 3\n```", "target_sparsity 3 is not in [0, 1)"),
+        ("```bash\npython 2_prune_finetune.py \\\n    --criterion magic\n```", "unknown criterion 'magic'"),
+        ("```bash\npython 5_bayesian_search.py --pipeline '[\n{\"method\": \"melt\"}]'\n```", "unknown method 'melt'"),
+        ("```bash\npython 1_distill.py && python 3_quantize.py --methd nf4\n```", "has no option --methd"),
+        ("```bash\naccelerate launch --mixed_precision bf16 9.py\n```", "there is no 9.py"),
+        ("```bash\n./run.sh --profile big\n```", "unknown profile 'big'"),
+        ("```bash\npip install '.[fly]'\n```", "there is no extra fly"),
+        ("```bash\npip install -r requirements-fly.txt\n```", "there is no requirements-fly.txt"),
+        ("```bash\nflyctl deploy\n```", "unknown program 'flyctl'"),
+        ("```bash\npython classify.py --modle x\n```", "classify.py has no option --modle"),
+        ("```bash\npython -m compactmind.clasify\n```", "there is no compactmind/clasify.py"),
+        ("```bash\npython benchmarks/bits.py --colour 3\n```", "benchmarks/bits.py has no option --colour"),
+        ("Do `python 3_quantize.py\n--methode int8` then", "has no option --methode"),
+        ("```python\nfrom compactmind.checkpoint import fly\n```", "compactmind.checkpoint has no fly"),
+        ("```python\nx = = 1\n```", "line 1 of the code: invalid syntax"),
+        ("```yaml\n2_prune_finetune:\n  lrr: 1\n```", "did you mean lr?"),
+    ],
+)
+def test_what_a_newcomer_could_not_do_is_found(text, said):
+    found = check.problems_of_page(helpers.REPOSITORY / "README.md", text)
+    assert len(found) == 1 and said in found[0]
+
+
+def test_commands_are_run_with_what_a_tiny_model_can_take():
+    words = check.runnable(
+        "python 5_bayesian_search.py --strategy fixed --calibration_windows 32 --model_path /path/to/model --output models/x "
+        '--pipeline \'[{"method": "gptq", "params": {"target_compression": 3}}]\'   # a comment'
+    )
+    assert words[2:] == [
+        "--profile", "smoke", "--strategy", "fixed", "--calibration_windows", "4", "--model_path", "models/llama", "--output",
+        "models/x", "--pipeline", '[{"method": "gptq", "params": {"target_compression": 1.2}}]',
+    ]  # fmt: skip
+    assert check.runnable("python download_model.py --source hub") is None
+    assert check.runnable("torchrun --nproc_per_node 2 1_distill.py") is None
+    assert check.runnable('python classify.py "a < b" < reviews.txt')[2:] == ["a < b"]
