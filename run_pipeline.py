@@ -36,28 +36,25 @@ from compactmind.settings_file import nearest, read_settings, settings_text
 
 MODELS = "<models_dir>"
 """Stands for --models_dir in what a script is told."""
-FIXED = ("5_bayesian_search.py", "--strategy=fixed")
-
-
-
 INTEGERS = '[{"method": "gptq", "params": {"target_compression": 3.5}}]'
-FRONT = ("5_bayesian_search.py", "--objectives", "kl", "bytes", "--save_front", "2.5", "3", "4", "--target_compression", "2.5")
-"""The search for the best model of every size."""
 
-RUNS = (
-    ("download_model.py",),
-    ("1_distill.py",),
-    ("2_prune_finetune.py",),
-    ("3_quantize.py",),
-    ("4_smoothquant_llama.py",),
-    (*FIXED, "--calibration_windows=32"),
-    (*FIXED, f"--output={MODELS}/llama_gptq_3.5x", f"--pipeline={INTEGERS}"),
-    FRONT,
-    ("6_evaluate_report.py",),
-)
-"""Scripts and what they are told beside the settings all share, in the order in which they read each other's output."""
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "download_model": ("download_model.py", {}),
+    "1_distill": ("1_distill.py", {}),
+    "2_prune_finetune": ("2_prune_finetune.py", {}),
+    "3_quantize": ("3_quantize.py", {}),
+    "4_smoothquant_llama": ("4_smoothquant_llama.py", {}),
+    "llama_pruned": ("5_bayesian_search.py", {"strategy": "fixed", "calibration_windows": 32}),
+    "llama_gptq_3.5x": ("5_bayesian_search.py", {"strategy": "fixed", "output": f"{MODELS}/llama_gptq_3.5x", "pipeline": INTEGERS}),
+    "5_bayesian_search": (
+        "5_bayesian_search.py", {"objectives": ("kl", "bytes"), "save_front": (2.5, 3, 4), "target_compression": 2.5},
+    ),
+    "6_evaluate_report": ("6_evaluate_report.py", {}),
+}  # fmt: skip
+"""What a run is called, in a file of settings too -> its script, and what that is told beside the settings all share; in the order in which
+they read each other's output. The last search is for the best model of every size."""
 
-STAGES = tuple(dict.fromkeys(script for script, *_ in RUNS))
+STAGES = tuple(dict.fromkeys(script for script, _ in RUNS.values()))
 """The scripts, each once."""
 
 LLAMA_STAGES = ("4_smoothquant_llama.py", "5_bayesian_search.py")
@@ -70,12 +67,6 @@ CONFIGS: dict[str, type[StageConfig]] = {
     "6_evaluate_report.py": ReportConfig,
 }  # fmt: skip
 """Script -> its settings."""
-
-NAMES = (
-    "download_model", "1_distill", "2_prune_finetune", "3_quantize", "4_smoothquant_llama", "llama_pruned", "llama_gptq_2.5x",
-    "llama_gptq_3.5x", "5_bayesian_search", "6_evaluate_report",
-)  # fmt: skip
-"""What each of RUNS is called in a file of settings: its script, or what a fixed pipeline makes."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +88,7 @@ OWN = "pipeline"
 """Section of what all stages share."""
 SHARED = ("models_dir", "data_dir", "results_dir", "seed", "force", "verify")
 SECTIONS: dict[str, type[StageConfig]] = {OWN: PipelineConfig} | {
-    name: CONFIGS[run[0]] for name, run in zip(NAMES, RUNS, strict=True)
+    name: CONFIGS[script] for name, (script, _) in RUNS.items()
 }
 
 
@@ -130,11 +121,12 @@ def with_file(config: PipelineConfig, arguments: Sequence[str]) -> PipelineConfi
     return config
 
 
-def told(run: Sequence[str], config: PipelineConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """Return what a script is told beside the profile: what all share, what this run is for, what the file says of it."""
-    shared = {name: getattr(config, name) for name in SHARED}
-    own = dict(argument.removeprefix("--").split("=", 1) for argument in run[1:])
-    return shared | {name: value.replace(MODELS, str(config.models_dir)) for name, value in own.items()} | given
+def told(name: str, config: PipelineConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """Return what the script of a run is told beside the profile: what all share, what the run is for, what the file says of it."""
+    shared = {each: getattr(config, each) for each in SHARED}
+    own = RUNS[name][1]
+    placed = {each: value.replace(MODELS, str(config.models_dir)) for each, value in own.items() if isinstance(value, str)}
+    return shared | own | placed | given
 
 
 def options(settings: dict[str, Any]) -> list[str]:
@@ -145,13 +137,9 @@ def options(settings: dict[str, Any]) -> list[str]:
     return found
 
 
-def resolved(name: str, run: Sequence[str], config: PipelineConfig, given: dict[str, Any]) -> StageConfig:
+def resolved(name: str, config: PipelineConfig, given: dict[str, Any]) -> StageConfig:
     """Return the settings a run has, all of them."""
-    kind = SECTIONS[name]
-    types = {field.name: type(field.default) for field in fields(kind)}
-    values = told(run, config, given)
-    plain = {key: types[key](value) if isinstance(value, str) and types[key] in (int, float) else value for key, value in values.items()}
-    return kind.for_profile(config.profile, **plain)
+    return SECTIONS[name].for_profile(config.profile, **told(name, config, given))
 
 
 def dump(config: PipelineConfig, given: dict[str, dict[str, Any]]) -> str:
@@ -159,8 +147,8 @@ def dump(config: PipelineConfig, given: dict[str, dict[str, Any]]) -> str:
     left_out = {field.name for field in fields(StageConfig)}
     own = {name: getattr(config, name) for name in ("profile", *SHARED, "only")}
     values = {OWN: own}
-    for name, run in zip(NAMES, RUNS, strict=True):
-        whole, own = resolved(name, run, config, given.get(name, {})), given.get(name, {})
+    for name in RUNS:
+        whole, own = resolved(name, config, given.get(name, {})), given.get(name, {})
         names = [field.name for field in fields(whole) if field.name not in left_out or field.name in own]
         values[name] = {each: getattr(whole, each) for each in names}
     head = "Settings for `python run_pipeline.py --config THIS_FILE`: a section per stage. A line that is left out keeps its default."
@@ -184,7 +172,9 @@ def places_of(script: str, config: Any) -> dict[Path, dict[str, Any]]:
         return {models / name: {} for name in (config.output_dir, f"{config.output_dir}_naive", config.nf4_dir)}
     if script == "5_bayesian_search.py":
         default = models / ("llama_pruned" if config.strategy == "fixed" else "llama_searched")
-        return {Path(config.output) if config.output else default: {}}
+        sizes = [ratio for ratio in config.save_front if config.output or ratio != config.target_compression]
+        others = [Path(f"{config.output or models / 'llama_front'}_{ratio:g}x") for ratio in sizes]
+        return dict.fromkeys([*others] if config.output and others else [Path(config.output or default), *others], {})
     return {config.results_dir / "final_report.json": {}}
 
 
@@ -207,10 +197,10 @@ def plan(config: PipelineConfig, given: dict[str, dict[str, Any]]) -> bool:
 
     print(f"plan, profile {config.profile}: nothing is run")
     root, fits, due = Path(__file__).resolve().parent, True, set()
-    for name, run in zip(NAMES, RUNS, strict=True):
-        if run[0] not in config.only:
+    for name, (script, _) in RUNS.items():
+        if script not in config.only:
             continue
-        script, whole = run[0], resolved(name, run, config, given.get(name, {}))
+        whole = resolved(name, config, given.get(name, {}))
         settings = {field.name: getattr(whole, field.name) for field in fields(whole)}
         places = places_of(script, whole)
         print(f"\n{name}: {script}\n  from {READS[script]}\n  to   {', '.join(map(str, places))}")
@@ -240,7 +230,7 @@ def plan(config: PipelineConfig, given: dict[str, dict[str, Any]]) -> bool:
             print(f"  {minutes(config.results_dir, name, config.profile)}")
         due |= set(reasons)
         if script in LLAMA_STAGES and (whole.models_dir / "llama").is_dir() and whole.models_dir / "llama" not in due:
-            command = [sys.executable, root / script, "--profile", config.profile, *options(told(run, config, given.get(name, {})))]
+            command = [sys.executable, root / script, "--profile", config.profile, *options(told(name, config, given.get(name, {})))]
             asked = subprocess.run([*command, "--dry_run=True"], capture_output=True, text=True)
             said = [line for line in asked.stdout.splitlines() if "GB" in line or "up to date" in line or "made again" in line]
             print("".join(f"  {line}\n" for line in said), end="")
@@ -303,10 +293,10 @@ def run_all(config: PipelineConfig, given: dict[str, dict[str, Any]]) -> None:
     from compactmind.plan import has_written, note_duration
 
     root, begun = Path(__file__).resolve().parent, time.perf_counter()
-    runs = [(name, run) for name, run in zip(NAMES, RUNS, strict=True) if run[0] in config.only]
+    runs = [(name, script) for name, (script, _) in RUNS.items() if script in config.only]
     durations = {}
-    for number, (section, run) in enumerate(runs, start=1):
-        stage, settings = run[0], told(run, config, given.get(section, {}))
+    for number, (section, stage) in enumerate(runs, start=1):
+        settings = told(section, config, given.get(section, {}))
         name = shlex.join((stage, *options({key: value for key, value in settings.items() if key not in SHARED})))
         print(f"\n=== [{number}/{len(runs)}] {name}, {(time.perf_counter() - begun) / 60:.1f} min so far", flush=True)
         if stage in LLAMA_STAGES and not (config.models_dir / "llama").is_dir():
@@ -323,7 +313,7 @@ def run_all(config: PipelineConfig, given: dict[str, dict[str, Any]]) -> None:
                 f"error: {name} failed (exit code {code}); mend what it says, then `python run_pipeline.py` goes on there"
             )
         durations[name] = time.perf_counter() - started
-        if has_written(list(places_of(stage, resolved(section, run, config, given.get(section, {})))), since):
+        if has_written(list(places_of(stage, resolved(section, config, given.get(section, {})))), since):
             note_duration(config.results_dir, section, durations[name], config.profile)
     print("\n=== done: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in durations.items()), end="")
     print(f"; {sum(durations.values()) / 60:.1f} min in all")

@@ -30,7 +30,7 @@ LANGUAGE_ROWS = ["llama", "llama_nf4", "llama_w8a8_naive", "llama_w8a8", "llama_
 FIXED = "5_bayesian_search.py --strategy=fixed"
 STAGES = ("download_model.py", "1_distill.py", "2_prune_finetune.py", "3_quantize.py", "4_smoothquant_llama.py",
           f"{FIXED} --calibration_windows=32,", f"{FIXED} --output=models/llama_gptq_3.5x",
-          "5_bayesian_search.py --objectives kl bytes --save_front 2.5 3 4", "6_evaluate_report.py")  # fmt: skip
+          "5_bayesian_search.py --objectives kl bytes --save_front 2.5 3 4 --target_compression=2.5", "6_evaluate_report.py")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +61,16 @@ def test_the_pipeline_runs_every_stage_in_order_and_says_where_the_report_is(rep
 
 def test_the_command_of_every_fixed_row_is_what_the_pipeline_runs():
     pipeline = runpy.run_path(str(helpers.REPOSITORY / "run_pipeline.py"))
-    runs = [[part.replace(pipeline["MODELS"], "models") for part in run] for run in pipeline["RUNS"]]
-    told = shlex.split(MADE_BY["llama_gptq_3.5x"])[1:]
-    options = [f"{option}={value}" for option, value in zip(told[1::2], told[2::2], strict=True)]
-    assert [told[0], *options] in runs and options[-2] == "--output=models/llama_gptq_3.5x"
-    read_pipeline(options[-1].removeprefix("--pipeline="))
-    for name in ("llama_searched", "llama_front_3x", "llama_front_4x"):
-        assert shlex.split(MADE_BY[name])[1:] in runs
+    runs = {}
+    for name, (script, settings) in pipeline["RUNS"].items():
+        options = [part.replace(pipeline["MODELS"], "models") for part in pipeline["options"](settings)]
+        runs[name] = ["python", script, *(part for option in options for part in option.split("=", 1))]
+    for run, names in {
+        "llama_gptq_3.5x": ["llama_gptq_3.5x"], "5_bayesian_search": ["llama_searched", "llama_front_3x", "llama_front_4x"],
+        "llama_pruned": ["llama_pruned"],
+    }.items():  # fmt: skip
+        assert {tuple(shlex.split(MADE_BY[name])) for name in names} == {tuple(runs[run])}
+    read_pipeline(runs["llama_gptq_3.5x"][-1])
 
 
 def test_a_second_pipeline_skips_what_is_finished(copy):

@@ -93,10 +93,10 @@ def test_every_setting_of_every_stage_is_dumped_and_read_as_the_same(pipeline, t
     assert again == config
     given = pipeline.given_by(str(path))
     assert pipeline.dump(again, given) == text
-    assert list(given) == [pipeline.OWN, *pipeline.NAMES]
-    for name, run in zip(pipeline.NAMES, pipeline.RUNS, strict=True):
-        whole = pipeline.resolved(name, run, config, {})
-        assert pipeline.resolved(name, run, again, given[name]) == whole
+    assert list(given) == [pipeline.OWN, *pipeline.RUNS]
+    for name in pipeline.RUNS:
+        whole = pipeline.resolved(name, config, {})
+        assert pipeline.resolved(name, again, given[name]) == whole
         assert set(given[name]) == {field for field in vars(whole) if field not in StageConfig.__dataclass_fields__}
     assert given["llama_gptq_3.5x"]["output"] == "elsewhere/llama_gptq_3.5x"
 
@@ -109,10 +109,9 @@ def test_a_stage_is_told_what_its_section_says_and_nothing_else(pipeline, tmp_pa
     )
     config, given = pipeline.with_file(pipeline.CONFIG, [f"--config={path}"]), pipeline.given_by(str(path))
     assert (config.profile, config.seed) == ("smoke", 3)
-    runs = dict(zip(pipeline.NAMES, pipeline.RUNS, strict=True))
 
     def options(name: str) -> list[str]:
-        return pipeline.options(pipeline.told(runs[name], config, given.get(name, {})))
+        return pipeline.options(pipeline.told(name, config, given.get(name, {})))
 
     shared = ["--models_dir=models", "--data_dir=sst2_data", "--results_dir=results", "--seed=3", "--force=False", "--verify=False"]
     assert options("2_prune_finetune") == shared
