@@ -1,7 +1,6 @@
 """Every family of FAMILIES through every stage: its layers, students, pruning, quantization, ONNX, and what is refused by name."""
 
 import copy
-import runpy
 
 import helpers
 import pytest
@@ -16,7 +15,8 @@ from transformers import (
 )
 
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
-from compactmind.data import EncodedSentences, load_split
+from compactmind.classify import classify
+from compactmind.data import EncodedSentences, Sentence, load_split
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import gflops
 from compactmind.limits import positions_of
@@ -222,8 +222,7 @@ def test_a_roberta_goes_through_every_stage(workspace, run_here):
     assert cut["vocabulary"] < cut["parent_vocabulary"] and 0 <= cut["agreement_with_parent"] <= 1
     small = load_checkpoint(workspace / "models" / "student_pruned_small_w8a8")
     assert small.model.config.vocab_size == len(small.tokenizer) == cut["vocabulary"]
-    classify = runpy.run_path(str(helpers.REPOSITORY / "classify.py"))["classify"]
-    (answer,) = classify(small.model, small.tokenizer, ["a good film"], 128)  # more than it has positions for
+    (answer,) = classify(small.model, small.tokenizer, [Sentence("a good film", 0)], 128)  # more than it has positions for
     assert answer["label"] in ("negative", "positive")
 
 
