@@ -233,6 +233,8 @@ def test_what_is_too_slow_when_measured_is_made_smaller(distilbert):
     asked.clear()
     assert target.settled(distilbert, scores, masks, lambda _: asked.append(0.6) or 0.6, attempts=2)[1] == 0.6
     assert len(asked) == 2
+    assert target.settled(distilbert, scores, masks, lambda _: 99.0, attempts=9) == (masks, 99.0)  # out of reach
+    target.tightened(distilbert, scores, masks, target.end)  # what is aimed at can still be reached
 
 
 # ---------------------------------------------------------------------------------------------------------------- script
