@@ -17,6 +17,7 @@ speed.
 
 import datetime
 import json
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -329,6 +330,11 @@ def prune(
     if loop.own:
         masks, difference = [LayerMask(*each) for each in loop.own["masks"]], loop.own["difference"]
         sparsity, reached = loop.history[-1]["sparsity"], loop.own["reached"]
+        if goal:
+            target.budget = loop.own["budget"]
+    elif goal:  # what the table is wrong by is known before pruning begins: with any scores, on a copy
+        scores = ImportanceScorer(model, "l2").scores()
+        target.settled(deepcopy(model), scores, target.tightened(model, scores, masks, target.end), cost_of, ATTEMPTS)
     if difference is not None:
         model = compact(model, masks)
         begin_recovery(model)
@@ -371,7 +377,7 @@ def prune(
             loop.own = {
                 "masks": [(mask.heads, mask.neurons) for mask in masks], "difference": difference,
                 "observed": [(score.heads, score.neurons) for score in scorer.observed], "reached": reached,
-                "scores": [(score.heads, score.neurons) for score in scores],
+                "scores": [(score.heads, score.neurons) for score in scores], "budget": target.budget if goal else None,
             }  # fmt: skip
 
     # ---- recover

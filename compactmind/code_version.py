@@ -13,8 +13,11 @@ from pathlib import Path
 PACKAGE = "compactmind"
 LEFT_OUT = ("compactmind.report", "compactmind.model_card", "compactmind.errors")
 """Modules, with all below them, that have no say in what a model's file holds."""
-NOT_FOLLOWED = ("compactmind.checkpoint", "compactmind.manifest", "compactmind.guards", "compactmind.files")
-"""Modules that count, but not what they import: a checkpoint can be of every kind, most of which a stage has nothing to do with."""
+NOT_FOLLOWED = (
+    "compactmind.checkpoint", "compactmind.manifest", "compactmind.guards", "compactmind.files", "compactmind.evaluation.cost",
+)  # fmt: skip
+"""Modules that count, but not what they import: a checkpoint, and a model whose cost is measured, can be of every kind, most of which a
+stage has nothing to do with."""
 FORMATS, STORED = "compactmind.formats", "compactmind.methods.quantization"
 """Who makes a quantized model also has it written as its format is: a module of the first counts where one of the second that it stores
 does, and those that store none (the table of all) wherever any counts."""

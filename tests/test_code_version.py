@@ -48,7 +48,8 @@ def test_each_stage_has_a_version_of_its_own():
 def test_a_change_of_the_formula_counts_for_those_who_use_it(project):
     changed = project("compactmind/methods/distillation/soft_targets.py", "temperature**2 *", "temperature *")
     assert {"1_distill.py", "2_prune_finetune.py"} <= changed and not {"3_quantize.py", "download_model.py"} & changed
-    assert project("1_distill.py", "scheduler.step()", "scheduler.step(2)") == {"1_distill.py"}
+    assert project("1_distill.py", "loop.step()", "loop.step(x=2)") == {"1_distill.py"}
+    assert project("compactmind/loop.py", "optimizer.step()", "optimizer.step(None)") == {"1_distill.py", "2_prune_finetune.py"}
     assert project("compactmind/checkpoint.py", "tensor.detach().cpu().contiguous()", "tensor.detach().cpu()") == set(STAGES)
 
 

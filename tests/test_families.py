@@ -178,7 +178,7 @@ def test_operations_by_the_table_are_those_counted(model):
 def fake_clock(models, batch_size, sequence_length, repeats, reference, **_):
     """Time as operations would have it, with a constant part."""
     ms = {name: 1 + 1e3 * gflops(model, sequence_length) for name, model in models.items()}
-    return {name: {"median_ms": each, "speedup": ms[reference] / each} for name, each in ms.items()}
+    return {name: {"low_ms": each, "speedup": ms[reference] / each} for name, each in ms.items()}
 
 
 def test_a_table_of_times_fits_the_whole_model_and_is_measured_once(model, tmp_path, monkeypatch):
@@ -195,6 +195,19 @@ def test_a_table_of_times_fits_the_whole_model_and_is_measured_once(model, tmp_p
     file.write_text("{")
     with pytest.raises(TypeError):
         latency_table(model, 2, 16, 1, tmp_path)
+
+
+def test_a_table_is_stretched_to_what_the_whole_model_takes(distilbert, tmp_path, monkeypatch):
+    def clock(models, *protocol, **names):
+        found = fake_clock(models, *protocol, **names)
+        found["whole"]["low_ms"] += 7.0
+        found["neurons/24"]["low_ms"] = found["neurons/16"]["low_ms"] - 0.001  # noise: wider and faster
+        return found
+
+    monkeypatch.setattr(compactmind.evaluation.cost_table, "measure_latency", clock)
+    table = latency_table(distilbert, 2, 16, 1, tmp_path)
+    assert table.of([4] * 3, [64] * 3) == pytest.approx(8 + 1e3 * gflops(distilbert, 16))
+    assert table.of_neurons(24) == pytest.approx(table.of_neurons(16)) and table.of_neurons(8) > 0
 
 
 def test_a_real_clock_gives_a_rising_table(distilbert, tmp_path):
@@ -220,6 +233,8 @@ def test_what_is_too_slow_when_measured_is_made_smaller(distilbert):
     asked.clear()
     assert target.settled(distilbert, scores, masks, lambda _: asked.append(0.6) or 0.6, attempts=2)[1] == 0.6
     assert len(asked) == 2
+    assert target.settled(distilbert, scores, masks, lambda _: 99.0, attempts=9) == (masks, 99.0)  # out of reach
+    target.tightened(distilbert, scores, masks, target.end)  # what is aimed at can still be reached
 
 
 # ---------------------------------------------------------------------------------------------------------------- script
@@ -315,6 +330,13 @@ def test_targets_that_make_no_sense_are_refused(copy, run_here, arguments, part)
     status, output = run_here("2_prune_finetune.py", *arguments, cwd=copy)
     assert status == 1 and "error: " in output and part in output, output
     assert sorted(copy.glob("[mr]*/[!.]*")) == before
+
+
+def test_several_processes_do_not_measure_times(copy, run_here, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    status, output = run_here("2_prune_finetune.py", "--target_speedups", 2, cwd=copy)
+    assert status == 1 and "run without a launcher, or use --target_gflops" in output
 
 
 def test_the_report_joins_the_members_of_a_family():

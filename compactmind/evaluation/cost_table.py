@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy
 import torch
+from sklearn.isotonic import isotonic_regression
 from transformers import PreTrainedModel, __version__
 
 from compactmind.evaluation.cost import gflops, measure_latency
@@ -58,12 +59,14 @@ def measure_table(model: PreTrainedModel, batch_size: int, sequence_length: int,
     shapes |= {("neurons", width): ([0], [width]) for width in steps}
     models = {"/".join(map(str, name)): _sharing_tables(of_widths(model, *shape), model).eval() for name, shape in shapes.items()}
     found = measure_latency({**models, "whole": model.eval()}, batch_size, sequence_length, repeats, reference="whole")
-    ms = {name: each["median_ms"] for name, each in found.items()}
+    ms = {name: each["low_ms"] for name, each in found.items()}  # what else runs on the machine only ever adds to a time
     cost = {
         "heads": [0.0, *(ms[f"heads/{number}"] - ms["layer"] for number in range(1, most_heads + 1))],
         "neurons": [0.0, *(ms[f"neurons/{width}"] - ms["layer"] for width in steps)],
     }
-    rising = {name: numpy.maximum.accumulate(values) for name, values in cost.items()}  # what is wider is not faster: that is noise
+    rising = {name: numpy.maximum(isotonic_regression(values), 0.0) for name, values in cost.items()}  # what is wider is not faster
+    for values in rising.values():
+        values[0] = 0.0
     measured = sum(rising["heads"][each] for each in heads)
     measured += sum(float(numpy.interp(each, [0, *steps], rising["neurons"])) for each in widths)
     stretch = max(ms["whole"] - ms["nothing"], 0.0) / measured if measured else 0.0

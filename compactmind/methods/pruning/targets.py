@@ -65,10 +65,11 @@ class CostTarget:
         for _ in range(attempts - 1):
             if reached <= self.share:
                 break
-            self.budget *= 0.99 * self.share / reached
+            before, self.budget = self.budget, self.budget * 0.99 * self.share / reached
             try:
                 masks = self.tightened(model, scores, masks, self.end)
             except ValueError:  # nothing is left to remove
+                self.budget = before
                 break
             apply_masks(model, masks)
             reached = measure(masks)
