@@ -32,6 +32,7 @@ from compactmind.data import EncodedSentences, data_fingerprint, load_split, mod
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import accuracy_of, standard_error
 from compactmind.guards import check_outputs, check_tokenizer
+from compactmind.limits import require_positions
 from compactmind.manifest import is_up_to_date, read_manifest, weights_fingerprint
 from compactmind.methods.distillation.schedules import linear_anneal
 from compactmind.methods.distillation.soft_targets import distillation_loss, hidden_state_loss
@@ -262,6 +263,7 @@ def main(config: DistillConfig) -> None:
         if config.force or not is_up_to_date(models / "teacher", teacher_stage, config.verify):
             set_seed(config.seed)
             model, tokenizer = with_new_head(BertForSequenceClassification, models / "teacher_base", task)
+            require_positions(model, config.max_length, "max_length")
             set_dropout(model, config.teacher_dropout)
             train("teacher", model, tokenizer, load_splits(tokenizer), config, accelerator, teacher_stage,
                   epochs=config.teacher_epochs, lr=config.teacher_lr, lr_name="teacher_lr", parent="teacher_base")  # fmt: skip
