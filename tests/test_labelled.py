@@ -472,7 +472,7 @@ def test_four_classes_of_pairs_quantize_and_reload(tmp_path, tokenizer, pairs, k
     save_checkpoint(tmp_path / "m", model, tokenizer, kind=kind, parent=None, stage={}, quantization=quantization)
     loaded = load_checkpoint(tmp_path / "m").model
     assert after.shape == (3, 4) and torch.allclose(predict_logits(loaded, pairs, 2), after, atol=1e-5)
-    assert (after - before).norm() < 0.2 * before.norm()
+    assert (after - before).norm() < 0.6 * before.norm()
     assert list(loaded.config.id2label.values()) == list(task.labels) and loaded.config.sentence_pairs
     with pytest.raises(CompactMindError, match="trained on pairs"):
         predict_logits(loaded, EncodedSentences(tokenizer, [Sentence("a", 0)], 64), 2)
