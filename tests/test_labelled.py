@@ -1,5 +1,6 @@
 """Any labelled table: what is read of it, what is refused, how it is split, and that every stage knows its classes and its pairs."""
 
+import copy
 import csv
 import json
 import random
@@ -12,6 +13,7 @@ import helpers
 import pandas
 import pytest
 import torch
+from accelerate import Accelerator
 
 import download_model
 from common import DownloadConfig
@@ -23,6 +25,7 @@ from compactmind.evaluation.classifiers import columns_of_labels
 from compactmind.forward import predict_logits
 from compactmind.glue import GLUE
 from compactmind.labelled import Columns, Part, key_of, names_of, parts_of, read_file, read_part, split, to_sentences
+from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
 from compactmind.methods.pruning.masks import compact
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
@@ -491,3 +494,13 @@ def test_a_model_of_pairs_as_onnx_takes_token_types(tmp_path, pairs):
         assert torch.allclose(exported(**given), helpers.logits_of(model, given), atol=1e-4)
     ids = torch.ones(2, 5, dtype=torch.long)
     assert exported(input_ids=ids, attention_mask=ids).shape == (2, 4)  # as latency is measured
+
+
+def test_logits_that_are_kept_are_of_the_same_token_types(tmp_path, pairs):
+    bert, accelerator = helpers.make_bert(num_labels=3), Accelerator(cpu=True)
+    others = copy.copy(pairs)
+    others.token_type_ids = [[0] * len(types) for types in pairs.token_type_ids]
+    for sentences in (pairs, others, pairs):
+        kept = cached_teacher_logits(bert, "weights", sentences, 2, tmp_path, accelerator)
+        assert torch.allclose(kept, predict_logits(bert, sentences, 2), atol=1e-5)
+    assert len(list(tmp_path.glob(".teacher_logits_*"))) == 2
