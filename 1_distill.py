@@ -23,6 +23,7 @@ from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split, model_inputs
 from compactmind.errors import CompactMindError
 from compactmind.guards import check_outputs, check_tokenizer
+from compactmind.limits import require_positions
 from compactmind.loop import EpochLoop, LastNotWorse
 from compactmind.manifest import is_up_to_date, read_manifest, weights_fingerprint
 from compactmind.methods.distillation.schedules import linear_anneal
@@ -210,6 +211,7 @@ def main(config: DistillConfig) -> None:
         if config.force or not is_up_to_date(models / "teacher", teacher_stage, config.verify):
             set_seed(config.seed)
             model, tokenizer = with_new_head(models / "teacher_base", task)
+            require_positions(model, config.max_length, "max_length")
             set_dropout(model, config.teacher_dropout)
             train("teacher", model, tokenizer, load_splits(tokenizer), config, accelerator, teacher_stage,
                   epochs=config.teacher_epochs, lr=config.teacher_lr, lr_name="teacher_lr", parent="teacher_base")  # fmt: skip

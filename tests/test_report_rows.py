@@ -488,7 +488,7 @@ def test_every_document_is_written_of_rows_with_holes(reported, tmp_path):
     assert all((tmp_path / f"final_report.{name}").is_file() for name in ("html", "md", "tex"))
     assert not (tmp_path / "latency.png").exists() and not (tmp_path / "final_report.png").exists()
     line = next(line for line in encoder_table(report).rows if line[0] == "student_distilled")
-    assert line[1].endswith("]") and set(line[6:8]) == {"-"}
+    assert line[1].endswith("]") and set(line[7:9]) == {"-"}
 
 
 @pytest.mark.parametrize(
