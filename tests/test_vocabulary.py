@@ -105,6 +105,13 @@ def test_the_model_is_the_same_function_of_the_same_tokens(family, tmp_path):
     assert torch.equal(answers(small, smaller), answers(model, tokenizer))
 
 
+def test_what_lies_before_the_padding_stays_so_that_positions_do():
+    words = Tokenizer(models.WordPiece({"not used": 0, "[PAD]": 1, "[UNK]": 2, "a": 3, "ab": 4}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]")
+    assert tokens_to_keep(tokenizer, ["a"], 1.0) == [0, 1, 2, 3]
+    assert smaller_tokenizer(tokenizer, [0, 1, 2, 3]).pad_token_id == 1
+
+
 def test_what_cannot_be_cut_is_refused():
     words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     with pytest.raises(CompactMindError, match="kind WordLevel cannot be cut: WordPiece, Unigram, BPE can"):
