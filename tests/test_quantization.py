@@ -82,6 +82,14 @@ def test_nf4_stays_within_its_bound(architecture, widths, double_quantization):
         assert torch.equal(packed[name].bias, biases[name])
 
 
+def test_what_is_between_table_and_blocks_is_not_quantized(tokenizer, tmp_path):
+    model = helpers.make_encoder("electra")
+    description = quantize_model(model, "nf4")
+    assert sorted(description["skipped_modules"]) == ["classifier.dense", "classifier.out_proj", "electra.embeddings_project"]
+    save_checkpoint(tmp_path / "m", model, tokenizer, kind="nf4", parent=None, stage={}, quantization=description)
+    assert torch.equal(helpers.logits_of(load_checkpoint(tmp_path / "m").model), helpers.logits_of(model))
+
+
 @pytest.mark.parametrize("method", PACKINGS)
 @pytest.mark.parametrize("architecture", sorted(helpers.MAKERS))
 def test_heads_and_norms_are_not_quantized(architecture, method):

@@ -89,20 +89,28 @@ def test_the_fewest_tokens_that_cover_the_text_are_kept(tmp_path):
 @pytest.mark.parametrize("family", ["distilbert", "roberta", "electra"])
 def test_the_model_is_the_same_function_of_the_same_tokens(family, tmp_path):
     tokenizer = helpers.make_byte_bpe(tmp_path) if family == "roberta" else wordpiece(tmp_path)
-    changes = {"vocab_size": len(tokenizer) + 3}
+    changes = {"vocab_size": len(tokenizer) + 3, "eos_token_id": tokenizer.sep_token_id}
     if family == "roberta":
-        changes |= {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+        changes |= {"pad_token_id": 1, "bos_token_id": 0}
     model = helpers.make_encoder(family, **changes)
     kept = tokens_to_keep(tokenizer, OFTEN, 1.0)
     small, smaller = copy.deepcopy(model), smaller_tokenizer(tokenizer, kept)
     cut_table(small, kept)
     assert vocabulary_of(small) == small.config.vocab_size == len(kept) < vocabulary_of(model)
+    assert small.config.eos_token_id == smaller.sep_token_id
     assert small.config.pad_token_id == smaller.pad_token_id and small.get_input_embeddings().padding_idx == smaller.pad_token_id
 
     def answers(model, tokenizer):
         return helpers.logits_of(model, tokenizer(OFTEN[:8], padding=True, return_tensors="pt", return_token_type_ids=False))
 
     assert torch.equal(answers(small, smaller), answers(model, tokenizer))
+
+
+def test_what_lies_before_the_padding_stays_so_that_positions_do():
+    words = Tokenizer(models.WordPiece({"not used": 0, "[PAD]": 1, "[UNK]": 2, "a": 3, "ab": 4}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]")
+    assert tokens_to_keep(tokenizer, ["a"], 1.0) == [0, 1, 2, 3]
+    assert smaller_tokenizer(tokenizer, [0, 1, 2, 3]).pad_token_id == 1
 
 
 def test_what_cannot_be_cut_is_refused():
