@@ -43,6 +43,7 @@ from compactmind.methods import memory
 from compactmind.methods.memory import Sizes
 from compactmind.model_card import model_card
 from compactmind.onnx_export import FILE
+from compactmind.origin import origin_of
 from compactmind.report import tables
 from compactmind.report.as_shipped import SUFFIX, row_as_shipped, row_of_llama_cpp
 from compactmind.report.documents import write_documents
@@ -477,7 +478,9 @@ def write_cards(report: dict[str, Any]) -> None:
         directory = Path(row["directory"] or "")
         if row["status"] == "measured" and row["directory"] and (directory / MANIFEST).is_file():
             try:
-                write_text_atomically(directory / CARD, model_card(row["name"], read_manifest(directory), row))
+                manifest = read_manifest(directory)
+                card = model_card(row["name"], manifest, row, origin_of(directory.parent, manifest), report["data"]["source"]["source"])
+                write_text_atomically(directory / CARD, card)
             except (OSError, CompactMindError) as error:
                 print(f"{directory / CARD} stays as it is: {error}")
 

@@ -164,10 +164,13 @@ def places_of(script: str, config: Any) -> dict[Path, dict[str, Any]]:
     if script == "1_distill.py":
         return {models / name: {} for name in ("teacher", *config.students)}
     if script == "2_prune_finetune.py":
-        return {models / config.output_dir: {}}
+        ends = [f"_{times:g}x" for times in config.target_speedups] + [f"_{100 * share:g}pct" for share in config.target_gflops]
+        return {models / f"{config.output_dir}{end}": {} for end in ends or [""]}
     if script == "3_quantize.py":
         each = [(name, config.method) for name in config.parents] + [(name, "w8a8") for name in config.w8a8_parents]
-        return {models / f"{name}_{method}": {"method": method} for name, method in each}
+        small = dict.fromkeys(f"{name}_small" for name, _ in each) if config.vocabulary_coverage else {}
+        each += [(f"{name}_small", method) for name, method in each if small]
+        return {models / name: {} for name in small} | {models / f"{name}_{method}": {"method": method} for name, method in each}
     if script == "4_smoothquant_llama.py":
         return {models / name: {} for name in (config.output_dir, f"{config.output_dir}_naive", config.nf4_dir)}
     if script == "5_bayesian_search.py":
@@ -191,67 +194,83 @@ READS = {
 
 
 def plan(config: PipelineConfig, given: dict[str, dict[str, Any]]) -> bool:
-    """Print what every stage would do; tell whether all would fit. Stages 4 and 5 are asked themselves, by their --dry_run."""
+    """Print what every stage would do; tell whether all would run. Stages 4 and 5 are asked themselves, by their --dry_run."""
     from compactmind.files import free_space
-    from compactmind.plan import minutes, why_made
+    from compactmind.plan import minutes
 
     print(f"plan, profile {config.profile}: nothing is run")
-    root, fits, due = Path(__file__).resolve().parent, True, set()
+    runs, due = True, set()
     for name, (script, _) in RUNS.items():
         if script not in config.only:
             continue
         whole = resolved(name, config, given.get(name, {}))
-        settings = {field.name: getattr(whole, field.name) for field in fields(whole)}
-        places = places_of(script, whole)
+        places, llama = places_of(script, whole), whole.models_dir / "llama"
         print(f"\n{name}: {script}\n  from {READS[script]}\n  to   {', '.join(map(str, places))}")
-        if script in LLAMA_STAGES and whole.models_dir / "llama" not in due and not (whole.models_dir / "llama").is_dir():
-            print("  left out: there is no models/llama")
+        if script in LLAMA_STAGES and llama not in due and not llama.is_dir():
+            print(f"  left out: there is no {llama}")
             continue
-        reasons = {}
-        for place, own in places.items():
-            if script == "6_evaluate_report.py" or place.suffix or script == "download_model.py":
-                why = None if place.exists() else "not there"
-            elif script in LLAMA_STAGES:  # what their manifests record is more than settings: they are asked below
-                why = None if place.is_dir() else "not there"
-            else:
-                why = why_made(place, root / script, settings | own, whole.data_dir, whole.models_dir)
-            if why is None and whole.force:
-                why = "--force"
-            if why:
-                reasons[place] = why
-        if due and not reasons and script != "6_evaluate_report.py":
-            reasons = {place: "what it is made from is made first" for place in places if _from_due(script, whole, due)}
-        for place, why in reasons.items():
+        lines, problem = [], None
+        if script in LLAMA_STAGES and llama not in due:
+            lines, problem = asked(script, config.profile, told(name, config, given.get(name, {})))
+        made = {place: why for place, own in places.items() if (why := why_run(script, whole, place, own, due))}
+        for place, why in made.items():
             print(f"  runs: {place}: {why}")
-        if not reasons:
-            again = {"download_model.py": "looks whether its sources have changed", "6_evaluate_report.py": "measures what has changed"}
-            print(f"  {again.get(script, 'up to date' if script not in LLAMA_STAGES else 'is there')}")
-        if reasons or script == "6_evaluate_report.py":
+        for line in lines:
+            print(f"  {line}")
+        if made or script == REPORT or any("made again" in line for line in lines):
             print(f"  {minutes(config.results_dir, name, config.profile)}")
-        due |= set(reasons)
-        if script in LLAMA_STAGES and (whole.models_dir / "llama").is_dir() and whole.models_dir / "llama" not in due:
-            command = [sys.executable, root / script, "--profile", config.profile, *options(told(name, config, given.get(name, {})))]
-            asked = subprocess.run([*command, "--dry_run=True"], capture_output=True, text=True)
-            said = [line for line in asked.stdout.splitlines() if "GB" in line or "up to date" in line or "made again" in line]
-            print("".join(f"  {line}\n" for line in said), end="")
-            if asked.returncode:
-                fits = False
-                print(f"  would stop: {(asked.stderr.strip().splitlines() or ['without a word'])[-1]}")
-        elif script in LLAMA_STAGES:
-            print("  memory and disk: told once models/llama is there")
+        if not made and not lines:
+            print(f"  {UP_TO_DATE.get(script, 'up to date')}")
+        if script in LLAMA_STAGES and llama in due:
+            print(f"  memory and disk: told once {llama} is there")
+        if problem:
+            print(f"  would stop: {problem}")
+            runs = False
+        due |= set(made)
     print(f"\n{free_space(config.models_dir) / 1e9:.1f} GB of disk are free for {config.models_dir}")
-    return fits
+    return runs
 
 
-def _from_due(script: str, whole: Any, due: set[Path]) -> bool:
-    """Tell whether a stage reads what an earlier one makes again."""
-    models = whole.models_dir
-    reads = {
-        "1_distill.py": [models / "teacher_base", whole.data_dir / "dataset.json"],
-        "2_prune_finetune.py": [models / getattr(whole, "parent", ""), models / "teacher"],
-        "3_quantize.py": [models / name for name in (*getattr(whole, "parents", ()), *getattr(whole, "w8a8_parents", ()))],
-    }
-    return bool(due & set(reads.get(script, [models / "llama"])))
+REPORT = STAGES[-1]
+UP_TO_DATE = {"download_model.py": "there; looks whether its sources have changed", REPORT: "measures what has changed"}
+
+
+def why_run(script: str, whole: Any, place: Path, own: dict[str, Any], due: set[Path]) -> str | None:
+    """Return why a stage would write a place, None if it would not, as far as can be told without asking it."""
+    from compactmind.plan import why_made
+
+    if not place.exists():
+        return "not there"
+    if whole.force:
+        return "--force True"
+    if script == REPORT:
+        return None
+    if sources := sorted(str(source) for source in due & set(made_of(script, whole, place))):
+        return f"{sources[0]} is made first"
+    if script == "download_model.py" or script in LLAMA_STAGES:
+        return None
+    settings = {field.name: getattr(whole, field.name) for field in fields(whole)}
+    return why_made(place, Path(__file__).resolve().parent / script, settings | own, whole.data_dir, whole.models_dir)
+
+
+def made_of(script: str, whole: Any, place: Path) -> list[Path]:
+    """Return what a stage makes a checkpoint of, beside what is downloaded as text."""
+    models, sentences = whole.models_dir, whole.data_dir / "dataset.json"
+    if script == "1_distill.py":
+        return [sentences, models / "teacher_base", *([] if place.name == "teacher" else [models / "teacher"])]
+    if script == "2_prune_finetune.py":
+        return [sentences, models / whole.parent, models / "teacher"]
+    if script == "3_quantize.py":
+        return [sentences, models / place.name.rpartition("_")[0]]
+    return [models / "llama"] if script in LLAMA_STAGES else []
+
+
+def asked(script: str, profile: str, settings: dict[str, Any]) -> tuple[list[str], str | None]:
+    """Return what a stage that can say so says of itself: what is up to date, memory and disk; and what would stop it."""
+    command = [sys.executable, Path(__file__).resolve().parent / script, "--profile", profile, *options(settings), "--dry_run=True"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in ended.stdout.splitlines() if "GB" in line or "up to date" in line or "made again" in line]
+    return lines, (ended.stderr.strip().splitlines() or ["without a word"])[-1] if ended.returncode else None
 
 
 # ------------------------------------------------------------------------------------------------------------------- main

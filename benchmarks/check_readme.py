@@ -43,7 +43,7 @@ CONFIGS: dict[str, type[StageConfig]] = {
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "peers" / "README.md")
 OTHER_PROGRAMS = (
     "pip", "mkdir", "cp", "source", "deactivate", "cd", "git", "optuna-dashboard", "py", "cat", "ls", "curl", "apt-get", "export",
-    ".venv\\Scripts\\Activate.ps1",
+
 )  # fmt: skip
 """What is not of this project and is believed."""
 LAUNCHERS = {"accelerate": ("--mixed_precision", "--config_file", "--num_processes", "--num_machines", "--machine_rank",
@@ -140,7 +140,7 @@ def call_of(words: list[str]) -> tuple[str, list[str]] | None:
                 return "/".join(rest[1].split(".")) + ".py", rest[2:]
             return None
         return (rest[0], rest[1:]) if rest[0].endswith(".py") else None
-    if program.startswith(".venv/bin/") or program.startswith(".peers/") or program in OTHER_PROGRAMS:
+    if program.startswith((".venv", ".peers/")) or program in OTHER_PROGRAMS:
         return None
     raise ValueError(f"unknown program {program!r}")
 

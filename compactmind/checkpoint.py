@@ -50,6 +50,7 @@ from compactmind.methods.pruning import modeling_pruned_encoder
 from compactmind.methods.pruning.encoder import layer_shapes
 from compactmind.methods.pruning.llama_structure import FAMILIES
 from compactmind.model_card import model_card
+from compactmind.origin import origin_of
 from compactmind.precision import SMALL_BYTES, dtype_to_hold, is_small, ready_to_use
 
 GENERATION = "generation_config.json"
@@ -146,7 +147,8 @@ def save_checkpoint(
             "files": files,
         }
         write_json_atomically(temporary / MANIFEST, manifest)
-        write_text_atomically(temporary / CARD, model_card(directory.name, manifest))  # no part of `files`: a report adds to it
+        card = model_card(directory.name, manifest, origin=origin_of(directory.parent, manifest))
+        write_text_atomically(temporary / CARD, card)  # no part of `files`: a report adds to it
         if check:
             check(temporary)
 

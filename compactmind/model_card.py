@@ -2,13 +2,25 @@
 
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 from compactmind.formats.grouped import by_bits
-from compactmind.formats.table import FORMATS
+from compactmind.formats.table import FORMATS, is_quantized
+from compactmind.origin import Origin, dataset_name
 from compactmind.published import in_words, is_rounded
 
 
-def model_card(name: str, manifest: dict[str, Any], report_row: dict[str, Any] | None = None) -> str:
-    """Return the card of a checkpoint as Markdown; with the row of a report also what was measured of it."""
+def model_card(
+    name: str,
+    manifest: dict[str, Any],
+    report_row: dict[str, Any] | None = None,
+    origin: Origin | None = None,
+    sentences: str | None = None,
+) -> str:
+    """Return the card of a checkpoint as Markdown; with the row of a report also what was measured of it.
+
+    `origin` is what was downloaded, `sentences` the source of those that a classifier's row was measured on.
+    """
     language = "CausalLM" in manifest["architecture"]
     own_class = manifest["architecture"].startswith("Pruned")
     published = manifest.get("published_as")
@@ -16,9 +28,7 @@ def model_card(name: str, manifest: dict[str, Any], report_row: dict[str, Any] |
     what = "dequantized, nothing removed" if rounded else FORMATS[manifest["kind"]].words
     lines = [
         "---",
-        "library_name: transformers",
-        f"pipeline_tag: {'text-generation' if language else 'text-classification'}",
-        "tags: [compactmind]",
+        metadata(name, manifest, report_row, origin, sentences).strip(),
         "---",
         f"# {name}",
         "",
@@ -28,6 +38,7 @@ def model_card(name: str, manifest: dict[str, Any], report_row: dict[str, Any] |
         + f", {manifest['created']}.",
         "",
         *([in_words(f"`{name}`", published), ""] if published else []),
+        *_attribution(origin),
         *_made_with(manifest),
         *_bits(manifest["quantization"]),
         *_numbers(manifest, report_row),
@@ -58,6 +69,40 @@ def model_card(name: str, manifest: dict[str, Any], report_row: dict[str, Any] |
     command = "generate.py" if language else "classify.py"
     lines += ["To try it:", "", "```bash", f'python {command} --model models/{name} "a text"', "```", ""]
     return "\n".join(lines)
+
+
+def metadata(
+    name: str,
+    manifest: dict[str, Any],
+    row: dict[str, Any] | None = None,
+    origin: Origin | None = None,
+    sentences: str | None = None,
+) -> str:
+    """Return what a hub reads of a card, as YAML: licence, base model, task, data and, of a report's row, its numbers (`model-index`)."""
+    language = "CausalLM" in manifest["architecture"]
+    task, base, results, data = "text-generation" if language else "text-classification", origin and origin.name, [], None
+    if row and (language or sentences):
+        metric, data = ("perplexity", row["protocol"]["text"]) if language else ("accuracy", sentences)
+        data = data.removesuffix(", test")
+        known = dataset_name(data, metric)
+        results = [EvalResult(task, known or "local", data, metric, row[metric], dataset_split="test")]
+        data = known
+    relation = None
+    if base and manifest["parent"]:
+        relation = "quantized" if is_quantized(manifest["kind"]) else "finetune"
+    return ModelCardData(
+        license=origin and origin.licence, library_name="transformers", pipeline_tag=task, tags=["compactmind"], base_model=base,
+        base_model_relation=relation, datasets=[data] if data else None, metrics=[results[0].metric_type] if results else None,
+        eval_results=results or None, model_name=name if results else None,
+    ).to_yaml()  # fmt: skip
+
+
+def _attribution(origin: Origin | None) -> list[str]:
+    if origin is None:
+        return []
+    name = f"[{origin.name}](https://huggingface.co/{origin.name})" if origin.name else "a model"
+    licence = f"licence: {origin.licence}" if origin.licence else "its licence holds for this one too: see its page, or the file beside"
+    return [f"It goes back to {name}, from {origin.source}; {licence}.", ""]
 
 
 def _made_with(manifest: dict[str, Any]) -> list[str]:

@@ -105,22 +105,24 @@ def test_a_name_of_the_hub_is_fetched(here, monkeypatch):
         compress("some/one", 3, **FEW)
 
 
-def refusals():
-    yield {"model": "models/nothing here"}, "could not be fetched|no name of the hub"
-    yield {"model": "nothing"}, "nothing is no folder, no GGUF file and no name of the hub"
-    yield {"model": "models"}, "holds no model"
-    yield {"target_compression": None}, "say how small: target_compression=3, or bits=4"
-    yield {"method": "shrink"}, "unknown method 'shrink': choose from prune"
-    yield {"method": "w8a8"}, "w8a8 does not aim at a size: leave target_compression out, or choose gptq"
-    yield {"pipeline": [{"method": "w8a8"}]}, "a pipeline says all: leave out target_compression"
-    yield {"pipeline": [{"method": "w8a8"}], "target_compression": None}, "say where its model goes"
-    yield {"text": "nowhere.txt"}, "text 'nowhere.txt' is no file and no folder"
-    yield {"text": [1]}, "each has to be a str"
-    yield {"output": "models/llama"}, "it is the model that is read"
-    yield {"target_compression": 500}, "target_compression"
+REFUSALS = [
+    ({"model": "models/nothing here"}, "could not be fetched|no name of the hub"),
+    ({"model": "nothing"}, "nothing is no folder, no GGUF file and no name of the hub"),
+    ({"model": "models"}, "holds no model"),
+    ({"target_compression": None}, "say how small: target_compression=3, or bits=4"),
+    ({"method": "shrink"}, "unknown method 'shrink': choose from prune"),
+    ({"method": "w8a8"}, "w8a8 does not aim at a size: leave target_compression out, or choose gptq"),
+    ({"pipeline": [{"method": "w8a8"}]}, "a pipeline says all: leave out target_compression"),
+    ({"pipeline": [{"method": "w8a8"}], "target_compression": None}, "say where its model goes"),
+    ({"text": "nowhere.txt"}, "text 'nowhere.txt' is no file and no folder"),
+    ({"text": [1]}, "each has to be a str"),
+    ({"output": "models/llama"}, "it is the model that is read"),
+    ({"target_compression": 500}, "target_compression"),
+]
+"""What is asked for beside a call that could be done -> what is said."""
 
 
-@pytest.mark.parametrize(("change", "said"), refusals())
+@pytest.mark.parametrize(("change", "said"), REFUSALS)
 def test_what_makes_no_sense_is_said_before_any_work(here, change, said):
     before = sorted(path.name for path in (here / "models").iterdir())
     with pytest.raises(CompactMindError, match=said):
