@@ -164,7 +164,7 @@ def places_of(script: str, config: Any) -> dict[Path, dict[str, Any]]:
     if script == "1_distill.py":
         return {models / name: {} for name in ("teacher", *config.students)}
     if script == "2_prune_finetune.py":
-        ends = [f"_{times:g}x" for times in config.target_speedups] + [f"_{100 * share:g}pct" for share in config.target_gflops]
+        ends = [f"_{times:g}x" for times in config.target_speedups] + [f"_gflops{share:g}" for share in config.target_gflops]
         return {models / f"{config.output_dir}{end}": {} for end in ends or [""]}
     if script == "3_quantize.py":
         each = [(name, config.method) for name in config.parents] + [(name, "w8a8") for name in config.w8a8_parents]
