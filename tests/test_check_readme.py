@@ -63,3 +63,4 @@ def test_commands_are_run_with_what_a_tiny_model_can_take():
     assert check.runnable("python download_model.py --source hub") is None
     assert check.runnable("torchrun --nproc_per_node 2 1_distill.py") is None
     assert check.runnable('python classify.py "a < b" < reviews.txt')[2:] == ["a < b"]
+    assert check.runnable('python -m compactmind.generate --chat "Why?"')[1:] == ["-m", "compactmind.generate", "Why?"]
