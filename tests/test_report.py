@@ -205,7 +205,7 @@ def test_the_plots_are_pictures(reported):
     names = ("final_report", "model_comparison", "perplexity_against_size", "divergence_against_size", "tensor_bits", "latency")
     names += ("divergence_against_speed",)
     names += ("training_curves", "alpha_curve")
-    summary = helpers.read_json(folder / "results" / "search" / "summary.json")
+    summary = helpers.read_json(folder / "results" / "search" / "llama-bayesian-front" / "summary.json")
     empty = {"importance": not summary["importances"], "retraining_gain": not summary["retraining"]}
     for name in (*names, *(f"search_{name}" for name in SEARCH_FIGURES if not empty.get(name))):
         picture = matplotlib.image.imread(folder / "results" / f"{name}.png")
