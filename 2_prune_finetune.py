@@ -401,6 +401,8 @@ def prune(
         )  # fmt: skip
         found = [f"{1 - prunable_parameters(model) / dense_parameters:.1%} of the prunable parameters removed"]
         print(f"{config.output_dir}: " + ", ".join(found + [f"{name} {value:.3g}" for name, value in cost.items()]))
+        if goal and reached > 1.05 * goal.share:
+            print(f"warning: {config.output_dir} was to cost {goal.share:.3g} of {config.parent} and costs {reached:.3g}: no more could go")
         loop.clear(directory)
     accelerator.wait_for_everyone()
 

@@ -356,6 +356,11 @@ def searched_output(config: SearchConfig) -> Path:
     return Path(config.output or config.models_dir / searched_name(study_name_of(config)))
 
 
+def study_file(config: SearchConfig) -> Path:
+    """Return where studies are kept without --storage."""
+    return config.results_dir / "search" / "study.db"
+
+
 def study_of(config: SearchConfig, space: Space) -> tuple[optuna.Study, str, dict]:
     """Return the study these constants belong to, new or with the trials it has, where it is kept, and what its findings depend on."""
     (config.results_dir / "search").mkdir(parents=True, exist_ok=True)
@@ -365,7 +370,7 @@ def study_of(config: SearchConfig, space: Space) -> tuple[optuna.Study, str, dic
         "search_windows": config.search_windows,
     }  # fmt: skip
     described = json.loads(json.dumps(described))
-    storage = config.storage or f"sqlite:///{config.results_dir / 'search' / 'study.db'}"
+    storage = config.storage or f"sqlite:///{study_file(config)}"
     study, code = open_study(study_name_of(config), storage, described, ["minimize"] * len(config.objectives)), code_version(__file__)
     if "code" not in study.user_attrs:
         study.set_user_attr("code", code)
@@ -407,10 +412,15 @@ def run_search(config: SearchConfig, output: Path) -> None:
     space, folder = space_of(config), findings_folder(config.results_dir / "search", study_name_of(config))
     places = [front_output(config, ratio) for ratio in config.save_front] or [output]
     check_outputs(places, "5_bayesian_search.py", [source_of(config)], config.models_dir)
+    planned = shares(config.workers, default_device(), config.objectives) if config.workers > 1 and not is_worker() else []
+    first = {name: {key: values[0] for key, values in space.choices[name].items()} for order in space.orders for name in order}
+    dearest = [[Step(METHODS[name], METHODS[name].parameters(given))] for name, given in first.items()]
+    if config.dry_run and not (config.storage or study_file(config).exists()):  # which nothing but a search makes
+        require_room_for(config, dearest, output, together_on_one_device(planned))
+        return
     study, storage, depends_on = study_of(config, space)
     kind = machine_kind(default_device(), threads="latency" in config.objectives)
     require_kind(study, config.objectives, kind)
-    planned = shares(config.workers, default_device(), config.objectives) if config.workers > 1 and not is_worker() else []
     print(f"study {study.study_name} in {without_password(storage)}; findings go to {folder}, ", end="")
     print(f"the best model{'s' * (len(places) > 1)} to {', '.join(map(str, places))}")
     print(f"{len(space.orders)} orders of methods, {space.size()} pipelines; ", end="")
@@ -419,9 +429,7 @@ def run_search(config: SearchConfig, output: Path) -> None:
     if not config.force and known and len(counted_trials(study)) >= config.n_trials and not is_worker():
         save_chosen(config, study, storage, known["chosen"], output)
         return
-    first = {name: {key: values[0] for key, values in space.choices[name].items()} for order in space.orders for name in order}
     if not is_worker():  # for all of them it is there
-        dearest = [[Step(METHODS[name], METHODS[name].parameters(given))] for name, given in first.items()]
         require_room_for(config, dearest, output, together_on_one_device(planned))
     if config.dry_run:
         return

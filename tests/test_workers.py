@@ -358,6 +358,7 @@ def test_what_several_workers_need_together_must_be_there(tmp_path, run_here, mo
     assert status == 0 and "by each of 3 workers" in output and needed > 0
     monkeypatch.setattr(room, "free_memory", lambda device: int(needed / 2 * 1e9))
     assert run_here("--dry_run", "True")[0] == 0  # one fits
+    assert not (tmp_path / "results").exists()  # nor is there a study of what was not begun
     status, output = run_here("--workers", 3)
     assert status == 1 and "by each of 3 workers needs" in output and "fewer --workers take less" in output
 
