@@ -152,7 +152,7 @@ def check_hidden_loss(student: PreTrainedModel, teacher: PreTrainedModel, same_t
     raise CompactMindError(f"hidden_loss_weight {weight} needs student and teacher {problem}: use --hidden_loss_weight 0")
 
 
-def with_new_head(directory: Path, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def with_new_head(directory: Path, task: Task, max_length: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a pretrained encoder in float32 with a new head for a task, and its tokenizer. Raises CompactMindError if it does not fit."""
     read_manifest(directory, verify=True)
     try:
@@ -161,6 +161,7 @@ def with_new_head(directory: Path, task: Task) -> tuple[PreTrainedModel, PreTrai
         raise CompactMindError(f"{directory}: {error}") from None
     model = model_class.from_pretrained(directory, **task.head_settings(), dtype=torch.float32)
     task.mark(model.config)
+    require_positions(model, max_length, "max_length")
     tokenizer = AutoTokenizer.from_pretrained(directory)
     if bad := first_not_finite(model.state_dict().items()):
         raise CompactMindError(f"{directory}: {bad} holds NaN or infinite numbers: run `python download_model.py --force True`")
@@ -210,8 +211,7 @@ def main(config: DistillConfig) -> None:
     with only_writer(models / "teacher", accelerator):
         if config.force or not is_up_to_date(models / "teacher", teacher_stage, config.verify):
             set_seed(config.seed)
-            model, tokenizer = with_new_head(models / "teacher_base", task)
-            require_positions(model, config.max_length, "max_length")
+            model, tokenizer = with_new_head(models / "teacher_base", task, config.max_length)
             set_dropout(model, config.teacher_dropout)
             train("teacher", model, tokenizer, load_splits(tokenizer), config, accelerator, teacher_stage,
                   epochs=config.teacher_epochs, lr=config.teacher_lr, lr_name="teacher_lr", parent="teacher_base")  # fmt: skip
@@ -242,7 +242,7 @@ def main(config: DistillConfig) -> None:
         read_by_teacher = data = load_splits(teacher.tokenizer)
         tokenizer = teacher.tokenizer
         if "student_base" in inputs:
-            student, tokenizer = with_new_head(models / "student_base", task)
+            student, tokenizer = with_new_head(models / "student_base", task, config.max_length)
             layer_map = alternate_layers(teacher_layers, min(teacher_layers, len(encoder_layers(student))))
             data = load_splits(tokenizer)
         else:

@@ -171,7 +171,7 @@ def workspace(tmp_path_factory):
     folder = helpers.make_workspace(tmp_path_factory.mktemp("families"), train_rows=120, dev_rows=30)
     bpe, words = helpers.make_byte_bpe(folder / "bpe"), helpers.make_tokenizer(folder / "words")
     torch.manual_seed(0)
-    of_bpe = {"vocab_size": len(bpe), "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    of_bpe = {"vocab_size": len(bpe), "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "max_position_embeddings": 66}
     for name, tokenizer, config in (
         ("tiny-roberta", bpe, helpers.encoder_config("roberta", **of_bpe)),
         ("tiny-electra", words, helpers.encoder_config("electra", num_hidden_layers=2)),
