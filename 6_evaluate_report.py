@@ -4,7 +4,7 @@ Run:   python 6_evaluate_report.py                    (after any of the other st
        python 6_evaluate_report.py --fresh True       (measure every row again)
        python 6_evaluate_report.py --from_json True   (draw and write everything again from final_report.json, measuring nothing)
 Reads: models/*, the summary of a search in results/search, sst2_data/test.jsonl, wikitext_data/test.jsonl   (of test here alone)
-Writes: results/final_report.json               everything measured, with protocols, environment and goals; what follows is made of it
+Writes: results/final_report.json               everything measured, with protocols and environment; what follows is made of it
         results/final_report.{html,md,tex}      the report: sentences, tables, figures, literature (html: stands alone; tex: the tables)
         results/final_report.png                accuracy against GFLOPs, point size by bytes
         results/model_comparison.{csv,png,pdf}  accuracy, inference time, load time, size
@@ -37,7 +37,7 @@ from compactmind.evaluation.cost import weight_bytes
 from compactmind.evaluation.failures import fail, row_fails_alone
 from compactmind.evaluation.language import measure_gsm8k, measure_in_llama_cpp, measure_language_models
 from compactmind.evaluation.llama_cpp import installed
-from compactmind.files import sha256_of, write_json_atomically, write_text_atomically
+from compactmind.files import read_json, sha256_of, write_json_atomically, write_text_atomically
 from compactmind.manifest import CARD, MADE_BY, MANIFEST, identity_of, read_manifest, versions
 from compactmind.methods import memory
 from compactmind.methods.memory import Sizes
@@ -47,7 +47,6 @@ from compactmind.origin import origin_of
 from compactmind.report import tables
 from compactmind.report.as_shipped import SUFFIX, row_as_shipped, row_of_llama_cpp
 from compactmind.report.documents import write_documents
-from compactmind.report.goals import goals
 from compactmind.report.sentences import sentences, warnings
 from compactmind.room import require_room
 from compactmind.search.places import findings_of
@@ -357,15 +356,6 @@ def measure_llama_cpp(
     return found
 
 
-# ------------------------------------------------------------------------------------------------- what other stages found
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return what a stage wrote, None if it has not run or was interrupted while it wrote."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
 # ------------------------------------------------------------------------------------------------------------ protocols
 def protocols(config: ReportConfig, description: dict) -> dict[str, str]:
     """Return how each number was made, in one sentence each."""
@@ -454,8 +444,7 @@ def report_of(
 ) -> dict[str, Any]:
     """Return the report's dict from its rows, the description of the sentences and the environment."""
     correct_for_many(rows)
-    benchmarks = {name: read_json(config.results_dir / f"benchmark_{name}.json") for name in ("training", "int8")}
-    report = {
+    return {
         "schema_version": SCHEMA_VERSION,
         "profile": config.profile,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -466,10 +455,8 @@ def report_of(
         "protocols": protocols(config, description),
         "search": read_json(findings_of(config.results_dir / "search", config.models_dir / "llama_searched") / "summary.json"),
         "smoothquant": read_json(config.results_dir / "smoothquant.json"),
-        "benchmarks": benchmarks,
         "models": rows,
     }
-    return {**report, "goals": goals(report)}
 
 
 def write_cards(report: dict[str, Any]) -> None:
@@ -494,8 +481,6 @@ def print_report(report: dict[str, Any], config: ReportConfig) -> None:
         tables.gsm8k_table(report),
         tables.search_table(report),
     ]
-    if config.profile != "smoke":
-        shown.append(tables.goals_table(report))
     for table in shown:
         if table is not None:
             print(f"\n{table.as_text()}")

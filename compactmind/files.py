@@ -201,6 +201,14 @@ def write_text_atomically(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return what a stage wrote, None if it has not run or was interrupted while it wrote."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def write_json_atomically(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     write_text_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -10,6 +10,7 @@ import shutil
 import helpers
 import matplotlib.image
 import pytest
+from goals import goals as project_goals
 from tokenizers import normalizers, pre_tokenizers
 
 from compactmind.checkpoint import load_checkpoint
@@ -170,7 +171,7 @@ def test_pruning_and_quantization_show_where_they_should(reported):
         assert rows[f"{parent}_nf4"]["gflops"] == rows[parent]["gflops"]
         assert rows[f"{parent}_nf4"]["size_mb"] < rows[parent]["size_mb"]
     assert rows["student_pruned"]["gflops"] < rows["student_distilled"]["gflops"]
-    goals = {goal["goal"]: goal for goal in helpers.read_json(folder / "results" / "final_report.json")["goals"]}
+    goals = {goal["goal"]: goal for goal in project_goals(helpers.read_json(folder / "results" / "final_report.json"))}
     removed = goals["GFLOPs removed by pruning"]
     assert removed["measured"] == pytest.approx(1 - rows["student_pruned"]["gflops"] / rows["student_distilled"]["gflops"])
     assert removed["met"] == (removed["measured"] >= 0.40)
@@ -250,7 +251,7 @@ def test_language_models_are_measured_on_the_same_windows_and_against_the_dense_
     assert f"3.5x smaller was asked for, {row['compression_ratio']:.3f}x reached" in output
     for name, ratio in (("llama_searched", 2.5), ("llama_front_3x", 3), ("llama_front_4x", 4)):
         assert rows[name]["compression_ratio"] >= ratio
-    goals = {goal["goal"]: goal for goal in report["goals"]}
+    goals = {goal["goal"]: goal for goal in project_goals(report)}
     assert goals["llama_pruned perplexity, times dense"]["measured"] == rows["llama_pruned"]["against_dense"]["ratio"]
     assert goals["llama_pruned retraining"]["measured"] == pytest.approx(steps[-1]["seconds"] / 60)
     search = report["search"]
@@ -286,7 +287,7 @@ def test_missing_and_broken_stages_are_rows_that_say_what_to_do(copy, run_here):
     assert rows["student_finetuned"]["status"] == "broken" and "manifest.json" in rows["student_finetuned"]["error"]
     assert rows["teacher"]["status"] == "measured"
     assert "not run: run `python 2_prune_finetune.py`" in output
-    assert {goal["met"] for goal in report["goals"] if "prun" in goal["goal"]} == {None}
+    assert {goal["met"] for goal in project_goals(report) if "prun" in goal["goal"]} == {None}
 
 
 def test_a_report_of_nothing_is_a_table_of_commands(copy, run_here):

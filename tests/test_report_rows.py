@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import helpers
 import pytest
 import torch
+from goals import goals as project_goals
 from transformers import (
     BertForMaskedLM,
     DebertaV2Config,
@@ -447,7 +448,7 @@ def test_a_language_model_is_compared_with_what_it_was_made_from_or_with_nothing
 def test_goals_and_figures_leave_out_what_has_another_parent(reported):
     folder, _, rows = reported
     report = helpers.read_json(folder / "results" / "final_report.json")
-    goals = {goal["goal"]: goal for goal in report["goals"]}
+    goals = {goal["goal"]: goal for goal in project_goals(report)}
     assert goals["llama_w8a8 perplexity above dense"]["measured"] is None
     assert goals["llama_w8a8 bytes of the released"]["measured"] is None
     assert rows["student_pruned"]["made_from"] == "student_finetuned"

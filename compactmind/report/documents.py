@@ -56,7 +56,6 @@ def sections(report: dict[str, Any], drawn: dict[str, str]) -> list[Section]:
             ["perplexity_against_size", "divergence_against_size", "divergence_against_speed", "tensor_bits", "alpha_curve"],
         ),
         Section("Search", tables=[tables.search_table(report)], figures=search_figures),
-        Section("Goals", tables=[tables.goals_table(report)] if report["profile"] != "smoke" else []),
         Section(
             "Beside the literature",
             ["Published numbers were measured by others, on other machines; a row is comparable if data, protocol and model are the same."],

@@ -15,7 +15,6 @@ from compactmind.report.sentences import corrected_p, largest_batch, measured, s
 NOTHING = "-"
 MATRIX = 12
 """Classes up to which a confusion matrix is shown as one, and errors shown where there are more."""
-VERDICTS = {True: "met", False: "MISSED", None: "not run"}
 
 
 @dataclass(frozen=True)
@@ -272,18 +271,6 @@ def search_table(report: dict[str, Any]) -> Table | None:
     header = ["trial", "pipeline", "KL, validation, nats", "perplexity, validation", "ratio", "interaction, nats"]
     return Table(f"Search for {found['target_compression']:g}x, {found['trials']} trials: the best, on all windows", header, rows,
                  "interaction: loss of the whole minus the sum of the losses of its parts")  # fmt: skip
-
-
-def goals_table(report: dict[str, Any]) -> Table:
-    """Return what the project set out to reach beside what was measured."""
-    forms = {"share": (".1%", 1, ""), "points": ("+.1f", 100, ""), "factor": (".2f", 1, "x"), "minutes": (".1f", 1, " min")}
-    rows = []
-    for goal in report["goals"]:
-        form, scale, unit = forms[goal["unit"]]
-        shown = [number(None if value is None else scale * value, form, unit) for value in (goal["value"], goal["measured"])]
-        beaten = f", but {goal['beaten_by']} is smaller and no worse" if goal["met"] and goal.get("beaten_by") else ""
-        rows.append([goal["goal"], f"{goal['bound']} {shown[0]}", shown[1], VERDICTS[goal["met"]] + beaten])
-    return Table("Goals", ["goal", "wanted", "measured", "verdict"], rows)
 
 
 def literature_table(report: dict[str, Any]) -> Table:

@@ -1,15 +1,41 @@
-"""What this project set out to reach, beside what a report measured of it. Everything is read off the report's dict."""
+"""What this project set out to reach, beside what a report measured of it.
 
+Run:   python benchmarks/goals.py              (after ./run.sh; --results_dir)
+Reads: results/final_report.json; results/benchmark_training.json and benchmark_int8.json if these benchmarks have run
+Writes: nothing; prints the table
+"""
+
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from compactmind.report.as_shipped import as_shipped, compressed, is_dominated
-from compactmind.report.sentences import largest_batch, measured, times_as_fast
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import StageConfig, parse_command_line, run_stage  # noqa: E402
+from compactmind.errors import CompactMindError  # noqa: E402
+from compactmind.files import read_json  # noqa: E402
+from compactmind.report.as_shipped import as_shipped, compressed, is_dominated  # noqa: E402
+from compactmind.report.sentences import largest_batch, measured, times_as_fast  # noqa: E402
+from compactmind.report.tables import Table, number  # noqa: E402
+
+VERDICTS = {True: "met", False: "MISSED", None: "not run"}
+BENCHMARKS = ("training", "int8")
+
+
+@dataclass(frozen=True)
+class GoalsConfig(StageConfig):
+    """Settings: the folder of the report."""
+
+
+CONFIG = GoalsConfig()
 
 
 def goals(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a dict per goal: goal, bound (at least, at most), value, measured (None: not measured), unit, met (None: not measured).
 
+    `report` may have `benchmarks`: what benchmark_<name>.json says, by name.
     Of a goal of bytes or perplexity `beaten_by` names the row of the published file if the model is neither smaller nor better than it,
     else it is None.
     """
@@ -136,3 +162,28 @@ def _language_goals(report: dict[str, Any]) -> list[tuple]:
         against = hybrid["measured"]["perplexity"] / single["measured"]["perplexity"]
         wanted.append(("best hybrid's perplexity against best single's", "at most", 1.0, "factor", against))
     return wanted
+
+
+def goals_table(report: dict[str, Any]) -> Table:
+    """Return what was set out to reach beside what was measured."""
+    forms = {"share": (".1%", 1, ""), "points": ("+.1f", 100, ""), "factor": (".2f", 1, "x"), "minutes": (".1f", 1, " min")}
+    rows = []
+    for goal in goals(report):
+        form, scale, unit = forms[goal["unit"]]
+        shown = [number(None if value is None else scale * value, form, unit) for value in (goal["value"], goal["measured"])]
+        beaten = f", but {goal['beaten_by']} is smaller and no worse" if goal["met"] and goal.get("beaten_by") else ""
+        rows.append([goal["goal"], f"{goal['bound']} {shown[0]}", shown[1], VERDICTS[goal["met"]] + beaten])
+    return Table("Goals", ["goal", "wanted", "measured", "verdict"], rows)
+
+
+def main(config: GoalsConfig) -> None:
+    path = config.results_dir / "final_report.json"
+    report = read_json(path)
+    if not report:
+        raise CompactMindError(f"{path} not found: run `python 6_evaluate_report.py` first")
+    report["benchmarks"] = {name: read_json(config.results_dir / f"benchmark_{name}.json") for name in BENCHMARKS}
+    print(goals_table(report).as_text())
+
+
+if __name__ == "__main__":
+    run_stage(main, parse_command_line(CONFIG))
