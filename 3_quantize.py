@@ -53,18 +53,23 @@ def embedding_bytes(model: torch.nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for table in tables for tensor in table.values())
 
 
+def stage_of(config: QuantizeConfig, parent: str, settings: list[str], **more: str) -> dict:
+    """Return what a model made of models/<parent> depends on: these settings, what else decides, the data and the parent's weights."""
+    return {
+        "script": "3_quantize.py",
+        "code": code_version(__file__),
+        "config": {**more, **config.relevant(*settings), "data": data_fingerprint(config.data_dir)},
+        "inputs": {parent: weights_fingerprint(config.models_dir / parent)},
+    }
+
+
 def quantize(name: str, method: str, config: QuantizeConfig, device: str) -> None:
     """Quantize models/<name> into models/<name>_<method> and verify the file by loading it again."""
     source, directory = config.models_dir / name, config.models_dir / f"{name}_{method}"
     settings = ["profile", "embeddings", "max_length"]
     if method != "w8a8":
         settings += ["double_quantization", "calibration_sentences"]
-    stage = {
-        "script": "3_quantize.py",
-        "code": code_version(__file__),
-        "config": {"method": method, **config.relevant(*settings), "data": data_fingerprint(config.data_dir)},
-        "inputs": {name: weights_fingerprint(source)},
-    }
+    stage = stage_of(config, name, settings, method=method)
     if not config.force and is_up_to_date(directory, stage, config.verify):
         print(f"{directory} is up to date: skipped (--force True quantizes again)")
         return
@@ -124,13 +129,7 @@ def quantize(name: str, method: str, config: QuantizeConfig, device: str) -> Non
 def cut_vocabulary(name: str, config: QuantizeConfig, device: str) -> None:
     """Make models/<name>_small of models/<name>: the same weights, with the tokens alone that the training text is made of."""
     source, directory = config.models_dir / name, config.models_dir / f"{name}{SMALL}"
-    data = data_fingerprint(config.data_dir)
-    stage = {
-        "script": "3_quantize.py",
-        "code": code_version(__file__),
-        "config": {**config.relevant("profile", "vocabulary_coverage", "max_length"), "data": data},
-        "inputs": {name: weights_fingerprint(source)},
-    }
+    stage = stage_of(config, name, ["profile", "vocabulary_coverage", "max_length"])
     if not config.force and is_up_to_date(directory, stage, config.verify):
         print(f"{directory} is up to date: skipped (--force True cuts again)")
         return
@@ -161,7 +160,7 @@ def cut_vocabulary(name: str, config: QuantizeConfig, device: str) -> None:
 
     save_checkpoint(
         directory, parent.model, tokenizer, kind=parent.manifest["kind"], parent=name, stage=stage, metrics=metrics,
-        data_fingerprint=data, check=check, beside=source,
+        data_fingerprint=data_fingerprint(config.data_dir), check=check, beside=source,
     )  # fmt: skip
     print(
         f"{directory.name:<22} {rows} -> {len(kept)} tokens | validation accuracy {metrics['parent_validation_accuracy']:.2%} -> "

@@ -33,6 +33,8 @@ from transformers import (
 
 from compactmind.checkpoint import save_checkpoint
 from compactmind.data import Sentence, normalize
+from compactmind.methods.pruning.encoder import layer_shapes
+from compactmind.methods.pruning.importance import LayerScores
 from compactmind.methods.pruning.masks import LayerMask, full_masks
 from compactmind.text import write_text
 
@@ -115,6 +117,15 @@ def make_bert(seed: int = 0, scale: float = 0.2, **changes) -> BertForSequenceCl
 def make_distilbert(seed: int = 0, scale: float = 0.2, **changes) -> DistilBertForSequenceClassification:
     """Return a DistilBERT classifier with random weights everywhere, in evaluation mode."""
     return randomize(DistilBertForSequenceClassification(distilbert_config(**changes)), seed, scale)
+
+
+def random_scores(model, seed: int = 0) -> list[LayerScores]:
+    """Return a score for every head and neuron of an encoder, in [0, 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        LayerScores(torch.rand(shape["num_heads"], generator=generator), torch.rand(shape["intermediate_size"], generator=generator))
+        for shape in layer_shapes(model)
+    ]  # fmt: skip
 
 
 MAKERS = {"bert": make_bert, "distilbert": make_distilbert}

@@ -112,14 +112,6 @@ def test_it_is_quantized(model, quantize):
 TABLE = CostTable("units", 5.0, (0.0, 6.0, 7.0, 9.0, 10.0), ((0, 0.0), (32, 9.0), (64, 12.0)))
 
 
-def random_scores(model, seed: int = 0) -> list[LayerScores]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        LayerScores(torch.rand(shape["num_heads"], generator=generator), torch.rand(shape["intermediate_size"], generator=generator))
-        for shape in layer_shapes(model)
-    ]  # fmt: skip
-
-
 def removed_importance(model, scores: list[LayerScores], masks: list[LayerMask]) -> float:
     return sum(
         (score.heads[~mask.heads].sum() * head_parameters(layer) + score.neurons[~mask.neurons].sum() * neuron_parameters(layer)).item()
@@ -136,7 +128,7 @@ def test_a_table_adds_the_parts_up():
 def test_the_choice_is_the_best_of_all_that_fit(budget):
     """Against trying everything: two layers, every number of heads and every width of whole groups."""
     model = helpers.make_distilbert(n_layers=2)
-    scores = random_scores(model, seed=int(budget))
+    scores = helpers.random_scores(model, seed=int(budget))
     masks = choose_masks_within(model, scores, full_masks(model), TABLE, budget, round_to=16)
     assert TABLE.of_masks(masks) <= budget
     best, found = max(range(2), key=lambda index: scores[index].heads.max()), []
@@ -155,7 +147,7 @@ def test_the_choice_is_the_best_of_all_that_fit(budget):
 
 def test_masks_shrink_the_most_important_head_stays_and_what_cannot_be_is_refused():
     model = helpers.make_bert()
-    scores, masks = random_scores(model), full_masks(model)
+    scores, masks = helpers.random_scores(model), full_masks(model)
     for budget in (60.0, 30.0, 15.0, 11.0):
         tighter = choose_masks_within(model, scores, masks, TABLE, budget, 8)
         assert all(not (new.heads & ~old.heads).any() and not (new.neurons & ~old.neurons).any()
@@ -219,7 +211,7 @@ def test_a_real_clock_gives_a_rising_table(distilbert, tmp_path):
 
 def test_what_is_too_slow_when_measured_is_made_smaller(distilbert):
     target = CostTarget(TABLE, 0.5, 8, distilbert, distilbert)
-    scores = random_scores(distilbert)
+    scores = helpers.random_scores(distilbert)
     start = target.tightened(distilbert, scores, full_masks(distilbert), target.end)
     whole, asked = TABLE.of_masks(full_masks(distilbert)), []
 

@@ -39,14 +39,6 @@ def scores_of(model, criterion: str, batches: int = 1, seed: int = 0) -> list[La
     return scorer.scores()
 
 
-def random_scores(model, seed: int = 0) -> list[LayerScores]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        LayerScores(torch.rand(shape["num_heads"], generator=generator), torch.rand(shape["intermediate_size"], generator=generator))
-        for shape in layer_shapes(model)
-    ]  # fmt: skip
-
-
 # -------------------------------------------------------------------------------------------------------------- schedule
 def test_the_cubic_schedule_starts_at_zero_and_ends_at_the_target():
     assert cubic_sparsity(0, 10, 50, 0.4) == cubic_sparsity(10, 10, 50, 0.4) == 0.0
@@ -186,7 +178,7 @@ def test_an_unknown_criterion_names_the_known_ones(model):
 @pytest.mark.parametrize("round_to", [1, 8, 16])
 @pytest.mark.parametrize("target", [0.05, 0.3, 0.6])
 def test_the_target_is_reached_and_exceeded_by_less_than_one_structure(model, target, round_to):
-    masks = choose_masks(model, random_scores(model), full_masks(model), target, round_to)
+    masks = choose_masks(model, helpers.random_scores(model), full_masks(model), target, round_to)
     excess = sparsity_of(model, masks) - target
     assert 0 <= excess < max(HEAD, round_to * NEURON) / prunable_parameters(model)
     for mask in masks:
@@ -195,7 +187,7 @@ def test_the_target_is_reached_and_exceeded_by_less_than_one_structure(model, ta
 
 
 def test_the_least_important_go_first_whatever_their_layer(model):
-    scores = random_scores(model)
+    scores = helpers.random_scores(model)
     masks = choose_masks(model, scores, full_masks(model), 0.3)
     pruned, kept = [], []
     for score, mask in zip(scores, masks, strict=True):
@@ -207,7 +199,7 @@ def test_the_least_important_go_first_whatever_their_layer(model):
 
 
 def test_an_unimportant_layer_loses_more(model):
-    scores = random_scores(model)
+    scores = helpers.random_scores(model)
     scores[1].heads *= 0.01
     scores[1].neurons *= 0.01
     masks = choose_masks(model, scores, full_masks(model), 0.2)
@@ -216,7 +208,7 @@ def test_an_unimportant_layer_loses_more(model):
 
 
 def test_every_layer_keeps_one_head_and_one_group(model):
-    scores = random_scores(model)
+    scores = helpers.random_scores(model)
     for score in scores[1:]:
         score.heads *= 0.0
         score.neurons *= 0.0
@@ -229,18 +221,18 @@ def test_masks_only_shrink_and_the_input_stays_as_it_was(model):
     masks = full_masks(model)
     for step, target in enumerate((0.1, 0.3, 0.5)):
         before = copy.deepcopy(masks)
-        tighter = choose_masks(model, random_scores(model, seed=step), masks, target, round_to=4)
+        tighter = choose_masks(model, helpers.random_scores(model, seed=step), masks, target, round_to=4)
         for old, new, unchanged in zip(masks, tighter, before, strict=True):
             assert not (new.heads & ~old.heads).any() and not (new.neurons & ~old.neurons).any()
             assert torch.equal(old.heads, unchanged.heads) and torch.equal(old.neurons, unchanged.neurons)
         assert sparsity_of(model, tighter) >= target
         masks = tighter
-    assert sparsity_of(model, choose_masks(model, random_scores(model, seed=9), masks, 0.2)) == sparsity_of(model, masks)
+    assert sparsity_of(model, choose_masks(model, helpers.random_scores(model, seed=9), masks, 0.2)) == sparsity_of(model, masks)
 
 
 def test_a_width_that_is_no_multiple_becomes_one():
     model = helpers.make_distilbert(hidden_dim=60)
-    masks = choose_masks(model, random_scores(model), full_masks(model), 0.5, round_to=16)
+    masks = choose_masks(model, helpers.random_scores(model), full_masks(model), 0.5, round_to=16)
     widths = [mask.neurons.sum().item() for mask in masks]
     assert min(widths) < 60
     assert all(width % 16 == 0 or width == 60 for width in widths)
@@ -249,15 +241,15 @@ def test_a_width_that_is_no_multiple_becomes_one():
 @pytest.mark.parametrize("target", [1.0, 1.2, -0.1, float("nan")])
 def test_a_target_outside_the_range_is_refused(model, target):
     with pytest.raises(ValueError, match=r"in \[0, 1\)"):
-        choose_masks(model, random_scores(model), full_masks(model), target)
+        choose_masks(model, helpers.random_scores(model), full_masks(model), target)
 
 
 def test_a_target_that_cannot_be_reached_says_what_can(model):
     most = 1 - (HEAD + 8 * NEURON) / (4 * HEAD + 64 * NEURON)
     with pytest.raises(ValueError, match=f"0.95 cannot be reached.*8 neurons.*{most:.3f}"):
-        choose_masks(model, random_scores(model), full_masks(model), 0.95, round_to=8)
+        choose_masks(model, helpers.random_scores(model), full_masks(model), 0.95, round_to=8)
     with pytest.raises(ValueError, match="round_to must be at least 1, not 0"):
-        choose_masks(model, random_scores(model), full_masks(model), 0.2, round_to=0)
+        choose_masks(model, helpers.random_scores(model), full_masks(model), 0.2, round_to=0)
 
 
 def test_applying_masks_zeroes_the_structures_and_nothing_else(model):
@@ -325,7 +317,7 @@ def test_compaction_leaves_the_input_as_it_was(model):
 
 def test_a_compacted_model_can_be_compacted_again(model):
     first = compact(model, helpers.uneven_masks(model, seed=1))
-    masks = choose_masks(first, random_scores(first), full_masks(first), 0.3, round_to=4)
+    masks = choose_masks(first, helpers.random_scores(first), full_masks(first), 0.3, round_to=4)
     second = compact(first, masks)
     assert type(second) is type(first)
     apply_masks(first, masks)
