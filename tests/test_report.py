@@ -208,9 +208,12 @@ def test_the_plots_are_pictures(reported):
     names += ("training_curves", "alpha_curve")
     summary = helpers.read_json(folder / "results" / "search" / "llama-bayesian-front" / "summary.json")
     empty = {"importance": not summary["importances"], "retraining_gain": not summary["retraining"]}
+    empty["error_accumulation"] = all(found.get("interaction") is None for found in summary["confirmed"].values())
     for name in (*names, *(f"search_{name}" for name in SEARCH_FIGURES if not empty.get(name))):
         picture = matplotlib.image.imread(folder / "results" / f"{name}.png")
         assert picture.shape[0] > 300 and picture.shape[1] > 300 and math.isfinite(picture.std()) and picture.std() > 0.01
+    for name in SEARCH_FIGURES:  # nobody is shown a figure with nothing in it
+        assert (folder / "results" / f"search_{name}.png").is_file() != bool(empty.get(name))
     assert (folder / "results" / "model_comparison.pdf").read_bytes().startswith(b"%PDF")
     assert not list((folder / "results").glob(".*tmp*"))
 

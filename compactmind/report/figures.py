@@ -372,7 +372,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure | None]]] = {
     ),
     "search_error_accumulation": (
         "Search: do the errors of combined methods add up?",
-        of_search(search_figures.error_accumulation),
+        of_search(search_figures.error_accumulation, search_figures.with_interaction),
     ),
     "search_retraining_gain": (
         "Search: what retraining won, and what it cost.",

@@ -138,10 +138,15 @@ def front_line(rows: list[dict[str, Any]], key: str = "perplexity") -> list[tupl
     return corners
 
 
+def with_interaction(summary: dict[str, Any]) -> dict[Any, dict[str, Any]]:
+    """Return the confirmed trials, number -> what was measured, whose losses can be compared with those of their parts."""
+    return {number: found for number, found in summary["confirmed"].items() if found.get("interaction") is not None}
+
+
 def error_accumulation(summary: dict[str, Any]) -> Figure:
     """Loss of the best hybrids: the sum of their parts' losses against the one measured together."""
     figure, axes = _axes(title="Do the errors of the parts add up? Best hybrids, first windows", xlabel="nats above dense")
-    rows = {number: found for number, found in summary["confirmed"].items() if found.get("interaction") is not None}
+    rows = with_interaction(summary)
     if not rows:
         _empty(axes, "no hybrid with a quantization among the best")
         return figure
