@@ -95,7 +95,7 @@ def test_failed_and_stopped_trials_are_kept_with_their_reason_and_the_search_goe
         if trial.number == 1:
             raise MemoryError
         if trial.number == 2:
-            raise Stopped("stopped after prune: +3.00 nats", 99.0)
+            raise Stopped("stopped after prune: +3.00 nats", [99.0])
         if trial.number == 3:
             return [float("nan")]
         trial.set_constraint("compression", -1.0)
@@ -135,11 +135,14 @@ def test_several_objectives_give_a_front_and_a_stopped_trial_a_reason(tmp_path, 
 
     def evaluate(trial, steps):
         if trial.number == 0:
-            raise Stopped("hopeless", 5.0)
+            raise Stopped("hopeless")
+        if trial.number == 1:
+            raise Stopped("behind", [99.0, 7.0])
         return [cost(steps), 1 / cost(steps)]
 
     trials = run(study, space, 12, evaluate)
     assert len(trials) == 12 and trials[0].state == TrialState.FAIL and trials[0].user_attrs["reason"] == "hopeless"
+    assert trials[1].values == [99.0, 7.0] and is_stopped(trials[1])  # told as what it would have come to
     assert study.best_trials
 
 

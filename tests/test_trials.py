@@ -25,7 +25,7 @@ from compactmind.search.cache import PrefixCache
 from compactmind.search.compressor import Measure, read_pipeline, run_pipeline, store_as_released, stored_bytes
 from compactmind.search.engine import Notes, Skipped, Stopped, counted_trials, is_stopped, open_study, search
 from compactmind.search.space import make_space
-from compactmind.search.trials import BEFORE_ANY, HOPELESS, MORE_TOKENS, OPTIMISM, OUT_OF_REACH, TrialRunner, shortened
+from compactmind.search.trials import BEFORE_ANY, HOPELESS, MARGIN, MORE_TOKENS, OPTIMISM, OUT_OF_REACH, TrialRunner, shortened
 
 PRUNE = {"method": "prune", "params": {"sparsity": 0.3, "round_to": 8}}
 RETRAIN = {"method": "retrain", "params": {"tokens": 96}}
@@ -51,8 +51,14 @@ def skeleton():
         return LlamaForCausalLM(LlamaConfig(**helpers.llama_settings()))
 
 
-def make_trial():
-    study = optuna.create_study(pruner=NopPruner())
+def make_trial(best=None, ratio=99.0, objectives=("kl",)):
+    """Return the notes of a trial; `best`: what a finished one of its study came to, so many times smaller."""
+    study = optuna.create_study(directions=["minimize"] * len(objectives), pruner=NopPruner())
+    if best is not None:
+        finished = study.ask()
+        finished.set_user_attr("measured", {"compression_ratio": ratio})
+        finished.set_user_attr("steps", [{"method": "dense", "kl": best, "loss": best}])
+        study.tell(finished, [best] * len(objectives))
     return Notes(study, study.ask().number)
 
 
@@ -89,31 +95,44 @@ def test_what_cannot_be_small_enough_is_not_run(windows, monkeypatch):
     assert "measured" not in trial.user_attrs  # what is expected is never given as measured
 
 
-def test_a_hopeless_pipeline_is_stopped_after_the_step_that_shows_it_but_retraining_has_its_chance(windows):
-    runner, credit = make_runner(windows), -BEFORE_ANY["retrain"] * (1 + OPTIMISM)  # no retraining has been seen yet
+@pytest.mark.parametrize("objectives", [("kl",), ("bytes", "kl")])
+def test_a_hopeless_pipeline_is_stopped_after_the_step_that_shows_it_but_retraining_has_its_chance(windows, objectives):
+    runner, credit = make_runner(windows, objectives=objectives), -BEFORE_ANY["retrain"] * (1 + OPTIMISM)  # none has been seen yet
     cases = (([PRUNE, RETRAIN, NF4], 1, credit + OUT_OF_REACH), ([PRUNE, RETRAIN, NF4], 2, OUT_OF_REACH), ([NF4], 1, HOPELESS))
     for pipeline, number, allowed in cases:
-        steps, trial = read_pipeline(pipeline), make_trial()
+        steps = read_pipeline(pipeline)
         row = run_pipeline(steps, runner.resources, runner.first_look, show=False).steps[number]
-        runner.best = row["kl"] - allowed - 0.01
+        trial = make_trial(row["kl"] - allowed - 0.01, objectives=objectives)
         with pytest.raises(Stopped, match=f"stopped after {row['method']}: ") as stop:
             runner.evaluate(trial, steps)
-        coming = [step.method.name for step in steps[number:]]
-        assert stop.value.value == runner.extrapolated(row["kl"], coming) >= runner.best
+        quality = runner.extrapolated(row["kl"], [step.method.name for step in steps[number:]])
+        told = {"kl": quality, "bytes": pytest.approx(runner.released_bytes / runner.expected_ratio(steps))}
+        assert stop.value.values == [told[name] for name in objectives] and quality >= runner.best
         assert len(trial.user_attrs["steps"]) == number + 1
-        runner.best, again = runner.best + 0.02, make_trial()  # a little nearer, and it goes on
+        again = make_trial(row["kl"] - allowed + 0.01, objectives=objectives)  # a little nearer, and it goes on
         with suppress(Stopped):
             runner.evaluate(again, steps)
         assert "measured" in again.user_attrs or len(again.user_attrs["steps"]) > number + 1
 
 
-def test_among_several_objectives_no_pipeline_is_stopped_for_its_perplexity(windows):
-    runner, trial = (
-        make_runner(windows, objectives=("perplexity", "bytes"), best=-100.0, measured=99),
-        optuna.create_study(directions=["minimize"] * 2).ask(),
-    )
-    values = runner.evaluate(trial, read_pipeline([PRUNE, NF4]))
-    assert values == [trial.user_attrs["measured"]["perplexity"], trial.user_attrs["measured"]["bytes"]]
+def test_what_would_be_smaller_than_all_that_are_better_is_not_stopped(windows):
+    steps, objectives = read_pipeline([PRUNE, NF4]), ("kl", "bytes")
+    runner = make_runner(windows, objectives=objectives)
+    ratio, one = runner.expected_ratio(steps), make_runner(windows)
+    with pytest.raises(Stopped):
+        runner.evaluate(make_trial(-100.0, ratio, objectives), steps)
+    trial = make_trial(-100.0, ratio * (1 - 2 * MARGIN), objectives)
+    values = runner.evaluate(trial, steps)
+    assert values == [trial.user_attrs["measured"]["kl"], trial.user_attrs["measured"]["bytes"]]
+    with pytest.raises(Stopped):  # by one objective, whatever is small enough is compared
+        one.evaluate(make_trial(-100.0, ratio * (1 - 2 * MARGIN)), steps)
+
+
+def test_where_time_or_memory_count_no_pipeline_is_stopped_for_its_quality(windows):
+    for others in (("latency",), ("bytes", "memory")):
+        runner = make_runner(windows, objectives=("kl", *others), best=-100.0)
+        assert not runner.may_stop(make_trial())
+    assert make_runner(windows, objectives=("kl", "bytes"), best=-100.0).may_stop(make_trial())
 
 
 def test_what_may_still_be_won_is_what_such_steps_have_won_in_this_study_and_a_quarter_more(windows):
@@ -147,6 +166,12 @@ def test_what_is_hopeless_is_learnt_from_the_trials_of_the_study(windows):
     for _ in range(2):  # learning again is not learning twice
         runner.learn(study)
     assert runner.best == 1.0 and runner.measured == 3  # the lower one misses the target
+    runner.learn(study, 1.45)
+    assert runner.best == 1.0  # by quality alone size is a matter of the target
+    runner.objectives = ("kl", "bytes")
+    for ratio, best in ((1.0, 1.0), (1.42, 1.0), (1.45, 1.0), (1.6, math.inf)):
+        runner.learn(study, ratio)
+        assert runner.best == best, ratio
     assert runner.changes == {"prune": [1.0, -1.0, 2.0, 7.0], "nf4": [0.5], MORE_TOKENS: [-2.0] * 3}
 
 
@@ -163,7 +188,7 @@ def test_a_pipeline_is_retrained_a_little_before_it_is_retrained_in_full(windows
     credit = -BEFORE_ANY[MORE_TOKENS] * (1 + OPTIMISM)
     for beyond in (0.01, -0.01):
         trial, runner.best = make_trial(), found - credit - OUT_OF_REACH - beyond
-        monkeypatch.setattr(runner, "learn", lambda _: None)
+        monkeypatch.setattr(runner, "learn", lambda *_: None)
         monkeypatch.setattr(trials, "HOPELESS", 100.0)
         runner.changes = {"prune": [-100.0, -100.0], "retrain": [-100.0, -100.0], "nf4": [-100.0, -100.0]}  # nothing else stops it
         if beyond > 0:
@@ -190,7 +215,7 @@ def test_what_falls_behind_is_looked_at_on_few_windows_and_told_as_what_they_say
         try:
             values = runner.evaluate(notes, steps)
         except Stopped as stop:
-            values = [stop.value]
+            values = stop.values
             notes.set_user_attr("estimated", values)
         notes.write(trial)
         study.tell(trial, values)

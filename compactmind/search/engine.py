@@ -51,11 +51,12 @@ PATIENCE_SECONDS = 6 * 3600
 
 
 class Stopped(Exception):
-    """Raised by what evaluates a pipeline: the trial ends early, for the reason in the message; `value` is what it would have come to."""
+    """Raised by what evaluates a pipeline: the trial ends early, for the reason in the message; `values` are what the objectives would have
+    come to."""
 
-    def __init__(self, reason: str, value: float | None = None):
+    def __init__(self, reason: str, values: Sequence[float] = ()):
         super().__init__(reason)
-        self.value = value
+        self.values = list(values)
 
 
 class Skipped(Stopped):
@@ -376,8 +377,8 @@ def _run(study: optuna.Study, space: Space, trial: Trial, steps: list[Step], eva
         reason, state = str(stop), TrialState.FAIL if len(study.directions) > 1 else TrialState.PRUNED
         notes.set_user_attr("set_aside", reason)
     except Stopped as stop:
-        reason, known = str(stop), stop.value is not None and len(study.directions) == 1
-        values, state = ([stop.value], TrialState.COMPLETE) if known else (None, TrialState.FAIL)
+        reason, known = str(stop), len(stop.values) == len(study.directions)
+        values, state = (stop.values, TrialState.COMPLETE) if known else (None, TrialState.FAIL)
         notes.set_user_attr("estimated", values)
     except Exception as error:  # noqa: BLE001  out of memory, NaN, a recipe that does not fit: one trial, not the search
         reason, state = f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:500], TrialState.FAIL

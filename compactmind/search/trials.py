@@ -4,9 +4,11 @@ memory.
 Pipelines are compared by KL (compactmind/evaluation/divergence.py): the perplexity of a few windows cannot tell good ones apart. Time is
 not spent on what cannot win. A pipeline whose bytes can be told beforehand to miss the target is not run. One that is so far behind the
 best after a step, on the first few windows, that none of the coming steps has ever won as much in this study, is stopped there; so is one
-that is as far behind after a short retraining, SHORT of the tokens, whatever the rest of them has ever won. What has run to its end is
-looked at on twice as many windows each time, and goes on while it is in the better half (successive halving, Li et al. 2018,
-https://arxiv.org/abs/1810.05934). What stopped is told as what it would have come to, and nothing of that is reported as measured.
+that is as far behind after a short retraining, SHORT of the tokens, whatever the rest of them has ever won. Where bytes are an objective
+too, the best is the best of those that are no larger than the pipeline is expected to be: it cannot be part of the front any more. What has
+run to its end is looked at on twice as many windows each time, and goes on while it is in the better half (one objective only; successive
+halving, Li et al. 2018, https://arxiv.org/abs/1810.05934). What stopped is told as what it would have come to, and nothing of that is
+reported as measured.
 """
 
 import math
@@ -83,7 +85,7 @@ class TrialRunner:
     skeleton: Callable[[], PreTrainedModel] | None = None
     """Makes the dense model without its weights, to count parameters; None: counted in the dense model."""
     best: float = math.inf
-    """Lowest KL, or loss, of a finished pipeline that reached the target, on the first few windows."""
+    """Lowest KL, or loss, on the first few windows, of what the pipeline at hand has to beat: see `learn`."""
     changes: dict[str, list[float]] = field(default_factory=dict, repr=False)
     """By method: by how much each of its steps in this study changed it."""
     measured: int = field(default=0, repr=False)
@@ -112,9 +114,14 @@ class TrialRunner:
             self.dense = LogitsOf(self.resources.teacher(), self.windows)
         return self.dense
 
-    def learn(self, study: Study) -> None:
-        """Take over from the trials of a study what a good pipeline is and what the methods do."""
-        self.changes, self.measured = {}, 0
+    def learn(self, study: Study, ratio: float = 0.0) -> None:
+        """Take over from the trials of a study what a good pipeline is and what the methods do.
+
+        `ratio`: how many times smaller the pipeline at hand should be. It has to beat what has reached the target; where bytes are an
+        objective, of that what is no larger than itself.
+        """
+        self.changes, self.measured, self.best = {}, 0, math.inf
+        least = max(self.target, ratio * (1 - MARGIN)) if "bytes" in self.objectives else self.target
         for trial in study.get_trials(deepcopy=False):
             rows, measured = trial.user_attrs.get("steps", []), trial.user_attrs.get("measured")
             for before, row in pairwise(rows):
@@ -122,7 +129,7 @@ class TrialRunner:
             if measured and "short" in trial.user_attrs:
                 self.changes.setdefault(MORE_TOKENS, []).append(rows[-1][self.unit] - trial.user_attrs["short"])
             self.measured += bool(measured)
-            if measured and measured["compression_ratio"] >= self.target:
+            if measured and measured["compression_ratio"] >= least:
                 self.best = min(self.best, rows[-1][self.unit])
 
     def within_reach(self, nats: float, coming: Sequence[str]) -> float:
@@ -188,8 +195,8 @@ class TrialRunner:
 
         Raises Stopped where it is not worth going on, Skipped before anything is run.
         """
-        self.learn(trial.study)  # other workers find good ones too
         expected = self.expected_ratio(steps)
+        self.learn(trial.study, expected)  # other workers find good ones too
         trial.set_user_attr("expected_ratio", expected)
         if self.excess(steps) > 0:
             trial.set_constraint("compression", self.target - expected)
@@ -198,8 +205,9 @@ class TrialRunner:
             self.look_at_short(steps, trial)
             compressed = self.run(steps, trial)
             measured = self.measure(compressed, trial)
-        except Stopped:
+        except Stopped as stop:
             trial.set_constraint("compression", self.target - min(expected, self.target))
+            stop.values = [stop.values[0] if name == self.quality else self.released_bytes / expected for name in self.objectives]
             raise
         trial.set_constraint("compression", self.target - measured["compression_ratio"])
         trial.set_user_attr("measured", measured)
@@ -207,8 +215,8 @@ class TrialRunner:
         return [measured[name] for name in self.objectives]
 
     def may_stop(self, trial: Notes | None) -> bool:
-        """Tell whether a trial may end early. Among several objectives none may: what is far behind in one may be ahead in another."""
-        return trial is not None and len(self.objectives) == 1 and self.best < math.inf
+        """Tell whether a trial may end early: not where time or memory are compared, in which it may be ahead whatever its quality."""
+        return trial is not None and set(self.objectives) <= {self.quality, "bytes"} and self.best < math.inf
 
     def look_at_short(self, steps: Sequence[Step], trial: Notes) -> None:
         """Run a pipeline with a part of its retraining first, where that is worth it. Raises Stopped if the rest cannot win enough."""
@@ -221,7 +229,7 @@ class TrialRunner:
         if behind > OUT_OF_REACH:
             raise Stopped(
                 f"stopped after {SHORT:.0%} of the retraining: {behind:+.2f} nats against the best, at the best to be hoped for",
-                self.extrapolated(found, [MORE_TOKENS]),
+                [self.extrapolated(found, [MORE_TOKENS])],
             )
 
     def run(self, steps: Sequence[Step], trial: Notes | None = None) -> Compressed:
@@ -237,7 +245,7 @@ class TrialRunner:
                 hope = ", at the best to be hoped for" if coming else ""
                 raise Stopped(
                     f"stopped after {rows[-1]['method']}: {behind:+.2f} nats against the best{hope}",
-                    self.extrapolated(rows[-1][self.unit], coming),
+                    [self.extrapolated(rows[-1][self.unit], coming)],
                 )
 
         self.logits()  # before the dense model may go
@@ -261,7 +269,7 @@ class TrialRunner:
             if end < len(self.windows) and trial.should_prune() and self.measured >= BEFORE_HALVING:
                 trial.set_user_attr("steps", brief(compressed.steps))
                 shown = f"{so_far[self.quality]:.4g}"
-                raise Stopped(f"stopped after {end} windows: {self.quality} {shown} is not in the better half", so_far[self.quality])
+                raise Stopped(f"stopped after {end} windows: {self.quality} {shown} is not in the better half", [so_far[self.quality]])
         found = {
             **so_far, "windows": len(self.windows), "bytes": size,
             "compression_ratio": self.released_bytes / size, "kernel": kernel_of(compressed.model, compressed.kind),
