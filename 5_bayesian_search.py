@@ -9,8 +9,6 @@ Run:   python 5_bayesian_search.py              (after python download_model.py;
        python 5_bayesian_search.py --replay 12                       (make the model of trial 12 again, into models/llama_trial_12)
        python 5_bayesian_search.py --strategy fixed --output models/llama_small --pipeline \\
            '[{"method": "prune", "params": {"sparsity": 0.3}}, {"method": "retrain"}, {"method": "w8a8"}]'
-       python 5_bayesian_search.py --strategy fixed --calibration_windows 32 --output models/llama_3x --pipeline \\
-           '[{"method": "gptq", "params": {"target_compression": 3}}]'             (3 times smaller, by integers alone)
        accelerate launch --mixed_precision bf16 5_bayesian_search.py --strategy fixed     (or --replay; several GPUs retrain)
        accelerate launch --config_file configs/fsdp.yaml 5_bayesian_search.py --strategy fixed     (one model divided between them)
 Reads: models/llama, wikitext_data/{train,validation,test}.jsonl     (test: only for the perplexity of what is saved)
@@ -19,9 +17,7 @@ Writes: models/llama_searched      the best pipeline that reaches --target_compr
         models/llama_front_3x ...  with --save_front: the best pipeline of every other size
         results/search/            trials.csv, best_pipeline.json, summary.json and the plots; study.db, which may hold many studies
         models/llama_pruned, results/pipeline_llama_pruned.json      with --strategy fixed
-        Any study but that of models/llama by Bayesian search has places of its own: results/search/<study>/,
-        models/llama_searched_<study>, models/llama_trial_<N>_<study>. A front is a study of its own, llama-bayesian-front, whose
-        models have the short names all the same.
+        Another study than that of models/llama has places of its own, docs/search.md.
 Time:  on 2 CPU cores, embedded profile: fixed about 10 minutes, half of it retraining; a trial of a
        search from seconds to a few minutes, depending on what it shares with earlier ones and whether it retrains.
 
@@ -32,69 +28,48 @@ validation text and cannot be compared with the report's.
 
 import json
 import os
-import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
-import torch
 
 from common import PROFILE, SearchConfig, parse_command_line, run_stage
-from compactmind.checkpoint import load_as_released, load_checkpoint, skeleton_of
+from compactmind.checkpoint import skeleton_of
 from compactmind.code_version import code_version
 from compactmind.data import data_fingerprint, read_dataset_description
 from compactmind.devices import default_device, is_worker, number_of_processes
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import weight_bytes
-from compactmind.files import lock_directory, write_json_atomically
+from compactmind.files import lock_directory_patiently, write_json_atomically
 from compactmind.gguf_source import folder_of
 from compactmind.guards import check_outputs
-from compactmind.manifest import add_to_manifest, identity_of, is_up_to_date, read_manifest
-from compactmind.methods.memory import Sizes, of_pipeline
-from compactmind.methods.registry import METHODS, Resources
+from compactmind.manifest import identity_of
+from compactmind.methods.memory import Sizes, of_pipelines
+from compactmind.methods.registry import METHODS
 from compactmind.methods.retraining.together import help_to_retrain, helped_by_the_others
-from compactmind.precision import work_in_float32
 from compactmind.room import require_room
-from compactmind.search import ablation, front
-from compactmind.search.cache import PrefixCache
-from compactmind.search.choosing import best_for, choose, confirm, steps_worth
-from compactmind.search.compressor import (
-    Step,
-    check_steps,
-    interaction,
-    layer_errors,
-    read_pipeline,
-    run_pipeline,
-)
+from compactmind.search import findings, front
+from compactmind.search.cache import PrefixCache, kept_measurements
+from compactmind.search.choosing import best_for, chosen_of
+from compactmind.search.compressor import Step, check_steps, read_pipeline
 from compactmind.search.engine import PATIENCE_SECONDS, counted_trials, open_study, search
-from compactmind.search.findings import (
-    SearchProgress,
-    known_findings,
-    measured_trials,
-    nothing_reached,
-    trials_table,
-    write_findings,
-)
+from compactmind.search.inputs import PipelineInputs, read_inputs, windows_of_folder
 from compactmind.search.machine import machine_kind, noting_kind, require_kind
-from compactmind.search.material import Material, save_compressed
-from compactmind.search.places import findings_folder, front_name, searched_name, trial_name
-from compactmind.search.space import Space, check_space, make_space
-from compactmind.search.storage import first_line, without_password
+from compactmind.search.making import known_record, make_pipeline
+from compactmind.search.places import findings_folder, front_name, searched_name, study_name, trial_name
+from compactmind.search.space import Space, check_space, make_space, read_choices
+from compactmind.search.storage import without_password
 from compactmind.search.trials import TrialRunner
 from compactmind.search.workers import begin_as_worker, run_workers, shares, together_on_one_device
-from compactmind.text import load_documents, token_windows
-from compactmind.training import TrainingState, accelerator_record, make_accelerator, trains_sharded
+from compactmind.settings_file import changed_options
+from compactmind.training import accelerator_record, make_accelerator, trains_sharded
 
 # ------------------------------------------------------------------------------------------------------------ constants
 # Every field, its reason and its range: common.SearchConfig. For example: for_profile(PROFILE, n_trials=50)
 CONFIG = SearchConfig.for_profile(PROFILE)
-
-ERROR_WINDOWS = 2
-"""Windows of validation text on which the error of every layer is measured."""
 
 FRONT = (1.0, 1.2, 1.4, 1.6, 2.0)
 """Times the target, where no ratios are named: the sizes that a method which aims at one may aim at."""
@@ -105,39 +80,18 @@ def source_of(config: SearchConfig) -> Path:
     return Path(config.model_path) if config.model_path else config.models_dir / "llama"
 
 
-def read_material(config: SearchConfig, check: Callable[[Any], None]) -> Material:
+def inputs_of(config: SearchConfig, check: Callable[[Any], None]) -> PipelineInputs:
     """Load the tokenizer and the text; the model is loaded whenever a fresh one is wanted.
 
     `check` looks at the dense model first: it raises CompactMindError if what is to be done to it cannot be done.
     """
-    source, device = source_of(config), default_device()
-    model, tokenizer = load_as_released(source)
-    check(model)
-    released = model.dtype
-    del model
-    text = read_dataset_description(config.text_dir)["source"]["source"]
 
-    def windows(split: str, count: int, choice: str) -> torch.Tensor:
-        return token_windows(tokenizer, load_documents(config.text_dir, split), config.seq_len, count, choice)
-
-    train = windows("train", config.train_windows, "first")
-    validation = windows("validation", config.held_out_windows + config.confirm_windows, config.window_choice)
-    if len(validation) < 2:
-        raise CompactMindError(
-            f"the validation text has {len(validation)} window(s) of {config.seq_len} tokens: retraining and choosing need one each; use "
-            "more text or a smaller --seq_len"
-        )
-    held_out = min(config.held_out_windows, len(validation) // 2)  # a short text is shared
-    resources = Resources(
-        calibration=train[: config.calibration_windows], train=train, held_out=validation[:held_out],
-        dense=lambda: work_in_float32(load_as_released(source)[0].to(device)), released=released, released_bytes=weight_bytes(source),
-        device=device, keep=keeper(config),
-    )  # fmt: skip
-    print(f"{len(train)} windows of {config.seq_len} tokens to train on, {len(resources.calibration)} of them to calibrate on")
-    fingerprint = data_fingerprint(config.text_dir)
-    return Material(
-        source, tokenizer, resources, validation[held_out:], windows("test", config.eval_windows, config.window_choice), text,
-        config.window_choice, fingerprint,
+    counts = config.relevant("train_windows", "held_out_windows", "confirm_windows", "eval_windows")
+    return read_inputs(
+        source_of(config), default_device(), check,
+        lambda tokenizer: windows_of_folder(tokenizer, config.text_dir, config.seq_len, config.window_choice, **counts),
+        config.calibration_windows, text=read_dataset_description(config.text_dir)["source"]["source"], window_choice=config.window_choice,
+        fingerprint=data_fingerprint(config.text_dir), keep=costs_of(config),
     )  # fmt: skip
 
 
@@ -153,9 +107,8 @@ def require_room_for(config: SearchConfig, pipelines: Sequence[Sequence[Step]], 
     sizes = Sizes.of(skeleton_of(source), weight_bytes(source), *windows, device == "cuda")
     if trains_sharded():
         sizes = replace(sizes, processes=number_of_processes())
-    told = [of_pipeline(steps, sizes) for steps in pipelines]
-    needs, file = max(told, key=lambda each: max(each[0].values()))
-    cached = min(config.cache_gb * 1e9, sum(file for _, file in told))
+    needs, file, every = of_pipelines(pipelines, sizes)
+    cached = min(config.cache_gb * 1e9, every)
     way_out = (
         "retraining with mode lora, base nf4 and gradient_checkpointing, or divided between GPUs (configs/fsdp.yaml), fewer "
         "--calibration_windows and a smaller --seq_len take less"
@@ -176,27 +129,13 @@ def context_of(config: SearchConfig) -> dict:
     }
 
 
-def keeper(config: SearchConfig) -> Callable[[str, Callable[[], Any]], Any]:
-    """Return what keeps measurements of the dense model between runs, in results/search/costs: whatever the target, they are the same."""
+def costs_of(config: SearchConfig) -> Callable[[str, Callable[[], Any]], Any]:
+    """Return what keeps measurements of the dense model between runs: whatever the target, they are the same."""
     belongs_to = {
         "model": identity_of(source_of(config)), "text": data_fingerprint(config.text_dir), "seq_len": config.seq_len,
         "code": code_version(__file__),
     }  # fmt: skip
-    place = config.results_dir / "search" / "costs"
-
-    def keep(name: str, make: Callable[[], Any]) -> Any:
-        path = place / f"{re.sub(r'[^a-z0-9.]+', '_', name)}.json"
-        with suppress(OSError, ValueError, KeyError, TypeError):  # whatever is wrong with the file: it is measured again
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if not config.force and found["belongs_to"] == belongs_to:
-                print(f"{name}: measured by an earlier run, {path}")
-                return found["value"]
-        value = make()
-        place.mkdir(parents=True, exist_ok=True)
-        write_json_atomically(path, {"belongs_to": belongs_to, "value": value})
-        return value
-
-    return keep
+    return kept_measurements(config.results_dir / "search" / "costs", belongs_to, config.force)
 
 
 def cache_of(config: SearchConfig) -> PrefixCache:
@@ -208,34 +147,13 @@ def cache_of(config: SearchConfig) -> PrefixCache:
 
 
 # ----------------------------------------------------------------------------------------------------------- one pipeline
-@contextmanager
-def only_writer(directory: Path) -> Iterator[None]:
-    """Inside the `with` block no other process of this machine writes `directory`; one that does is waited for."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(lock_directory(directory, wait_seconds=1))
-        except CompactMindError as busy:
-            print(f"{busy}; waiting ...", flush=True)
-            stack.enter_context(lock_directory(directory, wait_seconds=PATIENCE_SECONDS))
-        yield
-
-
-def diagnosed(what: str, measure: Callable[[], Any]) -> Any:
-    """Return what `measure` does; None and a printed line if it fails: nothing is lost for what is only to be known of a model."""
-    try:
-        return measure()
-    except Exception as error:  # noqa: BLE001  whatever it is, the model is there
-        print(f"{what} could not be measured and is left out: {type(error).__name__}: {first_line(error)}", flush=True)
-        return None
-
-
 def make_and_save(
     config: SearchConfig, steps: list[Step], output: Path, strategy: str, study: dict | None = None, extra: dict | None = None,
-    material: Material | None = None,
+    inputs: PipelineInputs | None = None,
 ) -> None:
     """Run a pipeline, save its model, then measure the error of every step, and print all; nothing to do if that model is there.
 
-    `study` says which study and trial the pipeline is from, `material` is what has been read already. What another pipeline has begun
+    `study` says which study and trial the pipeline is from, `inputs` is what has been read already. What another pipeline has begun
     with, or all of it, is taken from the cache, unless --force True.
     """
     context, accelerator = context_of(config), make_accelerator(may_shard=True)
@@ -251,50 +169,19 @@ def make_and_save(
     }  # fmt: skip
     check_outputs([output], "5_bayesian_search.py", [source_of(config)], config.models_dir)
     path = config.results_dir / f"pipeline_{output.name}.json"
-    with only_writer(output):
-        made = not config.force and is_up_to_date(output, stage, config.verify)
-        record = read_manifest(output) if made else {}
-        if "layer_errors" in record and path.is_file():
+    with lock_directory_patiently(output, PATIENCE_SECONDS):
+        record = None if config.force else known_record(output, stage, tuple(extra or ()), config.verify)
+        if record is None:
+            require_room_for(config, [steps], output)
+        elif "layer_errors" in record and path.is_file():
             print(f"{output} is up to date: skipped (--force True makes it again)")
             return
-        if not made:
-            require_room_for(config, [steps], output)
         if config.dry_run:
             return
-        material = material or read_material(config, lambda dense: check_steps(steps, dense))
-        resources, cache = material.resources, None if config.force else cache_of(config)
-        if made:  # and this process was killed before it had measured the rest
-            record = {name: record[name] for name in ("pipeline", *(extra or {}))}
-            model = load_checkpoint(output, resources.device).model
-        else:
-            if sum(step.method.kind == "retrain" for step in steps) == 1:  # two could not tell their states apart
-                resources.resume = TrainingState(output, stage)
-            found = run_pipeline(steps, resources, material.on_test, cache=cache)
-            record = save_compressed(output, found, material, stage, extra or {})
-            if resources.resume:
-                resources.resume.clear()
-            model = found.model
-            del found
-
-        # ---- the model is safe: what else there is to know of it
-        errors = diagnosed(
-            "the error of every layer",
-            lambda model=model: layer_errors(resources.teacher(), model, resources.held_out[:ERROR_WINDOWS]),
-        )
-        del model
-        resources.done_with_teacher()
-        together = diagnosed("the interaction", lambda: interaction(steps, resources, material.on_test, record["pipeline"], cache))
-        record |= {"interaction": together, "layer_errors": errors}
-        add_to_manifest(output, record)
+        inputs, cache = inputs or inputs_of(config, lambda dense: check_steps(steps, dense)), None if config.force else cache_of(config)
+        record = make_pipeline(output, steps, inputs, cache, stage, record, extra or {})
         write_json_atomically(path, record)
-    print(f"\n{'step':<12}{'perplexity':>12}{'against dense [95%, paired]':>32}{'KL, nats':>12}{'same top':>10}{'seconds':>10}")
-    for row in record["pipeline"]:
-        low, high = (bound - 1 for bound in row["against_dense"]["interval"])
-        against = f"{row['against_dense']['ratio'] - 1:+.2%} [{low:+.2%}, {high:+.2%}]"
-        far = f"{row['divergence']['mean']:>12.4f}{row['divergence']['same_top']:>10.1%}"
-        print(f"{row['method']:<12}{row['perplexity']:>12.3f}{against:>32}{far}{row['seconds']:>10.0f}")
-    if together is not None:
-        print(f"interaction of quantization with the rest: {together:+.4f} nats")
+    print(findings.steps_table(record))
     print(f"{json.dumps(record['pipeline'][0]['protocol'])}\nsaved to {output}, steps in {path}")
 
 
@@ -304,12 +191,7 @@ def space_of(config: SearchConfig):
     methods = [
         name for name in config.methods if config.retrain or METHODS.get(name) is None or METHODS[name].kind != "retrain"
     ]
-    try:
-        choices = json.loads(config.choices)
-    except json.JSONDecodeError as error:
-        raise CompactMindError(f'choices are no JSON ({error}): for example {{"prune.sparsity": [0.1, 0.2]}}') from None
-    if not isinstance(choices, dict):
-        raise CompactMindError(f'choices {config.choices} are no object: for example {{"prune.sparsity": [0.1, 0.2]}}')
+    choices = read_choices(config.choices)
     if not config.retrain:
         choices = {name: values for name, values in choices.items() if not name.startswith("retrain.")}
     if config.choices == SearchConfig.for_profile(config.profile).choices:  # nobody's own: for those of the methods that take part
@@ -335,20 +217,8 @@ def floor_of(config: SearchConfig) -> float:
 
 def study_name_of(config: SearchConfig) -> str:
     """Return the name of the study; directories are named for it. Raises CompactMindError on one that cannot be a directory's."""
-    if not config.study_name:  # of a folder that may be called anything
-        kind = config.strategy + ("-front" if len(config.objectives) > 1 else "")
-        return re.sub(r"[^\w.-]+", "_", f"{Path(os.path.abspath(source_of(config))).name}-{kind}")
-    files = ("cache", "study.db", "summary.json", "trials.csv", "best_pipeline.json")
-    if (
-        not re.fullmatch(r"\w[\w.-]*", config.study_name)
-        or config.study_name.lower() in files
-        or config.study_name.endswith(".png")
-    ):
-        raise CompactMindError(
-            f"study_name {config.study_name!r} cannot be the name of a directory in {config.results_dir / 'search'}: use letters, digits, "
-            "'-', '_' and '.', for example --study_name narrow"
-        )
-    return config.study_name
+    usual = f"{Path(os.path.abspath(source_of(config))).name}-{config.strategy}" + ("-front" if len(config.objectives) > 1 else "")
+    return study_name(config.study_name, usual, config.results_dir / "search")
 
 
 def searched_output(config: SearchConfig) -> Path:
@@ -371,12 +241,7 @@ def study_of(config: SearchConfig, space: Space) -> tuple[optuna.Study, str, dic
     }  # fmt: skip
     described = json.loads(json.dumps(described))
     storage = config.storage or f"sqlite:///{study_file(config)}"
-    study, code = open_study(study_name_of(config), storage, described, ["minimize"] * len(config.objectives)), code_version(__file__)
-    if "code" not in study.user_attrs:
-        study.set_user_attr("code", code)
-    elif study.user_attrs["code"] != code:
-        print(f"study {study.study_name} was begun by another version of the code, which may measure otherwise: ", end="")
-        print("another --study_name begins anew")
+    study = open_study(study_name_of(config), storage, described, ["minimize"] * len(config.objectives), code_version(__file__))
     later = config.relevant("top", "save_front", "final_tokens")
     return study, storage, {**described, "storage": without_password(storage), **later}
 
@@ -391,15 +256,9 @@ def origin(config: SearchConfig, study: optuna.Study, storage: str, trial: int) 
 
 def replay_command(config: SearchConfig, trial: int) -> str:
     """Return the command that makes the model of a trial of this very study again: with every setting that is not the default."""
-    usual = SearchConfig.for_profile(config.profile)
-    command = ["python", "5_bayesian_search.py"]
-    if config.profile != PROFILE:
-        command += ["--profile", config.profile]
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name not in NOT_THE_STUDYS and value != getattr(usual, field.name):
-            command += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return shlex.join([*command, "--replay", str(trial)])
+    profile = ["--profile", config.profile] if config.profile != PROFILE else []
+    changed = changed_options(config, SearchConfig.for_profile(config.profile), NOT_THE_STUDYS)
+    return shlex.join(["python", "5_bayesian_search.py", *profile, *changed, "--replay", str(trial)])
 
 
 NOT_THE_STUDYS = (
@@ -413,8 +272,7 @@ def run_search(config: SearchConfig, output: Path) -> None:
     places = [front_output(config, ratio) for ratio in config.save_front] or [output]
     check_outputs(places, "5_bayesian_search.py", [source_of(config)], config.models_dir)
     planned = shares(config.workers, default_device(), config.objectives) if config.workers > 1 and not is_worker() else []
-    first = {name: {key: values[0] for key, values in space.choices[name].items()} for order in space.orders for name in order}
-    dearest = [[Step(METHODS[name], METHODS[name].parameters(given))] for name, given in first.items()]
+    dearest = [[step] for step in space.single_steps()]
     if config.dry_run and not (config.storage or study_file(config).exists()):  # which nothing but a search makes
         require_room_for(config, dearest, output, together_on_one_device(planned))
         return
@@ -425,7 +283,7 @@ def run_search(config: SearchConfig, output: Path) -> None:
     print(f"the best model{'s' * (len(places) > 1)} to {', '.join(map(str, places))}")
     print(f"{len(space.orders)} orders of methods, {space.size()} pipelines; ", end="")
     print(f"{len(counted_trials(study))} of {config.n_trials} trials are there")
-    known = known_findings(study, folder, depends_on)
+    known = findings.known_findings(study, folder, depends_on)
     if not config.force and known and len(counted_trials(study)) >= config.n_trials and not is_worker():
         save_chosen(config, study, storage, known["chosen"], output)
         return
@@ -438,15 +296,14 @@ def run_search(config: SearchConfig, output: Path) -> None:
             f"all {len(planned)} workers have failed, for the reasons above; {len(counted_trials(study))} of {config.n_trials} trials are "
             "there: the same command goes on"
         )
-    material = read_material(config, lambda dense: check_space(space, dense))
-    cache = cache_of(config)
+    inputs = inputs_of(config, lambda dense: check_space(space, dense))
     runner = TrialRunner(
-        material.resources, material.choose[: config.search_windows], config.few_windows,
-        released_bytes=weight_bytes(source_of(config)), target=floor_of(config), objectives=config.objectives, cache=cache,
-        tokenizer=material.tokenizer, skeleton=lambda: skeleton_of(source_of(config)),
+        inputs.resources, inputs.choose[: config.search_windows], config.few_windows,
+        released_bytes=weight_bytes(source_of(config)), target=floor_of(config), objectives=config.objectives,
+        cache=cache_of(config), tokenizer=inputs.tokenizer, skeleton=lambda: skeleton_of(source_of(config)),
     )  # fmt: skip
     runner.learn(study)
-    progress, targets = SearchProgress(study, config.n_trials, floor_of(config)), targets_of(config)
+    progress, targets = findings.SearchProgress(study, config.n_trials, floor_of(config)), targets_of(config)
     guesses = space.guesses_for(targets, lambda pipeline: runner.expected_ratio(read_pipeline(pipeline)))
     require_kind(study, config.objectives, kind)  # another worker may have begun meanwhile
     search(
@@ -461,41 +318,31 @@ def run_search(config: SearchConfig, output: Path) -> None:
     ratios, floor = config.save_front or (config.target_compression,), floor_of(config)
     best = best_for(study, ratios, config.top)
     if not best:
-        with only_writer(folder):
-            write_findings(study, folder, floor, {}, depends_on)
-        raise CompactMindError(nothing_reached(study, floor, folder))
-    runner.windows, runner.objectives = material.choose, (runner.quality,)
-    with only_writer(folder):  # another worker at its end finds what this one has confirmed
-        confirmed = confirm(study, best, runner, diagnosed)
-        chosen = [choose(ratio, best, confirmed, runner, config.final_tokens) for ratio in ratios]
-        steps = read_pipeline(next(each["pipeline"] for each in chosen if "trial" in each))
-        worth = diagnosed("what each step is worth", lambda: steps_worth(steps, runner))
-        summary = write_findings(study, folder, floor, confirmed, depends_on, {"chosen": chosen, "ablation": worth})
-    print(trials_table(study, floor, confirmed))
-    if "bytes" in config.objectives:
-        print(front.table(summary["front"]))
-        if problem := front.front_problem(len(summary["front"]["points"])):
-            print(problem)
-    if worth:
-        print(ablation.table(worth, runner.unit))
+        with lock_directory_patiently(folder, PATIENCE_SECONDS):
+            findings.write_findings(study, folder, floor, {}, depends_on)
+        raise CompactMindError(findings.nothing_reached(study, floor, folder))
+    runner.windows, runner.objectives = inputs.choose, (runner.quality,)
+    with lock_directory_patiently(folder, PATIENCE_SECONDS):  # another worker at its end finds what this one has confirmed
+        confirmed, chosen, worth = chosen_of(study, best, runner, ratios, config.final_tokens)
+        summary = findings.write_findings(study, folder, floor, confirmed, depends_on, {"chosen": chosen, "ablation": worth})
+    print(findings.summary_table(study, floor, summary, runner.unit))
     print(f"\nbest: trial {summary['best']['trial']}; any of them again: {replay_command(config, summary['best']['trial'])}")
     print(f"to look into the study: optuna-dashboard {without_password(storage)}")
     runner.dense = None  # the dense model's logits of the test text come now
-    save_chosen(config, study, storage, summary["chosen"], output, material)
+    save_chosen(config, study, storage, summary["chosen"], output, inputs)
 
 
 def save_chosen(
-    config: SearchConfig, study: optuna.Study, storage: str, chosen: list[dict], output: Path, material: Material | None = None
+    config: SearchConfig, study: optuna.Study, storage: str, chosen: list[dict], output: Path, inputs: PipelineInputs | None = None
 ) -> None:
     """Save the model of what was chosen, or of every size that was."""
     for each in chosen:
         if "trial" not in each:
-            largest = max(trial.user_attrs["measured"]["compression_ratio"] for trial in measured_trials(study))
-            print(f"save_front {each['ratio']:g}: no trial is so many times smaller, the smallest is {largest:.2f}; no model is saved")
+            print(f"save_front {each['ratio']:g}: {findings.nothing_so_small(study)}; no model is saved")
             continue
         place = front_output(config, each["ratio"]) if config.save_front else output
         found_by = origin(config, study, storage, each["trial"])
-        make_and_save(config, read_pipeline(each["pipeline"]), place, config.strategy, found_by, {"search": each}, material)
+        make_and_save(config, read_pipeline(each["pipeline"]), place, config.strategy, found_by, {"search": each}, inputs)
 
 
 def front_output(config: SearchConfig, ratio: float) -> Path:
@@ -533,7 +380,7 @@ def main(config: SearchConfig) -> None:
         begin_as_worker()
     if config.model_path:
         config = replace(config, model_path=str(folder_of(Path(config.model_path), config.models_dir)))
-    given, models = Path(config.output) if config.output else None, config.models_dir
+    given = Path(config.output) if config.output else None
     if config.replay < 0 and config.strategy != "fixed":
         if number_of_processes() > 1:
             raise CompactMindError(
@@ -544,9 +391,9 @@ def main(config: SearchConfig) -> None:
         return
     with helped_by_the_others():
         if config.replay >= 0:
-            replay(config, given or models / trial_name(study_name_of(config), config.replay))
+            replay(config, given or config.models_dir / trial_name(study_name_of(config), config.replay))
         else:
-            make_and_save(config, read_pipeline(config.pipeline), given or models / "llama_pruned", "fixed")
+            make_and_save(config, read_pipeline(config.pipeline), given or config.models_dir / "llama_pruned", "fixed")
 
 
 if __name__ == "__main__":

@@ -265,6 +265,18 @@ def lock_directory(directory: Path, wait_seconds: float = LOCK_WAIT_SECONDS) -> 
             lock.release()
 
 
+@contextlib.contextmanager
+def lock_directory_patiently(directory: Path, wait_seconds: float) -> Iterator[None]:
+    """Do what `lock_directory` does; that another process is waited for is printed."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock_directory(directory, wait_seconds=1))
+        except CompactMindError as busy:
+            print(f"{busy}; waiting ...", flush=True)
+            stack.enter_context(lock_directory(directory, wait_seconds))
+        yield
+
+
 def _recover(place: Path) -> None:
     """Put in order what a killed `replace_directory` left; whoever calls holds the lock."""
     displaced = place.with_name(f".{place.name}.old")

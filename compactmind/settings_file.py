@@ -14,7 +14,7 @@ import difflib
 import inspect
 import json
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -136,3 +136,13 @@ def field_reasons(config: type) -> dict[str, str]:
             if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
                 found[field.target.id] = " ".join(str(below.value.value).split())
     return found
+
+
+def changed_options(settings: Any, usual: Any, left_out: Sequence[str] = ()) -> list[str]:
+    """Return what differs between two sets of settings of one dataclass as options of a command line: --name value ..."""
+    options: list[str] = []
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.name not in left_out and value != getattr(usual, field.name):
+            options += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return options

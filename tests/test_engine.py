@@ -19,8 +19,9 @@ from compactmind.errors import CompactMindError
 from compactmind.search import engine
 from compactmind.search import storage as storage_module
 from compactmind.search.compressor import read_pipeline
-from compactmind.search.engine import Skipped, Stopped, counted_trials, is_counted, is_stopped, open_study, search
+from compactmind.search.engine import counted_trials, is_counted, is_stopped, open_study, search
 from compactmind.search.machine import this_worker
+from compactmind.search.notes import Skipped, Stopped
 from compactmind.search.space import make_space
 
 DESCRIBED = {"model": "abc", "space": {"orders": ["prune"]}}

@@ -19,7 +19,7 @@ from compactmind.evaluation.divergence import divergence
 from compactmind.evaluation.perplexity import paired_ratio, perplexity
 from compactmind.manifest import read_manifest
 from compactmind.methods.registry import Resources
-from compactmind.search import compressor, findings
+from compactmind.search import findings, making
 from compactmind.search.findings import known_findings, write_findings
 from compactmind.text import load_documents, token_windows
 
@@ -71,7 +71,7 @@ def test_logits_of_the_dense_model_that_are_kept_change_no_number(monkeypatch):
     for kept in (2**31, 0):
         monkeypatch.setattr(forward, "LOGITS_TO_KEEP", kept)
         resources = Resources(windows, windows, windows, helpers.make_llama)
-        material = stage["Material"](None, None, resources, windows, windows, "text", "first", "")
+        material = stage["PipelineInputs"](None, None, resources, windows, windows, "text", "first", "")
         assert (material.dense_on_test.head is None) == bool(kept)
         found.append([material.on_test.of(model) for model in (resources.teacher(), helpers.make_llama(seed=1))])
     assert found[0] == found[1]
@@ -502,7 +502,7 @@ def test_no_model_is_lost_for_what_is_only_to_be_known_of_it(tmp_path, run_here,
 
     helpers.add_llama(tmp_path)
     for name in ("interaction", "layer_errors"):
-        monkeypatch.setattr(compressor, name, broken)
+        monkeypatch.setattr(making, name, broken)
     monkeypatch.setitem(findings.SEARCH_FIGURES, "pareto", broken)
     status, output = run_here(
         "--methods", "prune", "nf4", "--mode", "hybrid", "--n_trials", 2, "--target_compression", 1.2,
@@ -541,7 +541,7 @@ def test_a_front_is_saved_at_every_size_that_something_reaches(tmp_path, run_her
     assert status == 0, output
     assert models_in(tmp_path) == ["llama", "llama_front_1.6x", "llama_searched"]  # which is the one of the usual size
     assert "the best models to models/llama_searched, models/llama_front_1.6x, models/llama_front_9x" in output
-    assert "save_front 9: no trial is so many times smaller, the smallest is" in output
+    assert "save_front 9: no trial is so many times smaller: the smallest is" in output
     folder = tmp_path / "results" / "search" / "llama-bayesian-front"
     summary, dense = helpers.read_json(folder / "summary.json"), read_manifest(tmp_path / "models" / "llama")
     sizes = [point["bytes"] for point in summary["front"]["points"]]

@@ -23,7 +23,8 @@ from compactmind.methods.registry import METHODS, Resources
 from compactmind.search import trials
 from compactmind.search.cache import PrefixCache
 from compactmind.search.compressor import Measure, read_pipeline, run_pipeline, store_as_released, stored_bytes
-from compactmind.search.engine import Notes, Skipped, Stopped, counted_trials, is_stopped, open_study, search
+from compactmind.search.engine import counted_trials, is_stopped, open_study, search
+from compactmind.search.notes import Notes, Skipped, Stopped
 from compactmind.search.space import make_space
 from compactmind.search.trials import BEFORE_ANY, HOPELESS, MARGIN, MORE_TOKENS, OPTIMISM, OUT_OF_REACH, TrialRunner, shortened
 

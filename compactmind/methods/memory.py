@@ -232,3 +232,10 @@ def of_pipeline(steps: Sequence[Any], sizes: Sizes) -> tuple[dict[str, int], int
         sizes, before, file = need.sizes, need.held, need.file
         found[f"{step.method.name} (step {number})"] = RUNTIME + teacher + max(need.peak, before + sizes.measuring)
     return found, file
+
+
+def of_pipelines(pipelines: Sequence[Sequence[Any]], sizes: Sizes) -> tuple[dict[str, int], int, int]:
+    """Return what `of_pipeline` does of the one that needs most at its peak, and the bytes of the files of all."""
+    each = [of_pipeline(steps, sizes) for steps in pipelines]
+    needs, file = max(each, key=lambda one: max(one[0].values()))
+    return needs, file, sum(file for _, file in each)

@@ -1,4 +1,5 @@
 """Models half way through a pipeline or at its end, found again by what was done to them: pipelines that begin alike share that beginning.
+And measurements of the dense model, by name.
 
 An entry is a directory named by the hash of its context (model, data, windows) and its steps: weights as a checkpoint holds them,
 configuration, and the row of the last step. Weights whose values a half-precision file holds exactly are stored in that dtype. The
@@ -8,8 +9,9 @@ entries used longest ago go when the directory grows beyond its limit.
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -113,3 +115,24 @@ class PrefixCache:
                 return
             shutil.rmtree(path, ignore_errors=True)
             del sizes[path]
+
+
+def kept_measurements(place: Path, belongs_to: dict[str, Any], again: bool) -> Callable[[str, Callable[[], Any]], Any]:
+    """Return what makes a measurement by name, or takes it from `place` where an earlier run left one that belongs to the same.
+
+    Values are what JSON can hold. `again`: none is taken from there. Whatever is wrong with a file, its measurement is made again.
+    """
+
+    def keep(name: str, make: Callable[[], Any]) -> Any:
+        path = place / f"{re.sub(r'[^a-z0-9.]+', '_', name)}.json"
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            known = json.loads(path.read_text(encoding="utf-8"))
+            if not again and known["belongs_to"] == belongs_to:
+                print(f"{name}: measured by an earlier run, {path}")
+                return known["value"]
+        value = make()
+        place.mkdir(parents=True, exist_ok=True)
+        write_json_atomically(path, {"belongs_to": belongs_to, "value": value})
+        return value
+
+    return keep

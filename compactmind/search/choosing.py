@@ -1,13 +1,13 @@
 """From trials to what is saved: the best few on all windows, one of them for every size, retrained long, and what its steps are worth."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
 
 from compactmind.search.ablation import ablation
-from compactmind.search.compressor import Step, interaction, pipeline_name, read_pipeline
+from compactmind.search.compressor import Step, diagnosed, interaction, pipeline_name, read_pipeline
 from compactmind.search.findings import measured_trials, quality_in
 from compactmind.search.front import candidates
 from compactmind.search.trials import TrialRunner, brief, with_tokens
@@ -20,13 +20,19 @@ def best_for(study: optuna.Study, ratios: Sequence[float], count: int) -> list[F
     return list(found.values())
 
 
-def confirm(
-    study: optuna.Study, trials: Sequence[FrozenTrial], runner: TrialRunner, diagnosed: Callable[[str, Callable], Any]
-) -> dict[int, dict[str, Any]]:
-    """Run trials again and measure them on all of the runner's windows, unless the study knows what they give; return that by number.
+def chosen_of(
+    study: optuna.Study, trials: Sequence[FrozenTrial], runner: TrialRunner, ratios: Sequence[float], tokens: int
+) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Return what trials give on all of the runner's windows by number, what is saved at every ratio (see `choose`), and what each step
+    of the first of these is worth (None: that could not be measured)."""
+    confirmed = confirm(study, trials, runner)
+    chosen = [choose(ratio, trials, confirmed, runner, tokens) for ratio in ratios]
+    steps = read_pipeline(next(each["pipeline"] for each in chosen if "trial" in each))
+    return confirmed, chosen, diagnosed("what each step is worth", lambda: steps_worth(steps, runner))
 
-    `diagnosed` does what is only to be known of a model and gives None where that fails.
-    """
+
+def confirm(study: optuna.Study, trials: Sequence[FrozenTrial], runner: TrialRunner) -> dict[int, dict[str, Any]]:
+    """Run trials again and measure them on all of the runner's windows, unless the study knows what they give; return that by number."""
     for trial in trials:
         confirmed = {int(number): found for number, found in study.user_attrs.get("confirmed", {}).items()}
         if trial.number in confirmed:

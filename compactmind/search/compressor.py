@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compactmind.checkpoint import bytes_to_save
-from compactmind.errors import CompactMindError
+from compactmind.errors import CompactMindError, first_line
 from compactmind.formats.table import FORMATS
 from compactmind.methods.registry import Method, Resources, method_named
 from compactmind.precision import is_small, widen
@@ -281,3 +281,12 @@ def _states(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
         for handle in handles:
             handle.remove()
     return states
+
+
+def diagnosed(what: str, measure: Callable[[], Any]) -> Any:
+    """Return what `measure` does; None and a printed line if it fails: nothing is lost for what is only to be known of a model."""
+    try:
+        return measure()
+    except Exception as error:  # noqa: BLE001  whatever it is, the model is there
+        print(f"{what} could not be measured and is left out: {type(error).__name__}: {first_line(error)}", flush=True)
+        return None

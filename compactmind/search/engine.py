@@ -18,7 +18,6 @@ Optuna: Akiba et al. 2019 (https://arxiv.org/abs/1907.10902). TPE with constrain
 (https://arxiv.org/abs/2211.14411).
 """
 
-import copy
 import itertools
 import math
 import threading
@@ -37,6 +36,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from compactmind.errors import CompactMindError
 from compactmind.search.compressor import Step, read_pipeline
 from compactmind.search.machine import lives, this_worker
+from compactmind.search.notes import Notes, Skipped, Stopped
 from compactmind.search.space import Space
 from compactmind.search.storage import differences, open_storage, without_password
 from compactmind.search.strategies import Proposer, key_of, make_sampler, shuffled_points
@@ -50,22 +50,13 @@ PATIENCE_SECONDS = 6 * 3600
 """So long the end of a search waits for the trials that other workers are still running."""
 
 
-class Stopped(Exception):
-    """Raised by what evaluates a pipeline: the trial ends early, for the reason in the message; `values` are what the objectives would have
-    come to."""
-
-    def __init__(self, reason: str, values: Sequence[float] = ()):
-        super().__init__(reason)
-        self.values = list(values)
-
-
-class Skipped(Stopped):
-    """Raised before anything is run: the trial does not count."""
-
-
 # -------------------------------------------------------------------------------------------------------------------- study
-def open_study(name: str, storage: str, described: dict[str, Any], directions: Sequence[str] = ("minimize",)) -> optuna.Study:
+def open_study(
+    name: str, storage: str, described: dict[str, Any], directions: Sequence[str] = ("minimize",), code: str = ""
+) -> optuna.Study:
     """Return a new study or the one of that name, whose model, text, space and objectives must be the same ones.
+
+    `code`: version of the code that measures; that it is another one than the study was begun by is printed.
 
     `storage` is an Optuna URL (sqlite:///study.db, postgresql://...) or the path of a journal file (*.log). Raises CompactMindError if it
     cannot be reached or the study was made for something else.
@@ -84,6 +75,11 @@ def open_study(name: str, storage: str, described: dict[str, Any], directions: S
             f"the study {name!r} in {without_password(storage)} was made for something else ({details}): choose another --study_name, "
             "or delete it"
         )
+    begun_by = study.user_attrs.get("code")
+    if code and begun_by is None:
+        study.set_user_attr("code", code)
+    elif code and begun_by != code:
+        print(f"study {name} was begun by another version of the code, which may measure otherwise: another --study_name begins anew")
     return study
 
 
@@ -185,45 +181,6 @@ def sign_of_life(trial: Trial) -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------------------------------------- loop
-class Notes:
-    """What is said of a trial while it is run, as on an Optuna trial; it is written to the study when the trial has ended, in one place."""
-
-    def __init__(self, study: optuna.Study, number: int):
-        self.study, self.number = study, number
-        self.user_attrs: dict[str, Any] = {}
-        self.constraints: dict[str, float] = {}
-        self.reported: dict[int, float] = {}
-
-    def set_user_attr(self, name: str, value: Any) -> None:
-        """Note an attribute."""
-        self.user_attrs[name] = value
-
-    def set_constraint(self, name: str, value: float) -> None:
-        """Note a constraint: what is above 0 is too much."""
-        self.constraints[name] = value
-
-    def report(self, value: float, step: int) -> None:
-        """Note what is minimised as it is seen so far, after `step` windows."""
-        self.reported[step] = value
-
-    def should_prune(self) -> bool:
-        """Ask the study's pruner whether a trial with what was reported is worth going on with; never among several objectives."""
-        if len(self.study.directions) > 1 or not self.reported:
-            return False
-        frozen = copy.copy(self.study.get_trials(deepcopy=False)[self.number])
-        frozen.intermediate_values = dict(self.reported)
-        return self.study.pruner.prune(self.study, frozen)
-
-    def write(self, trial: Trial) -> None:
-        """Put everything on a trial of the study."""
-        for name, value in self.constraints.items():
-            trial.set_constraint(name, value)
-        for step, value in self.reported.items() if len(self.study.directions) == 1 else ():
-            trial.report(value, step)
-        for name, value in self.user_attrs.items():
-            trial.set_user_attr(name, value)
-
-
 def search(
     study: optuna.Study,
     space: Space,

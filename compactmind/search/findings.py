@@ -26,6 +26,7 @@ from compactmind.files import write_json_atomically, write_text_atomically
 from compactmind.methods.registry import METHODS
 from compactmind.report.figures import save_figure
 from compactmind.report.search_figures import SEARCH_FIGURES
+from compactmind.search import ablation, front
 from compactmind.search.engine import counted_trials, is_stopped
 from compactmind.search.front import candidates, described
 from compactmind.search.space import SEPARATOR, is_hybrid
@@ -239,6 +240,12 @@ def nothing_reached(study: optuna.Study, target: float, folder: Path) -> str:
     )
 
 
+def nothing_so_small(study: optuna.Study) -> str:
+    """Return that no trial is as small as is wanted, and how small the smallest is."""
+    largest = max(trial.user_attrs["measured"]["compression_ratio"] for trial in measured_trials(study))
+    return f"no trial is so many times smaller: the smallest is {largest:.2f}"
+
+
 def known_findings(study: optuna.Study, folder: Path, depends_on: dict[str, Any]) -> dict[str, Any] | None:
     """Return the summary in a folder if it is of this study as it is now and of nothing else, and names a best pipeline; else None."""
     try:
@@ -267,3 +274,28 @@ def _point(trial: FrozenTrial, target: float) -> dict[str, Any]:
         "compression_ratio": measured["compression_ratio"] if measured else None,
         "reached": bool(measured and measured["compression_ratio"] >= target),
     }  # fmt: skip
+
+
+def steps_table(record: dict[str, Any]) -> str:
+    """Return the steps of a pipeline as aligned text: perplexity against the dense model (95%, paired), KL, seconds; and `interaction`."""
+    lines = [f"\n{'step':<12}{'perplexity':>12}{'against dense [95%, paired]':>32}{'KL, nats':>12}{'same top':>10}{'seconds':>10}"]
+    for row in record["pipeline"]:
+        low, high = (bound - 1 for bound in row["against_dense"]["interval"])
+        against = f"{row['against_dense']['ratio'] - 1:+.2%} [{low:+.2%}, {high:+.2%}]"
+        far = f"{row['divergence']['mean']:>12.4f}{row['divergence']['same_top']:>10.1%}"
+        lines.append(f"{row['method']:<12}{row['perplexity']:>12.3f}{against:>32}{far}{row['seconds']:>10.0f}")
+    if record["interaction"] is not None:
+        lines.append(f"interaction of quantization with the rest: {record['interaction']:+.4f} nats")
+    return "\n".join(lines)
+
+
+def summary_table(study: optuna.Study, target: float, summary: dict[str, Any], unit: str) -> str:
+    """Return what a study has found as aligned text: its trials, its front, and what every step of the best is worth in `unit`."""
+    parts = [trials_table(study, target, {int(number): each for number, each in summary["confirmed"].items()})]
+    if len(study.directions) > 1:
+        parts.append(front.table(summary["front"]))
+        if problem := front.front_problem(len(summary["front"]["points"])):
+            parts.append(problem)
+    if summary.get("ablation"):
+        parts.append(ablation.table(summary["ablation"], unit))
+    return "\n".join(parts)

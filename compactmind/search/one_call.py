@@ -21,7 +21,6 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from compactmind.checkpoint import (
     Checkpoint,
     load_any,
-    load_as_released,
     load_checkpoint,
     save_checkpoint,
     silence_libraries,
@@ -30,7 +29,7 @@ from compactmind.checkpoint import (
 from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, Sentence, data_fingerprint, read_dataset_description
 from compactmind.devices import default_device
-from compactmind.errors import CompactMindError
+from compactmind.errors import CompactMindError, first_line
 from compactmind.evaluation.cost import weight_bytes
 from compactmind.files import lock_directory
 from compactmind.gguf_source import folder_of
@@ -39,11 +38,10 @@ from compactmind.manifest import MANIFEST, identity_of, is_up_to_date
 from compactmind.methods.memory import Sizes, of_pipeline
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
-from compactmind.methods.registry import METHODS, Resources, method_named
-from compactmind.precision import work_in_float32
+from compactmind.methods.registry import METHODS, method_named
 from compactmind.room import require_room
 from compactmind.search.compressor import Step, check_steps, read_pipeline, run_pipeline
-from compactmind.search.material import Material, save_compressed
+from compactmind.search.inputs import PipelineInputs, read_inputs, save_compressed
 from compactmind.text import load_documents, read_documents, token_windows
 
 SCRIPT = "compactmind.compress"
@@ -112,8 +110,8 @@ def compress(
         sizes = Sizes.of(skeleton_of(source), weight_bytes(source), calibration_windows, eval_windows, seq_len, device == "cuda")
         needs, file = of_pipeline(steps, sizes)
         require_room(needs, int(file), place, device, "fewer calibration_windows and a smaller seq_len take less")
-        material = _material(source, read, device, steps, (seq_len, calibration_windows, eval_windows))
-        save_compressed(place, run_pipeline(steps, material.resources, material.on_test), material, stage, {})
+        inputs = _inputs(source, read, device, steps, (seq_len, calibration_windows, eval_windows))
+        save_compressed(place, run_pipeline(steps, inputs.resources, inputs.on_test), inputs, stage, {})
     return load_checkpoint(place, device)
 
 
@@ -130,8 +128,7 @@ def _source_of(model: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(WANTED_OF_A_HUB)))
     except Exception as error:  # noqa: BLE001  no network, no such name, not allowed: each is an error class of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CompactMindError(f"{model} is no folder and could not be fetched from the hub: {reason}") from None
+        raise CompactMindError(f"{model} is no folder and could not be fetched from the hub: {first_line(error)}") from None
 
 
 def _is_classifier(source: Path) -> bool:
@@ -214,20 +211,17 @@ def _windows(text: _Text, tokenizer: PreTrainedTokenizerBase, seq_len: int, eval
     return train[:TRAIN_WINDOWS], last[:held_out], last[held_out:]
 
 
-def _material(source: Path, text: _Text, device: str, steps: Sequence[Step], counts: tuple[int, int, int]) -> Material:
+def _inputs(source: Path, text: _Text, device: str, steps: Sequence[Step], counts: tuple[int, int, int]) -> PipelineInputs:
     seq_len, calibration_windows, eval_windows = counts
-    model, tokenizer = load_as_released(source)
-    check_steps(steps, model)
-    released = model.dtype
-    del model
-    train, held_out, test = _windows(text, tokenizer, seq_len, eval_windows)
-    resources = Resources(
-        calibration=train[:calibration_windows], train=train, held_out=held_out, released=released,
-        released_bytes=weight_bytes(source), device=device,
-        dense=lambda: work_in_float32(load_as_released(source)[0].to(device)),
+
+    def cut(tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+        train, held_out, test = _windows(text, tokenizer, seq_len, eval_windows)
+        return {"train": train, "held_out": held_out, "choose": held_out, "test": test}
+
+    return read_inputs(
+        source, device, lambda dense: check_steps(steps, dense), cut, calibration_windows,
+        text=text.name, window_choice="last" if "all" in text.parts else "spread", fingerprint=text.fingerprint,
     )  # fmt: skip
-    choice = "last" if "all" in text.parts else "spread"
-    return Material(source, tokenizer, resources, held_out, test, text.name, choice, text.fingerprint)
 
 
 # -------------------------------------------------------------------------------------------------------------- a classifier

@@ -1,5 +1,6 @@
 """Where what a study has found lies: of the first studies of models/llama under short names, of every other one under its own."""
 
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,6 +11,24 @@ FIRST_STUDY = "llama-bayesian"
 """The study whose findings lie in results/search itself."""
 FIRST_FRONT = "llama-bayesian-front"
 """The study whose models are called by their size alone; that of the usual size is models/llama_searched, as that of FIRST_STUDY is."""
+
+FILES = ("cache", "study.db", "summary.json", "trials.csv", "best_pipeline.json")
+"""What lies in results/search beside the folders of studies."""
+
+
+def study_name(given: str, usual: str, search: Path) -> str:
+    """Return the name of a study, `given` or made of the `usual` one: directories in `search` are named for it.
+
+    Raises CompactMindError if it is given and cannot be a directory's.
+    """
+    if not given:  # of a folder that may be called anything
+        return re.sub(r"[^\w.-]+", "_", usual)
+    if not re.fullmatch(r"\w[\w.-]*", given) or given.lower() in FILES or given.endswith(".png"):
+        raise CompactMindError(
+            f"study_name {given!r} cannot be the name of a directory in {search}: use letters, digits, '-', '_' and '.', for example "
+            "--study_name narrow"
+        )
+    return given
 
 
 def findings_folder(search: Path, study: str) -> Path:

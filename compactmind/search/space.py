@@ -5,6 +5,7 @@ order it stands in, so that what is learnt of one order serves the others. A met
 """
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
 from compactmind.methods.registry import METHODS, Method, are_numbers, asked_as
-from compactmind.search.compressor import order_problem
+from compactmind.search.compressor import Step, order_problem
 
 MODES = ("single", "hybrid", "both")
 """single: one method that compresses, prune or quantize; hybrid: several; retraining and smoothing stand beside them in all."""
@@ -141,6 +142,12 @@ class Space:
             if len(order) == 1 or order not in retrained:
                 yield order
 
+    def single_steps(self) -> list[Step]:
+        """Return every method of the space as a step, with the first choice of each parameter."""
+        names = dict.fromkeys(name for order in self.orders for name in order)
+        first = {name: {key: values[0] for key, values in self.choices[name].items()} for name in names}
+        return [Step(METHODS[name], METHODS[name].parameters(given)) for name, given in first.items()]
+
     def size(self) -> int:
         """Return the number of points."""
         sizes = {name: math.prod(map(len, values.values())) for name, values in self.choices.items()}
@@ -185,6 +192,17 @@ def labels(names: Sequence[str]) -> list[str]:
         number = list(names[: index + 1]).count(name)
         found.append(name if number == 1 else f"{name}{number}")
     return found
+
+
+def read_choices(text: str) -> dict[str, Any]:
+    """Return what `make_space` calls choices from JSON text. Raises CompactMindError."""
+    try:
+        choices = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CompactMindError(f'choices are no JSON ({error}): for example {{"prune.sparsity": [0.1, 0.2]}}') from None
+    if not isinstance(choices, dict):
+        raise CompactMindError(f'choices {text} are no object: for example {{"prune.sparsity": [0.1, 0.2]}}')
+    return choices
 
 
 def make_space(

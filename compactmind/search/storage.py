@@ -18,7 +18,7 @@ from filelock import FileLock
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 
-from compactmind.errors import CompactMindError
+from compactmind.errors import CompactMindError, first_line
 
 WAITS = (0.5, 1, 2, 4, 8, 15, 30, 60, 60, 60)
 """Seconds before a call that failed is made again, for the first time, the second ...: a database that restarts is back within minutes."""
@@ -161,11 +161,6 @@ def without_password(place: str) -> str:
         return sqlalchemy.engine.make_url(place).render_as_string(hide_password=True)
     except sqlalchemy.exc.ArgumentError:
         return place  # the path of a journal file
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an error says, on one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def differences(there: Any, here: Any, name: str) -> Iterator[str]:

@@ -36,8 +36,8 @@ from compactmind.methods.pruning.llama_structure import prunable_parameters
 from compactmind.methods.registry import Resources
 from compactmind.search.cache import PrefixCache
 from compactmind.search.compressor import Compressed, Measure, Step, run_pipeline, store_as_released, stored_bytes
-from compactmind.search.engine import Notes, Skipped, Stopped
 from compactmind.search.front import QUALITIES
+from compactmind.search.notes import Notes, Skipped, Stopped
 
 SIMULATED = "simulated"
 HOPELESS = 0.3
