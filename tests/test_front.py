@@ -5,6 +5,7 @@ import random
 import re
 from types import SimpleNamespace
 
+import helpers
 import optuna
 import pytest
 from optuna.trial import TrialState
@@ -175,20 +176,36 @@ def test_the_front_of_a_study_is_optunas(space):
 
 
 # ------------------------------------------------------------------------------------------------------------- choosing
+def chooser(kl, learns="retrain"):
+    """Return what stands for a runner: whatever it runs comes to `kl`."""
+    made = SimpleNamespace(steps=[{"method": "dense", "seconds": 9.0}, {"method": learns, "seconds": 2.0}])
+    resources = SimpleNamespace(teacher=helpers.make_llama)
+    return SimpleNamespace(quality="kl", run=lambda _: made, measure=lambda _: {"kl": kl}, resources=resources)
+
+
 def test_what_is_retrained_long_is_saved_only_if_it_is_better():
     steps = read_pipeline([{"method": "prune"}, {"method": "retrain", "params": {"tokens": 100}}])
-
-    def runner(kl):
-        made = SimpleNamespace(steps=[{"method": "retrain", "seconds": 2.0}])
-        return SimpleNamespace(quality="kl", run=lambda _: made, measure=lambda _: {"kl": kl})
-
     for kl, kept in ((0.4, True), (0.6, False)):
-        found, record = choosing.retrained_long(steps, {"kl": 0.5}, runner(kl), 300)
+        found, record = choosing.retrained_long(steps, {"kl": 0.5}, chooser(kl), 300)
         assert record == {"tokens": 300, "seconds": 2.0, "searched": 0.5, "final": kl, "kept": kept}
         assert found[1].recipe.tokens == (300 if kept else 100)
     for few in (0, 100):
-        assert choosing.retrained_long(steps, {"kl": 0.5}, runner(0.1), few) == (steps, None)
-    assert choosing.retrained_long(steps[:1], {"kl": 0.5}, runner(0.1), 300) == (steps[:1], None)
+        assert choosing.retrained_long(steps, {"kl": 0.5}, chooser(0.1), few) == (steps, None)
+    assert choosing.retrained_long(steps[:1], {"kl": 0.5}, chooser(0.1), 300) == (steps[:1], None)
+
+
+def test_integers_that_cost_something_learn_after_rounding_before_they_are_saved(monkeypatch):
+    steps = read_pipeline([{"method": "prune"}, {"method": "gptq", "params": {"target_compression": 4}}])
+    for kl, kept in ((0.4, True), (0.6, False)):
+        found, record = choosing.retrained_long(steps, {"kl": 0.5}, chooser(kl, "gptq"), 300)
+        assert record == {"tokens": 300, "seconds": 2.0, "searched": 0.5, "final": kl, "kept": kept}
+        assert found[1].recipe.tuning_tokens == (300 if kept else 0) and found[1].recipe.target_compression == 4
+    assert choosing.retrained_long(steps, {"kl": choosing.AS_GOOD}, chooser(0.0), 300) == (steps, None)  # nothing to win
+    monkeypatch.setattr(choosing, "is_small", lambda _: False)  # no room for gradients of all its weights
+    assert choosing.retrained_long(steps, {"kl": 0.5}, chooser(0.1), 300) == (steps, None)
+    both = read_pipeline([{"method": "prune"}, {"method": "retrain", "params": {"tokens": 100}}, {"method": "gptq"}])
+    found, _ = choosing.retrained_long(both, {"kl": 0.5}, chooser(0.1), 300)
+    assert found[1].recipe.tokens == 300 and found[2].recipe.tuning_tokens == 0
 
 
 def test_a_stopped_trial_is_none_of_the_measured_ones():

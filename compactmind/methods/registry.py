@@ -120,6 +120,8 @@ class Method:
     """The parameter of that ratio: a search for one size or for several sets it to its targets, and `aimed` takes the place of `space`."""
     aimed: dict[str, Sequence[Any]] = field(default_factory=dict)
     """What a search may choose from beside the target that `aim` is set to."""
+    trains: str | None = None
+    """The parameter that says on how many tokens it learns, if it does: what a search has chosen may learn longer before it is saved."""
     needs: Callable[[Sizes, Any, int], Need] | None = None
     """(sizes, recipe, bytes of the model that is in memory) -> the memory it needs, see memory.py."""
     beforehand: Callable[[Resources, Any], None] | None = None
@@ -282,7 +284,7 @@ METHODS: dict[str, Method] = {
     "retrain": Method(
         "retrain", "retrain", RetrainRecipe, _retrain,
         {"tokens": (4096, 8192), "lr": (5e-5, 1e-4, 2e-4), "distillation": (True, False), "evaluations": (1,)},
-        beforehand=_read_teacher, needs=memory.retrain, check=_check_retrain,
+        trains="tokens", beforehand=_read_teacher, needs=memory.retrain, check=_check_retrain,
     ),
     "smooth": Method("smooth", "smooth", SmoothRecipe, _smooth, {"alpha": (0.5, 0.6, 0.7, 0.8, 0.9)}, needs=memory.smooth),
     "w8a8": Method(
@@ -304,7 +306,7 @@ METHODS: dict[str, Method] = {
             "damping": (0.01, 0.05, 0.2),
         }, "grouped",
         needs=memory.gptq, bits=lambda recipe: recipe.bits_per_weight,
-        ratio=lambda recipe: recipe.target_compression or None, aim="target_compression",
+        ratio=lambda recipe: recipe.target_compression or None, aim="target_compression", trains="tuning_tokens",
         aimed={
             "damping": (0.01, 0.05, 0.2), "weigh_tokens": (False, True), "stream_rotation": (False, True), "tuning_tokens": (0, 8192),
         },

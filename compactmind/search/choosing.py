@@ -1,16 +1,21 @@
 """From trials to what is saved: the best few on all windows, one of them for every size, retrained long, and what its steps are worth."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
 
+from compactmind.precision import is_small
 from compactmind.search.ablation import ablation
 from compactmind.search.compressor import Step, diagnosed, interaction, pipeline_name, read_pipeline
 from compactmind.search.findings import measured_trials, quality_in
 from compactmind.search.front import candidates
-from compactmind.search.trials import TrialRunner, brief, with_tokens
+from compactmind.search.trials import TrialRunner, brief
+
+AS_GOOD = 0.01
+"""Nats of KL to the dense model up to which integers are saved as the search made them: there is next to nothing to win."""
 
 
 def best_for(study: optuna.Study, ratios: Sequence[float], count: int) -> list[FrozenTrial]:
@@ -54,7 +59,7 @@ def choose(
     ratio: float, trials: Sequence[FrozenTrial], confirmed: dict[int, dict[str, Any]], runner: TrialRunner, tokens: int
 ) -> dict[str, Any]:
     """Return the ratio, and of the best trial on all windows that is so many times smaller its number, what was measured and the pipeline
-    to save; the ratio alone if there is none. A pipeline that retrains is retrained on `tokens` first, see `retrained_long`."""
+    to save; the ratio alone if there is none. A pipeline that learns does so on `tokens` first, see `retrained_long`."""
     small = [trial for trial in trials if confirmed[trial.number]["compression_ratio"] >= ratio]
     if not small:
         return {"ratio": ratio}
@@ -68,22 +73,36 @@ def choose(
     }  # fmt: skip
 
 
+def lengthened(steps: Sequence[Step], tokens: int, tune: bool) -> list[Step]:
+    """Return the pipeline whose retraining sees at least `tokens` tokens; with `tune`, integers learn on as many after rounding."""
+
+    def long(step: Step) -> Step:
+        name = step.method.trains
+        if name is None or not (tune or step.method.kind == "retrain"):
+            return step
+        return Step(step.method, replace(step.recipe, **{name: max(tokens, getattr(step.recipe, name))}))
+
+    return [long(step) for step in steps]
+
+
 def retrained_long(
     steps: list[Step], confirmed: dict[str, Any], runner: TrialRunner, tokens: int
 ) -> tuple[list[Step], dict[str, Any] | None]:
-    """Return the pipeline as it was or retrained on `tokens`, whichever is better on all windows, and the record of that training.
+    """Return the pipeline as it was or trained on `tokens`, whichever is better on all windows, and the record of that training.
 
-    The record: tokens, seconds, the measure as in the search and afterwards, and whether the long one was kept; None if the pipeline does
-    not retrain, or on no fewer tokens.
+    That is its retraining; and where rounding cost more than AS_GOOD and the model is small enough to have gradients of all its weights,
+    scales and norms learn from the dense model after it. The record: tokens, seconds of the steps that learn, the measure as in the search
+    and afterwards, and whether the long one was kept; None if the pipeline has nothing to learn, or learns on as many tokens already.
     """
-    final, quality = with_tokens(steps, lambda few: max(few, tokens)), runner.quality
+    tune = confirmed["kl"] > AS_GOOD and any(step.method.trains for step in steps) and is_small(runner.resources.teacher())
+    final, quality = lengthened(steps, tokens, tune), runner.quality
     if [step.identity() for step in final] == [step.identity() for step in steps]:
         return steps, None
     print(f"final training on {tokens} tokens: {pipeline_name(final)} ...", flush=True)
-    compressed = runner.run(final)
+    compressed, learning = runner.run(final), [step.method.name for step in final if step.method.trains]
     found = runner.measure(compressed)[quality]
     record = {
-        "tokens": tokens, "seconds": sum(row["seconds"] for row in compressed.steps if row["method"] == "retrain"),
+        "tokens": tokens, "seconds": sum(row["seconds"] for row in compressed.steps if row["method"] in learning),
         "searched": confirmed[quality], "final": found, "kept": found <= confirmed[quality],
     }  # fmt: skip
     print(f"search: {quality} {confirmed[quality]:.4g} on all windows\nfinal training: {quality} {found:.4g}", end="")

@@ -304,18 +304,15 @@ def summed(looks: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
     return {"loss": loss, "perplexity": math.exp(loss), "kl": kl}
 
 
-def with_tokens(steps: Sequence[Step], tokens: Callable[[int], int]) -> list[Step]:
-    """Return the pipeline whose retraining sees `tokens(its tokens)` tokens."""
-    return [
-        Step(step.method, replace(step.recipe, tokens=tokens(step.recipe.tokens))) if step.method.kind == "retrain" else step
-        for step in steps
-    ]
-
-
 def shortened(steps: Sequence[Step]) -> list[Step] | None:
     """Return the pipeline with SHORT of its retraining; None if there is none, or one that is short already."""
-    seen = [step.recipe.tokens for step in steps if step.method.kind == "retrain"]
-    return with_tokens(steps, lambda tokens: int(SHORT * tokens)) if seen and SHORT * max(seen) >= SHORTEST else None
+    retraining = [step.method.kind == "retrain" for step in steps]
+    if SHORT * max((step.recipe.tokens for step, is_one in zip(steps, retraining, strict=True) if is_one), default=0) < SHORTEST:
+        return None
+    return [
+        Step(step.method, replace(step.recipe, tokens=int(SHORT * step.recipe.tokens))) if is_one else step
+        for step, is_one in zip(steps, retraining, strict=True)
+    ]
 
 
 def brief(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
