@@ -2,6 +2,7 @@
 
 import csv
 import zipfile
+from collections import defaultdict
 from dataclasses import replace
 
 import own_data
@@ -59,11 +60,15 @@ def test_a_pair_is_own_exactly_where_headline_and_sentence_are_of_one_article(wh
     articles = articles_of(wheel)
     article_of = {text: article for article in articles for text in (article.headline, *article.sentences)}
     rows = pair_rows(articles)
+    others = defaultdict(set)
     assert len(rows) == 2 * 2 * 60
     for row in rows:
         headline, sentence = article_of[row["headline"]], article_of[row["sentence"]]
         assert (row["match"] == "own") == (headline is sentence)
         assert headline.topic == sentence.topic, "the topic would give the answer away"
+        if row["match"] == "other":
+            others[sentence.headline].add(row["headline"])
+    assert {len(found) for found in others.values()} == {2}, "two sentences of an article have two other headlines"
     assert len({(row["headline"], row["sentence"]) for row in rows}) == len(rows)
     assert pair_rows(articles[:1]) == [], "there is no other headline"
 
