@@ -18,7 +18,7 @@ KEPT, GROUP = 2, 4
 PATTERN = f"{KEPT}:{GROUP}"
 CAPABILITY = (8, 0)
 """Of the oldest GPUs whose tensor cores read the pattern."""
-SHAPES = {torch.float16: (32, 64), torch.bfloat16: (32, 64), torch.int8: (32, 128)}
+SHAPES = {torch.float16: (32, 64), torch.bfloat16: (32, 64)}
 """Dtype -> what rows and columns of a matrix must be multiples of for torch's kernels, those of CUTLASS and of cuSPARSELt."""
 
 
