@@ -314,7 +314,7 @@ class SearchConfig(StageConfig):
     first_guesses: bool = True
     """Whether a search, whatever its strategy, begins with what anyone would try first."""
     pipeline: str = PRUNE_AND_RETRAIN
-    """fixed: JSON, a list of steps, each with method (prune, retrain, smooth, w8a8, nf4, gptq) and params."""
+    """fixed: JSON, a list of steps, each with method (prune, sparse24, retrain, smooth, w8a8, nf4, gptq) and params."""
     dry_run: bool = False
     """Print what memory and disk it takes, from the shapes of the model alone, and do nothing."""
     replay: int = -1
