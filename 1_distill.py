@@ -3,7 +3,7 @@
 Paper: Hinton et al. 2015 (soft targets), Sanh et al. 2019 (DistilBERT: alternate teacher layers as a start).
 Run:   python 1_distill.py                      (after python download_model.py; every setting: --help)
        accelerate launch --mixed_precision bf16 1_distill.py    (several GPUs)
-       python 1_distill.py --seeds 5            (each model with five seeds: a median and a spread in the report; docs/encoders.md)
+       python 1_distill.py --seeds 5            (each model with five seeds: a median and a spread in the report; docs/families.md)
 Reads: models/teacher_base, models/student_base if there is one, sst2_data/{train,validation}.jsonl
 Writes: models/teacher            the teacher, fine-tuned on the labels
         models/student_finetuned  the student trained on the labels alone: the control

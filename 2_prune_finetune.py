@@ -6,7 +6,7 @@ Run:   python 2_prune_finetune.py               (after python 1_distill.py; ever
        python 2_prune_finetune.py --criterion l2 --target_sparsity 0.5 --output_dir student_l2_50    (side by side)
        python 2_prune_finetune.py --target_speedups 2 4 8          (a family: models/student_pruned_2x, _4x, _8x; docs/families.md)
        python 2_prune_finetune.py --pattern 2:4    (two of every four weights are zero, for GPUs: models/student_pruned_2to4)
-       python 2_prune_finetune.py --seeds 5        (each model with five seeds: a median and a spread in the report; docs/encoders.md)
+       python 2_prune_finetune.py --seeds 5        (each model with five seeds: a median and a spread in the report; docs/families.md)
 Reads: models/student_distilled, models/teacher (its logits, cached), sst2_data/{train,validation}.jsonl
 Writes: models/student_pruned with training_history.json, results/student_pruned_history.png
 Time:  about 2 minutes on 2 CPU cores (embedded profile). A killed run goes on at its last epoch.
