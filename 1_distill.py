@@ -3,6 +3,7 @@
 Paper: Hinton et al. 2015 (soft targets), Sanh et al. 2019 (DistilBERT: alternate teacher layers as a start).
 Run:   python 1_distill.py                      (after python download_model.py; every setting: --help)
        accelerate launch --mixed_precision bf16 1_distill.py    (several GPUs)
+       python 1_distill.py --seeds 5            (each model with five seeds: a median and a spread in the report; docs/families.md)
 Reads: models/teacher_base, models/student_base if there is one, sst2_data/{train,validation}.jsonl
 Writes: models/teacher            the teacher, fine-tuned on the labels
         models/student_finetuned  the student trained on the labels alone: the control
@@ -10,6 +11,8 @@ Writes: models/teacher            the teacher, fine-tuned on the labels
 Time:  about 5 minutes on 2 CPU cores (embedded profile). A killed run goes on at its last epoch.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,6 +36,7 @@ from compactmind.methods.distillation.teacher_logits import cached_teacher_logit
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only
 from compactmind.methods.pruning.encoder import classifier_class, encoder_layers, family_name
 from compactmind.methods.vocabulary import same_tokenizer
+from compactmind.seeds import of_repeat, runs_of, told, with_seed
 from compactmind.task import Task, read_task
 from compactmind.training import (
     accelerator_record,
@@ -62,6 +66,7 @@ def train(
     accelerator: Accelerator,
     stage: dict,
     *,
+    repeats: dict[str, str],
     epochs: int,
     lr: float,
     lr_name: str,
@@ -115,7 +120,7 @@ def train(
     if accelerator.is_main_process:
         save_checkpoint(
             directory, model, tokenizer, kind="dense", parent=parent, stage=stage, history=loop.history, metrics=loop.metrics(),
-            data_fingerprint=data_fingerprint(config.data_dir), beside=config.models_dir / parent,
+            data_fingerprint=data_fingerprint(config.data_dir), beside=config.models_dir / parent, extra=repeats,
         )  # fmt: skip
         loop.clear(directory)
     accelerator.wait_for_everyone()
@@ -174,7 +179,8 @@ def main(config: DistillConfig) -> None:
     accelerator = make_accelerator()
     models = config.models_dir
     bases = [models / name for name in ("teacher_base", "student_base") if (models / name).exists()]
-    check_outputs([models / name for name in ("teacher", *config.students)], "1_distill.py", bases, models)
+    runs = {name: runs_of(name, config.seed, config.seeds) for name in ("teacher", *config.students)}
+    check_outputs([models / run for each in runs.values() for run in each], "1_distill.py", bases, models)
     available = read_manifest(models / "teacher_base")["layers"]
     if len(bases) < 2 and config.student_layers > len(available):
         raise CompactMindError(f"student_layers {config.student_layers} is more than the teacher has: 1 to {len(available)}")
@@ -208,15 +214,26 @@ def main(config: DistillConfig) -> None:
         return splits
 
     # ---- teacher
-    with only_writer(models / "teacher", accelerator):
-        if config.force or not is_up_to_date(models / "teacher", teacher_stage, config.verify):
-            set_seed(config.seed)
-            model, tokenizer = with_new_head(models / "teacher_base", task, config.max_length)
-            set_dropout(model, config.teacher_dropout)
-            train("teacher", model, tokenizer, load_splits(tokenizer), config, accelerator, teacher_stage,
-                  epochs=config.teacher_epochs, lr=config.teacher_lr, lr_name="teacher_lr", parent="teacher_base")  # fmt: skip
-        else:
-            accelerator.print(f"{models / 'teacher'} is up to date: skipped (--force True trains it again)")
+    def train_teacher(name: str, run: str, config: DistillConfig, stage: dict) -> None:
+        set_seed(config.seed)
+        model, tokenizer = with_new_head(models / "teacher_base", task, config.max_length)
+        set_dropout(model, config.teacher_dropout)
+        train(run, model, tokenizer, load_splits(tokenizer), config, accelerator, stage, repeats=of_repeat(name, run),
+              epochs=config.teacher_epochs, lr=config.teacher_lr, lr_name="teacher_lr", parent="teacher_base")  # fmt: skip
+
+    def make(name: str, stage: dict, train_model: Callable[[str, str, DistillConfig, dict], None]) -> None:
+        """Train a model with every seed it is not up to date for; the first has its name."""
+        for run, seed in runs[name].items():
+            with only_writer(models / run, accelerator):
+                if config.force or not is_up_to_date(models / run, with_seed(stage, seed), config.verify):
+                    train_model(name, run, replace(config, seed=seed), with_seed(stage, seed))
+                else:
+                    accelerator.print(f"{models / run} is up to date: skipped (--force True trains it again)")
+        if config.seeds > 1:
+            reached = [read_manifest(models / run)["metrics"]["validation_accuracy"] for run in runs[name]]
+            accelerator.print(f"{name}, {config.seeds} seeds: validation accuracy {told(reached)}")
+
+    make("teacher", teacher_stage, train_teacher)
 
     # ---- students
     student_config = {**shared, **config.relevant("student_epochs", "student_lr", "student_dropout", "freeze_word_embeddings")}
@@ -231,11 +248,7 @@ def main(config: DistillConfig) -> None:
         "student_distilled": {**made_by, "config": {**student_config, **distill_config}, "inputs": inputs},
     }
 
-    def train_student(name: str) -> None:
-        stage = stages[name]
-        if not config.force and is_up_to_date(models / name, stage, config.verify):
-            accelerator.print(f"{models / name} is up to date: skipped (--force True trains it again)")
-            return
+    def train_student(name: str, run: str, config: DistillConfig, stage: dict) -> None:
         teacher = load_checkpoint(models / "teacher", accelerator.device)
         teacher_layers = teacher.model.config.num_hidden_layers
         set_seed(config.seed)
@@ -256,7 +269,7 @@ def main(config: DistillConfig) -> None:
             freeze_word_embeddings(student)
         distilled = name == "student_distilled"
         train(
-            name, student, tokenizer, data, config, accelerator, stage,
+            run, student, tokenizer, data, config, accelerator, stage, repeats=of_repeat(name, run),
             epochs=config.student_epochs, lr=config.student_lr, lr_name="student_lr",
             parent="student_base" if "student_base" in inputs else "teacher",
             teacher_logits=cached_teacher_logits(teacher.model, teacher.fingerprint, read_by_teacher["train"], config.eval_batch_size,
@@ -266,8 +279,7 @@ def main(config: DistillConfig) -> None:
         )  # fmt: skip
 
     for name in config.students:
-        with only_writer(models / name, accelerator):
-            train_student(name)
+        make(name, stages[name], train_student)
 
     if all(name in config.students for name in stages):
         control, distilled = (read_manifest(models / name)["metrics"]["validation_accuracy"] for name in stages)

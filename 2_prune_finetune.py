@@ -5,6 +5,8 @@ Run:   python 2_prune_finetune.py               (after python 1_distill.py; ever
        accelerate launch --mixed_precision bf16 2_prune_finetune.py    (several GPUs)
        python 2_prune_finetune.py --criterion l2 --target_sparsity 0.5 --output_dir student_l2_50    (side by side)
        python 2_prune_finetune.py --target_speedups 2 4 8          (a family: models/student_pruned_2x, _4x, _8x; docs/families.md)
+       python 2_prune_finetune.py --pattern 2:4    (two of every four weights are zero, for GPUs: models/student_pruned_2to4)
+       python 2_prune_finetune.py --seeds 5        (each model with five seeds: a median and a spread in the report; docs/families.md)
 Reads: models/student_distilled, models/teacher (its logits, cached), sst2_data/{train,validation}.jsonl
 Writes: models/student_pruned with training_history.json, results/student_pruned_history.png
 Time:  about 2 minutes on 2 CPU cores (embedded profile). A killed run goes on at its last epoch.
@@ -16,26 +18,21 @@ speed.
 """
 
 import datetime
-import json
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
-import matplotlib.pyplot as plt
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.optim.lr_scheduler import LambdaLR
 
 from common import PROFILE, PruneConfig, parse_command_line, run_stage
-from compactmind.checkpoint import load_checkpoint, save_checkpoint
+from compactmind.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split, model_inputs
 from compactmind.devices import number_of_processes
 from compactmind.errors import CompactMindError
-from compactmind.evaluation.cost import gflops, measure_latency
-from compactmind.evaluation.cost_table import gflops_table, latency_table
-from compactmind.forward import predict_logits
+from compactmind.evaluation.family import Goal, goals_of, share_of_cost, target_of
 from compactmind.guards import check_outputs, check_parent, check_tokenizer
 from compactmind.loop import EpochLoop, FirstBest
 from compactmind.manifest import is_up_to_date, read_manifest, weights_fingerprint
@@ -43,13 +40,14 @@ from compactmind.methods.distillation.soft_targets import distillation_loss, hid
 from compactmind.methods.distillation.student import matching_layers
 from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only
-from compactmind.methods.pruning.encoder import layer_shapes
+from compactmind.methods.pruning.encoder import block_linears, layer_shapes
 from compactmind.methods.pruning.importance import ImportanceScorer, LayerScores, prunable_parameters
-from compactmind.methods.pruning.masks import LayerMask, apply_masks, compact, full_masks
+from compactmind.methods.pruning.masks import LayerMask, apply_masks, compact, compact_and_compare, full_masks
 from compactmind.methods.pruning.schedule import cubic_sparsity
-from compactmind.methods.pruning.targets import CostTarget, SparsityTarget
+from compactmind.methods.pruning.two_of_four import PATTERN, is_two_of_four, lay_over, share_of_zeros
 from compactmind.methods.vocabulary import same_tokenizer
-from compactmind.report.figures import save_figure
+from compactmind.report.history import plot_history
+from compactmind.seeds import of_repeat, runs_of, told
 from compactmind.training import (
     accelerator_record,
     freeze_word_embeddings,
@@ -63,12 +61,8 @@ from compactmind.training import (
 # Every field, its reason and its range: common.PruneConfig. For example: for_profile(PROFILE, target_sparsity=0.5)
 CONFIG = PruneConfig.for_profile(PROFILE)
 
-COMPACTION_TOLERANCE = 1e-5
-"""Largest allowed difference of any logit between the masked and the compacted model, as a share of the largest logit or of 1."""
-
-
-MEASURED_BATCH, MEASURED_ROUNDS = 32, 9
-"""Sentences per batch of a family's speed-ups, and rounds whose median ratio a speed-up is."""
+STRUCTURED = ("criterion", "round_to", "prune_start_epoch", "prune_end_epoch", "prune_every", "lr")
+"""Settings of heads and neurons that go, which a pattern has no use for."""
 ATTEMPTS = 4
 """How often a member that is not fast enough when measured is made smaller before that is accepted."""
 
@@ -76,6 +70,10 @@ ATTEMPTS = 4
 # ---------------------------------------------------------------------------------------------------------------- checks
 def check(config: PruneConfig) -> None:
     """Raise CompactMindError on settings that do not go together, before anything is loaded."""
+    if config.pattern == PATTERN:
+        if config.target_speedups or config.target_gflops:
+            raise CompactMindError(f"pattern {PATTERN} leaves every head and neuron, so no family can be made by it: leave one of both out")
+        return
     if not config.prune_start_epoch <= config.prune_end_epoch <= config.epochs:
         raise CompactMindError(
             f"epochs out of order: 1 <= prune_start_epoch {config.prune_start_epoch} <= prune_end_epoch "
@@ -89,24 +87,10 @@ def check(config: PruneConfig) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Goal:
-    """What a member of a family is to cost."""
-
-    name: str
-    """What its directory is called after the family's."""
-    measured: bool
-    """Whether the cost is time, measured, or operations, counted."""
-    share: float
-    """Cost as a share of the parent's."""
-
-
 def family_of(config: PruneConfig) -> dict[str, Goal | None]:
     """Return what is made, directory -> goal, from the gentlest to the strongest; without targets one model by target_sparsity."""
-    goals = [Goal(f"{each:g}x", True, 1 / each) for each in config.target_speedups]
-    goals += [Goal(f"gflops{each:g}", False, each) for each in config.target_gflops]
-    goals.sort(key=lambda goal: -goal.share)
-    return {f"{config.output_dir}_{goal.name}": goal for goal in goals} or {config.output_dir: None}
+    goals = {f"{config.output_dir}_{goal.name}": goal for goal in goals_of(config.target_speedups, config.target_gflops)}
+    return goals or {f"{config.output_dir}{'_2to4' if config.pattern == PATTERN else ''}": None}
 
 
 def selection_of(config: PruneConfig) -> FirstBest:
@@ -114,87 +98,43 @@ def selection_of(config: PruneConfig) -> FirstBest:
     return FirstBest(config.min_delta)
 
 
-def compact_and_compare(model: torch.nn.Module, masks: list[LayerMask], validation: EncodedSentences, batch_size: int):
-    """Return the smaller model and the largest difference of its logits to the masked one's. Raises if it is too large.
-
-    Both compute in float32. Rounding grows with the logits, so a difference is judged beside the largest of them.
-    """
-    smaller = compact(model, masks)
-    masked_logits = predict_logits(model, validation, batch_size)
-    if not torch.isfinite(masked_logits).all():
-        raise CompactMindError(
-            "the model's logits on validation sentences are not finite: training diverged, use a smaller --lr (and look at --parent)"
-        )
-    difference = (predict_logits(smaller, validation, batch_size) - masked_logits).abs().max().item()
-    if not difference <= COMPACTION_TOLERANCE * max(1.0, masked_logits.abs().max().item()):
-        raise CompactMindError(
-            f"compacted and masked model differ by {difference:.2e} on a logit: this is a bug, please report it"
-        )
-    return smaller, difference
-
-
-def share_of_cost(goal: Goal, smaller: torch.nn.Module, dense: torch.nn.Module, length: int) -> float:
-    """Return what a model costs as a share of what the family's parent does: median ratio of times in turns, or GFLOPs."""
-    if not goal.measured:
-        return gflops(smaller, length) / gflops(dense, length)
-    both = {"dense": dense.eval(), "smaller": smaller.eval()}
-    return 1 / measure_latency(both, MEASURED_BATCH, length, MEASURED_ROUNDS, "dense")["smaller"]["speedup"]
-
-
-# ----------------------------------------------------------------------------------------------------------------- plot
-def plot_history(directory: Path, path: Path) -> None:
-    """Draw validation accuracy and sparsity of a checkpoint over its epochs, phases shaded."""
-    manifest = read_manifest(directory)
-    history = json.loads((directory / "training_history.json").read_text(encoding="utf-8"))
-    title = f"{manifest['experiment_name']}: {manifest['stage']['config']['criterion']}"
-    title += f", {manifest['metrics']['sparsity']:.0%} of heads + FFN removed"
-    colours = {"warmup": "#fff3d6", "pruning": "#fbdcd5", "recovery": "#dcefe0"}
-    epochs = [row["epoch"] for row in history]
-    figure, left = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
-    for row in history:
-        left.axvspan(row["epoch"] - 0.5, row["epoch"] + 0.5, color=colours[row["phase"]], lw=0)
-    for phase in colours:
-        mine = [row["epoch"] for row in history if row["phase"] == phase]
-        if mine:
-            left.text((min(mine) + max(mine)) / 2, 1.01, phase, ha="center", va="bottom", transform=left.get_xaxis_transform())
-    left.plot(epochs, [100 * row["accuracy"] for row in history], "o-", color="#1f5fa8", label="validation accuracy")
-    left.set(xlabel="epoch", ylabel="validation accuracy (%)", xlim=(min(epochs) - 0.5, max(epochs) + 0.5), xticks=epochs)
-    right = left.twinx()
-    right.plot(epochs, [100 * row["sparsity"] for row in history], "s--", color="#b03a2e", label="sparsity")
-    right.set(ylabel="sparsity: removed share of heads + FFN (%)", ylim=(0, 100))
-    figure.legend(handles=[*left.lines, *right.lines], loc="outside lower center", ncol=2, frameon=False)
-    figure.suptitle(title)
-    save_figure(figure, path)
-
-
 # ----------------------------------------------------------------------------------------------------------------- main
 def main(config: PruneConfig) -> None:
     check(config)
     accelerator = make_accelerator()
     source, teacher, family = config.models_dir / config.parent, config.models_dir / "teacher", family_of(config)
-    check_outputs([config.models_dir / name for name in family], "2_prune_finetune.py", [source, teacher], config.models_dir)
+    runs = {name: runs_of(name, config.seed, config.seeds) for name in family}
+    outputs = [config.models_dir / run for each in runs.values() for run in each]
+    check_outputs(outputs, "2_prune_finetune.py", [source, teacher], config.models_dir)
     check_parent(source, "--parent", "classifier")
     parent = config.parent
-    for name, goal in family.items():  # each goes on from the one before it
-        make(replace(config, parent=parent, output_dir=name), accelerator, goal, config.parent, [*family.values()][-1])
+    for name, goal in family.items():  # each goes on from the one before it, with every seed
+        for run, seed in runs[name].items():
+            own = replace(config, parent=parent, output_dir=run, seed=seed)
+            make(own, accelerator, goal, config.parent, [*family.values()][-1], of_repeat(name, run))
+        if config.seeds > 1:
+            reached = [read_manifest(config.models_dir / run)["metrics"]["validation_accuracy"] for run in runs[name]]
+            accelerator.print(f"{name}, {config.seeds} seeds: validation accuracy {told(reached)}")
         parent = name
 
 
-def make(config: PruneConfig, accelerator: Accelerator, goal: Goal | None, dense: str, hardest: Goal | None) -> None:
+def make(
+    config: PruneConfig, accelerator: Accelerator, goal: Goal | None, dense: str, hardest: Goal | None, repeats: dict[str, str]
+) -> None:
     """Make models/<output_dir> of the parent unless it is up to date, and plot its history.
 
-    `dense`: the model a goal is a share of. `hardest`: the strongest goal of the family.
+    `dense`: the model a goal is a share of. `hardest`: the strongest goal of the family. `repeats`: of what it is another seed.
     """
-    directory = config.models_dir / config.output_dir
+    directory, pattern = config.models_dir / config.output_dir, config.pattern == PATTERN
     read = {config.parent, *([dense] if goal or config.hidden_loss_weight else []), *(["teacher"] if config.alpha > 0 else [])}
     stage = {
         "script": "2_prune_finetune.py",
         "code": code_version(__file__),
         "config": config.relevant(
             "profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio",
-            "freeze_word_embeddings", "criterion", "round_to", "epochs", "prune_start_epoch", "prune_end_epoch", "prune_every",
-            "dropout", "lr", "recovery_lr", "patience", "min_delta", "temperature", "alpha", "average_share", "hidden_loss_weight",
-            *(("cost_length",) if goal else ("target_sparsity",)),
+            "freeze_word_embeddings", "epochs", "dropout", "recovery_lr", "patience", "min_delta", "temperature", "alpha",
+            "average_share", "hidden_loss_weight", *(("pattern",) if pattern else STRUCTURED),
+            *(("cost_length",) if goal else () if pattern else ("target_sparsity",)),
         ) | accelerator_record(accelerator, config.batch_size)
         | {"selection": str(selection_of(config)), "data": data_fingerprint(config.data_dir)}
         | ({"goal": asdict(goal)} if goal else {}),
@@ -204,7 +144,10 @@ def make(config: PruneConfig, accelerator: Accelerator, goal: Goal | None, dense
     with only_writer(directory, accelerator):
         due = config.force or not is_up_to_date(directory, stage, config.verify)
         if due:
-            prune(config, accelerator, stage, goal, dense, hardest)
+            if pattern:
+                lay_pattern(config, accelerator, stage, repeats)
+            else:
+                prune(config, accelerator, stage, goal, dense, hardest, repeats)
         else:
             accelerator.print(f"{directory} is up to date: skipped (--force True prunes again)")
         if accelerator.is_main_process and (due or not plot.is_file()):
@@ -212,57 +155,76 @@ def make(config: PruneConfig, accelerator: Accelerator, goal: Goal | None, dense
             print(f"plot {plot}")
 
 
-def target_of(
-    config: PruneConfig, goal: Goal | None, model: torch.nn.Module, dense: torch.nn.Module
-) -> SparsityTarget | CostTarget:
-    """Return where pruning is to end. Raises CompactMindError if that cannot be reached."""
-    if goal is None:
-        target = SparsityTarget(config.target_sparsity, config.round_to)
-    else:
-        protocol = (MEASURED_BATCH, config.cost_length, MEASURED_ROUNDS, config.models_dir)
-        table = latency_table(dense, *protocol) if goal.measured else gflops_table(dense, config.cost_length)
-        target = CostTarget(table, goal.share, config.round_to, model, dense)
-    try:  # with any scores: what can be reached does not depend on the ranking
-        target.tightened(model, ImportanceScorer(model, "l2").scores(), full_masks(model), target.end)
-    except ValueError as error:
-        easier = "a gentler target" if goal else "a smaller --target_sparsity"
-        raise CompactMindError(f"{error}: use {easier} or --round_to") from None
-    return target
-
-
-def prune(
-    config: PruneConfig, accelerator: Accelerator, stage: dict, goal: Goal | None, dense_name: str, hardest: Goal | None
-) -> None:
-    """Prune and recover the parent, to its target sparsity or to a goal, and save the result as models/<output_dir>."""
-    directory = config.models_dir / config.output_dir
-
-    # ---- data and models
+def read_all(
+    config: PruneConfig, accelerator: Accelerator
+) -> tuple[Checkpoint, dict[str, EncodedSentences], torch.Tensor | None]:
+    """Return the parent, the sentences by split, and the teacher's logits of those to train on if they are learnt from."""
     parent = load_checkpoint(config.models_dir / config.parent, accelerator.device)
-    model = parent.model
-    check_tokenizer(model, parent.tokenizer, config.models_dir / config.parent, padding=True)
+    check_tokenizer(parent.model, parent.tokenizer, config.models_dir / config.parent, padding=True)
     splits = {
         name: EncodedSentences(parent.tokenizer, load_split(config.data_dir, name), config.max_length)
         for name in ("train", "validation")
     }
     accelerator.print(f"train: {splits['train'].describe_cut()}")
-    teacher_logits = None
-    if config.alpha > 0:
-        teacher = load_checkpoint(config.models_dir / "teacher", accelerator.device)
-        read_by_teacher = splits["train"]
-        if not same_tokenizer(teacher.tokenizer, parent.tokenizer):
-            read_by_teacher = EncodedSentences(teacher.tokenizer, load_split(config.data_dir, "train"), config.max_length)
-        teacher_logits = cached_teacher_logits(
-            teacher.model, teacher.fingerprint, read_by_teacher, config.eval_batch_size, config.models_dir, accelerator
-        )
-        del teacher
+    if not config.alpha:
+        return parent, splits, None
+    teacher, read_by_teacher = load_checkpoint(config.models_dir / "teacher", accelerator.device), splits["train"]
+    if not same_tokenizer(teacher.tokenizer, parent.tokenizer):
+        read_by_teacher = EncodedSentences(teacher.tokenizer, load_split(config.data_dir, "train"), config.max_length)
+    return parent, splits, cached_teacher_logits(
+        teacher.model, teacher.fingerprint, read_by_teacher, config.eval_batch_size, config.models_dir, accelerator
+    )
+
+
+def ready(model: torch.nn.Module, config: PruneConfig) -> torch.nn.Module:
+    """Return the model as it is trained, changed in place."""
+    set_dropout(model, config.dropout)
+    if not config.hidden_loss_weight:  # which reads all tokens of all layers
+        read_first_token_only(model)
+    return model
+
+
+def training_loss(
+    config: PruneConfig, loop: EpochLoop, batch: dict[str, torch.Tensor], teacher_logits: torch.Tensor | None,
+    dense: torch.nn.Module, masks: list[LayerMask],
+) -> torch.Tensor:  # fmt: skip
+    """Return the loss of a batch: labels, the teacher's logits, and the hidden states of `dense`, each by its weight."""
+    hidden, device = config.hidden_loss_weight > 0, loop.accelerator.device
+    with loop.accelerator.autocast():
+        output = loop.wrapped(**model_inputs(batch, loop.wrapped), **({"output_hidden_states": True} if hidden else {}))
+        targets = teacher_logits[batch["rows"].cpu()].to(device) if teacher_logits is not None else None
+        loss = distillation_loss(output.logits.float(), targets, batch["labels"], config.temperature, config.alpha)
+        if hidden:  # a layer also does the work of those after it that are gone
+            left = [index for index, mask in enumerate(masks) if mask.heads.any() or mask.neurons.any()]
+            with torch.no_grad():
+                states = dense(**model_inputs(batch, dense), output_hidden_states=True).hidden_states
+            own = (output.hidden_states[0], *(output.hidden_states[index + 1] for index in left))
+            loss = loss + config.hidden_loss_weight * hidden_state_loss(
+                own, states, matching_layers(len(masks), left), batch["attention_mask"]
+            )
+    return loss
+
+
+def prune(
+    config: PruneConfig, accelerator: Accelerator, stage: dict, goal: Goal | None, dense_name: str, hardest: Goal | None,
+    repeats: dict[str, str],
+) -> None:  # fmt: skip
+    """Prune and recover the parent, to its target sparsity or to a goal, and save the result as models/<output_dir>."""
+    directory = config.models_dir / config.output_dir
+
+    # ---- data and models
+    parent, splits, teacher_logits = read_all(config, accelerator)
+    model = parent.model
     # What stays as it is beside the model: the parent of a family, whose cost is shared out, and whose hidden states are to be kept.
     beside = goal is not None or config.hidden_loss_weight > 0
     dense = load_checkpoint(config.models_dir / dense_name, accelerator.device).model if beside else model
     if config.freeze_word_embeddings:
         freeze_word_embeddings(model)
     set_seed(config.seed)
-    target_of(config, hardest, dense, dense)  # what cannot be reached is said before the first of a family is begun
-    target, dense_parameters = target_of(config, goal, model, dense), prunable_parameters(dense)
+    place = (config.cost_length, config.models_dir)
+    target_of(hardest, config.target_sparsity, config.round_to, dense, dense, *place)  # said before the first of a family is begun
+    target = target_of(goal, config.target_sparsity, config.round_to, model, dense, *place)
+    dense_parameters = prunable_parameters(dense)
     masks, sparsity, difference, reached = full_masks(model), 0.0, None, None
     accelerator.print(
         f"{config.parent}: {prunable_parameters(model) / 1e6:.2f} M prunable parameters in {len(masks)} layers, removing "
@@ -285,17 +247,11 @@ def prune(
             f"epoch {config.prune_start_epoch} to {config.prune_end_epoch}; use a smaller --prune_every"
         )
 
-    def ready(model: torch.nn.Module) -> torch.nn.Module:
-        set_dropout(model, config.dropout)
-        if not config.hidden_loss_weight:  # which reads all tokens of all layers
-            read_first_token_only(model)
-        return model
-
     def begin_pruning(model: torch.nn.Module) -> None:
         """Train at a rate that rises over the warm-up steps and stays; the weights are kept as they are."""
         warmup_steps = max(1, int(config.warmup_ratio * end_step))
         loop.begin(
-            ready(model), ("lr", config.lr),
+            ready(model, config), ("lr", config.lr),
             lambda optimizer: LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup_steps)),
         )  # fmt: skip
 
@@ -303,25 +259,12 @@ def prune(
         """Train the small model at a rate that decays to 0; the weights are averaged."""
         steps = loop.total_steps - end_step
         loop.begin(
-            ready(model), ("recovery_lr", config.recovery_lr),
+            ready(model, config), ("recovery_lr", config.recovery_lr),
             lambda optimizer: linear_decay_with_warmup(optimizer, 0, steps), average_steps=config.average_share * steps,
         )  # fmt: skip
 
     def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        hidden = config.hidden_loss_weight > 0
-        with accelerator.autocast():
-            output = loop.wrapped(**model_inputs(batch, loop.wrapped), **({"output_hidden_states": True} if hidden else {}))
-            targets = teacher_logits[batch["rows"].cpu()].to(accelerator.device) if teacher_logits is not None else None
-            loss = distillation_loss(output.logits.float(), targets, batch["labels"], config.temperature, config.alpha)
-            if hidden:  # a layer also does the work of those after it that are gone
-                left = [index for index, mask in enumerate(masks) if mask.heads.any() or mask.neurons.any()]
-                with torch.no_grad():
-                    states = dense(**model_inputs(batch, dense), output_hidden_states=True).hidden_states
-                own = (output.hidden_states[0], *(output.hidden_states[index + 1] for index in left))
-                loss = loss + config.hidden_loss_weight * hidden_state_loss(
-                    own, states, matching_layers(len(masks), left), batch["attention_mask"]
-                )
-        return loss
+        return training_loss(config, loop, batch, teacher_logits, dense, masks)
 
     def cost_of(masks: list[LayerMask]) -> float:
         return share_of_cost(goal, compact(model, masks), dense, config.cost_length)
@@ -397,12 +340,58 @@ def prune(
             directory, model, parent.tokenizer, kind="pruned", parent=config.parent, stage=stage, history=loop.history,
             metrics={**loop.metrics(), "sparsity": sparsity, "masked_against_compacted": difference, **cost},
             data_fingerprint=data_fingerprint(config.data_dir), beside=config.models_dir / config.parent,
-            extra={"experiment_name": config.experiment_name or f"{config.output_dir}_{config.criterion}_{end}_{now}"},
+            extra={"experiment_name": config.experiment_name or f"{config.output_dir}_{config.criterion}_{end}_{now}", **repeats},
         )  # fmt: skip
         found = [f"{1 - prunable_parameters(model) / dense_parameters:.1%} of the prunable parameters removed"]
         print(f"{config.output_dir}: " + ", ".join(found + [f"{name} {value:.3g}" for name, value in cost.items()]))
         if goal and reached > 1.05 * goal.share:
             print(f"warning: {config.output_dir} was to cost {goal.share:.3g} of {config.parent} and costs {reached:.3g}: no more could go")
+        loop.clear(directory)
+    accelerator.wait_for_everyone()
+
+
+def lay_pattern(config: PruneConfig, accelerator: Accelerator, stage: dict, repeats: dict[str, str]) -> None:
+    """Zero two of every four weights of the parent's blocks, the smaller ones, train the others, and save models/<output_dir>."""
+    directory = config.models_dir / config.output_dir
+    parent, splits, teacher_logits = read_all(config, accelerator)
+    model = parent.model
+    dense = deepcopy(model).eval() if config.hidden_loss_weight else model
+    if config.freeze_word_embeddings:
+        freeze_word_embeddings(model)
+    set_seed(config.seed)
+    linears, masks = block_linears(model), full_masks(model)
+    held, sparsity = lay_over(linears), share_of_zeros(linears.values())
+    accelerator.print(f"{config.parent}: {sparsity:.0%} of the weights of {len(linears)} linears are zero and stay so")
+
+    loop = EpochLoop(
+        config.output_dir, directory, stage, accelerator, splits["train"], splits["validation"], selection_of(config),
+        **config.relevant("epochs", "batch_size", "eval_batch_size", "seed", "weight_decay", "max_grad_norm", "log_every"),
+    )  # fmt: skip
+    warmup_steps = int(config.warmup_ratio * loop.total_steps)
+    loop.begin(
+        ready(model, config), ("recovery_lr", config.recovery_lr),
+        lambda optimizer: linear_decay_with_warmup(optimizer, warmup_steps, loop.total_steps),
+        average_steps=config.average_share * loop.total_steps,
+    )  # fmt: skip
+    soft = {"temperature": config.temperature, "alpha": config.alpha} if config.alpha > 0 else {}
+    for _ in loop.epochs("recovery", config.epochs, config.patience):
+        for batch in loop.batches():
+            loop.backward(training_loss(config, loop, batch, teacher_logits, dense, masks))
+            loop.step(sparsity=sparsity)
+            held.put_back()
+        loop.row |= {"sparsity": sparsity, **soft}
+
+    model = loop.finish()
+    read_all_tokens(model)
+    if accelerator.is_main_process:
+        if not all(is_two_of_four(linear.weight) for linear in linears.values()):
+            raise CompactMindError(f"{directory} was not written: its weights are not {PATTERN}; this is a bug, please report it")
+        name = config.experiment_name or f"{config.output_dir}_{datetime.datetime.now().strftime('%Y%m%d-%H%M%S')}"
+        save_checkpoint(
+            directory, model, parent.tokenizer, kind=parent.manifest["kind"], parent=config.parent, stage=stage, history=loop.history,
+            metrics={**loop.metrics(), "sparsity": sparsity}, data_fingerprint=data_fingerprint(config.data_dir),
+            beside=config.models_dir / config.parent, extra={"experiment_name": name, "sparsity_pattern": PATTERN, **repeats},
+        )  # fmt: skip
         loop.clear(directory)
     accelerator.wait_for_everyone()
 

@@ -37,6 +37,7 @@ from compactmind.evaluation.cost import weight_bytes
 from compactmind.evaluation.failures import fail, row_fails_alone
 from compactmind.evaluation.language import measure_gsm8k, measure_in_llama_cpp, measure_language_models
 from compactmind.evaluation.llama_cpp import installed
+from compactmind.evaluation.seeds import add_seeds, is_repeat
 from compactmind.files import read_json, sha256_of, write_json_atomically, write_text_atomically
 from compactmind.manifest import CARD, MADE_BY, MANIFEST, identity_of, read_manifest, versions
 from compactmind.methods import memory
@@ -113,7 +114,8 @@ def list_rows(config: ReportConfig) -> list[dict[str, Any]]:
     """
     places = {name: config.models_dir / name for name in (*ENCODER_ROWS, *LANGUAGE_ROWS)}
     for manifest in sorted(config.models_dir.glob(f"[!.]*/{MANIFEST}")):
-        places.setdefault(manifest.parent.name, manifest.parent)
+        if not is_repeat(manifest.parent):
+            places.setdefault(manifest.parent.name, manifest.parent)
     if AS_SHIPPED in places:
         raise CompactMindError(
             f"{places[AS_SHIPPED]} has the name of the file that {DENSE_LANGUAGE_MODEL} was published as: rename it"
@@ -423,6 +425,8 @@ def measured_report(config: ReportConfig, path: Path) -> dict[str, Any]:
     rows = sorted(list_rows(config), key=lambda row: list(TASKS).index(row["track"]))
     for track in TASKS:
         measure_track(config, track, rows, known, where["machine"])
+        if track == "encoder":
+            add_seeds(rows, known, config.data_dir, config.max_length, config.eval_batch_size)
         beside = measure_llama_cpp(config, rows, known) if track == "llm" else []
         told = with_as_shipped([finished(row, known) for row in rows], beside)
         report = json.loads(json.dumps(report_of(config, told, description, where)))

@@ -98,6 +98,8 @@ class DownloadConfig(StageConfig):
 class EncoderConfig(StageConfig):
     """What the two training stages of the encoder track share."""
 
+    seeds: int = 1
+    """Train every model with so many seeds, `seed` and those after it; the others are <name>_seed43 ..., for the spread in the report."""
     batch_size: int = 32
     """Sentences per step and device (16 to 64)."""
     eval_batch_size: int = 64
@@ -161,6 +163,9 @@ class PruneConfig(EncoderConfig):
     """Directory under models_dir for the result; give each experiment its own to keep them side by side."""
     experiment_name: str = ""
     """Label kept in the manifest; empty: <output_dir>_<criterion>_<target_sparsity>_<timestamp>."""
+    pattern: Literal["structures", "2:4"] = "structures"
+    """What goes: whole heads and neurons, or in their place two of every four weights (2:4), which GPUs from Ampere on skip and a CPU
+    does not; the latter is saved as <output_dir>_2to4 and trained by recovery_lr for all epochs."""
     criterion: Literal["taylor", "l2", "random"] = "taylor"
     """How heads and neurons are scored: first-order loss change, weight magnitude, or the random control."""
     target_sparsity: float = 0.42
@@ -309,7 +314,7 @@ class SearchConfig(StageConfig):
     first_guesses: bool = True
     """Whether a search, whatever its strategy, begins with what anyone would try first."""
     pipeline: str = PRUNE_AND_RETRAIN
-    """fixed: JSON, a list of steps, each with method (prune, retrain, smooth, w8a8, nf4, gptq) and params."""
+    """fixed: JSON, a list of steps, each with method (prune, sparse24, retrain, smooth, w8a8, nf4, gptq) and params."""
     dry_run: bool = False
     """Print what memory and disk it takes, from the shapes of the model alone, and do nothing."""
     replay: int = -1
@@ -496,7 +501,7 @@ RANGES: dict[str, str] = {
     # downloads
     "hub_timeout": "(0, inf)", "max_rows": "[0, inf)",
     # sentences and steps; three tokens are the two special ones and a word
-    "batch_size": "[1, inf)", "eval_batch_size": "[1, inf)", "max_length": "[3, inf)", "log_every": "[1, inf)",
+    "seeds": "[1, 100]", "batch_size": "[1, inf)", "eval_batch_size": "[1, inf)", "max_length": "[3, inf)", "log_every": "[1, inf)",
     "weight_decay": "[0, 1]", "max_grad_norm": "(0, inf)", "warmup_ratio": "[0, 1)", "average_share": "[0, 1]",
     # distillation
     "teacher_epochs": "[1, inf)", "teacher_lr": "(0, inf)", "teacher_dropout": "[0, 1)",

@@ -32,6 +32,7 @@ from common import (
     setting_problem,
 )
 from compactmind.errors import CompactMindError
+from compactmind.seeds import runs_of
 from compactmind.settings_file import nearest, read_settings, settings_text
 
 MODELS = "<models_dir>"
@@ -162,10 +163,11 @@ def places_of(script: str, config: Any) -> dict[Path, dict[str, Any]]:
     if script == "download_model.py":
         return {models / "teacher_base": {}, config.data_dir / "dataset.json": {}} | ({models / "llama": {}} if config.llama_name else {})
     if script == "1_distill.py":
-        return {models / name: {} for name in ("teacher", *config.students)}
+        return _of_seeds(config, ["teacher", *config.students])
     if script == "2_prune_finetune.py":
         ends = [f"_{times:g}x" for times in config.target_speedups] + [f"_gflops{share:g}" for share in config.target_gflops]
-        return {models / f"{config.output_dir}{end}": {} for end in ends or [""]}
+        alone = "_2to4" if config.pattern == "2:4" else ""
+        return _of_seeds(config, [f"{config.output_dir}{end}" for end in ends or [alone]])
     if script == "3_quantize.py":
         each = [(name, config.method) for name in config.parents] + [(name, "w8a8") for name in config.w8a8_parents]
         small = dict.fromkeys(f"{name}_small" for name, _ in each) if config.vocabulary_coverage else {}
@@ -179,6 +181,11 @@ def places_of(script: str, config: Any) -> dict[Path, dict[str, Any]]:
         others = [Path(f"{config.output or models / 'llama_front'}_{ratio:g}x") for ratio in sizes]
         return dict.fromkeys([*others] if config.output and others else [Path(config.output or default), *others], {})
     return {config.results_dir / "final_report.json": {}}
+
+
+def _of_seeds(config: Any, names: Sequence[str]) -> dict[Path, dict[str, Any]]:
+    runs = {run: seed for name in names for run, seed in runs_of(name, config.seed, config.seeds).items()}
+    return {config.models_dir / run: {} if run in names else {"seed": seed} for run, seed in runs.items()}
 
 
 READS = {
@@ -257,7 +264,7 @@ def made_of(script: str, whole: Any, place: Path) -> list[Path]:
     """Return what a stage makes a checkpoint of, beside what is downloaded as text."""
     models, sentences = whole.models_dir, whole.data_dir / "dataset.json"
     if script == "1_distill.py":
-        return [sentences, models / "teacher_base", *([] if place.name == "teacher" else [models / "teacher"])]
+        return [sentences, models / "teacher_base", *([] if place.name.partition("_seed")[0] == "teacher" else [models / "teacher"])]
     if script == "2_prune_finetune.py":
         return [sentences, models / whole.parent, models / "teacher"]
     if script == "3_quantize.py":

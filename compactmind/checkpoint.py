@@ -49,6 +49,7 @@ from compactmind.methods.llama import is_llama, llama_blocks, llama_shapes
 from compactmind.methods.pruning import modeling_pruned_encoder
 from compactmind.methods.pruning.encoder import layer_shapes
 from compactmind.methods.pruning.llama_structure import FAMILIES
+from compactmind.methods.pruning.two_of_four import with_sparse_kernels
 from compactmind.model_card import model_card
 from compactmind.origin import origin_of
 from compactmind.precision import SMALL_BYTES, dtype_to_hold, is_small, ready_to_use
@@ -223,13 +224,18 @@ def without_tied_copies(state: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def load_checkpoint(
-    directory: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, verify: bool = True
+    directory: Path | str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    sparse_kernels: bool = False,
 ) -> Checkpoint:
     """Load any checkpoint of this project, strictly: a missing, unexpected or misshapen tensor is an error.
 
     Returns the model on `device` in evaluation mode, its tokenizer and manifest; weights that are not packed are of `dtype`, by default
     float32, or of a large language model, or one on a GPU, what the file has (precision.py says what it computes in then). Without
-    `verify` the files' SHA-256 and the numbers are not looked at. Raises CompactMindError.
+    `verify` the files' SHA-256 and the numbers are not looked at. `sparse_kernels`: linears with two zeros in every four weights get
+    the kernels of a GPU that has them, for inference (two_of_four.py); on any other device nothing changes. Raises CompactMindError.
     """
     directory = Path(directory)
     for _ in range(READ_AGAIN):
@@ -241,6 +247,8 @@ def load_checkpoint(
                 raise
             continue
         if manifest_text(directory) == before:
+            if sparse_kernels:
+                with_sparse_kernels(checkpoint.model)
             return checkpoint
     raise CompactMindError(f"{directory} is written again and again by other processes: wait until they end")
 

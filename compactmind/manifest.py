@@ -26,6 +26,7 @@ ADDED_LATER = (MANIFEST, CARD, "model.onnx", "model.gguf")
 
 GPTQ = """python 5_bayesian_search.py --strategy fixed --output models/llama_gptq_3.5x \
 --pipeline '[{"method": "gptq", "params": {"target_compression": 3.5}}]'"""
+CUT = "python 3_quantize.py --vocabulary_coverage 0.999"
 FRONT = "python 5_bayesian_search.py --objectives kl bytes --save_front 2.5 3 4 --target_compression 2.5"
 
 MADE_BY = {
@@ -38,6 +39,11 @@ MADE_BY = {
     "student_distilled_nf4": "python 3_quantize.py",
     "student_pruned_nf4": "python 3_quantize.py",
     "student_pruned_w8a8": "python 3_quantize.py",
+    "student_distilled_small": CUT,
+    "student_distilled_small_nf4": CUT,
+    "student_pruned_small": CUT,
+    "student_pruned_small_nf4": CUT,
+    "student_pruned_small_w8a8": CUT,
     "llama": "python download_model.py",
     "llama_w8a8": "python 4_smoothquant_llama.py",
     "llama_w8a8_naive": "python 4_smoothquant_llama.py",

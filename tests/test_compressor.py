@@ -56,7 +56,7 @@ def measure(windows):
         ([], "no list of steps"),
         (["prune"], "step 1.*keys method and params"),
         ([{"method": "prune", "parameters": {}}], "step 1.*keys method and params"),
-        ([{"method": "shrink"}], "step 1.*unknown method 'shrink': choose from prune, retrain, smooth, w8a8, nf4"),
+        ([{"method": "shrink"}], "step 1.*unknown method 'shrink': choose from prune, sparse24, retrain, smooth, w8a8, nf4"),
         ([{"method": "prune", "params": {"amount": 0.2}}], "step 1.*no parameter 'amount': choose from .*sparsity"),
         ([{"method": "prune", "params": {"sparsity": 2}}], r"step 1.*sparsity 2 is not in \[0, 1\)"),
         ([PRUNE, {"method": "w8a8", "params": {"alpha": 3}}], r"step 2.*alpha 3 is not in \[0, 1\]"),
@@ -86,7 +86,7 @@ def test_the_example_in_the_messages_is_legal_and_described_with_every_parameter
 
 def test_the_table_of_methods_names_itself():
     assert all(name == method.name and method_named(name) is method for name, method in METHODS.items())
-    assert {method.kind for method in METHODS.values()} == {"prune", "retrain", "smooth", "quantize"}
+    assert {method.kind for method in METHODS.values()} == {"prune", "sparsify", "retrain", "smooth", "quantize"}
 
 
 # --------------------------------------------------------------------------------------------------------------- running
@@ -160,7 +160,10 @@ def test_what_is_measured_is_what_is_saved(resources, windows, measure, last, sc
     assert any(isinstance(module, W8A8Linear) for module in again.model.modules()) == (last == [W8A8])
 
 
-ORDERS = make_space(tuple(METHODS), max_length=4).orders
+ORDERS = (
+    *make_space(tuple(name for name in METHODS if name != "sparse24"), max_length=4).orders,
+    ("sparse24",), ("sparse24", "retrain", "w8a8"), ("prune", "sparse24", "nf4"),
+)  # fmt: skip
 SETTINGS = {
     "prune": {"sparsity": 0.3, "round_to": 8},
     "retrain": {"tokens": 96, "lr": 0.01},
@@ -168,6 +171,8 @@ SETTINGS = {
     "w8a8": {"embeddings": "int8"},
 }
 """Retraining at a rate at which it changes the weights; a smoothing that is far from 1."""
+WITH_ZEROS = {"w8a8": {"rotations": []}, "nf4": {"compensation": False}}
+"""What leaves the zeros that are there."""
 
 
 def check_that_the_file_holds_what_is_measured(steps, resources, windows, folder):
@@ -193,7 +198,8 @@ def check_that_the_file_holds_what_is_measured(steps, resources, windows, folder
 def test_the_file_of_every_legal_pipeline_gives_the_very_logits_that_were_measured(windows, order, tied, tmp_path):
     dense = helpers.released_llama(helpers.make_llama(tie_word_embeddings=tied, attention_bias=True, scale=0.5)).float
     resources = Resources(windows, windows, windows[:2], lambda: copy.deepcopy(dense()), torch.bfloat16)
-    steps = read_pipeline([{"method": name, "params": SETTINGS.get(name, {})} for name in order])
+    settings = WITH_ZEROS if "sparse24" in order else {}
+    steps = read_pipeline([{"method": name, "params": SETTINGS.get(name, {}) | settings.get(name, {})} for name in order])
     check_that_the_file_holds_what_is_measured(steps, resources, windows, tmp_path / "small")
 
 

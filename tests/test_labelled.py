@@ -454,7 +454,7 @@ def test_a_row_of_the_report_counts_what_is_right_by_name_and_what_was_cut(tmp_p
         (tmp_path / name / "model.safetensors").write_bytes(b"1234")
         rows[name] = {"name": name, "directory": str(tmp_path / name)}
         checkpoint = types.SimpleNamespace(model=model, tokenizer=tokenizer)
-        classifiers._measure_accuracy(rows[name], checkpoint, asked, task, 12, 8)
+        classifiers.measure_accuracy(rows[name], checkpoint, asked, task, 12, 8)
     right = predict_logits(models["as_is"], EncodedSentences(tokenizer, asked, 12), 8).argmax(-1) == torch.tensor([s.label for s in asked])
     for row in rows.values():
         assert row["accuracy"] == right.double().mean().item() and classifiers.correct_rows(row).tolist() == right.tolist()

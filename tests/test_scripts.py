@@ -22,8 +22,10 @@ from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import accuracy_of
 from compactmind.forward import predict_logits
 from compactmind.manifest import read_manifest
+from compactmind.methods.pruning.encoder import block_linears
 from compactmind.methods.pruning.importance import CRITERIA
 from compactmind.methods.pruning.masks import apply_masks
+from compactmind.methods.pruning.two_of_four import is_two_of_four
 from compactmind.methods.retraining.causal_lm import RetrainingLoss
 
 HISTORY_KEYS = {"epoch", "phase", "loss", "accuracy", "sparsity", "lr", "temperature", "alpha", "seconds"}
@@ -257,6 +259,28 @@ def test_experiments_stand_side_by_side(copy, run_here):
     assert (copy / "results" / "student_l2_history.png").is_file()
     rows = helpers.read_json(copy / "models" / "student_l2" / "training_history.json")
     assert {(row["alpha"], row["temperature"]) for row in rows} == {(None, None)}  # labels only
+
+
+def test_several_seeds_leave_the_first_as_it_is_and_the_pattern_is_exact(copy, run_here):
+    names = ("teacher", "student_finetuned", "student_distilled")
+    before = {name: digest(copy, name) for name in names}
+    status, output = run_here("1_distill.py", "--seeds", 2, cwd=copy)
+    assert status == 0 and output.count("is up to date") == 3 and output.count("2 seeds: validation accuracy median") == 3, output
+    for name in names:
+        other = read_manifest(copy / "models" / f"{name}_seed43")
+        assert digest(copy, name) == before[name] != other["files"]["model.safetensors"]["sha256"]
+        assert other["repeats"] == name and other["stage"]["config"]["seed"] == 43
+        assert other["stage"]["inputs"] == read_manifest(copy / "models" / name)["stage"]["inputs"]
+    status, output = run_here("2_prune_finetune.py", "--pattern", "2:4", "--seeds", 2, "--epochs", 1, cwd=copy)
+    assert status == 0, output
+    for name, repeats in (("student_pruned_2to4", None), ("student_pruned_2to4_seed43", "student_pruned_2to4")):
+        checkpoint = load_checkpoint(copy / "models" / name)
+        assert all(is_two_of_four(linear.weight) for linear in block_linears(checkpoint.model).values())
+        manifest = checkpoint.manifest
+        assert (manifest["kind"], manifest["sparsity_pattern"], manifest.get("repeats")) == ("dense", "2:4", repeats)
+        assert manifest["metrics"]["sparsity"] == 0.5 and "criterion" not in manifest["stage"]["config"]
+    status, output = run_here("2_prune_finetune.py", "--pattern", "2:4", "--target_gflops", 0.5, cwd=copy)
+    assert status == 1 and "no family can be made by it" in output
 
 
 def test_recovery_stops_early_and_keeps_the_best_epoch(copy, run_here):

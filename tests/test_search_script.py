@@ -624,7 +624,7 @@ def test_a_search_that_makes_no_sense_is_refused(tmp_path, run_here, arguments, 
     ("arguments", "expected"),
     [
         (("--pipeline", "["), ("no JSON", "for example")),
-        (("--pipeline", '[{"method": "shrink"}]'), ("unknown method 'shrink'", "prune, retrain, smooth, w8a8, nf4")),
+        (("--pipeline", '[{"method": "shrink"}]'), ("unknown method 'shrink'", "prune, sparse24, retrain, smooth, w8a8, nf4")),
         (("--pipeline", '[{"method": "w8a8"}, {"method": "prune"}]'), ("comes after a quantization",)),
         (("--pipeline", '[{"method": "prune", "params": {"sparsity": 0.99, "round_to": 8}}]'), ("0.99 cannot be met",)),
         (("--pipeline", '[{"method": "prune", "params": {"round_to": 64}}]'), ("round_to 64", "48")),

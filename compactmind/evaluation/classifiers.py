@@ -106,7 +106,7 @@ def measure_classifiers(
     for row in rows:
         print(f"{row['name']:<24} accuracy, operations, load time ...", flush=True)
         with row_fails_alone(row):
-            _measure_accuracy(row, checkpoints[row["name"]], sentences, task, max_length, eval_batch_size)
+            measure_accuracy(row, checkpoints[row["name"]], sentences, task, max_length, eval_batch_size)
     rows = [row for row in rows if row["status"] == "measured"]
     if reference is not None and reference["status"] != "measured":
         reference = None
@@ -155,7 +155,7 @@ def measure_classifiers(
         list(pool.map(measure_memory, rows))
 
 
-def _measure_accuracy(
+def measure_accuracy(
     row: dict[str, Any], checkpoint: Checkpoint, sentences: list[Sentence], task: Task, max_length: int, batch_size: int
 ) -> None:
     """Add, in place, what a classifier gets right and the bytes of its weights; `max_length` is what its sentences are cut at."""

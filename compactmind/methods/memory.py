@@ -185,6 +185,14 @@ def prune(sizes: Sizes, recipe: Any, before: int) -> Need:
     return Need(peak, held, smaller.itemsize * smaller.parameters, smaller)
 
 
+def sparse24(sizes: Sizes, recipe: Any, before: int) -> Need:
+    """By magnitude masks of a matrix. By Wanda states of all windows, a block in float32, moments of its inputs, masks of two blocks."""
+    h, f = sizes.hidden, sizes.inner
+    text = sizes.states + sizes.within + sizes.block + 4 * (3 * h * h + f * f) + sizes.block // 2
+    peak = before + (text if recipe.criterion == "wanda" else 6 * h * f)
+    return Need(peak, before, sizes.itemsize * sizes.parameters, sizes)
+
+
 def retrain(sizes: Sizes, recipe: Any, before: int) -> Need:
     """What is trained with its gradient, two moments and the best so far; activations, and three logits of a batch; 4 bits beside it.
 

@@ -16,6 +16,7 @@ from compactmind.methods import memory
 from compactmind.methods.memory import Need, Sizes
 from compactmind.methods.pruning.llama_importance import score
 from compactmind.methods.pruning.llama_pruning import DenseStates, PruneRecipe, check_prunable, prune_llama
+from compactmind.methods.pruning.sparse24 import Sparse24Recipe, check_sparse24, sparsify_llama
 from compactmind.methods.quantization.calibration import SITES
 from compactmind.methods.quantization.gptq_model import (
     SENSITIVITY_WINDOWS,
@@ -103,7 +104,7 @@ class Method:
 
     name: str
     kind: str
-    """prune, retrain, smooth or quantize: what decides which order is legal."""
+    """prune, sparsify, retrain, smooth or quantize: what decides which order is legal."""
     recipe: type
     """A frozen dataclass: the parameters of the method with their defaults; it refuses values outside their range."""
     apply: Callable[[PreTrainedModel, Resources, Any], tuple[PreTrainedModel, dict[str, Any]]]
@@ -128,6 +129,9 @@ class Method:
     """(resources, recipe) reads what it wants of the dense model before the model that it is done to is in memory."""
     check: Callable[[PreTrainedModel, Any, bool], None] | None = None
     """(dense model, recipe, whether it is done to this very model) raises CompactMindError if it cannot be done; it computes nothing."""
+
+    fills_zeros: Callable[[Any], str | None] | None = None
+    """recipe -> why zeros that a method before it has made would not be left, in words, None if they are; None: they are left."""
 
     def suggest(
         self, trial: "Trial", label: str | None = None, choices: dict[str, Sequence[Any]] | None = None
@@ -209,6 +213,10 @@ def _read_teacher(resources: Resources, recipe: RetrainRecipe) -> None:
         resources.teacher_states().read(resources.teacher(), seen)
 
 
+def _sparsify(model, resources: Resources, recipe: Sparse24Recipe):
+    return model, sparsify_llama(model, resources.calibration, recipe)
+
+
 def _retrain(model, resources: Resources, recipe: RetrainRecipe):
     states, teacher = resources.teacher_states(), None
     known = states.holds(_windows_to_train_on(resources, recipe)) and not recipe.hidden_loss_weight
@@ -272,6 +280,22 @@ def _choices(model, resources: Resources, recipe: GPTQRecipe):
     return resources.remember(name, lambda: choices_from(resources.keep(name, lambda: choices_to_keep(measured()))))
 
 
+def _filled_by_retraining(recipe: RetrainRecipe) -> str | None:
+    return "adapters are added to all weights: set mode to full, which holds the zeros" if recipe.mode == "lora" else None
+
+
+def _filled_by_w8a8(recipe: W8A8Recipe) -> str | None:
+    return "rotations mix the weights of a row: set rotations to []" if recipe.rotations or recipe.stream_rotation else None
+
+
+def _filled_by_nf4(recipe: NF4Recipe) -> str | None:
+    return "compensated rounding adds what others lost to zeros: set compensation to false" if recipe.compensation else None
+
+
+def _filled_by_gptq(recipe: GPTQRecipe) -> str:
+    return "compensated rounding adds what others lost to zeros: take w8a8 without rotations, or nf4 without compensation"
+
+
 SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
 METHODS: dict[str, Method] = {
     "prune": Method(
@@ -281,10 +305,14 @@ METHODS: dict[str, Method] = {
             "structures": (("channels",), ("channels", "groups")), "blocks": (0, 1, 2),
         }, "pruned", check=check_prunable, needs=memory.prune,
     ),
+    "sparse24": Method(
+        "sparse24", "sparsify", Sparse24Recipe, _sparsify, {"criterion": ("wanda", "magnitude")}, check=check_sparse24,
+        needs=memory.sparse24,
+    ),
     "retrain": Method(
         "retrain", "retrain", RetrainRecipe, _retrain,
         {"tokens": (4096, 8192), "lr": (5e-5, 1e-4, 2e-4), "distillation": (True, False), "evaluations": (1,)},
-        trains="tokens", beforehand=_read_teacher, needs=memory.retrain, check=_check_retrain,
+        trains="tokens", beforehand=_read_teacher, needs=memory.retrain, check=_check_retrain, fills_zeros=_filled_by_retraining,
     ),
     "smooth": Method("smooth", "smooth", SmoothRecipe, _smooth, {"alpha": (0.5, 0.6, 0.7, 0.8, 0.9)}, needs=memory.smooth),
     "w8a8": Method(
@@ -293,11 +321,13 @@ METHODS: dict[str, Method] = {
             "alpha": ("per_layer", 0.4, 0.5, 0.6, 0.7, 0.8), "activations": ("per_token", "per_tensor"),
             "embeddings": ("as_released", "int8"), "rotations": (("o",), ("o", "down"), ()),
         }, "w8a8", needs=memory.w8a8, bits=lambda recipe: (8.05, 8.06 if recipe.embeddings == "int8" else table_bits(recipe.embeddings)),
+        fills_zeros=_filled_by_w8a8,
     ),
     "nf4": Method(
         "nf4", "quantize", NF4Recipe, _nf4,
         {"double_quantization": (True, False), "compensation": (True, False), "embeddings": ("as_released", "int8", "int4")}, "nf4",
         needs=memory.nf4, bits=lambda recipe: (4.13 if recipe.double_quantization else 4.5, table_bits(recipe.embeddings)),
+        fills_zeros=_filled_by_nf4,
     ),
     "gptq": Method(
         "gptq", "quantize", GPTQRecipe, _gptq,
@@ -305,7 +335,7 @@ METHODS: dict[str, Method] = {
             "bits": (3, 4, 5, 6), "group_size": (32, 64, 128), "zero": ("symmetric", "float"), "embeddings": ("int8", "int6", "int4"),
             "damping": (0.01, 0.05, 0.2),
         }, "grouped",
-        needs=memory.gptq, bits=lambda recipe: recipe.bits_per_weight,
+        needs=memory.gptq, bits=lambda recipe: recipe.bits_per_weight, fills_zeros=_filled_by_gptq,
         ratio=lambda recipe: recipe.target_compression or None, aim="target_compression", trains="tuning_tokens",
         aimed={
             "damping": (0.01, 0.05, 0.2), "weigh_tokens": (False, True), "stream_rotation": (False, True), "tuning_tokens": (0, 8192),

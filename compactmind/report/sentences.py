@@ -5,6 +5,8 @@ from typing import Any
 from compactmind.formats.grouped import by_bits
 from compactmind.formats.table import is_quantized
 from compactmind.report.as_shipped import as_shipped, compressed, is_better, is_dominated, is_smaller
+from compactmind.report.seeds import seeds_sentences, seeds_warnings
+from compactmind.report.zeros import zeros_sentences
 
 DISTINGUISHABLE = 0.05
 """Below this p-value two classifiers count as different."""
@@ -78,6 +80,7 @@ def sentences(report: dict[str, Any]) -> list[str]:
     classifiers, languages = measured(report, "encoder"), measured(report, "llm")
     reference, batch = classifiers.get(reference_of(report, "encoder")), largest_batch(report)
     found = [encoder_sentence(row, reference, batch) for row in classifiers.values() if reference and row is not reference]
+    found += seeds_sentences(classifiers) + zeros_sentences(report)
     file = as_shipped(report)
     for row in languages.values():
         dense = languages.get(row["compared_with"])
@@ -211,6 +214,7 @@ def warnings(report: dict[str, Any]) -> list[str]:
         *_without_reference(report, encoders),
         *_compared_with_nothing(report, languages),
         *_left_out(report, [*encoders.values(), *languages.values()]),
+        *seeds_warnings(encoders),
         *_many_cut(encoders),
         *_one_class_is_most(encoders, report),
         *_slower_than_parent(encoders),

@@ -10,6 +10,7 @@ from typing import Any
 
 from compactmind.report.as_shipped import as_shipped
 from compactmind.report.literature import beside_the_literature
+from compactmind.report.seeds import COLUMN, NOTE, has_seeds, seeds_cell
 from compactmind.report.sentences import corrected_p, largest_batch, measured, speedup, tokens_per_second
 
 NOTHING = "-"
@@ -90,11 +91,11 @@ def encoder_table(report: dict[str, Any]) -> Table:
     """Return the classifiers side by side."""
     rows = [row for row in report["models"] if row["track"] == "encoder"]
     batches = sorted(report["settings"]["latency_batches"]) if any(row["status"] == "measured" for row in rows) else []
-    onnx = any("onnx_latency" in row for row in rows)
+    onnx, seeds = any("onnx_latency" in row for row in rows), any(map(has_seeds, rows))
     task = report["data"].get("task") or {}
     many, mcc = len(task.get("labels", ())) > 2, task.get("metric") == "mcc"
-    header = ["model", "accuracy [95%]", "macro-F1" if many else "F1", *(["MCC"] if mcc else []), "AUC", "p", "p, Holm", "M param",
-              "GFLOPs", "thop GMACs", "MB",
+    header = ["model", "accuracy [95%]", *([COLUMN] if seeds else []), "macro-F1" if many else "F1", *(["MCC"] if mcc else []),
+              "AUC", "p", "p, Holm", "M param", "GFLOPs", "thop GMACs", "MB",
               *(f"ms, batch {batch}" for batch in batches), "speed-up", "load s", "peak MB",
               *(f"ONNX ms, batch {batch}" for batch in batches if onnx)]  # fmt: skip
     lines = []
@@ -107,7 +108,8 @@ def encoder_table(report: dict[str, Any]) -> Table:
         times, exported = ([row.get(key, {}).get(f"batch_{batch}") for batch in batches] for key in ("latency", "onnx_latency"))
         lines.append(
             [
-                row["name"], f"{row['accuracy']:.1%} [{low:.1%}, {high:.1%}]", f"{row['f1']:.3f}",
+                row["name"], f"{row['accuracy']:.1%} [{low:.1%}, {high:.1%}]", *([seeds_cell(row)] if seeds else []),
+                f"{row['f1']:.3f}",
                 *([f"{row['mcc']:.3f}"] if mcc else []), number(row["auc"], ".3f"),
                 number(against and against["p_value"], ".2g"), number(corrected_p(row), ".2g"),
                 f"{row['parameters'] / 1e6:.2f}", number(row["gflops"]),
@@ -120,7 +122,7 @@ def encoder_table(report: dict[str, Any]) -> Table:
     note = (
         f"p: McNemar against {reference} (Holm: corrected for the number of rows); speed-up: against it, at the largest batch; ms for "
         f"sentences of {tokens} tokens."
-    )
+    ) + (NOTE if seeds else "")
     if task:
         f1 = "mean over the classes" if many else f"of {task['labels'][1]}"
         judged = {"mcc": "MCC", "f1": "F1"}.get(task["metric"], "accuracy")

@@ -2,7 +2,8 @@
 
 A pipeline is a list [{"method": "prune", "params": {"sparsity": 0.2}}, {"method": "retrain"}, ...]. Before any time is spent it is
 checked: known methods, parameters in range, and an order that can be carried out. A quantized model can neither be pruned nor
-retrained, and is quantized once; retraining wants something to recover from; smoothing wants a quantization to help.
+retrained, and is quantized once; retraining wants something to recover from; smoothing wants a quantization to help; zeros that one step
+has made no other may fill.
 """
 
 import hashlib
@@ -74,8 +75,10 @@ def order_problem(methods: Sequence[Method]) -> str | None:
                 f"step {number}, {method.name}, comes after a quantization: quantized weights can neither be pruned nor "
                 "trained nor smoothed nor quantized again; put it before"
             )
-        if kind == "retrain" and "prune" not in before:
+        if kind == "retrain" and not {"prune", "sparsify"} & set(before):
             return f"step {number}, {method.name}, has nothing to recover from: put a prune step before it"
+        if kind == "prune" and "sparsify" in before:
+            return f"step {number}, {method.name}, would undo the zeros before it: what is cut moves weights between fours; put it before"
         if kind == "smooth" and "quantize" not in after:
             return f"step {number}, {method.name}, changes nothing but how well a quantization goes: put one behind it"
     return None
@@ -108,8 +111,11 @@ def read_pipeline(pipeline: str | Sequence[dict[str, Any]]) -> list[Step]:
 
 def check_steps(steps: Sequence[Step], dense: PreTrainedModel) -> None:
     """Raise CompactMindError if a step cannot be done to this model, as far as the models' shapes tell: nothing is computed."""
-    shapes_are_known = True
+    shapes_are_known, zeros = True, None
     for step in steps:
+        if zeros and step.method.fills_zeros and (why := step.method.fills_zeros(step.recipe)):
+            raise CompactMindError(f"{step.method.name} would undo the zeros that {zeros} has made: {why}")
+        zeros = step.method.name if step.method.kind == "sparsify" else zeros
         if step.method.check:
             step.method.check(dense, step.recipe, shapes_are_known)
         shapes_are_known = shapes_are_known and step.method.kind != "prune"

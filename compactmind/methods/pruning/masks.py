@@ -11,9 +11,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from compactmind.data import EncodedSentences
+from compactmind.errors import CompactMindError
+from compactmind.forward import predict_logits
 from compactmind.methods.pruning.encoder import EncoderLayer, encoder_layers, family_name
 from compactmind.methods.pruning.importance import LayerScores, head_parameters, neuron_parameters, prunable_parameters
 from compactmind.methods.pruning.modeling_pruned_encoder import pruned_classes
+
+COMPACTION_TOLERANCE = 1e-5
+"""Largest allowed difference of any logit between the masked and the compacted model, as a share of the largest logit or of 1."""
 
 
 @dataclass
@@ -164,3 +170,24 @@ def _selected(
     if rows is not None:
         return {name: value[rows] for name, value in state.items()}
     return {**state, **({"weight": state["weight"][:, columns]} if "weight" in state else {})}
+
+
+def compact_and_compare(
+    model: PreTrainedModel, masks: list[LayerMask], validation: EncodedSentences, batch_size: int
+) -> tuple[PreTrainedModel, float]:
+    """Return the smaller model and the largest difference of its logits to the masked one's. Raises if it is too large.
+
+    Both compute in float32. Rounding grows with the logits, so a difference is judged beside the largest of them.
+    """
+    smaller = compact(model, masks)
+    masked_logits = predict_logits(model, validation, batch_size)
+    if not torch.isfinite(masked_logits).all():
+        raise CompactMindError(
+            "the model's logits on validation sentences are not finite: training diverged, use a smaller --lr (and look at --parent)"
+        )
+    difference = (predict_logits(smaller, validation, batch_size) - masked_logits).abs().max().item()
+    if not difference <= COMPACTION_TOLERANCE * max(1.0, masked_logits.abs().max().item()):
+        raise CompactMindError(
+            f"compacted and masked model differ by {difference:.2e} on a logit: this is a bug, please report it"
+        )
+    return smaller, difference

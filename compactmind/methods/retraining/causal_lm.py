@@ -32,6 +32,7 @@ from compactmind.forward import LARGEST_LOSS, HeadInputs, room_for, window_losse
 from compactmind.methods.distillation.soft_targets import hidden_state_loss
 from compactmind.methods.distillation.student import alternate_layers, matching_layers
 from compactmind.methods.llama import LINEARS, llama_blocks
+from compactmind.methods.pruning.two_of_four import HeldZeros, names_of_held
 from compactmind.methods.retraining.nf4_base import NF4Base
 from compactmind.methods.retraining.sharding import (
     autocast,
@@ -525,7 +526,7 @@ def retrain_causal_lm(
         saved = saved if len(set(steps)) == 1 else None
 
     # ---- models
-    whole = model
+    whole, sparse = model, set(names_of_held(model)) if recipe.mode == "full" else set()
     if sharded:
         accelerator.print(f"{label}: the model is divided between {processes} processes")
     model = shard(whole, accelerator.device) if sharded else model.to(accelerator.device)
@@ -559,6 +560,7 @@ def retrain_causal_lm(
             (objective, optimizer), clip = accelerator.prepare(objective, optimizer), accelerator.clip_grad_norm_
 
         # ---- steps
+        held = HeldZeros(own_share(weight) for name, weight in model.named_parameters() if name in sparse)
         progress = Progress(label, total_steps, log_every, step, accelerator.is_main_process, unit="tokens")
         for number in range(step + 1, total_steps + 1):
             model.train()
@@ -579,6 +581,7 @@ def retrain_causal_lm(
             clip(model.parameters(), recipe.max_grad_norm)
             lr = scheduler.get_last_lr()[0]
             optimizer.step()
+            held.put_back()
             scheduler.step()
             optimizer.zero_grad()
             step = number
