@@ -262,7 +262,7 @@ def replay_command(config: SearchConfig, trial: int) -> str:
 
 
 NOT_THE_STUDYS = (
-    "profile", "force", "verify", "replay", "output", "pipeline", "n_trials", "workers", "top", "dry_run", "final_tokens",
+    "profile", "force", "verify", "replay", "output", "pipeline", "n_trials", "workers", "top", "dry_run", "final_tokens", "track",
 )  # fmt: skip
 """Settings that do not tell one study from another, nor decide what a trial's model is."""
 

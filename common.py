@@ -119,6 +119,8 @@ class EncoderConfig(StageConfig):
     steps); 0 = the last step's weights."""
     log_every: int = 50
     """Optimizer steps between two log lines."""
+    track: Literal["", "trackio", "wandb", "mlflow", "tensorboard"] = ""
+    """Tracker that is told the settings, losses, rates and accuracies of every training; empty: none (docs/tracking.md)."""
 
 
 @dataclass(frozen=True)
@@ -377,6 +379,8 @@ class SearchConfig(StageConfig):
     """Windows of test text for the perplexity of what is saved; 0 = all."""
     window_choice: Literal["spread", "first"] = "spread"
     """Which windows of validation and test text: spread evenly over all of it, or the first (one document or two)."""
+    track: Literal["", "trackio", "wandb", "mlflow", "tensorboard"] = ""
+    """Tracker that is told the settings, losses, rates and accuracies of every training; empty: none (docs/tracking.md)."""
 
 
 @dataclass(frozen=True)
@@ -609,6 +613,7 @@ def run_stage(main, config: StageConfig, others=None) -> None:
     from compactmind.devices import device_problem, is_main_process, is_worker, number_of_processes, process_number
     from compactmind.errors import CompactMindError
     from compactmind.files import why_unwritable
+    from compactmind.tracking import tracking
 
     silence_libraries()
     script, speaks = Path(sys.argv[0]).name, is_main_process()
@@ -620,7 +625,8 @@ def run_stage(main, config: StageConfig, others=None) -> None:
     if problem:
         raise SystemExit(f"error: {problem}" if speaks else 0)  # 0: a launcher ends the others when one fails, the first is to speak
     try:
-        (main if speaks else others)(config)
+        with tracking(getattr(config, "track", ""), Path(script).stem, shown_settings(config), config.results_dir):
+            (main if speaks else others)(config)
     except CompactMindError as error:
         raise SystemExit(f"error: {error}" if speaks else f"error of process {process_number()}: {error}") from None
     except Exception as error:
@@ -635,6 +641,14 @@ def run_stage(main, config: StageConfig, others=None) -> None:
 def show(config: StageConfig) -> None:
     """Print the resolved settings of a stage."""
     print(f"# {Path(sys.argv[0]).name}, profile {config.profile}")
-    changed = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("profile", "force", "verify")}
-    line = ", ".join(f"{name}={value}" for name, value in changed.items())
-    print("# " + re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", line))  # no password of a database
+    shown = (f"{name}={value}" for name, value in shown_settings(config).items() if name not in ("profile", "force", "verify"))
+    print(f"# {', '.join(shown)}")
+
+
+def shown_settings(config: StageConfig) -> dict[str, Any]:
+    """Return the settings of a stage as others may see them: without the password of a database."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {
+        name: re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", value) if isinstance(value, str) else value
+        for name, value in values.items()
+    }

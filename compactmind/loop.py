@@ -241,6 +241,7 @@ class EpochLoop:
         seconds, lr = time.perf_counter() - self._started, self.scheduler.get_last_lr()[0]
         self.row |= {"accuracy": accuracy, "lr": lr, "seconds": seconds}
         self.history.append(self.row)
+        self.progress.track("epoch", self.row)
         sparsity = f"sparsity {self.row['sparsity']:6.2%} | " if self.row["sparsity"] else ""
         self.progress.write(
             f"{self.name:<18} epoch {epoch}/{self.total_epochs} {self.phase} | loss {self.row['loss']:7.4f} | "

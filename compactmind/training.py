@@ -28,6 +28,7 @@ from compactmind.devices import YES, default_device, is_main_process, number_of_
 from compactmind.errors import CompactMindError
 from compactmind.files import lock_directory, remove_stale_temporaries, replace_file
 from compactmind.forward import predict_logits
+from compactmind.tracking import begin_run
 
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -334,7 +335,7 @@ class Progress:
     """A progress bar on a terminal, and one aligned line per `log_every` steps everywhere.
 
     The line: step, loss (mean since the last line, of this process's batches), lr, the caller's own fields, sentences (or another
-    `unit`) per second of all processes, time left.
+    `unit`) per second of all processes, time left. A tracker (tracking.py) is told what the line says.
     """
 
     def __init__(
@@ -347,6 +348,7 @@ class Progress:
         self.items = 0
         self.started = self.mark = time.perf_counter()
         self.first_step = start_step
+        self.run = begin_run(label) if enabled else None
         self.bar = tqdm(
             total=total_steps, initial=start_step, desc=label, unit="step", leave=False, dynamic_ncols=True,
             disable=not (enabled and sys.stderr.isatty()),
@@ -364,8 +366,10 @@ class Progress:
             now = time.perf_counter()
             left = (now - self.started) / (self.step - self.first_step) * (self.total_steps - self.step)
             extra = "".join(f" | {name} {value:6.3f}" for name, value in shown.items())
+            loss = float(sum(self.losses) / len(self.losses))
+            self.track("step", {"loss": loss, "lr": lr, **shown})
             self.write(
-                f"{self.label:<18} step {self.step:>5}/{self.total_steps} | loss {float(sum(self.losses) / len(self.losses)):7.4f}"
+                f"{self.label:<18} step {self.step:>5}/{self.total_steps} | loss {loss:7.4f}"
                 f" | lr {lr:.2e}{extra} | {self.items / (now - self.mark):5.0f} {self.unit}/s | left {clock(left)}"
             )
             self.losses, self.items, self.mark = [], 0, now
@@ -376,9 +380,16 @@ class Progress:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
+    def track(self, kind: str, row: dict[str, Any]) -> None:
+        """Tell the tracker, if the run has one, the numbers of a row as <kind>/<name>, at the current step."""
+        if self.run:
+            self.run.log({f"{kind}/{name}": value for name, value in row.items()}, self.step)
+
     def close(self) -> None:
-        """Take the bar away."""
+        """Take the bar away, and end the tracker's run."""
         self.bar.close()
+        if self.run:
+            self.run.finish()
 
 
 def clock(seconds: float) -> str:

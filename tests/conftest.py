@@ -16,6 +16,18 @@ from compactmind.data import EncodedSentences
 torch.set_num_threads(1)
 
 
+LONG_FILES = ("test_report.py", "test_large_models.py", "test_paper_profile.py", "test_search_script.py", "test_killed_workers.py",
+              "test_workers.py", "test_scripts.py", "test_onnx_export.py", "test_sharding.py", "test_kernels.py")  # fmt: skip
+"""Files that take half a minute and more, the longest first."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Long files come first: a whole file goes to one process, and one that begins last is waited for by the other process."""
+    order = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 def pytest_collection_finish():
     """Nothing that importing made is garbage: looking for it took 0.3 s each time, half of the time of some files."""
     gc.freeze()

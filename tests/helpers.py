@@ -1,5 +1,7 @@
 """What the tests build on: sentences a classifier can learn, tiny models with weights everywhere, and how to run a script."""
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -387,6 +390,45 @@ def run_scripts(*runs: tuple, cwd: Path) -> list[str]:
     return outputs
 
 
+FORKED = f"""
+import os, runpy, subprocess, sys, types
+sys.path[0] = {str(REPOSITORY)!r}
+import accelerate, optuna, transformers
+import compactmind.checkpoint, compactmind.loop, compactmind.evaluation.language, compactmind.report.documents
+import compactmind.search.compressor
+
+whole = subprocess.run
+
+def run(command, **options):
+    if options:
+        return whole(command, **options)
+    sys.stdout.flush()
+    if child := os.fork():
+        return types.SimpleNamespace(returncode=os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    code, sys.argv, subprocess.run = 0, [str(each) for each in command[1:]], whole
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else end.code is not None
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.stdout.flush()
+    os._exit(int(code))
+
+subprocess.run, sys.argv = run, sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_pipeline(*arguments, cwd: Path) -> subprocess.CompletedProcess:
+    """Run run_pipeline.py as `run_script` does; its stages are forked from a process that has imported what takes long, if it can be."""
+    command = _command("run_pipeline.py", arguments)
+    return _run([command[0], "-c", FORKED, *command[1:]] if hasattr(os, "fork") else command, cwd, processes=1)
+
+
 def _heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell makes its background jobs ignore it, and children inherit that
 
@@ -425,6 +467,15 @@ def run_script_here(name: str, *arguments, cwd: Path, monkeypatch, capfd) -> tup
             status = end.code or 0
     captured = capfd.readouterr()
     return status, captured.out + captured.err + message
+
+
+def run_script_once(name: str, *arguments, cwd: Path) -> str:
+    """Run a script inside this process, for what several tests look at, and return what it printed; a failure is what it raises."""
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [str(REPOSITORY / name), "--profile", "smoke", *map(str, arguments)])
+        runpy.run_path(str(REPOSITORY / name), run_name="__main__")
+    return printed.getvalue()
 
 
 def read_json(path: Path):

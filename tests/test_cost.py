@@ -1,8 +1,11 @@
 """Operations, bytes, latency and memory are what a second, independent way of counting says."""
 
+import importlib
 import json
 import os
 import signal
+import sys
+from multiprocessing import forkserver
 
 import helpers
 import pytest
@@ -159,6 +162,18 @@ def test_a_measurement_that_was_killed_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "_peak_of_this_process", killed)
     with pytest.raises(CompactMindError, match="process was killed: most likely the memory was not enough"):
         peak_memory(tmp_path, 1, 4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every process imports for itself")
+def test_a_process_finds_imported_what_a_model_needs_wherever_the_script_was_started(tmp_path, monkeypatch):
+    (tmp_path / "looks.py").write_text("import sys\nFOUND = 'compactmind.checkpoint' in sys.modules\ndef look(*_): return FOUND\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "")
+    forkserver._forkserver._stop()  # one that an earlier test has started
+    monkeypatch.setattr(cost, "_peak_of_this_process", importlib.import_module("looks").look)
+    assert peak_memory(tmp_path, 1, 4) is True
+    assert os.environ["PYTHONPATH"] == ""
 
 
 def killed(*_):

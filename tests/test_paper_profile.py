@@ -22,11 +22,11 @@ RUNS = (
     ("2_prune_finetune.py", "--epochs", "3", "--prune_end_epoch", "2", "--round_to", "8", "--prune_every", "2"),
     ("3_quantize.py",),
     ("4_smoothquant_llama.py", "--calibration_windows", "2", "--eval_windows", "2", "--alpha_grid", "0.5", "0.8"),
-    ("5_bayesian_search.py", "--strategy", "fixed", "--pipeline", f"[{PRUNE}, {RETRAIN}]"),
+    ("5_bayesian_search.py", "--strategy", "fixed", "--calibration_windows", "2", "--pipeline", f"[{PRUNE}, {RETRAIN}]"),
     ("5_bayesian_search.py", "--strategy", "fixed", "--calibration_windows", "2", "--output", "models/llama_gptq_3.5x", "--pipeline",
      '[{"method": "gptq", "params": {"target_compression": 3.5}}]'),
-    ("5_bayesian_search.py", "--n_trials", "2", "--target_compression", "1.1", "--mode", "hybrid", "--choices",
-     '{"prune.round_to": [16], "prune.sparsity": [0.25], "retrain.tokens": [512]}'),
+    ("5_bayesian_search.py", "--n_trials", "2", "--target_compression", "1.1", "--mode", "hybrid", "--final_tokens", "2048",
+     "--calibration_windows", "2", "--choices", '{"prune.round_to": [16], "prune.sparsity": [0.25], "retrain.tokens": [512]}'),
     ("6_evaluate_report.py", "--latency_repeats", "2"),
 )  # fmt: skip
 """Scripts in order; where they are given anything, less of it than the profile has: the models have a few thousand weights."""

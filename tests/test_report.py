@@ -40,7 +40,7 @@ def reported(tmp_path_factory):
     folder = helpers.make_workspace(tmp_path_factory.mktemp("reported"), train_rows=300, dev_rows=50)
     # 3.5 times smaller and still more than the names of its tensors
     helpers.add_llama(folder, hidden_size=64, intermediate_size=128, scale=0.1)
-    result = helpers.run_script("run_pipeline.py", cwd=folder)
+    result = helpers.run_pipeline(cwd=folder)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return folder, result.stdout
 
@@ -76,7 +76,7 @@ def test_the_command_of_every_fixed_row_is_what_the_pipeline_runs():
 
 def test_a_second_pipeline_skips_what_is_finished(copy):
     before = {name: read_manifest(copy / "models" / name)["created"] for name in ROWS}
-    result = helpers.run_script("run_pipeline.py", "--only", "1_distill.py", "2_prune_finetune.py", "3_quantize.py", cwd=copy)
+    result = helpers.run_pipeline("--only", "1_distill.py", "2_prune_finetune.py", "3_quantize.py", cwd=copy)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("is up to date: skipped") == len(ROWS)
     assert {name: read_manifest(copy / "models" / name)["created"] for name in ROWS} == before

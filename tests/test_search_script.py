@@ -300,9 +300,7 @@ def searched(tmp_path_factory):
     """Return a directory in which a search has run once, and what it printed."""
     folder = tmp_path_factory.mktemp("searched")
     helpers.add_llama(folder)
-    done = helpers.run_script(SCRIPT, "--n_trials", 7, "--target_compression", 1.05, "--final_tokens", 0, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout
+    return folder, helpers.run_script_once(SCRIPT, "--n_trials", 7, "--target_compression", 1.05, "--final_tokens", 0, cwd=folder)
 
 
 def test_a_search_saves_the_best_pipeline_that_reaches_the_target_and_everything_it_found(searched):
@@ -368,9 +366,7 @@ def two_studies(searched, tmp_path_factory):
     """Return a directory in which a second study with another target has run after the first, and what it printed."""
     folder = tmp_path_factory.mktemp("two") / "copy"
     shutil.copytree(searched[0], folder)
-    done = helpers.run_script(SCRIPT, *NARROW, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout
+    return folder, helpers.run_script_once(SCRIPT, *NARROW, cwd=folder)
 
 
 def state_of(folder) -> dict[str, bytes]:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,7 @@ def peak_memory(directory: Path, batch_size: int, sequence_length: int) -> float
     forked = sys.platform == "linux" and default_device() != "cuda"
     context = multiprocessing.get_context("forkserver" if forked else "spawn")
     if forked:
-        context.set_forkserver_preload([__name__, "compactmind.checkpoint"])
+        _start_server(context)
     with ProcessPoolExecutor(1, mp_context=context, initializer=_silence) as pool:
         try:
             return pool.submit(_peak_of_this_process, directory, batch_size, sequence_length).result()
@@ -211,6 +212,22 @@ def peak_memory(directory: Path, batch_size: int, sequence_length: int) -> float
         except Exception as error:  # noqa: BLE001  any folder may be measured, and each library has its own way to say what it lacks
             what = str(error) or repr(error)
     raise CompactMindError(f"measuring the memory of {directory} failed: {what}")
+
+
+def _start_server(context: multiprocessing.context.ForkServerContext) -> None:
+    """Start the server, unless it runs, with all of this package that is imported here: each process imports the script again."""
+    own = __name__.partition(".")[0]
+    context.set_forkserver_preload([*(name for name in sys.modules if name.startswith(f"{own}.")), f"{own}.checkpoint"])
+    before, folder = os.environ.get("PYTHONPATH"), Path(__file__).resolve().parents[2]
+    # Up to Python 3.12 a server looks for modules in the current directory only, and goes without those it does not find.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *([before] if before else [])])
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def _silence() -> None:

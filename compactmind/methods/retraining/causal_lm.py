@@ -608,6 +608,7 @@ def retrain_causal_lm(
                 "seconds": now - mark,
             }
             history, losses, mark = [*history, row], [], now
+            progress.track("evaluation", row)
             progress.write(
                 f"{label:<18} step {step:>5}/{total_steps} | loss {row['loss']:7.4f} | held-out loss {held_out_now:7.4f} | "
                 f"perplexity {row['perplexity']:8.4g} | {row['seconds']:.0f} s"
