@@ -4,15 +4,15 @@ Paper: Dettmers et al. 2023 (QLoRA: NF4, double quantization), Frantar et al. 20
        Dettmers et al. 2022 (LLM.int8()). Library: bitsandbytes. W8A8: compactmind/methods/quantization/w8a8_encoder.py.
 Run:   python 3_quantize.py                     (after 1_distill.py and 2_prune_finetune.py; every setting: --help)
        python 3_quantize.py --method int8       (the fallback when 4 bits cost too much accuracy)
-       python 3_quantize.py --embeddings int8 --vocabulary_coverage 0.999    (the smallest: docs/encoders.md)
+       python 3_quantize.py --vocabulary_coverage 0.999    (the smallest: docs/encoders.md)
 Reads: models/student_distilled, models/student_pruned, sst2_data/{train,validation}.jsonl
 Writes: models/student_distilled_nf4, models/student_pruned_nf4 (or ..._int8), models/student_pruned_w8a8; with a vocabulary_coverage
         <parent>_small, whose vocabulary is what the training text needs, and the same made of it
 Time:  about 20 seconds on 2 CPU cores (embedded profile).
 
 The linears of the encoder blocks are packed; classifier heads stay in full precision; embedding tables, two thirds of a
-small encoder, are kept in fp16 (--embeddings int8, int6, int5 or int4: fewer bytes). 4-bit weights are multiplied in bf16 on a GPU and
-in fp32 on a CPU: they save bytes. W8A8 multiplies int8 by int8: it saves time.
+small encoder, become int8 with a scale for every 64 weights of a row (--embeddings int4: fewer bytes, fp16: more).
+4-bit weights are multiplied in bf16 on a GPU and in fp32 on a CPU: they save bytes. W8A8 multiplies int8 by int8: it saves time.
 """
 
 from pathlib import Path

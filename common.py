@@ -221,9 +221,9 @@ class QuantizeConfig(StageConfig):
     """nf4: quantize the block scales too (0.37 bit per weight less)."""
     calibration_sentences: int = 256
     """nf4: training sentences on which rounding errors are compensated (GPTQ); 0 = round to nearest."""
-    embeddings: Literal["fp16", "float32", "int8", "int6", "int5", "int4"] = "fp16"
-    """What embedding tables are stored in, two thirds of a small encoder that 4-bit kernels do not touch: float32 as they are, integers
-    with a scale for every 64 weights of a row."""
+    embeddings: Literal["int8", "int6", "int5", "int4", "fp16", "float32"] = "int8"
+    """What embedding tables are stored in, two thirds of a small encoder that 4-bit kernels do not touch: integers with a scale for every
+    64 weights of a row, fp16, or float32 as they are."""
     vocabulary_coverage: float = 0.0
     """Make <parent>_small of every parent too, and quantize it: its vocabulary is the fewest tokens that make up this share of the training
     text, and what others are split into (0.99 to 1; 1 keeps every token that occurs). 0 = whole vocabularies alone."""
