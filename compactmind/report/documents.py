@@ -18,6 +18,7 @@ from compactmind.report.as_shipped import OTHERS, as_shipped
 from compactmind.report.figures import FIGURES, draw_all, model_comparison, save_figure
 from compactmind.report.literature import check_llama_2
 from compactmind.report.sentences import measured, sentences, warnings
+from compactmind.report.summary import opening_sentences
 from compactmind.report.tables import Table
 
 TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -36,6 +37,8 @@ class Section:
     sentences: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     figures: list[str] = field(default_factory=list)
+    picture: str | None = None
+    """A figure that stands before the sentences."""
 
 
 def sections(report: dict[str, Any], drawn: dict[str, str]) -> list[Section]:
@@ -44,6 +47,7 @@ def sections(report: dict[str, Any], drawn: dict[str, str]) -> list[Section]:
     languages = [in_words(file["compared_with"], file["published_as"])] if file else []
     search_figures = [name for name in FIGURES if name.startswith("search_")]
     found = [
+        Section("In short", opening_sentences(report), picture="opening" if "opening" in drawn else None),
         Section("Summary", sentences(report) or ["Nothing has been measured yet: the tables say what to run."]),
         Section("Warnings", warnings(report)),
         Section(
@@ -67,7 +71,7 @@ def sections(report: dict[str, Any], drawn: dict[str, str]) -> list[Section]:
     for section in found:
         section.tables = [table for table in section.tables if table is not None and table.rows]
         section.figures = [name for name in section.figures if name in drawn]
-    return [section for section in found if section.sentences or section.tables or section.figures]
+    return [section for section in found if section.sentences or section.tables or section.figures or section.picture]
 
 
 def escape_tex(text: str) -> str:
