@@ -11,7 +11,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from compactmind.errors import CompactMindError
 from compactmind.files import write_text_atomically
+from compactmind.manifest import CARD, MANIFEST, read_manifest
+from compactmind.model_card import model_card
+from compactmind.origin import origin_of
 from compactmind.published import in_words
 from compactmind.report import tables
 from compactmind.report.as_shipped import OTHERS, as_shipped
@@ -20,6 +24,7 @@ from compactmind.report.literature import check_llama_2
 from compactmind.report.sentences import measured, sentences, warnings
 from compactmind.report.summary import opening_sentences
 from compactmind.report.tables import Table
+from compactmind.report.zero_shot import zero_shot_sentences, zero_shot_table
 
 TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$"}  # fmt: skip
@@ -55,8 +60,8 @@ def sections(report: dict[str, Any], drawn: dict[str, str]) -> list[Section]:
             figures=["final_report", "model_comparison", "latency", "training_curves"],
         ),
         Section(
-            "LLM track", [*languages, *([checked] if checked else [])],
-            [tables.language_table(report), tables.gsm8k_table(report), tables.steps_table(report)],
+            "LLM track", [*languages, *([checked] if checked else []), *zero_shot_sentences(report)],
+            [tables.language_table(report), zero_shot_table(report), tables.gsm8k_table(report), tables.steps_table(report)],
             ["perplexity_against_size", "divergence_against_size", "divergence_against_speed", "tensor_bits", "alpha_curve"],
         ),
         Section("Search", tables=[tables.search_table(report)], figures=search_figures),
@@ -119,3 +124,16 @@ def write_documents(report: dict[str, Any], folder: Path) -> list[Path]:
         write_text_atomically(path, render(path.suffix[1:], report, drawn, folder))
     write_text_atomically(folder / "model_comparison.csv", tables.comparison_csv(report))
     return paths
+
+
+def write_cards(report: dict[str, Any]) -> None:
+    """Put the numbers of every measured checkpoint into the card beside it, never into a folder of another project."""
+    for row in report["models"]:
+        directory = Path(row["directory"] or "")
+        if row["status"] == "measured" and row["directory"] and (directory / MANIFEST).is_file():
+            try:
+                manifest = read_manifest(directory)
+                card = model_card(row["name"], manifest, row, origin_of(directory.parent, manifest), report["data"]["source"]["source"])
+                write_text_atomically(directory / CARD, card)
+            except (OSError, CompactMindError) as error:
+                print(f"{directory / CARD} stays as it is: {error}")
