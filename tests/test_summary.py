@@ -66,7 +66,7 @@ def test_a_better_classifier_counts_and_is_called_better():
         (classifier("tiny", 0.8, 10.0, 0.001),
          "Every classifier smaller than student (90.0%), 80.0 MB, is measurably worse than it; the most"),
         (classifier("big", 0.91, 99.0, 0.6), "No classifier smaller than student (90.0%), 80.0 MB, was measured; the most accurate of the "
-         "others is big with 91.0% [89.0%, 93.0%], 99.0 MB, not distinguishable (p = 0.6)."),
+         "others is big with 91.0% [89.0%, 93.0%], 99.0 MB, as fast at batch 32, not distinguishable (p = 0.6)."),
     ],
 )  # fmt: skip
 def test_without_a_smaller_classifier_as_good_it_says_so(row, told):
@@ -78,12 +78,28 @@ def test_language_models_at_each_size():
             language("worst", 1.4, 40.0)]  # fmt: skip
     first, second, third = opening_sentences(report_of(DENSE, *rows))
     assert first == (
-        "The smallest language model that is no worse than llama on 16 windows is equal: 90.0 MB instead of 200.0, perplexity +0.20% "
-        "[-0.80%, +1.20%], not distinguishable from it, 125 tokens/s against 125."
+        "The smallest language model that is no worse than llama as far as 16 windows can tell is equal: 90.0 MB instead of 200.0, "
+        "perplexity +0.20% [-0.80%, +1.20%], not distinguishable from it, 125 tokens/s against 125."
     )
     assert second.startswith("Smaller ones are measurably worse; the best at each size, by perplexity against llama: worse, 60.0 MB, +5.00")
     assert "worst, 40.0 MB" in second and "beaten" not in second and second.index("worse, 60") < second.index("worst")
     assert third.startswith("The fastest is worse: it reads a prompt 2.50x faster than llama") and third.endswith("different from it.")
+
+
+def test_one_window_has_no_interval_and_tells_no_models_apart():
+    alone = {"protocol": {"windows": 1, "text": "a text"}}
+    told = opening_sentences(report_of(DENSE | alone, *(language(f"m{n}", 1 + n, 90.0 - n, 0.0, 2.0, **alone) for n in (1, 2))))
+    assert told[0] == (
+        "One window of text gives no interval: whether a language model differs from llama is not known; by perplexity against it, the "
+        "best at each size: m1, 89.0 MB, +100.00%, 125 tokens/s against 125; m2, 88.0 MB, +200.00%, 125 tokens/s against 125."
+    )
+    assert told[1].endswith("89.0 MB and perplexity +100.00%.")
+    assert not any(word in " ".join(told) for word in ("measurably", "distinguishable", "different", "["))
+
+
+def test_a_model_is_told_once():
+    (told,) = opening_sentences(report_of(REFERENCE, classifier("big", 0.91, 99.0, 0.6, 3.0)))
+    assert "big with 91.0%" in told and "3.00x faster at batch 32" in told
 
 
 def test_the_published_file_is_told_beside_the_smallest_and_is_no_candidate():
@@ -105,6 +121,8 @@ def test_if_every_smaller_one_is_worse_that_is_said_first():
         ([], []),
         ([{"name": "student", "track": "encoder", "status": "not run", "command": "x"}], []),
         ([REFERENCE], ["One classifier was measured, student with 90.0% [88.0%, 92.0%], 80.0 MB: there is nothing to compare it with."]),
+        ([classifier("a", 0.9, 80.0, None)],
+         ["One classifier was measured, a with 90.0% [88.0%, 92.0%], 80.0 MB: there is nothing to compare it with."]),
         ([classifier("a", 0.9, 80.0, None), classifier("b", 0.8, 20.0, None)],
          ["The most accurate classifier is a with 90.0% [88.0%, 92.0%], 80.0 MB; the smallest is b with 80.0% [78.0%, 82.0%], 20.0 MB: "
           "none was compared with a reference, so whether they differ is not known."]),

@@ -83,7 +83,7 @@ def _of_classifiers(report: dict[str, Any]) -> list[str]:
     reference = rows.get(reference_of(report, "encoder"))
     others = {name: row for name, row in rows.items() if row is not reference}
     compared = [row for row in others.values() if reference and no_worse_classifier(row, reference) is not None]
-    if not others:
+    if len(rows) == 1:
         (row,) = rows.values()
         return [f"One classifier was measured, {_accurate(row)}, {row['size_mb']:.1f} MB: there is nothing to compare it with."]
     if not compared:
@@ -102,7 +102,11 @@ def _of_classifiers(report: dict[str, Any]) -> list[str]:
         if any(row["size_mb"] < reference["size_mb"] for row in compared):
             told = f"Every classifier smaller than {against}, {reference['size_mb']:.1f} MB, is measurably worse than it"
         best = max(compared, key=lambda row: row["accuracy"])
-        found = [f"{told}; the most accurate of the others is {_accurate(best)}, {best['size_mb']:.1f} MB, {_verdict(best, reference)}."]
+        small, quick = best, speedup(best, batch)
+        times = f", {speed(quick)} at batch {batch.removeprefix('batch_')}" if quick else ""
+        found = [
+            f"{told}; the most accurate of the others is {_accurate(best)}, {best['size_mb']:.1f} MB{times}, {_verdict(best, reference)}."
+        ]
     else:
         small = min(smaller, key=lambda row: (row["size_mb"], -row["accuracy"]))
         quick = speedup(small, batch)
@@ -115,9 +119,10 @@ def _of_classifiers(report: dict[str, Any]) -> list[str]:
     timed = [row for row in good if (speedup(row, batch) or 0) >= FASTER]
     if timed:
         quick = max(timed, key=lambda row: speedup(row, batch))
-        if not smaller or quick is not small:
+        if quick is not small:
+            which = "of them" if smaller else f"that is no worse than {reference['name']}"
             found.append(
-                f"The fastest of them is {_accurate(quick)}: {speed(speedup(quick, batch))} than {reference['name']} at batch "
+                f"The fastest {which} is {_accurate(quick)}: {speed(speedup(quick, batch))} than {reference['name']} at batch "
                 f"{batch.removeprefix('batch_')}, {quick['size_mb']:.1f} MB, {_verdict(quick, reference)}."
             )
     return found
@@ -152,13 +157,19 @@ def _of_languages(report: dict[str, Any]) -> list[str]:
             why = f"{dense_name}, the dense one, was not measured beside them"
         return [f"{which}{',' if len(rows) == 1 else ''} {told}: {why}."]
     front = best_at_each_size({**models, dense_name: dense}, lambda row: -row["perplexity"])
+    windows = dense["protocol"]["windows"]
+    if windows < 2:
+        listed = _listed([rows[name] for name in reversed(front) if name != dense_name], dense)
+        told = f"One window of text gives no interval: whether a language model differs from {dense_name} is not known"
+        best = f"; by perplexity against it, the best at each size: {listed}" if listed else ""
+        return [f"{told}{best}.", *_fastest(list(models.values()), dense)]
     good = [row for row in models.values() if no_worse_language(row) and row["size_mb"] < dense["size_mb"]]
     found = []
     if good:
         small = min(good, key=lambda row: (row["size_mb"], row["perplexity"]))
         sure = "better than" if small["against_dense"]["interval"][1] < 1 else "not distinguishable from"
         told = (
-            f"The smallest language model that is no worse than {dense_name} on {small['protocol']['windows']} windows is {small['name']}: "
+            f"The smallest language model that is no worse than {dense_name} as far as {windows} windows can tell is {small['name']}: "
             f"{small['size_mb']:.1f} MB instead of {dense['size_mb']:.1f}, perplexity {_change(small)}, {sure} it{_tokens(small, dense)}"
         )
         if file:
@@ -168,13 +179,13 @@ def _of_languages(report: dict[str, Any]) -> list[str]:
         small = dense
         found.append(
             f"No language model smaller than {dense_name} ({dense['size_mb']:.1f} MB) has a perplexity that cannot be told from it on "
-            f"{dense['protocol']['windows']} windows."
+            f"{windows} windows."
         )
     below = [rows[name] for name in reversed(front) if rows[name]["size_mb"] < small["size_mb"]]
     if below:
-        listed = "; ".join(f"{row['name']}, {row['size_mb']:.1f} MB, {_change(row)}{_tokens(row, dense)}" for row in below[:LISTED])
-        more = f"; and {len(below) - LISTED} smaller ones" if len(below) > LISTED else ""
-        found.append(f"Smaller ones are measurably worse; the best at each size, by perplexity against {dense_name}: {listed}{more}.")
+        found.append(
+            f"Smaller ones are measurably worse; the best at each size, by perplexity against {dense_name}: {_listed(below, dense)}."
+        )
     return [*found, *_fastest(list(models.values()), dense)]
 
 
@@ -185,12 +196,19 @@ def _fastest(models: list[dict[str, Any]], dense: dict[str, Any]) -> list[str]:
         return []
     row = max(timed, key=lambda row: speedup(row, "prefill"))
     decode = speedup(row, "decode")
-    sure = "not distinguishable from it" if _unsure(row) else "different from it"
+    sure = ", not distinguishable from it" if _unsure(row) else ", different from it"
+    sure = sure if row["protocol"]["windows"] > 1 else ""
     also = f" and generates {speed(decode)}" if decode else ""
     return [
         f"The fastest is {row['name']}: it reads a prompt {speed(speedup(row, 'prefill'))} than {dense['name']}{also}, at "
-        f"{row['size_mb']:.1f} MB and perplexity {_change(row)}, {sure}."
+        f"{row['size_mb']:.1f} MB and perplexity {_change(row)}{sure}."
     ]
+
+
+def _listed(rows: list[dict[str, Any]], dense: dict[str, Any]) -> str:
+    """Return size, perplexity and speed of the first LISTED rows, and how many more there are."""
+    told = [f"{row['name']}, {row['size_mb']:.1f} MB, {_change(row)}{_tokens(row, dense)}" for row in rows[:LISTED]]
+    return "; ".join([*told, f"and {len(rows) - LISTED} smaller ones"] if len(rows) > LISTED else told)
 
 
 def _unsure(row: dict[str, Any]) -> bool:
@@ -200,7 +218,8 @@ def _unsure(row: dict[str, Any]) -> bool:
 
 def _change(row: dict[str, Any]) -> str:
     low, high = (bound - 1 for bound in row["against_dense"]["interval"])
-    return f"{row['against_dense']['ratio'] - 1:+.2%} [{low:+.2%}, {high:+.2%}]"
+    interval = f" [{low:+.2%}, {high:+.2%}]" if row["protocol"]["windows"] > 1 else ""
+    return f"{row['against_dense']['ratio'] - 1:+.2%}{interval}"
 
 
 def _tokens(row: dict[str, Any], dense: dict[str, Any]) -> str:
