@@ -97,6 +97,12 @@ def test_one_window_has_no_interval_and_tells_no_models_apart():
     assert not any(word in " ".join(told) for word in ("measurably", "distinguishable", "different", "["))
 
 
+@pytest.mark.parametrize("without", [DENSE | {"generation": None}, DENSE | {"generation": {"decode": None}}])
+def test_beside_an_untimed_model_no_times_are_told(without):
+    first, *_ = opening_sentences(report_of(without, language("equal", 1.0, 90.0)))
+    assert "equal: 90.0 MB" in first and "tokens/s" not in first
+
+
 def test_a_model_is_told_once():
     (told,) = opening_sentences(report_of(REFERENCE, classifier("big", 0.91, 99.0, 0.6, 3.0)))
     assert "big with 91.0%" in told and "3.00x faster at batch 32" in told
