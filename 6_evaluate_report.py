@@ -2,6 +2,7 @@
 
 Run:   python 6_evaluate_report.py                    (after any of the other stages; every setting: --help)
        python 6_evaluate_report.py --fresh True       (measure every row again)
+       python 6_evaluate_report.py --zero_shot arc_easy piqa   (ask the language models, too: docs/report.md)
        python 6_evaluate_report.py --from_json True   (draw and write everything again from final_report.json, measuring nothing)
 Reads: models/*, the summary of a search in results/search, sst2_data/test.jsonl, wikitext_data/test.jsonl   (of test here alone)
 Writes: results/final_report.json               everything measured, with protocols and environment; what follows is made of it
@@ -17,39 +18,30 @@ report. Definitions of the metrics: compactmind/evaluation/accuracy.py and cost.
 
 import datetime
 import json
-import os
-import platform
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
 from common import PROFILE, ReportConfig, parse_command_line, run_stage
-from compactmind.checkpoint import Checkpoints, load_any, skeleton_of
+from compactmind.checkpoint import Checkpoint, load_any
 from compactmind.data import data_fingerprint, load_split, read_dataset_description
 from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import correct_for_many
 from compactmind.evaluation.classifiers import measure_classifiers
-from compactmind.evaluation.cost import weight_bytes
-from compactmind.evaluation.failures import fail, row_fails_alone
 from compactmind.evaluation.language import measure_gsm8k, measure_in_llama_cpp, measure_language_models
 from compactmind.evaluation.llama_cpp import installed
+from compactmind.evaluation.rows import foreign_architecture, identify, load_models, require_room_for, split_by_need, unusable
 from compactmind.evaluation.seeds import add_seeds, is_repeat
-from compactmind.files import read_json, sha256_of, write_json_atomically, write_text_atomically
-from compactmind.manifest import CARD, MADE_BY, MANIFEST, identity_of, read_manifest, versions
-from compactmind.methods import memory
-from compactmind.methods.memory import Sizes
-from compactmind.model_card import model_card
-from compactmind.onnx_export import FILE
-from compactmind.origin import origin_of
+from compactmind.evaluation.zero_shot import compare_zero_shot, load_tasks, measure_zero_shot, require_tasks
+from compactmind.files import read_json, write_json_atomically
+from compactmind.manifest import MADE_BY, MANIFEST, read_manifest, versions
 from compactmind.report import tables
-from compactmind.report.as_shipped import SUFFIX, row_as_shipped, row_of_llama_cpp
-from compactmind.report.documents import write_documents
+from compactmind.report.as_shipped import SUFFIX, row_of_llama_cpp, with_as_shipped
+from compactmind.report.documents import write_cards, write_documents
+from compactmind.report.protocols import environment, protocols
 from compactmind.report.sentences import sentences, warnings
-from compactmind.room import require_room
+from compactmind.report.summary import opening_sentences
+from compactmind.report.zero_shot import zero_shot_sentences, zero_shot_table
 from compactmind.search.places import findings_of
 from compactmind.task import read_task
 from compactmind.text import load_documents, token_windows
@@ -81,10 +73,6 @@ LLAMA_CPP = ("Q8_0", "Q4_0")
 """Types that llama.cpp rounds the dense language model to, where it is installed: a row each, run by llama.cpp."""
 TASKS = {"encoder": "SequenceClassification", "llm": "CausalLM"}
 """Track -> how the architectures end that belong to it."""
-PER_CLASS = (
-    "F1 of a class: harmonic mean of its precision and recall; macro: mean over the classes; AUC of more than two: mean of each against "
-    "the rest; MCC: Matthews' correlation"
-)
 ENCODER_SETTINGS = ("max_length", "eval_batch_size", "cost_length", "latency_batches", "latency_repeats")
 LANGUAGE_SETTINGS = ("seq_len", "eval_windows", "window_choice", "prompt_tokens", "latency_repeats", "gsm8k_problems")
 """Settings a track's measurements depend on."""
@@ -140,132 +128,11 @@ def list_rows(config: ReportConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def unusable(row: dict[str, Any], error: Exception) -> None:
-    """Make, in place, a row `broken`, with the command that makes its model again, or `failed` where no command does; both say why."""
-    fail(row, error)
-    if row["name"] in MADE_BY and isinstance(error, CompactMindError):
-        row |= {"status": "broken", "command": MADE_BY[row["name"]]}
-
-
-def foreign_architecture(directory: Path) -> str:
-    """Return the class of a model in any Hugging Face folder."""
-    try:
-        return json.loads((directory / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        raise CompactMindError(f"{directory / 'config.json'} does not say which architecture it is") from None
-
-
-def described(row: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return what a row says of its model beside measurements."""
-    names = ("kind", "architecture", "parent", "parameters", "layers", "quantization", "stage", "created")
-    found = {name: manifest[name] for name in names}
-    found |= {"stage_metrics": manifest["metrics"], "experiment_name": manifest.get("experiment_name")}
-    found |= {name: manifest[name] for name in ("pipeline", "interaction", "layer_errors") if name in manifest}
-    found["model_name"] = (manifest["stage"].get("config") or {}).get("source", row["name"])
-    history = Path(row["directory"]) / "training_history.json"
-    found["history"] = json.loads(history.read_text(encoding="utf-8")) if history.is_file() else None
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------- who is whose
-def identify(rows: list[dict[str, Any]]) -> None:
-    """Give, in place, every found row its `identity`, a hash of its weights, and `made_from`: the row its model was made from.
-
-    A manifest records the weights a stage read, not only their name: `made_from` is None if no row has just those.
-    """
-    for row in rows:
-        with row_fails_alone(row):
-            row["identity"] = identity_of(Path(row["directory"]))
-    for row in rows:
-        if row["status"] != "found":
-            continue
-        directory, made_from = Path(row["directory"]), None
-        if (directory / MANIFEST).is_file():
-            manifest = read_manifest(directory)
-            inputs = manifest["stage"].get("inputs") or {}
-            wanted = inputs.get(manifest.get("parent")) or inputs.get("model")
-            same = [other["name"] for other in rows if wanted and other.get("identity") == wanted and other is not row]
-            made_from = manifest["parent"] if manifest.get("parent") in same else next(iter(same), None)
-        row["made_from"] = made_from
-
-
 def compared_with(row: dict[str, Any], track: str, config: ReportConfig) -> str | None:
     """Return the name of the row a row is compared with: classifiers with one reference, a language model with what it was made from."""
     if track == "encoder":
         return config.reference
     return row["name"] if row["name"] == DENSE_LANGUAGE_MODEL else row["made_from"]
-
-
-def with_as_shipped(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of a report with those that are no models of their own behind the dense language model: that of the file it was
-    published as, if it was made of one, and those `beside` it."""
-    found = []
-    for row in rows:
-        if row["name"] != DENSE_LANGUAGE_MODEL:
-            found.append(row)
-            continue
-        try:
-            published = read_manifest(Path(row["directory"])).get("published_as")
-        except CompactMindError:  # its row says so
-            published = None
-        dense = {name: value for name, value in row.items() if name != "published_as"}  # an earlier report's may be another
-        found += [dense | {"published_as": published}, row_as_shipped(dense, published)] if published else [dense]
-        found += beside
-    return found
-
-
-# --------------------------------------------------------------------------------------------------- what must be measured
-def split_by_need(rows: list[dict[str, Any]], known: dict[str, dict[str, Any]], what: dict[str, Any]) -> list[dict[str, Any]]:
-    """Complete, in place, the found rows whose measurement is `known` (an earlier report's, by name); return the others.
-
-    A measurement holds as long as the weights, those it was compared with, the machine and `what` (data, settings) are the same. One
-    that lacks something is tried again.
-    """
-    identities = {row["name"]: row.get("identity") for row in rows}
-    needed = []
-    for row in rows:
-        if row["status"] != "found":
-            continue
-        key = {**what, "weights": row["identity"], "reference": identities.get(row["compared_with"])}
-        exported = Path(row["directory"]) / FILE
-        key["onnx"] = sha256_of(exported) if exported.is_file() else None
-        row["measured_with"] = json.loads(json.dumps(key))
-        earlier = known.get(row["name"], {})
-        holds = earlier.get("status") == "measured" and earlier.get("measured_with") == row["measured_with"]
-        if holds and not earlier.get("not_measured"):
-            row.update({**earlier, **{name: row[name] for name in ("directory", "made_from", "compared_with")}})
-        else:
-            needed.append(row)
-    return needed
-
-
-def load_models(rows: list[dict[str, Any]], device: str) -> Checkpoints:
-    """Return the checkpoints by name; a row whose model cannot be loaded is `unusable` and has none."""
-    found = Checkpoints({row["name"]: partial(load_any, Path(row["directory"]), device) for row in rows})
-    for row in rows:
-        try:
-            row |= {"status": "measured", **described(row, found[row["name"]].manifest)}
-        except Exception as error:  # noqa: BLE001  any folder may be a row, and each library has its own way to say it cannot read one
-            found.discard(row["name"])
-            unusable(row, error)
-    return found
-
-
-def require_room_for(config: ReportConfig, rows: list[dict[str, Any]]) -> None:
-    """Say what memory measuring the language models takes: small ones all at once, of large ones the dearest.
-
-    Raises CompactMindError if it is not there.
-    """
-    dense = next((row for row in rows if row["name"] == DENSE_LANGUAGE_MODEL), None)
-    if dense is None:
-        return
-    folder, device = Path(dense["directory"]), default_device()
-    windows = 0, config.eval_windows, config.seq_len
-    sizes = Sizes.of(skeleton_of(folder), weight_bytes(folder), *windows, device == "cuda")
-    held = {row["name"]: weight_bytes(Path(row["directory"])) for row in rows} | {dense["name"]: sizes.held}
-    held = {"all models": sum(held.values())} if sizes.small else held
-    needs = {name: memory.report(sizes, size) for name, size in held.items()}
-    require_room(needs, 0, config.results_dir, device, "fewer rows, or a smaller --seq_len, take less")
 
 
 def measure_track(
@@ -303,7 +170,7 @@ def measure_track(
     if not needed:
         return
     if track == "llm":
-        require_room_for(config, needed)
+        require_room_for(needed, DENSE_LANGUAGE_MODEL, config.eval_windows, config.seq_len, config.results_dir)
     reference = config.reference if track == "encoder" else DENSE_LANGUAGE_MODEL
     others = {reference, *(row["compared_with"] for row in needed)}
     runs_along = [row for row in found if row["name"] in others and row not in needed and row["status"] == "measured"]
@@ -358,80 +225,33 @@ def measure_llama_cpp(
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------ protocols
-def protocols(config: ReportConfig, description: dict) -> dict[str, str]:
-    """Return how each number was made, in one sentence each."""
-    rows = description["splits"]["test"]["rows"]
-    length, threads = config.cost_length, torch.get_num_threads()
-    where = "GPU" if default_device() == "cuda" else f"{threads} CPU threads"
-    return {
-        "accuracy": f"{rows} held-out test sentences ({description['source']['source']}), cut at {config.max_length} tokens; "
-        "95% Wilson interval; never used for training or selection",
-        "mcnemar": f"exact two-sided McNemar test against {config.reference} on the same sentences; p corrected for the number of rows "
-        "compared with it (Holm 1979)",
-        **({"per class": PER_CLASS} if "task" in description else {}),
-        "gflops": f"2 x MACs / 1e9, batch 1, {length} tokens, attention matmuls included (FlopCounterMode)",
-        "gmacs_thop": f"thop's multiply-accumulates / 1e9, batch 1, {length} tokens, attention matmuls not included",
-        "size_mb": "1e6 bytes of the weight files",
-        "parameters": "counted before packing",
-        "load_seconds": "median of 3 loads from a warm page cache, tokenizer and the check of what is read included",
-        "latency": f"forward pass, {length} tokens, {where}, median of {config.latency_repeats} rounds after 2 of warm-up, 10th to "
-        f"90th percentile; all models take turns in each round; speed-up = median ratio to {config.reference} within a round",
-        "peak_memory_mb": f"1e6 bytes a fresh process adds when it loads the model and runs batch {max(config.latency_batches)} of "
-        f"{length} tokens, a language model one prompt (resident memory on a CPU, allocated memory on a GPU)",
-        "perplexity": "exp of the mean loss over predicted tokens, non-overlapping windows of the documents joined by a blank line; "
-        "every row carries text, seq_len, windows, where in the text they are (spread over it, or its first) and tokens; 95% interval of "
-        "neighbouring windows from equal-weighted cosines (Lazarus et al. 2018), paired against the model it was made from",
-        "divergence": "KL(model it was made from || row) in nats over the predicted tokens of the same windows, float32 logits: mean with "
-        "the interval of perplexity, 99.9th percentile of the tokens, share of equal top tokens; none where tokens or vocabulary are "
-        "others. Between quantizations of one model it is what to choose by: far less noise than in a ratio of perplexities",
-        "gsm8k": "lm-eval, gsm8k_cot (8 worked examples), greedy, the first problems of the test split; strict: the answer where the "
-        "examples put it, flexible: the last number; 95% Wilson interval",
-        "compression_ratio": "bytes of the weight files of the model it was made from, as released (of one made of a GGUF file, as "
-        f"dequantized; the file itself is {AS_SHIPPED}) / bytes of the row's",
-        "generation": f"batch 1, {where}, medians of {config.latency_repeats} rounds of all models in turn after 2 of warm-up; prefill: "
-        f"{config.prompt_tokens} random tokens with cache, logits of the last one; decode: one more token, mean of 8",
-    }
-
-
-def environment() -> dict[str, object]:
-    """Return what the numbers were measured on."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        cpu = next(
-            (line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), cpu
-        )
-    gpu = torch.cuda.get_device_name() if default_device() == "cuda" else None
-    return {
-        "machine": f"{gpu or cpu}, {torch.get_num_threads()} threads",
-        "os": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "gpu": gpu,
-        "versions": versions(),
-    }
-
-
 # ----------------------------------------------------------------------------------------------------------------- main
 def measured_report(config: ReportConfig, path: Path) -> dict[str, Any]:
     """Return the report's dict, with new measurements where the one at `path` has none that hold; written there after every track."""
     earlier = {} if config.fresh else read_json(path) or {}
     known = {row["name"]: row for row in earlier.get("models", [])} if earlier.get("schema_version") == SCHEMA_VERSION else {}
     description, where = read_dataset_description(config.data_dir), environment()
+    tasks, refused = load_tasks(config.zero_shot, config.zero_shot_dir)
+    for name, why in refused.items():
+        print(f"{name} is not asked: {why}")
     rows = sorted(list_rows(config), key=lambda row: list(TASKS).index(row["track"]))
     for track in TASKS:
         measure_track(config, track, rows, known, where["machine"])
         if track == "encoder":
             add_seeds(rows, known, config.data_dir, config.max_length, config.eval_batch_size)
         beside = measure_llama_cpp(config, rows, known) if track == "llm" else []
-        told = with_as_shipped([finished(row, known) for row in rows], beside)
-        report = json.loads(json.dumps(report_of(config, told, description, where)))
+        if track == "llm" and tasks:
+            mine = [row for row in rows if row["track"] == "llm"]
+            measure_zero_shot(mine, checkpoint_of, tasks, config.zero_shot_dir, config.zero_shot_limit)
+        told = with_as_shipped([finished(row, known) for row in rows], DENSE_LANGUAGE_MODEL, beside)
+        report = json.loads(json.dumps(report_of(config, told, description, where, refused)))
         write_json_atomically(path, report)
     return report
+
+
+def checkpoint_of(row: dict[str, Any]) -> Checkpoint:
+    """Return the checkpoint of a row, to be asked."""
+    return load_any(Path(row["directory"]), default_device())
 
 
 def finished(row: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -444,36 +264,26 @@ def finished(row: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str,
 
 
 def report_of(
-    config: ReportConfig, rows: list[dict[str, Any]], description: dict[str, Any], where: dict[str, Any]
+    config: ReportConfig, rows: list[dict[str, Any]], description: dict[str, Any], where: dict[str, Any], refused: dict[str, str]
 ) -> dict[str, Any]:
-    """Return the report's dict from its rows, the description of the sentences and the environment."""
+    """Return the report's dict from its rows, the description of the sentences, the environment and the tasks that were refused."""
     correct_for_many(rows)
+    compare_zero_shot(rows)
+    settings = json.loads(json.dumps(config.relevant(*ENCODER_SETTINGS, *LANGUAGE_SETTINGS)))
     return {
         "schema_version": SCHEMA_VERSION,
         "profile": config.profile,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "environment": where,
-        "settings": json.loads(json.dumps(config.relevant(*ENCODER_SETTINGS, *LANGUAGE_SETTINGS))),
+        "settings": settings,
         "references": {"encoder": config.reference, "llm": DENSE_LANGUAGE_MODEL},
         "data": {**description, "fingerprint": data_fingerprint(config.data_dir)},
-        "protocols": protocols(config, description),
+        "protocols": protocols(settings, description, config.reference, AS_SHIPPED),
         "search": read_json(findings_of(config.results_dir / "search", config.models_dir / "llama_searched") / "summary.json"),
         "smoothquant": read_json(config.results_dir / "smoothquant.json"),
         "models": rows,
+        "zero_shot_refused": refused,
     }
-
-
-def write_cards(report: dict[str, Any]) -> None:
-    """Put the numbers of every measured checkpoint into the card beside it, never into a folder of another project."""
-    for row in report["models"]:
-        directory = Path(row["directory"] or "")
-        if row["status"] == "measured" and row["directory"] and (directory / MANIFEST).is_file():
-            try:
-                manifest = read_manifest(directory)
-                card = model_card(row["name"], manifest, row, origin_of(directory.parent, manifest), report["data"]["source"]["source"])
-                write_text_atomically(directory / CARD, card)
-            except (OSError, CompactMindError) as error:
-                print(f"{directory / CARD} stays as it is: {error}")
 
 
 def print_report(report: dict[str, Any], config: ReportConfig) -> None:
@@ -482,18 +292,21 @@ def print_report(report: dict[str, Any], config: ReportConfig) -> None:
         tables.encoder_table(report),
         tables.per_class_table(report),
         tables.language_table(report),
+        zero_shot_table(report),
         tables.gsm8k_table(report),
         tables.search_table(report),
     ]
     for table in shown:
         if table is not None:
             print(f"\n{table.as_text()}")
-    for title, lines in (("Summary", sentences(report)), ("Warnings", warnings(report))):
+    told = [*sentences(report), *zero_shot_sentences(report)]
+    for title, lines in (("Summary", told), ("Warnings", warnings(report)), ("In short", opening_sentences(report))):
         if lines:
             print(f"\n{title}\n" + "\n".join(f"- {line}" for line in lines))
 
 
 def main(config: ReportConfig) -> None:
+    require_tasks(config.zero_shot)
     path = config.results_dir / "final_report.json"
     if config.from_json:
         report = read_json(path)

@@ -439,6 +439,12 @@ class ReportConfig(StageConfig):
     """Test problems of GSM8K to ask every language model; 0 = leave it out, 1319 = all. About 5 s per problem and model on 2 cores."""
     gsm8k_dir: Path = Path("gsm8k_data")
     """Where test.jsonl of GSM8K lies; without it the hub's is used."""
+    zero_shot: tuple[str, ...] = ()
+    """Tasks of lm-eval to ask every language model without examples: hellaswag, piqa, arc_easy, arc_challenge, lambada_openai."""
+    zero_shot_limit: int = 0
+    """Problems of each, the first ones; 0 = all (1,838 of piqa to 10,042 of hellaswag)."""
+    zero_shot_dir: Path = Path("zero_shot_data")
+    """Where <task>.jsonl of each lies; without it the hub's is used."""
     models: tuple[str, ...] = ()
     """Your own models as rows, name=folder each, beside those in MODELS_TO_EVALUATE at the top of the script."""
     fresh: bool = False
@@ -529,6 +535,7 @@ RANGES: dict[str, str] = {
     # export and report
     "sentences": "[1, inf)", "tolerance": "[0, inf)", "int8_tolerance": "[0, inf)", "cost_length": "[1, inf)",
     "latency_batches": "[1, inf)", "latency_repeats": "[1, inf)", "prompt_tokens": "[1, inf)", "gsm8k_problems": "[0, inf)",
+    "zero_shot_limit": "[0, inf)",
 }  # fmt: skip
 """Field -> the interval its number, or each of its numbers, lies in; `Config.field` where a config means something else by the name."""
 

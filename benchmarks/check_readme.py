@@ -306,7 +306,7 @@ SMALLER = {
 }  # fmt: skip
 """Options whose values are for a real model -> what the tiny one gets."""
 PLACES = {"/path/to/model": "models/llama", "/path/to/a/llama": "models/llama", "/path/to/folder": "models/student_distilled"}
-NOT_HERE = ("--storage", "--workers", "--replay", "--profile", "--gsm8k_problems", "--config", "magnitude", "hub", "gguf")
+NOT_HERE = ("--storage", "--workers", "--replay", "--profile", "--gsm8k_problems", "--zero_shot", "--config", "magnitude", "hub", "gguf")
 """A command with one of these wants a database, a hub, another profile, what is not there yet, or real weights: it is only read."""
 
 

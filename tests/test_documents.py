@@ -11,7 +11,8 @@ from compactmind.methods.llama import LINEARS
 from compactmind.model_card import model_card
 from compactmind.report import search_figures, tables
 from compactmind.report.documents import escape_markdown, escape_tex, render, sections, write_documents
-from compactmind.report.figures import FIGURES, WIDTHS, tensor_bits
+from compactmind.report.figures import FIGURES
+from compactmind.report.language_figures import WIDTHS, tensor_bits
 from compactmind.report.literature import beside_the_literature, check_llama_2
 from compactmind.report.search_figures import front_line
 from compactmind.report.sentences import sentences, warnings
@@ -513,3 +514,14 @@ def test_a_table_for_the_terminal_is_aligned():
 
 def test_one_document_alone(report, tmp_path):
     assert render("md", report, {}, tmp_path).startswith("# CompactMind report\n")
+
+
+def test_the_picture_and_the_sentences_open_the_report(report, tmp_path):
+    first = sections(report, {"opening": "a caption"})[0]
+    assert first.title == "In short" and first.picture == "opening" and 0 < len(first.sentences) <= 5
+    (tmp_path / "opening.png").write_bytes(b"a picture")
+    for name, mark in (("html", "<img"), ("md", "](opening.png)")):
+        text = html.unescape(render(name, report, {"opening": "a caption"}, tmp_path)).replace("\\", "")
+        places = [text.index(mark), text.index(first.sentences[0]), text.index("Summary", text.index(first.sentences[0]))]
+        assert places == sorted(places)
+    assert "@media print" in render("html", report, {}, tmp_path)

@@ -8,7 +8,6 @@ strict     the answer stands where the examples put it ("The answer is 9.")
 flexible   the last number of the answer, wherever it stands
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,10 @@ def gsm8k(
     harness, problems, max_new_tokens, strict and flexible, each with accuracy and interval, shares in [0, 1]. Raises
     CompactMindError if the problems cannot be read.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     import lm_eval  # here: it takes seconds that only those who ask for it should pay
-    from lm_eval.models.huggingface import HFLM
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from compactmind.evaluation.harness import in_the_harness, task_manager
+
     task: str | dict[str, Any] = TASK
     if file is not None:
         if not file.is_file():
@@ -50,18 +48,15 @@ def gsm8k(
         definition = Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k-cot.yaml"  # the harness's own, but for the data
         task = yaml.safe_load(definition.read_text(encoding="utf-8"))
         task |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": str(file.resolve())}}}
-    quantized = model.config.__dict__.pop("quantization_config", None)  # the harness would load the library that is named there
     try:
-        found = lm_eval.simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=[task], limit=problems or None,
-            bootstrap_iters=0, gen_kwargs={"max_gen_toks": max_new_tokens}, verbosity="ERROR",
-        )  # fmt: skip
+        with in_the_harness(model, tokenizer, batch_size) as asked:
+            found = lm_eval.simple_evaluate(
+                asked, tasks=[task], limit=problems or None, bootstrap_iters=0, gen_kwargs={"max_gen_toks": max_new_tokens},
+                task_manager=task_manager(), verbosity="ERROR",
+            )  # fmt: skip
     except (OSError, ValueError, KeyError) as error:
         where = file or "the hub's openai/gsm8k (or put test.jsonl into gsm8k_data/)"
         raise CompactMindError(f"GSM8K cannot be read from {where}: {str(error).splitlines()[0]}") from error
-    finally:
-        if quantized is not None:
-            model.config.quantization_config = quantized
     result, count = found["results"][TASK], found["n-samples"][TASK]["effective"]
     shares = {}
     for name, match in MATCHES.items():

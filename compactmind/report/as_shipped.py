@@ -4,14 +4,18 @@ It has the bytes of the file and the quality of the model made of it (the same w
 it: what runs such a file is another program. Whatever is made of the dense model has to be smaller than it or better.
 """
 
+from pathlib import Path
 from typing import Any
+
+from compactmind.errors import CompactMindError
+from compactmind.manifest import read_manifest
 
 KIND = "published"
 LLAMA_CPP = "llama.cpp"
 OTHERS = (KIND, LLAMA_CPP)
 """Kinds of rows that are no models of this project: the published file, and what llama.cpp makes and runs (evaluation/llama_cpp.py)."""
 SUFFIX = "_as_shipped"
-NOT_OF_THE_FILE = ("measured_with", "machine", "not_measured", "history", "gsm8k", "error", "parent", "layers", "quantization")
+NOT_OF_THE_FILE = ("measured_with", "machine", "not_measured", "history", "gsm8k", "zero_shot", "error", "parent", "layers", "quantization")
 """What of the dense model's row the file's leaves out: what was measured with the model itself, and how it lies under models/."""
 
 
@@ -38,6 +42,24 @@ def row_of_llama_cpp(dense: dict[str, Any], dtype: str, version: str) -> dict[st
         "identity": f"{dense['identity']} {dtype}", "status": "found", "machine": dense.get("machine"),
         "measured_with": {**dense["measured_with"], "llama.cpp": version},
     }  # fmt: skip
+
+
+def with_as_shipped(rows: list[dict[str, Any]], reference: str, beside: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a report with those that are no models of their own behind the dense language model, `reference`: that of the
+    file it was published as, if it was made of one, and those `beside` it."""
+    found = []
+    for row in rows:
+        if row["name"] != reference:
+            found.append(row)
+            continue
+        try:
+            published = read_manifest(Path(row["directory"])).get("published_as")
+        except CompactMindError:  # its row says so
+            published = None
+        dense = {name: value for name, value in row.items() if name != "published_as"}  # an earlier report's may be another
+        found += [dense | {"published_as": published}, row_as_shipped(dense, published)] if published else [dense]
+        found += beside
+    return found
 
 
 def as_shipped(report: dict[str, Any]) -> dict[str, Any] | None:

@@ -11,14 +11,20 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from compactmind.errors import CompactMindError
 from compactmind.files import write_text_atomically
+from compactmind.manifest import CARD, MANIFEST, read_manifest
+from compactmind.model_card import model_card
+from compactmind.origin import origin_of
 from compactmind.published import in_words
 from compactmind.report import tables
 from compactmind.report.as_shipped import OTHERS, as_shipped
 from compactmind.report.figures import FIGURES, draw_all, model_comparison, save_figure
 from compactmind.report.literature import check_llama_2
 from compactmind.report.sentences import measured, sentences, warnings
+from compactmind.report.summary import opening_sentences
 from compactmind.report.tables import Table
+from compactmind.report.zero_shot import zero_shot_sentences, zero_shot_table
 
 TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$"}  # fmt: skip
@@ -36,6 +42,8 @@ class Section:
     sentences: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     figures: list[str] = field(default_factory=list)
+    picture: str | None = None
+    """A figure that stands before the sentences."""
 
 
 def sections(report: dict[str, Any], drawn: dict[str, str]) -> list[Section]:
@@ -44,6 +52,7 @@ def sections(report: dict[str, Any], drawn: dict[str, str]) -> list[Section]:
     languages = [in_words(file["compared_with"], file["published_as"])] if file else []
     search_figures = [name for name in FIGURES if name.startswith("search_")]
     found = [
+        Section("In short", opening_sentences(report), picture="opening" if "opening" in drawn else None),
         Section("Summary", sentences(report) or ["Nothing has been measured yet: the tables say what to run."]),
         Section("Warnings", warnings(report)),
         Section(
@@ -51,8 +60,8 @@ def sections(report: dict[str, Any], drawn: dict[str, str]) -> list[Section]:
             figures=["final_report", "model_comparison", "latency", "training_curves"],
         ),
         Section(
-            "LLM track", [*languages, *([checked] if checked else [])],
-            [tables.language_table(report), tables.gsm8k_table(report), tables.steps_table(report)],
+            "LLM track", [*languages, *([checked] if checked else []), *zero_shot_sentences(report)],
+            [tables.language_table(report), zero_shot_table(report), tables.gsm8k_table(report), tables.steps_table(report)],
             ["perplexity_against_size", "divergence_against_size", "divergence_against_speed", "tensor_bits", "alpha_curve"],
         ),
         Section("Search", tables=[tables.search_table(report)], figures=search_figures),
@@ -67,7 +76,7 @@ def sections(report: dict[str, Any], drawn: dict[str, str]) -> list[Section]:
     for section in found:
         section.tables = [table for table in section.tables if table is not None and table.rows]
         section.figures = [name for name in section.figures if name in drawn]
-    return [section for section in found if section.sentences or section.tables or section.figures]
+    return [section for section in found if section.sentences or section.tables or section.figures or section.picture]
 
 
 def escape_tex(text: str) -> str:
@@ -115,3 +124,16 @@ def write_documents(report: dict[str, Any], folder: Path) -> list[Path]:
         write_text_atomically(path, render(path.suffix[1:], report, drawn, folder))
     write_text_atomically(folder / "model_comparison.csv", tables.comparison_csv(report))
     return paths
+
+
+def write_cards(report: dict[str, Any]) -> None:
+    """Put the numbers of every measured checkpoint into the card beside it, never into a folder of another project."""
+    for row in report["models"]:
+        directory = Path(row["directory"] or "")
+        if row["status"] == "measured" and row["directory"] and (directory / MANIFEST).is_file():
+            try:
+                manifest = read_manifest(directory)
+                card = model_card(row["name"], manifest, row, origin_of(directory.parent, manifest), report["data"]["source"]["source"])
+                write_text_atomically(directory / CARD, card)
+            except (OSError, CompactMindError) as error:
+                print(f"{directory / CARD} stays as it is: {error}")

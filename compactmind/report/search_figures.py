@@ -61,10 +61,10 @@ def convergence(summary: dict[str, Any]) -> Figure:
     if best is None:
         _empty(axes, "no pipeline reached the target")
         return figure
-    for reached, colour, label in ((True, BLUE, "reaches the target"), (False, GREY, "too large")):
+    for reached, colour, marker, label in ((True, BLUE, "o", "reaches the target"), (False, GREY, "s", "too large")):
         mine = [(n, point[key]) for n, point in enumerate(points, 1) if point["reached"] == reached and point[key] is not None]
         if mine:
-            axes.scatter(*zip(*mine, strict=True), color=colour, s=22, label=label, zorder=3)
+            axes.scatter(*zip(*mine, strict=True), color=colour, marker=marker, s=22, label=label, zorder=3)
     stopped = [n for n, point in enumerate(points, 1) if point[key] is None]
     if stopped:  # below all others: they have no value
         edge = axes.get_xaxis_transform()
@@ -100,10 +100,10 @@ def pareto(summary: dict[str, Any]) -> Figure:
     if not rows:
         _empty(axes, "no trial ran to its end")
         return figure
-    for hybrid, colour, label in ((True, BLUE, "hybrid"), (False, GREY, "one method")):
+    for hybrid, colour, marker, label in ((True, BLUE, "s", "hybrid"), (False, GREY, "o", "one method")):
         each = [(row["compression_ratio"], row[key]) for row in rows if row["hybrid"] == hybrid]
         if each:
-            axes.scatter(*zip(*each, strict=True), color=colour, s=26, label=label, zorder=3)
+            axes.scatter(*zip(*each, strict=True), color=colour, marker=marker, s=26, label=label, zorder=3)
     front = front_line(rows, key)
     if len(front) > 1:
         axes.plot(*zip(*front, strict=True), color=RED, label="nothing is better in both")
@@ -176,6 +176,7 @@ def retraining_gain(summary: dict[str, Any]) -> Figure:
         return figure
     axes.scatter([gain["seconds"] for gain in gains], [gain["nats"] for gain in gains], color=BLUE)
     axes.axhline(0, color=GREY, lw=0.8)
+    axes.set_xlim(left=0)
     return figure
 
 
