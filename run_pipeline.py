@@ -29,9 +29,9 @@ from common import (
     SmoothQuantConfig,
     StageConfig,
     parse_command_line,
-    setting_problem,
 )
 from compactmind.errors import CompactMindError
+from compactmind.settings import setting_problem
 from compactmind.settings_file import nearest, read_settings, settings_text
 
 MODELS = "<models_dir>"
