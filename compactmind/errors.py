@@ -8,6 +8,11 @@ class CompactMindError(Exception):
     """A problem with input, settings or files that the user can fix. Scripts print it without a traceback."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error says, on one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
     """Inside the `with` block a package that is not installed is a CompactMindError naming the extra of this one that brings it."""
