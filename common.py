@@ -1,4 +1,6 @@
-"""Paths, profiles, one config dataclass per stage, and the command line they share. Standard library only.
+"""Paths, profiles, and one config dataclass per stage. Importing it loads the standard library alone.
+
+What a setting may be: compactmind/settings.py; how a script reads its command line and runs: compactmind/command_line.py.
 
 Every script takes its settings in three layers, later ones winning:
   1. the dataclass defaults below (= the `embedded` profile), changed by the chosen profile in PROFILES;
@@ -6,13 +8,14 @@ Every script takes its settings in three layers, later ones winning:
   3. the command line: `python 1_distill.py --student_epochs 6 --profile paper`.
 """
 
-import math
 import os
-import re
-import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal
+
+from compactmind.command_line import parse_command_line as parse_command_line
+from compactmind.command_line import run_stage as run_stage
+from compactmind.settings import setting_problem as setting_problem
 
 PROFILE = os.environ.get("COMPACTMIND_PROFILE", "embedded")
 """`embedded`: CPU, minutes, PyPI only. `paper`: GPU and model hub, the published models. `smoke`: seconds, for tests.
@@ -502,160 +505,3 @@ PROFILES: dict[str, dict[str, dict]] = {
     },
 }  # fmt: skip
 """profile -> dataclass name -> the fields in which the profile differs from the defaults above."""
-
-
-# ----------------------------------------------------------------------------------------------------------------- ranges
-RANGES: dict[str, str] = {
-    # every stage
-    "seed": "[0, 4294967295]",
-    # downloads
-    "hub_timeout": "(0, inf)", "max_rows": "[0, inf)",
-    # sentences and steps; three tokens are the two special ones and a word
-    "seeds": "[1, 100]", "batch_size": "[1, inf)", "eval_batch_size": "[1, inf)", "max_length": "[3, inf)", "log_every": "[1, inf)",
-    "weight_decay": "[0, 1]", "max_grad_norm": "(0, inf)", "warmup_ratio": "[0, 1)", "average_share": "[0, 1]",
-    # distillation
-    "teacher_epochs": "[1, inf)", "teacher_lr": "(0, inf)", "teacher_dropout": "[0, 1)",
-    "student_epochs": "[1, inf)", "student_lr": "(0, inf)", "student_dropout": "[0, 1)", "student_layers": "[1, inf)",
-    "temperature_start": "(0, inf)", "temperature_end": "(0, inf)", "alpha_start": "[0, 1]", "alpha_end": "[0, 1]",
-    "hidden_loss_weight": "[0, inf)",
-    # pruning
-    "target_sparsity": "[0, 1)", "round_to": "[1, inf)", "epochs": "[1, inf)", "prune_start_epoch": "[1, inf)",
-    "prune_end_epoch": "[1, inf)", "prune_every": "[1, inf)", "dropout": "[0, 1)", "lr": "(0, inf)", "recovery_lr": "(0, inf)",
-    "target_speedups": "(1, inf)", "target_gflops": "(0, 1)",
-    "patience": "[1, inf)", "min_delta": "[0, 1]", "temperature": "(0, inf)", "alpha": "[0, 1]",
-    # quantization
-    "vocabulary_coverage": "[0, 1]", "calibration_sentences": "[0, inf)",
-    "calibration_windows": "[1, inf)", "seq_len": "[2, inf)", "eval_windows": "[0, inf)",
-    "alpha_grid": "[0, 1]",
-    # search
-    "save_front": "(1, inf)", "final_tokens": "[0, inf)", "replay": "[-1, inf)", "n_trials": "[1, inf)", "workers": "[1, inf)",
-    "target_compression": "(0, inf)", "SearchConfig.max_length": "[1, 6]",
-    "max_repeats": "[1, inf)", "cache_gb": "[0, inf)", "top": "[1, inf)", "train_windows": "[0, inf)",
-    "held_out_windows": "[1, inf)", "few_windows": "[1, inf)", "search_windows": "[1, inf)", "confirm_windows": "[1, inf)",
-    # export and report
-    "sentences": "[1, inf)", "tolerance": "[0, inf)", "int8_tolerance": "[0, inf)", "cost_length": "[1, inf)",
-    "latency_batches": "[1, inf)", "latency_repeats": "[1, inf)", "prompt_tokens": "[1, inf)", "gsm8k_problems": "[0, inf)",
-    "zero_shot_limit": "[0, inf)",
-}  # fmt: skip
-"""Field -> the interval its number, or each of its numbers, lies in; `Config.field` where a config means something else by the name."""
-
-NAMES = ("parent", "output_dir", "parents", "w8a8_parents", "nf4_dir", "smoothed_dir", "reference", "ExportConfig.models")
-"""Fields that name checkpoints under models_dir."""
-
-NOT_EMPTY = ("students", "latency_batches", "alpha_grid", "objectives", "methods", "ExportConfig.models")
-"""Fields that must name something."""
-
-
-def setting_problem(config: StageConfig) -> str | None:
-    """Return what is wrong with the first setting that makes no sense by itself, None if all do."""
-    hints, kind = get_type_hints(type(config)), type(config).__name__
-    for field in fields(config):
-        name, value, known = field.name, getattr(config, field.name), {field.name, f"{kind}.{field.name}"}
-        values, (choices, types) = value if isinstance(value, tuple) else (value,), _allowed(hints[field.name])
-        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        if not values and known & set(NOT_EMPTY):
-            return f"{name} is empty: for example --{name} {default}"
-        interval = RANGES.get(f"{kind}.{name}", RANGES.get(name))
-        for each in values:
-            number = type(each) in (int, float)
-            fits = each in choices or (isinstance(each, types) and (type(each) is not bool or bool in types))
-            if not (fits or (number and float in types)):
-                if choices and isinstance(each, str):
-                    return f"unknown {name} {each!r}: choose from {', '.join(choices)}"
-                wanted = " or ".join(each_type.__name__ for each_type in types)
-                return f"{name} {each!r} is no {wanted}: for example --{name} {default}"
-            if number and interval and not _within(each, interval):
-                return f"{name} {each:g} is not in {interval}: for example --{name} {default}"
-            if known & set(NAMES) and not re.fullmatch(r"\w[\w.\-]*", each):
-                return f"{name} {each!r} is no plain name of a directory under models_dir: for example --{name} {default}"
-    return None
-
-
-def _allowed(hint: Any) -> tuple[tuple[str, ...], tuple[type, ...]]:
-    """Return the words a type annotation allows, and the types."""
-    words, types = [], []
-    for each in get_args(hint) if get_origin(hint) not in (None, Literal) else (hint,):
-        if get_origin(each) is Literal:
-            words += get_args(each)
-        elif isinstance(each, type):
-            types.append(each)
-    return tuple(words), tuple(types)
-
-
-def _within(value: float, interval: str) -> bool:
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    return above and (value <= high if interval[-1] == "]" else value < high) and math.isfinite(value)
-
-
-# ----------------------------------------------------------------------------------------------------------- command line
-def parse_command_line(config: StageConfig) -> StageConfig:
-    """Return `config` overridden by `--field value` arguments; `--profile NAME` swaps the defaults under the edits.
-
-    Prints usage and exits on an unknown field or a value of the wrong type.
-    """
-    import tyro  # here, so that importing common needs the standard library alone
-
-    profile = config.profile
-    for position, argument in enumerate(sys.argv[1:], start=1):
-        if argument == "--profile" and position + 1 < len(sys.argv):
-            profile = sys.argv[position + 1]
-        elif argument.startswith("--profile="):
-            profile = argument.split("=", 1)[1]
-    if profile != config.profile:
-        untouched = type(config).for_profile(config.profile)
-        edits = {f.name: getattr(config, f.name) for f in fields(config)}
-        edits = {name: value for name, value in edits.items() if value != getattr(untouched, name)}
-        config = type(config).for_profile(profile, **edits)
-    return tyro.cli(type(config), default=config, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
-
-
-def run_stage(main, config: StageConfig, others=None) -> None:
-    """Check the settings and run a script's `main(config)`; a problem the user can fix ends in one clear message, not in a traceback.
-
-    `others(config)` is what the processes but the first do where a launcher started several: `main` itself if all share the work, None
-    if the script is for one process, and then several are refused.
-    """
-    from compactmind.checkpoint import silence_libraries
-    from compactmind.devices import device_problem, is_main_process, is_worker, number_of_processes, process_number
-    from compactmind.errors import CompactMindError
-    from compactmind.files import why_unwritable
-    from compactmind.tracking import tracking
-
-    silence_libraries()
-    script, speaks = Path(sys.argv[0]).name, is_main_process()
-    if speaks and not is_worker():  # who started it has said the same
-        show(config)
-    problem = setting_problem(config) or device_problem()
-    if others is None and number_of_processes() > 1:
-        problem = f"{script} is for one process and was started as {number_of_processes()}: run `python {script}` without a launcher"
-    if problem:
-        raise SystemExit(f"error: {problem}" if speaks else 0)  # 0: a launcher ends the others when one fails, the first is to speak
-    try:
-        with tracking(getattr(config, "track", ""), Path(script).stem, shown_settings(config), config.results_dir):
-            (main if speaks else others)(config)
-    except CompactMindError as error:
-        raise SystemExit(f"error: {error}" if speaks else f"error of process {process_number()}: {error}") from None
-    except Exception as error:
-        if reason := why_unwritable(error):  # a plot, a database: whatever does not say it better
-            raise SystemExit(f"error: {reason}: {getattr(error, 'filename', None) or 'a file'} could not be written") from None
-        raise
-    except KeyboardInterrupt:
-        message = f"\nstopped. Finished checkpoints are whole; `python {script}` goes on where this run was."
-        raise SystemExit(message if speaks else 1) from None
-
-
-def show(config: StageConfig) -> None:
-    """Print the resolved settings of a stage."""
-    print(f"# {Path(sys.argv[0]).name}, profile {config.profile}")
-    shown = (f"{name}={value}" for name, value in shown_settings(config).items() if name not in ("profile", "force", "verify"))
-    print(f"# {', '.join(shown)}")
-
-
-def shown_settings(config: StageConfig) -> dict[str, Any]:
-    """Return the settings of a stage as others may see them: without the password of a database."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    return {
-        name: re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", value) if isinstance(value, str) else value
-        for name, value in values.items()
-    }

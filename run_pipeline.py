@@ -29,10 +29,10 @@ from common import (
     SmoothQuantConfig,
     StageConfig,
     parse_command_line,
-    setting_problem,
 )
 from compactmind.errors import CompactMindError
 from compactmind.seeds import runs_of
+from compactmind.settings import setting_problem
 from compactmind.settings_file import nearest, read_settings, settings_text
 
 MODELS = "<models_dir>"

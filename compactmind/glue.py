@@ -46,7 +46,7 @@ GLUE = {
     "rte": GlueTask(_pair(("sentence1",), ("sentence2",)), ENTAILED),
     "wnli": GlueTask(_pair(("sentence1",), ("sentence2",)), ("not_entailment", "entailment")),
 }  # fmt: skip
-"""Name of the task -> what it is; sst2 is what this project reads without being told, see `split_sst2` of download_model.py."""
+"""Name of the task -> what it is; sst2 is what this project reads without being told, see `split_sst2` of sources/sentences.py."""
 
 
 def glue_files(folder: Path, name: str) -> dict[str, Path]:

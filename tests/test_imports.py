@@ -8,9 +8,9 @@ import pytest
 ABOVE = (
     ("methods",),
     ("formats",),
-    ("manifest", "guards", "model_card", "checkpoint", "onnx_export", "generation", "gguf_export", "gguf_source"),
-    ("evaluation", "loop"),
-    ("search", "report", "plan", "console", "classify", "generate", "__init__"),  # __init__: what the package itself offers
+    ("manifest", "guards", "model_card", "checkpoint", "onnx_export", "generation", "gguf_export", "gguf_source", "gguf_tokenizer"),
+    ("evaluation", "loop", "sources"),
+    ("search", "report", "plan", "console", "command_line", "classify", "generate", "__init__"),  # __init__: what the package itself offers
 )
 """Packages and files of compactmind/ in layers; one that is not named is below all of them. A layer may import itself and those below."""
 SCRIPTS = {path.stem for path in helpers.REPOSITORY.glob("*.py")}

@@ -30,6 +30,7 @@ from compactmind.methods.pruning.masks import compact
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
 from compactmind.onnx_export import OnnxClassifier, export_classifier
+from compactmind.sources import hub
 from compactmind.task import Task, read_task
 
 TOPICS = {"food": ["bread", "soup"], "law": ["court", "judge"], "space": ["moon", "star"], "sport": ["goal", "team"]}
@@ -305,7 +306,7 @@ def test_glue_by_name_from_a_folder_and_from_the_hub(workspace, monkeypatch, cap
     on_hub = datasets.DatasetDict({part: datasets.Dataset.from_list(rows) for part, rows in parts.items()})
     on_hub = on_hub.cast_column("label", features["label"])
     asked = []
-    monkeypatch.setattr(download_model, "load_hub_dataset", lambda record, *which: (asked.append((record, *which)), (on_hub, "c0ffee"))[1])
+    monkeypatch.setattr(hub, "load_hub_dataset", lambda record, *which: (asked.append((record, *which)), (on_hub, "c0ffee"))[1])
     for path in folder.iterdir():
         path.unlink()
     settings = config(dataset=name)

