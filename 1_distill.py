@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from common import PROFILE, DistillConfig, parse_command_line, run_stage
 from compactmind.checkpoint import first_not_finite, load_checkpoint, save_checkpoint
+from compactmind.classifier_room import require_room_for
 from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split, model_inputs
 from compactmind.errors import CompactMindError
@@ -210,6 +211,7 @@ def main(config: DistillConfig) -> None:
     # ---- teacher
     with only_writer(models / "teacher", accelerator):
         if config.force or not is_up_to_date(models / "teacher", teacher_stage, config.verify):
+            require_room_for("1_distill.py", config)
             set_seed(config.seed)
             model, tokenizer = with_new_head(models / "teacher_base", task, config.max_length)
             set_dropout(model, config.teacher_dropout)
@@ -236,6 +238,7 @@ def main(config: DistillConfig) -> None:
         if not config.force and is_up_to_date(models / name, stage, config.verify):
             accelerator.print(f"{models / name} is up to date: skipped (--force True trains it again)")
             return
+        require_room_for("1_distill.py", config)
         teacher = load_checkpoint(models / "teacher", accelerator.device)
         teacher_layers = teacher.model.config.num_hidden_layers
         set_seed(config.seed)

@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from common import PROFILE, PruneConfig, parse_command_line, run_stage
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
+from compactmind.classifier_room import require_room_for
 from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split, model_inputs
 from compactmind.devices import number_of_processes
@@ -204,6 +205,7 @@ def make(config: PruneConfig, accelerator: Accelerator, goal: Goal | None, dense
     with only_writer(directory, accelerator):
         due = config.force or not is_up_to_date(directory, stage, config.verify)
         if due:
+            require_room_for("2_prune_finetune.py", config)
             prune(config, accelerator, stage, goal, dense, hardest)
         else:
             accelerator.print(f"{directory} is up to date: skipped (--force True prunes again)")
