@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from common import PROFILE, DistillConfig, parse_command_line, run_stage
 from compactmind.checkpoint import first_not_finite, load_checkpoint, save_checkpoint
+from compactmind.classifier_room import require_room_for
 from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split, model_inputs
 from compactmind.errors import CompactMindError
@@ -226,6 +227,7 @@ def main(config: DistillConfig) -> None:
         for run, seed in runs[name].items():
             with only_writer(models / run, accelerator):
                 if config.force or not is_up_to_date(models / run, with_seed(stage, seed), config.verify):
+                    require_room_for("1_distill.py", config)
                     train_model(name, run, replace(config, seed=seed), with_seed(stage, seed))
                 else:
                     accelerator.print(f"{models / run} is up to date: skipped (--force True trains it again)")

@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from common import PROFILE, PruneConfig, parse_command_line, run_stage
 from compactmind.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from compactmind.classifier_room import require_room_for
 from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split, model_inputs
 from compactmind.devices import number_of_processes
@@ -49,13 +50,8 @@ from compactmind.methods.vocabulary import same_tokenizer
 from compactmind.report.history import plot_history
 from compactmind.seeds import of_repeat, runs_of, told
 from compactmind.training import (
-    accelerator_record,
-    freeze_word_embeddings,
-    linear_decay_with_warmup,
-    make_accelerator,
-    only_writer,
-    set_dropout,
-)
+    accelerator_record, freeze_word_embeddings, linear_decay_with_warmup, make_accelerator, only_writer, set_dropout,
+)  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------ constants
 # Every field, its reason and its range: common.PruneConfig. For example: for_profile(PROFILE, target_sparsity=0.5)
@@ -144,6 +140,7 @@ def make(
     with only_writer(directory, accelerator):
         due = config.force or not is_up_to_date(directory, stage, config.verify)
         if due:
+            require_room_for("2_prune_finetune.py", config)
             if pattern:
                 lay_pattern(config, accelerator, stage, repeats)
             else:

@@ -21,6 +21,7 @@ import torch
 
 from common import PROFILE, QuantizeConfig, parse_command_line, run_stage
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
+from compactmind.classifier_room import require_room_for
 from compactmind.code_version import code_version
 from compactmind.data import EncodedSentences, data_fingerprint, load_split
 from compactmind.devices import default_device
@@ -73,6 +74,7 @@ def quantize(name: str, method: str, config: QuantizeConfig, device: str) -> Non
     if not config.force and is_up_to_date(directory, stage, config.verify):
         print(f"{directory} is up to date: skipped (--force True quantizes again)")
         return
+    require_room_for("3_quantize.py", config)
     parent = load_checkpoint(source, device)
     check_tokenizer(parent.model, parent.tokenizer, source, padding=True)
 

@@ -202,6 +202,7 @@ READS = {
 
 def plan(config: PipelineConfig, given: dict[str, dict[str, Any]]) -> bool:
     """Print what every stage would do; tell whether all would run. Stages 4 and 5 are asked themselves, by their --dry_run."""
+    from compactmind.classifier_room import ROOMS, told_of
     from compactmind.files import free_space
     from compactmind.plan import minutes
 
@@ -230,6 +231,9 @@ def plan(config: PipelineConfig, given: dict[str, dict[str, Any]]) -> bool:
             print(f"  {UP_TO_DATE.get(script, 'up to date')}")
         if script in LLAMA_STAGES and llama in due:
             print(f"  memory and disk: told once {llama} is there")
+        if script in ROOMS and (made or script == REPORT):
+            line, problem = told_of(script, whole)
+            print(f"  {line}")
         if problem:
             print(f"  would stop: {problem}")
             runs = False

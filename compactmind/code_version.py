@@ -11,7 +11,7 @@ import hashlib
 from pathlib import Path
 
 PACKAGE = "compactmind"
-LEFT_OUT = ("compactmind.report", "compactmind.model_card", "compactmind.origin", "compactmind.errors")
+LEFT_OUT = ("compactmind.report", "compactmind.model_card", "compactmind.origin", "compactmind.errors", "compactmind.classifier_room")
 """Modules, with all below them, that have no say in what a model's file holds."""
 NOT_FOLLOWED = (
     "compactmind.checkpoint", "compactmind.manifest", "compactmind.guards", "compactmind.files", "compactmind.evaluation.cost",

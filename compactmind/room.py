@@ -28,23 +28,29 @@ def free_memory(device: str) -> int:
     return min(free, limit - used + cached)
 
 
+def room_for(needs: Mapping[str, int], disk: int, place: Path, device: str, way_out: str) -> tuple[str, str | None]:
+    """Return what a stage will take in words, and why that does not fit, None if it does; arguments as of `require_room`."""
+    step = max(needs, key=needs.get)
+    memory, left = free_memory(device), free_space(place)
+    where = "the GPU's memory" if device == "cuda" else "memory"
+    line = (
+        f"{where}: {needs[step] / 1e9:.1f} GB at the peak, {step}; {memory / 1e9:.1f} GB are free. "
+        f"Disk: {disk / 1e9:.1f} of {left / 1e9:.1f} GB"
+    )
+    if needs[step] > MARGIN * memory:
+        free = f"{memory / 1e9:.1f} are free: {way_out}, or close what takes the rest"
+        return line, f"{step} needs {needs[step] / 1e9:.1f} GB of {where}, and {free}"
+    if disk > left:
+        return line, f"what is written takes {disk / 1e9:.1f} GB, and {left / 1e9:.1f} are free on the disk of {place}: make room"
+    return line, None
+
+
 def require_room(needs: Mapping[str, int], disk: int, place: Path, device: str, way_out: str) -> None:
     """Print what a stage will take; raise CompactMindError if it does not fit: step -> bytes of memory, and bytes on the disk of `place`.
 
     `way_out` says what takes less memory.
     """
-    step = max(needs, key=needs.get)
-    memory, left = free_memory(device), free_space(place)
-    where = "the GPU's memory" if device == "cuda" else "memory"
-    print(
-        f"{where}: {needs[step] / 1e9:.1f} GB at the peak, {step}; {memory / 1e9:.1f} GB are free. "
-        f"Disk: {disk / 1e9:.1f} of {left / 1e9:.1f} GB", flush=True,
-    )  # fmt: skip
-    if needs[step] > MARGIN * memory:
-        raise CompactMindError(
-            f"{step} needs {needs[step] / 1e9:.1f} GB of {where}, and {memory / 1e9:.1f} are free: {way_out}, or close what takes the rest"
-        )
-    if disk > left:
-        raise CompactMindError(
-            f"what is written takes {disk / 1e9:.1f} GB, and {left / 1e9:.1f} are free on the disk of {place}: make room"
-        )
+    line, problem = room_for(needs, disk, place, device, way_out)
+    print(line, flush=True)
+    if problem:
+        raise CompactMindError(problem)

@@ -9,7 +9,7 @@ ABOVE = (
     ("methods",),
     ("formats",),
     ("manifest", "guards", "model_card", "checkpoint", "onnx_export", "generation", "gguf_export", "gguf_source", "gguf_tokenizer"),
-    ("evaluation", "loop", "sources"),
+    ("evaluation", "loop", "sources", "classifier_room"),
     ("search", "report", "plan", "console", "command_line", "classify", "generate", "__init__"),  # __init__: what the package itself offers
 )
 """Packages and files of compactmind/ in layers; one that is not named is below all of them. A layer may import itself and those below."""

@@ -1,0 +1,40 @@
+"""Memory of training and quantizing classifiers: what is told from shapes (compactmind/classifier_room.py) against what was measured.
+
+Run:   python benchmarks/classifier_memory.py 1_distill.py --models_dir ... (a stage and its options; Linux, CPU)
+Told is what a stage adds to a process with its libraries loaded; measured is the high-water mark of the stage less what its imports take.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from common import parse_command_line  # noqa: E402
+from compactmind.classifier_room import ROOMS  # noqa: E402
+
+
+def high_water_mark() -> int:
+    """Return the most bytes that this process has had in memory."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
+def main() -> None:
+    script = sys.argv[1] if len(sys.argv) > 1 else ""
+    if script not in ROOMS:
+        raise SystemExit(f"error: unknown stage {script!r}: choose from {', '.join(ROOMS)}")
+    sys.argv = sys.argv[1:]
+    stage = runpy.run_path(str(ROOT / script))
+    config = parse_command_line(stage["CONFIG"])
+    before, room = psutil.Process().memory_info().rss, ROOMS[script](config)
+    stage["main"](config)
+    measured, told = high_water_mark() - before, max(room.needs.values())
+    print(f"{script}: told {told / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB, told / measured {told / measured:.2f}")
+
+
+if __name__ == "__main__":
+    main()
