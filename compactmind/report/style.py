@@ -101,7 +101,7 @@ def name_points(axes: Axes, places: dict[str, tuple[float, float]], colours: dic
     for name, (x, y) in sorted(points.items(), key=lambda item: (item[1][0], item[1][1], item[0])):
         if name not in wanted:
             continue
-        text = axes.annotate(name, places[name], xytext=(0, 0), textcoords="offset points", fontsize=8, color=colours[name],
+        text = axes.annotate(name, places[name], xytext=(0, 0), textcoords="offset points", fontsize=8, color=shade(colours[name], 1),
                              path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
         text.set_in_layout(False)
         extent = text.get_window_extent(renderer)
