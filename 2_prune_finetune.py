@@ -50,7 +50,12 @@ from compactmind.methods.vocabulary import same_tokenizer
 from compactmind.report.history import plot_history
 from compactmind.seeds import of_repeat, runs_of, told
 from compactmind.training import (
-    accelerator_record, freeze_word_embeddings, linear_decay_with_warmup, make_accelerator, only_writer, set_dropout,
+    accelerator_record,
+    freeze_word_embeddings,
+    linear_decay_with_warmup,
+    make_accelerator,
+    only_writer,
+    set_dropout,
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------ constants
@@ -59,8 +64,6 @@ CONFIG = PruneConfig.for_profile(PROFILE)
 
 STRUCTURED = ("criterion", "round_to", "prune_start_epoch", "prune_end_epoch", "prune_every", "lr")
 """Settings of heads and neurons that go, which a pattern has no use for."""
-ATTEMPTS = 4
-"""How often a member that is not fast enough when measured is made smaller before that is accepted."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- checks
@@ -274,7 +277,7 @@ def prune(
             target.budget = loop.own["budget"]
     elif goal:  # what the table is wrong by is known before pruning begins: with any scores, on a copy
         scores = ImportanceScorer(model, "l2").scores()
-        target.settled(deepcopy(model), scores, target.tightened(model, scores, masks, target.end), cost_of, ATTEMPTS)
+        target.settled(deepcopy(model), scores, target.tightened(model, scores, masks, target.end), cost_of)
     if difference is not None:
         model = compact(model, masks)
         begin_recovery(model)
@@ -304,7 +307,7 @@ def prune(
                     apply_masks(model, masks)
             if epoch == config.prune_end_epoch:
                 if goal:  # a table says what should be cheap enough, a clock whether it is
-                    masks, reached = target.settled(model, scores, masks, cost_of, ATTEMPTS)
+                    masks, reached = target.settled(model, scores, masks, cost_of)
                     sparsity = target.removed(model, masks)
                 model, difference = compact_and_compare(model, masks, splits["validation"], config.eval_batch_size)
                 begin_recovery(model)

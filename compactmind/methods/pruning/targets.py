@@ -8,6 +8,9 @@ from compactmind.methods.pruning.budget import CostTable, choose_masks_within
 from compactmind.methods.pruning.importance import LayerScores, prunable_parameters
 from compactmind.methods.pruning.masks import LayerMask, apply_masks, choose_masks, full_masks, sparsity_of
 
+ATTEMPTS = 4
+"""How often what is not fast enough when measured is made smaller before that is accepted."""
+
 
 class SparsityTarget:
     """Remove a share of the prunable parameters; every layer keeps a head and a group of neurons. Raises as `choose_masks`."""
@@ -54,7 +57,7 @@ class CostTarget:
         scores: list[LayerScores],
         masks: list[LayerMask],
         measure: Callable[[list[LayerMask]], float],
-        attempts: int,
+        attempts: int = ATTEMPTS,
     ) -> tuple[list[LayerMask], float]:
         """Return masks whose cost is the share when it is really measured, not by the table, and the share measured.
 
