@@ -106,7 +106,7 @@ def bytes_of(steps) -> float:
 @pytest.mark.parametrize("strategy", ["bayesian", "evolution", "random", "grid"])
 @pytest.mark.parametrize("objectives", [1, 2])
 def test_nothing_is_asked_for_twice_nor_what_is_too_large_and_all_begin_alike(tmp_path, space, strategy, objectives):
-    study = open_study("x", f"sqlite:///{tmp_path}/study.db", {}, ["minimize"] * objectives)
+    study = open_study("x", f"{tmp_path}/study.log", {}, ["minimize"] * objectives)
     first = [
         {"order": "nf4", "nf4.double_quantization": True, "nf4.embeddings": "int8"},
         {"order": "prune > nf4", "prune.sparsity": 0.1, "prune.criterion": "l2", "nf4.double_quantization": True, "nf4.embeddings": "int8"},

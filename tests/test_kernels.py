@@ -1,5 +1,6 @@
 """The C++ kernels against the same arithmetic in torch, at widths that are multiples of nothing, and how they are built."""
 
+import json
 import os
 import re
 import subprocess
@@ -271,39 +272,60 @@ def test_without_kernels_integers_are_unpacked_once(monkeypatch, grid):
     assert layer.unpacked is None
 
 
-def loaded(environment: dict[str, str]) -> subprocess.CompletedProcess:
-    code = "from compactmind import kernels; print(kernels.available(), kernels.available())"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+def loaded(*environments: dict[str, str]) -> list[tuple[str, str]]:
+    """Return what a process with each environment says on standard output and standard error; they are forked from one that has torch."""
+    code = """
+import json, os, subprocess, sys, tempfile
+import torch
+from compactmind import kernels
+said = []
+for environment in json.loads(sys.argv[1]):
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        child = os.fork()
+        if not child:
+            os.environ.clear()
+            os.environ.update(environment)
+            os.dup2(output.fileno(), 1)
+            os.dup2(errors.fileno(), 2)
+            print(kernels.available(), kernels.available(), flush=True)
+            sys.stderr.flush()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        said.append([file.seek(0) or file.read() for file in (output, errors)])
+json.dump(said, sys.stdout)
+"""
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(environments)], capture_output=True, text=True, env=environments[0])
+    assert done.returncode == 0, done.stderr
+    return [tuple(each) for each in json.loads(done.stdout)]
+
+
+def environment_of(folder: Path) -> dict[str, str]:
+    return {"PATH": os.environ["PATH"], "PYTHONPATH": ":".join(sys.path), "TORCH_EXTENSIONS_DIR": str(folder)}
 
 
 @needs_kernels
 def test_they_are_built_once_into_a_folder_of_ones_own(tmp_path, monkeypatch):
     if kernels.compiler() is None:
         pytest.skip("no C++ compiler")
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": ":".join(sys.path), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    first = loaded(environment)
-    assert first.stdout == "True True\n" and first.stderr.count("building kernels") == 1
+    environment = environment_of(tmp_path)
+    first, again = loaded(environment, environment | {"PATH": "/nowhere"})
+    assert first[0] == "True True\n" and first[1].count("building kernels") == 1
     (built,) = (tmp_path / "compactmind").iterdir()  # and nothing of the work is left
     assert built.name.startswith("avx2-") and built.suffix == ".so"
-    again = loaded(environment | {"PATH": "/nowhere"})
-    assert (again.stdout, again.stderr) == ("True True\n", "")
+    assert again == ("True True\n", "")
 
 
 @needs_kernels
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"PATH": "/nowhere"}, r"there is no C\+\+ compiler: install g\+\+"),
-        ({"CXX": "false"}, "building .* failed: Command .*false"),
-        ({"TORCH_EXTENSIONS_DIR": "/dev/null"}, "building .* failed: .*Not a directory|building .* failed: .*File exists"),
-    ],
-)
-def test_a_machine_that_cannot_build_them_goes_on_without_and_says_why(tmp_path, changed, said):
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": ":".join(sys.path), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    done = loaded(environment | changed)
-    assert done.stdout == "False False\n" and done.returncode == 0
-    told = [line for line in done.stderr.splitlines() if "no kernels" in line]
-    assert len(told) == 1 and re.search(said, told[0])
+def test_a_machine_that_cannot_build_them_goes_on_without_and_says_why(tmp_path):
+    environment = environment_of(tmp_path)
+    changes = [{"PATH": "/nowhere"}, {"CXX": "false"}, {"TORCH_EXTENSIONS_DIR": "/dev/null"}]
+    reasons = (
+        r"there is no C\+\+ compiler: install g\+\+", "building .* failed: Command .*false",
+        "building .* failed: .*Not a directory|building .* failed: .*File exists",
+    )  # fmt: skip
+    for reason, (output, errors) in zip(reasons, loaded(*(environment | each for each in changes)), strict=True):
+        told = [line for line in errors.splitlines() if "no kernels" in line]
+        assert output == "False False\n" and len(told) == 1 and re.search(reason, told[0])
     assert not list(tmp_path.rglob("*.so"))
 
 

@@ -393,15 +393,15 @@ def test_two_workers_search_one_is_killed_and_the_first_process_finishes(tmp_pat
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_all_and_the_same_command_goes_on(tmp_path):
+def test_ctrl_c_ends_all_and_the_same_command_goes_on(tmp_path, run_here):
     helpers.add_llama(tmp_path)
     arguments = ("--n_trials", 6, "--target_compression", 1.05, "--workers", 2)
     status, output = helpers.run_script_until("to go", signal.SIGINT, SCRIPT, *arguments, cwd=tmp_path)
     assert status == 1 and "ending 2 workers" in output and "goes on where this run was" in output and "Traceback" not in output, output
     study = optuna.load_study(study_name="llama-bayesian", storage=f"sqlite:///{tmp_path / 'results/search/study.db'}")
     assert not any(trial.state == TrialState.RUNNING and "runs" in trial.user_attrs for trial in study.trials)
-    done = helpers.run_script(SCRIPT, *arguments, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, output = run_here(*arguments)
+    assert status == 0, output
     assert helpers.read_json(tmp_path / "results" / "search" / "summary.json")["trials"] == 6
 
 
