@@ -10,6 +10,7 @@ import pytest
 
 from common import DistillConfig, PruneConfig, QuantizeConfig, ReportConfig
 from compactmind import classifier_room as room
+from compactmind.checkpoint import save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.methods import classifier_memory as memory
 from compactmind.methods.classifier_memory import ClassifierSizes
@@ -107,3 +108,20 @@ def test_the_plan_says_what_would_stop_a_stage(models, run_here, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000_000))
     status, output = run_here("run_pipeline.py", *options, cwd=models)
     assert status == 1 and "would stop: " in output and "--batch_size" in output
+
+
+def test_stages_refuse_before_they_begin(tmp_path, run_here, monkeypatch):
+    helpers.make_workspace(tmp_path, train_rows=60, dev_rows=20)
+    assert run_here("download_model.py", cwd=tmp_path)[0] == 0
+    tokenizer, models = helpers.make_tokenizer(tmp_path / "vocabulary"), tmp_path / "models"
+    for name, model in {"teacher": helpers.make_bert(), "student_distilled": helpers.make_distilbert()}.items():
+        made = {"script": "1_distill.py", "config": {}, "inputs": {}}
+        save_checkpoint(models / name, model, tokenizer, kind="dense", parent=None, stage=made)
+    before = {path: path.read_bytes() for path in models.glob("[a-z]*/*") if path.is_file()}
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000_000))
+    quantize = ("3_quantize.py", "--parents", "student_distilled", "--w8a8_parents", "student_distilled")
+    for command in (("1_distill.py",), ("2_prune_finetune.py",), quantize):
+        room.require_room_for.cache_clear()
+        status, output = run_here(*command, cwd=tmp_path)
+        assert status == 1 and "GB of memory, and 0.0 are free" in output and "take" in output
+    assert {path: path.read_bytes() for path in models.glob("[a-z]*/*") if path.is_file()} == before
