@@ -100,7 +100,7 @@ def test_quantized_checkpoints_say_what_was_done(reported):
         assert manifest["quantization"]["bits"] == 4 and manifest["quantization"]["double_quantization"] is True
         assert manifest["quantization"]["error_compensation"] == "gptq"
         assert "classifier" in manifest["quantization"]["skipped_modules"]
-        assert manifest["metrics"]["embedding_bytes"] * 2 == manifest["metrics"]["parent_embedding_bytes"]
+        assert manifest["metrics"]["embedding_bytes"] * 3 < manifest["metrics"]["parent_embedding_bytes"]  # int8 with scales
         assert manifest["files"]["model.safetensors"]["bytes"] < source["files"]["model.safetensors"]["bytes"]
     assert output.count("reloads with equal logits") == 3
     assert read_manifest(folder / "models" / "student_pruned_w8a8")["quantization"]["granularity"]["activations"] == "per_token"
