@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from common import PROFILE, ReportConfig, parse_command_line, run_stage
+from compactmind import classifier_room
 from compactmind.checkpoint import Checkpoint, load_any
 from compactmind.data import data_fingerprint, load_split, read_dataset_description
 from compactmind.devices import default_device
@@ -169,7 +170,9 @@ def measure_track(
         )
     if not needed:
         return
-    if track == "llm":
+    if track == "encoder":
+        classifier_room.require_room_for("6_evaluate_report.py", config)
+    else:
         require_room_for(needed, DENSE_LANGUAGE_MODEL, config.eval_windows, config.seq_len, config.results_dir)
     reference = config.reference if track == "encoder" else DENSE_LANGUAGE_MODEL
     others = {reference, *(row["compared_with"] for row in needed)}
