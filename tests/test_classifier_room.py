@@ -72,10 +72,10 @@ def test_every_stage_says_what_it_takes_once(models, capsys):
 def test_what_does_not_fit_is_refused_with_a_way_out(models, monkeypatch, script):
     config = settings(models)[script]
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000_000))
-    with pytest.raises(CompactMindError, match=r"needs 0\.\d GB of memory, and 0\.0 are free: .*--\w+"):
+    with pytest.raises(CompactMindError, match=r"needs 0\.\d GB of memory, and 10\.0 MB are free: .*--\w+"):
         room.require_room_for(script, config)
     line, problem = room.told_of(script, config)
-    assert "GB at the peak" in line and "0.0 are free" in problem
+    assert "GB at the peak" in line and "10.0 MB are free" in problem
 
 
 @pytest.mark.parametrize("script", list(room.ROOMS))
@@ -123,5 +123,5 @@ def test_stages_refuse_before_they_begin(tmp_path, run_here, monkeypatch):
     for command in (("1_distill.py",), ("2_prune_finetune.py",), quantize):
         room.require_room_for.cache_clear()
         status, output = run_here(*command, cwd=tmp_path)
-        assert status == 1 and "GB of memory, and 0.0 are free" in output and "take" in output
+        assert status == 1 and "GB of memory, and 10.0 MB are free" in output and "take" in output
     assert {path: path.read_bytes() for path in models.glob("[a-z]*/*") if path.is_file()} == before

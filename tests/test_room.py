@@ -124,12 +124,12 @@ def test_what_fits_is_said_and_what_does_not_is_refused_with_the_way_out(plenty,
     needs = {"dense": 2 * GB, "w8a8 (step 1)": 30 * GB}
     require_room(needs, 7 * GB, tmp_path, "cpu", "less text takes less")
     assert capsys.readouterr().out == (
-        "memory: 30.0 GB at the peak, w8a8 (step 1); 32.0 GB are free. Disk: 7.0 of 100.0 GB\n"
+        "memory: 30.0 GB at the peak, w8a8 (step 1); 32.0 GB are free. Disk: 7.0 GB of 100.0 GB\n"
     )
     require_room({"dense": 36 * GB}, 0, tmp_path, "cpu", "")  # what is told may be too high
-    with pytest.raises(CompactMindError, match=r"\(step 1\) needs 40.0 GB of memory, and 32.0 are free: less text takes less, or"):
+    with pytest.raises(CompactMindError, match=r"\(step 1\) needs 40.0 GB of memory, and 32.0 GB are free: less text takes less, or"):
         require_room(needs | {"w8a8 (step 1)": 40 * GB}, 0, tmp_path, "cpu", "less text takes less")
-    with pytest.raises(CompactMindError, match="what is written takes 101.0 GB, and 100.0 are free on the disk of .*: make room"):
+    with pytest.raises(CompactMindError, match="what is written takes 101.0 GB, and 100.0 GB are free on the disk of .*: make room"):
         require_room(needs, 101 * GB, tmp_path, "cpu", "")
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import compactmind.loop
+import compactmind.room
 import compactmind.training
 from compactmind.checkpoint import load_checkpoint
 from compactmind.data import EncodedSentences, load_split
@@ -582,6 +583,11 @@ def test_a_full_disk_keeps_the_old_model_and_the_work_done(copy, run_here, monke
     usage = collections.namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 0))
+        status, output = run_here("2_prune_finetune.py", "--seed", 7, cwd=copy)
+        assert status == 1 and "epoch 1/" not in output  # a disk that is full from the start: no work begins
+        assert re.search(r"error: what is written takes \d\.\d MB, and 0.0 MB are free on the disk of models", output), output
+
+        patch.setattr(compactmind.room, "free_space", lambda _: 10**9)  # one that fills while the stage works
         status, output = run_here("2_prune_finetune.py", "--seed", 7, cwd=copy)
     assert status == 1
     assert "error: not enough disk space to write models/student_pruned" in output

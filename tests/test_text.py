@@ -9,8 +9,8 @@ import torch
 
 from compactmind.data import DESCRIPTION, SPLITS, data_fingerprint, read_dataset_description
 from compactmind.errors import CompactMindError
+from compactmind.sources.text import split_wikitext, wikitext_files
 from compactmind.text import JOIN, load_documents, read_documents, token_windows, write_text
-from download_model import split_wikitext, wikitext_files
 
 WIKITEXT = " \n = A Title = \n \n First line , with a @-@ sign . \n Second line . \n\n \t\n = = Another = = \n"
 DOCUMENTS = [
