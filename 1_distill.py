@@ -30,6 +30,7 @@ from compactmind.guards import check_outputs, check_tokenizer
 from compactmind.limits import require_positions
 from compactmind.loop import EpochLoop, LastNotWorse
 from compactmind.manifest import is_up_to_date, read_manifest, weights_fingerprint
+from compactmind.methods.distillation.augmentation import augmented, label_copies, mask_of
 from compactmind.methods.distillation.schedules import linear_anneal
 from compactmind.methods.distillation.soft_targets import distillation_loss, hidden_state_loss
 from compactmind.methods.distillation.student import alternate_layers, matching_layers, student_from_teacher
@@ -136,6 +137,11 @@ def check(config: DistillConfig) -> None:
             f"hidden_loss_weight {config.hidden_loss_weight} is for student_distilled, which is not among students "
             f"{', '.join(config.students)}: add it, or use --hidden_loss_weight 0"
         )
+    if config.augment and not distilled:
+        raise CompactMindError(
+            f"augment {config.augment} is for student_distilled, which is not among students {', '.join(config.students)}: "
+            "add it, or use --augment 0"
+        )
     if distilled and config.alpha_start == config.alpha_end == config.hidden_loss_weight == 0:
         raise CompactMindError(
             "student_distilled would learn nothing from its teacher with alpha_start 0, alpha_end 0 and hidden_loss_weight 0: "
@@ -214,6 +220,11 @@ def main(config: DistillConfig) -> None:
         accelerator.print(f"train: {splits['train'].describe_cut()}")
         return splits
 
+    def load_splits_with_copies(tokenizer: PreTrainedTokenizerBase) -> dict[str, EncodedSentences]:
+        """Return the splits with changed copies of the training sentences behind these."""
+        sentences = augmented(load_split(config.data_dir, "train"), config.augment, mask_of(tokenizer), config.seed)
+        return {**load_splits(tokenizer), "train": EncodedSentences(tokenizer, sentences, config.max_length)}
+
     # ---- teacher
     def train_teacher(name: str, run: str, config: DistillConfig, stage: dict) -> None:
         set_seed(config.seed)
@@ -244,7 +255,7 @@ def main(config: DistillConfig) -> None:
         inputs["student_base"] = weights_fingerprint(models / "student_base")
     else:
         student_config["student_layers"] = config.student_layers
-    distill_config = config.relevant("temperature_start", "temperature_end", "alpha_start", "alpha_end", "hidden_loss_weight")
+    distill_config = config.relevant("temperature_start", "temperature_end", "alpha_start", "alpha_end", "hidden_loss_weight", "augment")
     stages = {
         "student_finetuned": {**made_by, "config": student_config, "inputs": inputs},
         "student_distilled": {**made_by, "config": {**student_config, **distill_config}, "inputs": inputs},
@@ -269,13 +280,21 @@ def main(config: DistillConfig) -> None:
         set_dropout(student, config.student_dropout)
         if config.freeze_word_embeddings:
             freeze_word_embeddings(student)
-        distilled = name == "student_distilled"
+        distilled, logits = name == "student_distilled", None
+        if distilled:
+            if config.augment:
+                one_tokenizer, originals = data is read_by_teacher, len(data["train"])
+                read_by_teacher = load_splits_with_copies(teacher.tokenizer)
+                data = read_by_teacher if one_tokenizer else load_splits_with_copies(tokenizer)
+            logits = cached_teacher_logits(
+                teacher.model, teacher.fingerprint, read_by_teacher["train"], config.eval_batch_size, config.models_dir, accelerator
+            )
+            if config.augment:
+                data["train"].labels = label_copies(data["train"].labels, logits, originals)
         train(
             run, student, tokenizer, data, config, accelerator, stage, repeats=of_repeat(name, run),
             epochs=config.student_epochs, lr=config.student_lr, lr_name="student_lr",
-            parent="student_base" if "student_base" in inputs else "teacher",
-            teacher_logits=cached_teacher_logits(teacher.model, teacher.fingerprint, read_by_teacher["train"], config.eval_batch_size,
-                                                 config.models_dir, accelerator) if distilled else None,
+            parent="student_base" if "student_base" in inputs else "teacher", teacher_logits=logits,
             teacher=teacher.model if distilled else None,
             layer_map=matching_layers(teacher_layers, layer_map),
         )  # fmt: skip

@@ -156,6 +156,8 @@ class DistillConfig(EncoderConfig):
     """... and at the last step, annealed linearly."""
     hidden_loss_weight: float = 0.0
     """Weight of the mean-squared error between student layers and the teacher layers they came from; 0 = off."""
+    augment: int = 0
+    """student_distilled also reads so many copies of every training text with the teacher, words masked or cut out: for small data."""
 
 
 @dataclass(frozen=True)

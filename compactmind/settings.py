@@ -17,7 +17,7 @@ RANGES: dict[str, str] = {
     "teacher_epochs": "[1, inf)", "teacher_lr": "(0, inf)", "teacher_dropout": "[0, 1)",
     "student_epochs": "[1, inf)", "student_lr": "(0, inf)", "student_dropout": "[0, 1)", "student_layers": "[1, inf)",
     "temperature_start": "(0, inf)", "temperature_end": "(0, inf)", "alpha_start": "[0, 1]", "alpha_end": "[0, 1]",
-    "hidden_loss_weight": "[0, inf)",
+    "hidden_loss_weight": "[0, inf)", "augment": "[0, 20]",
     # pruning
     "target_sparsity": "[0, 1)", "round_to": "[1, inf)", "epochs": "[1, inf)", "prune_start_epoch": "[1, inf)",
     "prune_end_epoch": "[1, inf)", "prune_every": "[1, inf)", "dropout": "[0, 1)", "lr": "(0, inf)", "recovery_lr": "(0, inf)",
