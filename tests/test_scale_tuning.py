@@ -6,9 +6,11 @@ import torch
 
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.divergence import divergence
+from compactmind.methods.quantization import scale_tuning
 from compactmind.methods.quantization.gptq_model import GPTQRecipe, quantize_gptq
 from compactmind.methods.quantization.grouped import GroupedLinear
 from compactmind.methods.quantization.scale_tuning import _backward, tune_scales
+from compactmind.progress import now_and_then
 
 
 def rounded(zero="symmetric", dtype=torch.float32, bits=3):
@@ -43,7 +45,7 @@ def test_gradients_block_by_block_are_those_of_the_whole_model():
     dense, model, windows = rounded()
     layer = model.model.layers[0].mlp.down_proj
     layer.scale = layer.scale.float().requires_grad_()
-    loss = _backward(model, dense, windows[0])
+    loss = _backward(model, dense, windows[0], dense.model(windows[:1]).last_hidden_state[0].detach())
     found, layer.scale.grad = layer.scale.grad, None
     p = dense(windows[:1]).logits[0].detach().log_softmax(-1)
     whole = (p.exp() * (p - model(windows[:1]).logits[0].log_softmax(-1))).sum(-1).mean()
@@ -68,6 +70,33 @@ def test_what_makes_it_worse_on_held_out_text_is_not_kept():
     assert not done["kept"] and done["held_out"][1] > done["held_out"][0]
     assert all(torch.equal(layer.scale, before[name]) for name, layer in layers(model).items())
     assert torch.equal(model.model.norm.weight, norm)
+
+
+def test_the_dense_model_reads_a_window_once(monkeypatch):
+    def tuned(kept: int) -> tuple[list[float], int]:
+        monkeypatch.setattr(scale_tuning, "KEPT_BYTES", kept)
+        dense, model, windows = rounded()
+        reads = []
+        dense.model.register_forward_hook(lambda *_: reads.append(1))
+        return tune_scales(model, dense, windows[:9], tokens=24 * windows.shape[1], lr=1e-3)["losses"], len(reads)
+
+    (losses, reads), (again, all_reads) = tuned(10**9), tuned(0)
+    assert losses == again
+    assert (reads, all_reads) == (8 + 2, 24 + 2)  # eight windows are trained on; the held-out one is read before and after
+    window = 32 * helpers.make_llama().config.hidden_size * 4
+    assert tuned(3 * window)[1] == 3 + 5 * 3 + 2  # three fit, the other five are read in each of three rounds
+
+
+def test_long_work_is_told_now_and_then():
+    lines: list[str] = []
+    often, never = now_and_then(0.0, lines.append), now_and_then(3600.0, lines.append)
+    never("not yet")
+    often("rounding"), often("learning")
+    assert lines == ["rounding", "learning"]
+    said: list[str] = []
+    quantize_gptq(helpers.make_llama(), helpers.example_windows(4, 32), GPTQRecipe(bits=3, group_size=16, tuning_tokens=64),
+                  teacher=helpers.make_llama, show=said.append)  # fmt: skip
+    assert said[0] == "gptq: rounding block 1/2" and said[-1].startswith("gptq: learning 2/2 | KL ")
 
 
 def test_a_loss_that_is_no_number_ends_it_with_the_setting_to_lower():

@@ -31,6 +31,23 @@ def test_zeros_alone_make_nothing_smaller_and_are_no_pipeline_of_a_search():
     assert found == {"w8a8", "sparse24 > w8a8", "sparse24 > retrain > w8a8"}
 
 
+def test_what_would_fill_zeros_is_not_asked_for():
+    space = make_space(tuple(METHODS), max_length=4)
+    assert "sparse24 > w8a8" in names(space) and not any("sparse24" in order and "gptq" in order for order in space.orders)
+    sparse = make_space(("sparse24", "retrain", "w8a8", "nf4"), choices={"retrain.lr": [1e-4], "retrain.tokens": [4096]})
+    points = [point for point in sparse.points() if point["order"].startswith("sparse24")]
+    assert len(points) == 2 * (1 + 2) * (6 * 2 * 2 + 2 * 3)  # criteria, with retraining twice as many; w8a8 without rotations, nf4
+    assert sparse.size() == len(list(sparse.points()))
+    for point in points:
+        *_, last = read_pipeline(sparse.pipeline(point))
+        assert last.method.fills_zeros(last.recipe) is None
+    beside = [other for point in points[:40] for other in sparse.neighbours(point)]
+    assert beside and all(read_pipeline(sparse.pipeline(other)) for other in beside)
+    assert {"w8a8.rotations", "nf4.compensation"} <= {name for point in sparse.points() for name in point}
+    only = make_space(("sparse24", "w8a8"), choices={"w8a8.rotations": [["o"]]})
+    assert names(only) == {"w8a8"}  # with these choices it always would
+
+
 def test_every_order_is_one_the_compressor_takes():
     for order in make_space(ALL, max_length=5, max_repeats=2).orders:
         read_pipeline([{"method": name} for name in order])

@@ -19,7 +19,8 @@ from compactmind.checkpoint import bytes_to_save
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.divergence import divergence
 from compactmind.evaluation.perplexity import perplexity
-from compactmind.methods.registry import METHODS, Resources
+from compactmind.methods.pruning.sparse24 import Sparse24Recipe
+from compactmind.methods.registry import METHODS, Method, Resources
 from compactmind.search import trials
 from compactmind.search.cache import PrefixCache
 from compactmind.search.compressor import Measure, read_pipeline, run_pipeline, store_as_released, stored_bytes
@@ -94,6 +95,17 @@ def test_what_cannot_be_small_enough_is_not_run(windows, monkeypatch):
         runner.evaluate(trial, read_pipeline([PRUNE]))
     assert trial.constraints["compression"] > 3
     assert "measured" not in trial.user_attrs  # what is expected is never given as measured
+
+
+def test_what_a_method_that_prunes_leaves_is_its_own_word(windows, monkeypatch):
+    mine = Method("mine", "prune", Sparse24Recipe, lambda model, resources, recipe: (model, {}), {})
+    monkeypatch.setitem(METHODS, "mine", mine)
+    runner, steps = make_runner(windows), [{"method": "mine"}, {"method": "w8a8"}]
+    assert runner.expected_ratio(read_pipeline(steps)) == math.inf  # nobody can tell: it is run
+    monkeypatch.setitem(METHODS, "mine", replace(mine, left=lambda recipe, blocks: 1.0))
+    assert runner.expected_ratio(read_pipeline(steps)) == runner.expected_ratio(read_pipeline(steps[1:]))
+    hidden = [{"method": "prune", "params": {"hidden_sparsity": 0.25}}]
+    assert runner.expected_ratio(read_pipeline(hidden)) == math.inf
 
 
 @pytest.mark.parametrize("objectives", [("kl",), ("bytes", "kl")])

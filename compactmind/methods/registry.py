@@ -33,6 +33,7 @@ from compactmind.methods.retraining.causal_lm import RetrainRecipe, TeacherState
 from compactmind.methods.retraining.sharding import check_sharding
 from compactmind.methods.retraining.together import retrain_together
 from compactmind.precision import is_small
+from compactmind.progress import now_and_then
 from compactmind.training import TrainingState, trains_sharded
 
 if TYPE_CHECKING:
@@ -115,6 +116,8 @@ class Method:
     """Kind of checkpoint the result is, None for the kind it was."""
     bits: Callable[[Any], tuple[float, float | None]] | None = None
     """recipe -> bits of a weight of the blocks and of the others, scales included (None: as before); to tell bytes before running."""
+    left: Callable[[Any, int], float | None] | None = None
+    """Of one that prunes: (recipe, blocks) -> the share of the blocks' parameters that is left; None: known when it has run."""
     ratio: Callable[[Any], float | None] | None = None
     """recipe -> the compression ratio it makes by itself, whatever was done before; None: `bits` tells."""
     aim: str | None = None
@@ -201,6 +204,10 @@ def _prune(model, resources: Resources, recipe: PruneRecipe):
     return prune_llama(model, recipe, resources.calibration, scores, states)
 
 
+def _left_by_pruning(recipe: PruneRecipe, blocks: int) -> float | None:
+    return None if recipe.hidden_sparsity else (1 - recipe.sparsity) * max(0.0, 1 - recipe.blocks / blocks)
+
+
 def _windows_to_train_on(resources: Resources, recipe: RetrainRecipe) -> torch.Tensor:
     return windows_seen(resources.train, recipe, number_of_processes())
 
@@ -261,7 +268,7 @@ def _nf4(model, resources: Resources, recipe: NF4Recipe):
 def _gptq(model, resources: Resources, recipe: GPTQRecipe):
     description = quantize_gptq(
         model, resources.calibration, recipe, released_bytes=resources.released_bytes, released=resources.released,
-        teacher=resources.teacher, choices=lambda: _choices(model, resources, recipe),
+        teacher=resources.teacher, choices=lambda: _choices(model, resources, recipe), show=now_and_then(),
     )  # fmt: skip
     return model, description
 
@@ -303,7 +310,7 @@ METHODS: dict[str, Method] = {
         {
             "sparsity": SPARSITIES, "criterion": ("taylor", "activation", "variance", "l2"), "scope": ("uniform", "global"),
             "structures": (("channels",), ("channels", "groups")), "blocks": (0, 1, 2),
-        }, "pruned", check=check_prunable, needs=memory.prune,
+        }, "pruned", check=check_prunable, needs=memory.prune, left=_left_by_pruning,
     ),
     "sparse24": Method(
         "sparse24", "sparsify", Sparse24Recipe, _sparsify, {"criterion": ("wanda", "magnitude")}, check=check_sparse24,

@@ -38,9 +38,22 @@ class Space:
         order = trial.suggest_categorical("order", [SEPARATOR.join(order) for order in self.orders])
         names = order.split(SEPARATOR)
         return [
-            {"method": name, "params": METHODS[name].suggest(trial, label, self.choices[name])}
-            for name, label in zip(names, labels(names), strict=True)
+            {"method": name, "params": METHODS[name].suggest(trial, label, choices)}
+            for name, label, choices in zip(names, labels(names), self.choices_in(names), strict=True)
         ]
+
+    def choices_in(self, order: Sequence[str]) -> list[dict[str, Sequence[Any]]]:
+        """Return what may be chosen from in each step where methods stand in this order.
+
+        Behind one that makes zeros a parameter that keeps them with a single value has that one; where several would, all stay, since a
+        study knows one list of values for a name, and the pipeline is refused when it is asked for.
+        """
+        kinds, found = [METHODS[name].kind for name in order], []
+        for number, name in enumerate(order):
+            choices = self.choices[name]
+            keeping = _keeping_zeros(METHODS[name], choices) if "sparsify" in kinds[:number] else choices
+            found.append({key: keeping[key] if len(keeping[key]) == 1 else values for key, values in choices.items()})
+        return found
 
     def pipeline(self, point: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the pipeline of a point, the parameters an Optuna trial has."""
@@ -50,8 +63,8 @@ class Space:
         """Return what is asked for where methods stand in this order: by name, the values to choose from as a study holds them."""
         return {
             f"{label}.{parameter}": [asked_as(value) for value in values]
-            for name, label in zip(order, labels(order), strict=True)
-            for parameter, values in self.choices[name].items()
+            for label, choices in zip(labels(order), self.choices_in(order), strict=True)
+            for parameter, values in choices.items()
             if len(values) > 1
         }
 
@@ -76,8 +89,8 @@ class Space:
             if _differ_by_one(order, other):
                 usual = {
                     f"{label}.{parameter}": asked_as(_usual(name, parameter, values))
-                    for name, label in zip(other, labels(other), strict=True)
-                    for parameter, values in self.choices[name].items()
+                    for name, label, choices in zip(other, labels(other), self.choices_in(other), strict=True)
+                    for parameter, values in choices.items()
                     if len(values) > 1
                 }
                 found.append({"order": SEPARATOR.join(other), **{name: point.get(name, usual[name]) for name in usual}})
@@ -150,8 +163,7 @@ class Space:
 
     def size(self) -> int:
         """Return the number of points."""
-        sizes = {name: math.prod(map(len, values.values())) for name, values in self.choices.items()}
-        return sum(math.prod(sizes[name] for name in order) for order in self.orders)
+        return sum(math.prod(len(values) for step in self.choices_in(order) for values in step.values()) for order in self.orders)
 
     def described(self) -> dict[str, Any]:
         """Return the space as JSON has it: two equal spaces are described equally."""
@@ -160,6 +172,18 @@ class Space:
             "orders": [SEPARATOR.join(order) for order in self.orders],
             "choices": {name: {key: list(values) for key, values in self.choices[name].items()} for name in sorted(used)},
         }
+
+
+def _keeping_zeros(method: Method, choices: dict[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """Return the values of each parameter with which a method leaves zeros, beside some values of the others; none: it never does."""
+    found: dict[str, list[Any]] = {name: [] for name in choices}
+    for values in itertools.product(*choices.values()):
+        chosen = dict(zip(choices, values, strict=True))
+        if method.fills_zeros is None or method.fills_zeros(method.parameters(chosen)) is None:
+            for name, value in chosen.items():
+                if value not in found[name]:
+                    found[name].append(value)
+    return found
 
 
 def _usual(name: str, parameter: str, values: Sequence[Any]) -> Any:
@@ -248,7 +272,7 @@ def make_space(
         order
         for length in range(1, max_length + 1)
         for order in itertools.product(methods, repeat=length)
-        if _is_wanted([METHODS[name] for name in order], mode, max_repeats)
+        if _is_wanted([METHODS[name] for name in order], mode, max_repeats) and _leaves_zeros(order, found)
     )
     if not orders:
         raise CompactMindError(
@@ -264,6 +288,13 @@ def check_space(space: Space, dense: PreTrainedModel) -> None:
         method, choices = METHODS[name], space.choices[name]
         for values in itertools.product(*choices.values()) if method.check else ():
             method.check(dense, method.parameters(dict(zip(choices, values, strict=True))), False)
+
+
+def _leaves_zeros(order: Sequence[str], choices: dict[str, dict[str, Sequence[Any]]]) -> bool:
+    """Tell whether every method behind one that makes zeros can leave them, with some of its choices."""
+    kinds = [METHODS[name].kind for name in order]
+    behind = order[kinds.index("sparsify") + 1 :] if "sparsify" in kinds else ()
+    return all(all(_keeping_zeros(METHODS[name], choices[name]).values()) for name in behind)
 
 
 def is_hybrid(methods: Sequence[Method]) -> bool:

@@ -175,10 +175,10 @@ class TrialRunner:
         blocks, others = self.sizes[0], self.sizes[1] - self.sizes[0]
         bits_of_blocks = bits_of_others = 8 * self.resources.released.itemsize
         for step in steps:
-            if step.method.kind == "prune" and not step.recipe.hidden_sparsity:
-                blocks *= (1 - step.recipe.sparsity) * max(0.0, 1 - step.recipe.blocks / self.sizes[2])
-            elif step.method.kind == "prune":
-                return math.inf  # its bytes are known when it has run
+            if step.method.kind == "prune":
+                if step.method.left is None or (left := step.method.left(step.recipe, self.sizes[2])) is None:
+                    return math.inf  # its bytes are known when it has run
+                blocks *= left
             if step.method.ratio and (ratio := step.method.ratio(step.recipe)):
                 return ratio
             if step.method.bits is not None:

@@ -289,18 +289,18 @@ def quantize_gptq(
     }
     grids |= {name: table for name in tables if table}
     if recipe.target_compression:
-        show("allocation ...")
+        show("gptq: choosing bits")
         budget = int(whole / recipe.target_compression)
         known = choices() if choices else tensor_choices(model, windows, recipe, uncounted)
         grids, predicted = choose_grids(model, known, recipe, budget, released, uncounted)
     tokens = None
     if recipe.weigh_tokens and recipe.compensation:
-        show("gradients ...")
+        show("gptq: gradients of the tokens")
         tokens = [
             {site: _sharpened(weights) for site, weights in each.items()} for each in measure_gradients(model, windows).tokens
         ]
-    show("rounding ...")
     for index, block, moments in walk_blocks(model, windows, tokens):
+        show(f"gptq: rounding block {index + 1}/{len(llama_blocks(model))}")
         if index:
             forget_unpacked(llama_blocks(model)[index - 1].module)
         for site, fields in SITES.items():

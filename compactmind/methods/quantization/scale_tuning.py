@@ -22,6 +22,8 @@ from compactmind.methods.quantization.grouped import GroupedLinear, GroupedWeigh
 
 TOKENS_AT_ONCE = 64
 """Tokens whose logits exist at one time."""
+KEPT_BYTES = 500_000_000
+"""What the dense model's head reads of every window is kept up to this size: a window that comes again is not read again."""
 DECAY = (0.9, 0.95)
 """Adam's averages: so few steps want short ones."""
 
@@ -59,6 +61,16 @@ def tune_scales(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     losses: list[float] = []
+    read: dict[int, torch.Tensor] = {}
+
+    def wanted(number: int) -> torch.Tensor:
+        """Return what the dense model's head reads of a window: (seq_len, hidden) float32."""
+        if number in read:
+            return read[number]
+        states = _states(teacher, windows[number])
+        if (len(read) + 1) * states.nbytes <= KEPT_BYTES:
+            read[number] = states
+        return states
 
     def judged() -> float:
         return sum(_divergence(model, teacher, window) for window in held_out) / len(held_out)
@@ -66,7 +78,8 @@ def tune_scales(
     at_first, kept = judged(), False
     try:
         for step in range(steps):
-            losses.append(_backward(model, teacher, windows[step % len(windows)]))
+            number = step % len(windows)
+            losses.append(_backward(model, teacher, windows[number], wanted(number)))
             if not math.isfinite(losses[-1]):
                 raise CompactMindError(
                     f"distilling after rounding has a loss of {losses[-1]} at step {step + 1}: a lower tuning_lr"
@@ -74,7 +87,7 @@ def tune_scales(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            show(f"tuning {step + 1}/{steps} | KL {losses[-1]:.4f}")
+            show(f"gptq: learning {step + 1}/{steps} | KL {losses[-1]:.4f}")
         _put(places, [value.detach().to(old.dtype) for value, old in zip(values, before, strict=True)])
         at_last = judged()
         kept = at_last < at_first
@@ -104,23 +117,29 @@ def _put(places: list[tuple[nn.Module, str]], values: list[torch.Tensor]) -> Non
 @torch.no_grad()
 def _divergence(model: PreTrainedModel, teacher: PreTrainedModel, window: torch.Tensor) -> float:
     """Return KL(teacher || model) in nats a token on a window (seq_len,)."""
-    states = [
-        each.model(input_ids=window[None].to(each.device), use_cache=False).last_hidden_state[0] for each in (model, teacher)
-    ]
+    states = [_states(each, window) for each in (model, teacher)]
     heads, loss = [_head(each) for each in (model, teacher)], 0.0
     for start in range(0, len(window), TOKENS_AT_ONCE):
-        parts = [each[start : start + TOKENS_AT_ONCE].float() for each in states]
+        parts = [each[start : start + TOKENS_AT_ONCE] for each in states]
         found, wanted = ((part @ head.t()).log_softmax(dim=-1) for part, head in zip(parts, heads, strict=True))
         loss += float((wanted.exp() * (wanted - found)).sum())
     return loss / len(window)
 
 
-def _backward(model: PreTrainedModel, teacher: PreTrainedModel, window: torch.Tensor) -> float:
-    """Return KL(teacher || model) in nats a token on a window (seq_len,), and add its gradients to what is trained, in place."""
+@torch.no_grad()
+def _states(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
+    """Return what a model's head reads of a window (seq_len,): (seq_len, hidden) float32."""
+    return model.model(input_ids=window[None].to(model.device), use_cache=False).last_hidden_state[0].float()
+
+
+def _backward(model: PreTrainedModel, teacher: PreTrainedModel, window: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return KL(teacher || model) in nats a token on a window (seq_len,), and add its gradients to what is trained, in place.
+
+    `wanted`: what the teacher's head reads of it, (seq_len, hidden).
+    """
     (states,), arguments = block_inputs(model, window[None])
     blocks, reads = llama_blocks(model), []
     with torch.no_grad():
-        wanted = teacher.model(input_ids=window[None].to(teacher.device), use_cache=False).last_hidden_state[0].float()
         for block, others in zip(blocks, arguments, strict=True):
             reads.append(states)
             states = run_block(block.module, states, others)
