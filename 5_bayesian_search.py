@@ -1,6 +1,6 @@
 """Search for the best compression of a Llama: over methods, their order and their parameters; or run one pipeline.
 
-Papers: compactmind/search/engine.py, compactmind/methods/pruning/llama_importance.py, .../llama_pruning.py, .../retraining/causal_lm.py.
+Papers: compactmind/search/engine.py, compactmind/methods/pruning/llama_importance.py, .../llama_compensation.py, .../retraining/loss.py.
 Run:   python 5_bayesian_search.py              (after python download_model.py; every setting: --help)
        python 5_bayesian_search.py --model_path models/llama --strategy bayesian --n_trials 30 --retrain True --target_compression 2.5
        python 5_bayesian_search.py --strategy evolution              (or random, grid: each a study of its own)

@@ -1,9 +1,9 @@
-"""Paths, profiles, and one config dataclass per stage. Importing it loads the standard library alone.
+"""Paths, the profile, and one config dataclass per stage. Importing it loads the standard library alone.
 
 What a setting may be: compactmind/settings.py; how a script reads its command line and runs: compactmind/command_line.py.
 
 Every script takes its settings in three layers, later ones winning:
-  1. the dataclass defaults below (= the `embedded` profile), changed by the chosen profile in PROFILES;
+  1. the dataclass defaults below (= the `embedded` profile), changed by the chosen profile in profiles.py;
   2. the constant `CONFIG = SomeConfig.for_profile(PROFILE, field=value)` at the top of the script;
   3. the command line: `python 1_distill.py --student_epochs 6 --profile paper`.
 """
@@ -15,7 +15,7 @@ from typing import Literal
 
 from compactmind.command_line import parse_command_line as parse_command_line
 from compactmind.command_line import run_stage as run_stage
-from compactmind.settings import setting_problem as setting_problem
+from profiles import PROFILES, PRUNE_AND_RETRAIN
 
 PROFILE = os.environ.get("COMPACTMIND_PROFILE", "embedded")
 """`embedded`: CPU, minutes, PyPI only. `paper`: GPU and model hub, the published models. `smoke`: seconds, for tests.
@@ -288,25 +288,6 @@ class SmoothQuantConfig(StageConfig):
     """Print what memory and disk it takes, from the shapes of the model alone, and do nothing."""
 
 
-PRUNE_AND_RETRAIN = (
-    '[{"method": "prune", "params": {"sparsity": 0.2, "criterion": "taylor", "scope": "uniform"}}, '
-    '{"method": "retrain", "params": {"tokens": 24000}}]'
-)
-
-PRUNE_AND_RETRAIN_LARGE = (
-    '[{"method": "prune", "params": {"sparsity": 0.2, "criterion": "taylor", "scope": "uniform"}}, '
-    '{"method": "retrain", "params": {"mode": "lora", "gradient_checkpointing": true, "lr": 2e-4, "batch_size": 1, "accumulation": 2, '
-    '"tokens": 524288}}]'
-)
-"""The same for a model whose optimizer states fit on no card: adapters beside weights that wait as released, activations of one block."""
-
-CHOICES_OF_A_LARGE_MODEL = (
-    '{"retrain.mode": ["lora"], "retrain.gradient_checkpointing": [true], "retrain.batch_size": [1], "retrain.accumulation": [2], '
-    '"retrain.lr": [1e-4, 2e-4, 4e-4], "retrain.tokens": [131072, 262144]}'
-)
-"""What a search retrains such a model with: 32 or 64 steps of two windows of 2,048 tokens."""
-
-
 @dataclass(frozen=True)
 class SearchConfig(StageConfig):
     """Settings of 5_bayesian_search.py: one pipeline, or the search for the best."""
@@ -389,32 +370,6 @@ class SearchConfig(StageConfig):
 
 
 @dataclass(frozen=True)
-class ExportConfig(StageConfig):
-    """Settings of export_onnx.py: classifiers as ONNX."""
-
-    models: tuple[str, ...] = ("student_distilled", "student_pruned", "student_pruned_w8a8")
-    """Classifiers under models_dir to write as ONNX."""
-    sentences: int = 64
-    """Validation sentences on which the logits are compared."""
-    tolerance: float = 1e-4
-    """Largest difference of a logit that is accepted."""
-    int8_tolerance: float = 0.1
-    """The same of an int8 model: where a float differs in its last bit, an int8 may be the next one."""
-
-
-@dataclass(frozen=True)
-class GGUFConfig(StageConfig):
-    """Settings of export_gguf.py: a language model as one file for llama.cpp."""
-
-    model: str = ""
-    """Folder of the model; empty: models_dir/llama_gptq_3.5x."""
-    output: str = ""
-    """File to write; empty: model.gguf in the folder of the model."""
-    dtype: Literal["BF16", "F16", "F32", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"] = "BF16"
-    """Type of the weights that are not rounded yet, the Q types to the nearest level as llama.cpp's own quantizer; norms are F32."""
-
-
-@dataclass(frozen=True)
 class ReportConfig(StageConfig):
     """Settings of 6_evaluate_report.py: what is measured, and how."""
 
@@ -456,54 +411,3 @@ class ReportConfig(StageConfig):
     """Measure every row again, also those that are as they were when the report at hand was made."""
     from_json: bool = False
     """Measure nothing: draw and write everything from results/final_report.json."""
-
-
-PROFILES: dict[str, dict[str, dict]] = {
-    "embedded": {},
-    "sst2": {
-        "DistillConfig": {"log_every": 200},
-        "PruneConfig": {"prune_every": 50, "log_every": 200},
-    },
-    "paper": {
-        "DownloadConfig": {
-            "teacher_name": "google-bert/bert-base-uncased", "student_name": "distilbert/distilbert-base-uncased",
-            "llama_name": "meta-llama/Llama-2-7b-hf",
-        },
-        "DistillConfig": {
-            "max_length": 128, "freeze_word_embeddings": False,
-            "teacher_epochs": 3, "teacher_lr": 2e-5,
-            "student_epochs": 5, "student_lr": 5e-5, "student_dropout": 0.1,
-        },
-        "PruneConfig": {
-            "max_length": 128, "freeze_word_embeddings": False, "target_sparsity": 0.2, "epochs": 15,
-            "prune_start_epoch": 2, "prune_end_epoch": 8, "prune_every": 20, "lr": 5e-5, "recovery_lr": 1e-5, "patience": 5,
-        },
-        "QuantizeConfig": {"max_length": 128},
-        # 128 windows of 2,048 are the tokens of SmoothQuant's 512 sentences of 512 (arXiv:2211.10438). What a block reads of them
-        # waits in float32: 4.3 GB with 4,096 channels. Beside them a cache holds models half way, 11 to 27 GB each with 7B weights.
-        "SmoothQuantConfig": {"calibration_windows": 128, "seq_len": 2048, "eval_windows": 0},
-        "SearchConfig": {
-            "seq_len": 2048, "calibration_windows": 32, "eval_windows": 0, "n_trials": 30, "cache_gb": 60.0, "final_tokens": 524_288,
-            "pipeline": PRUNE_AND_RETRAIN_LARGE, "choices": CHOICES_OF_A_LARGE_MODEL,
-        },
-        "ReportConfig": {"max_length": 128, "seq_len": 2048, "eval_windows": 0},
-    },
-    "smoke": {
-        "DownloadConfig": {"teacher_name": "tiny-bert", "llama_name": "", "max_rows": 64},
-        "DistillConfig": {"batch_size": 8, "teacher_epochs": 1, "student_epochs": 2, "student_layers": 1, "log_every": 4},
-        "PruneConfig": {
-            "batch_size": 8, "target_sparsity": 0.4, "round_to": 8, "epochs": 3, "prune_start_epoch": 1, "prune_end_epoch": 2,
-            "prune_every": 3, "log_every": 4, "cost_length": 16,
-        },
-        "SmoothQuantConfig": {"calibration_windows": 4, "seq_len": 32, "eval_windows": 4, "alpha_grid": (0.5, 0.8)},
-        "SearchConfig": {
-            "seq_len": 32, "calibration_windows": 4, "train_windows": 16, "held_out_windows": 2, "eval_windows": 4,
-            "few_windows": 1, "search_windows": 2, "confirm_windows": 4, "n_trials": 4, "target_compression": 1.2, "final_tokens": 768,
-            "choices": '{"prune.round_to": [8], "prune.sparsity": [0.2, 0.3], "retrain.tokens": [256, 512]}',
-            "pipeline": '[{"method": "prune", "params": {"sparsity": 0.3, "round_to": 8}}, '
-            '{"method": "retrain", "params": {"tokens": 512}}]',
-        },
-        "ReportConfig": {"cost_length": 16, "latency_repeats": 3, "seq_len": 32, "eval_windows": 4, "prompt_tokens": 16},
-    },
-}  # fmt: skip
-"""profile -> dataclass name -> the fields in which the profile differs from the defaults above."""

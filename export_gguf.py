@@ -9,16 +9,30 @@ What gptq rounded is written on the very same levels (compactmind/gguf_export.py
 than it needs.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from common import PROFILE, GGUFConfig, parse_command_line, run_stage
+from common import PROFILE, StageConfig, parse_command_line, run_stage
 from compactmind.checkpoint import load_any
 from compactmind.errors import CompactMindError
 from compactmind.files import weight_files
 from compactmind.gguf_export import export_gguf
 
+
 # ------------------------------------------------------------------------------------------------------------ constants
-# Every field, its reason and its range: common.GGUFConfig.
+@dataclass(frozen=True)
+class GGUFConfig(StageConfig):
+    """Settings of export_gguf.py: a language model as one file for llama.cpp."""
+
+    model: str = ""
+    """Folder of the model; empty: models_dir/llama_gptq_3.5x."""
+    output: str = ""
+    """File to write; empty: model.gguf in the folder of the model."""
+    dtype: Literal["BF16", "F16", "F32", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"] = "BF16"
+    """Type of the weights that are not rounded yet, the Q types to the nearest level as llama.cpp's own quantizer; norms are F32."""
+
+
 CONFIG = GGUFConfig.for_profile(PROFILE)
 
 

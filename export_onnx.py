@@ -8,17 +8,33 @@ Writes: models/<name>/model.onnx, any batch size and length, an older one replac
         6_evaluate_report.py then shows its latency beside PyTorch's
 """
 
+from dataclasses import dataclass
+
 import torch
 
-from common import PROFILE, ExportConfig, parse_command_line, run_stage
+from common import PROFILE, StageConfig, parse_command_line, run_stage
 from compactmind.checkpoint import load_checkpoint
 from compactmind.data import EncodedSentences, load_split, model_inputs, require_same_texts
 from compactmind.errors import CompactMindError
 from compactmind.formats.table import FORMATS
 from compactmind.onnx_export import FILE, OnnxClassifier, export_classifier, require_onnx
 
+
 # ------------------------------------------------------------------------------------------------------------ constants
-# Every field, its reason and its range: common.ExportConfig.
+@dataclass(frozen=True)
+class ExportConfig(StageConfig):
+    """Settings of export_onnx.py: classifiers as ONNX."""
+
+    models: tuple[str, ...] = ("student_distilled", "student_pruned", "student_pruned_w8a8")
+    """Classifiers under models_dir to write as ONNX."""
+    sentences: int = 64
+    """Validation sentences on which the logits are compared."""
+    tolerance: float = 1e-4
+    """Largest difference of a logit that is accepted."""
+    int8_tolerance: float = 0.1
+    """The same of an int8 model: where a float differs in its last bit, an int8 may be the next one."""
+
+
 CONFIG = ExportConfig.for_profile(PROFILE)
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 from common import (
     PROFILE,
-    PROFILES,
     DistillConfig,
     DownloadConfig,
     PruneConfig,
@@ -34,6 +33,7 @@ from compactmind.errors import CompactMindError
 from compactmind.seeds import runs_of
 from compactmind.settings import setting_problem
 from compactmind.settings_file import nearest, read_settings, settings_text
+from profiles import PROFILES
 
 MODELS = "<models_dir>"
 """Stands for --models_dir in what a script is told."""

@@ -28,10 +28,13 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import common  # noqa: E402
-from common import ExportConfig, GGUFConfig, StageConfig, parse_command_line, run_stage, setting_problem  # noqa: E402
+from common import StageConfig, parse_command_line, run_stage  # noqa: E402
 from compactmind.errors import CompactMindError  # noqa: E402
+from compactmind.settings import setting_problem  # noqa: E402
 from compactmind.settings_file import read_settings  # noqa: E402
+from export_gguf import GGUFConfig  # noqa: E402
+from export_onnx import ExportConfig  # noqa: E402
+from profiles import PROFILES  # noqa: E402
 
 PIPELINE = runpy.run_path(str(ROOT / "run_pipeline.py"))
 CONFIGS: dict[str, type[StageConfig]] = {
@@ -186,7 +189,7 @@ def problems_of_settings(script: str, given: list[str]) -> list[str]:
         return [f"{script} has no option --{name}" for name in unknown]
     edits = {name: _typed(config, known[name], words) for name, words in values.items() if name not in ("help", "profile")}
     profile = (values.get("profile") or ["embedded"])[0]
-    if profile not in common.PROFILES:
+    if profile not in PROFILES:
         return [f"unknown profile {profile!r}"]
     found = [problem] if (problem := setting_problem(config.for_profile(profile, **edits))) else []
     return found + [problem for name in ("pipeline",) if name in edits for problem in problems_of_pipeline(edits[name])]

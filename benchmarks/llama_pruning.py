@@ -35,7 +35,8 @@ from compactmind.files import write_json_atomically  # noqa: E402
 from compactmind.forward import window_losses  # noqa: E402
 from compactmind.methods.llama import llama_blocks  # noqa: E402
 from compactmind.methods.pruning.llama_importance import CRITERIA, score  # noqa: E402
-from compactmind.methods.pruning.llama_pruning import PruneRecipe, prune_llama  # noqa: E402
+from compactmind.methods.pruning.llama_masks import PruneRecipe  # noqa: E402
+from compactmind.methods.pruning.llama_pruning import prune_llama  # noqa: E402
 from compactmind.methods.pruning.llama_structure import channel_parameters, prunable_parameters  # noqa: E402
 from compactmind.precision import work_in_float32  # noqa: E402
 from compactmind.text import load_documents, token_windows  # noqa: E402

@@ -62,6 +62,14 @@ def test_a_format_counts_for_those_who_make_what_it_stores(project):
     assert project("compactmind/manifest.py", "MANIFEST_VERSION = 3", "MANIFEST_VERSION = 4") == set(STAGES)
 
 
+def test_every_file_of_a_method_counts_wherever_the_method_can_be_run(project):
+    methods, running = helpers.REPOSITORY / "compactmind" / "methods", {"4_smoothquant_llama.py", "5_bayesian_search.py"}
+    files = {*methods.glob("retraining/*.py"), *methods.glob("pruning/llama_*.py")} - {methods / "retraining" / "__init__.py"}
+    assert len(files) >= 11
+    for file in files:
+        assert project(file.relative_to(helpers.REPOSITORY), "\n\n\n", "\n\n\nANOTHER = 1\n\n\n") == running, file.name
+
+
 def test_words_constants_to_edit_and_plots_do_not_count(project):
     assert project("compactmind/methods/distillation/soft_targets.py", "Hinton et al.", "Somebody") == set()
     assert project("compactmind/training.py", "import sys", "# a comment\n\nimport sys") == set()

@@ -1,6 +1,7 @@
 """Settings: defaults, changed by the profile, changed by the edits in a script, changed by the command line."""
 
 import dataclasses
+import inspect
 import math
 import subprocess
 import sys
@@ -10,10 +11,14 @@ import helpers
 import pytest
 
 import common
-from common import PROFILES, DistillConfig, DownloadConfig, PruneConfig, StageConfig, parse_command_line
+from common import DistillConfig, DownloadConfig, PruneConfig, StageConfig, parse_command_line
 from compactmind import settings
+from export_gguf import GGUFConfig
+from export_onnx import ExportConfig
+from profiles import PROFILES
 
 CONFIGS = [value for value in vars(common).values() if isinstance(value, type) and issubclass(value, StageConfig)]
+CONFIGS += [ExportConfig, GGUFConfig]
 
 
 @pytest.fixture
@@ -55,8 +60,8 @@ def test_the_paper_profile_is_the_published_recipe():
 
 
 def test_every_field_says_what_it_is_for():
-    source = (helpers.REPOSITORY / "common.py").read_text(encoding="utf-8").splitlines()
     for config in CONFIGS:
+        source = inspect.getsource(config).splitlines()
         for name in config.__annotations__:
             line = next(number for number, text in enumerate(source) if text.startswith(f"    {name}: "))
             assert source[line + 1].strip().startswith('"""'), name
@@ -136,7 +141,7 @@ def test_importing_common_needs_the_standard_library_alone(tmp_path):
     assert result.returncode == 0, result.stderr
     loaded = {name.partition(".")[0] for name in result.stdout.split()}
     assert "common" in loaded
-    assert loaded - {"common", "compactmind"} <= sys.stdlib_module_names
+    assert loaded - {"common", "compactmind", "profiles"} <= sys.stdlib_module_names
 
 
 def test_the_profile_can_come_from_the_environment(tmp_path):

@@ -16,7 +16,8 @@ from compactmind.methods.quantization.grouped import GroupedLinear, pack, unpack
 from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama
-from compactmind.methods.retraining.causal_lm import RetrainRecipe, retrain_causal_lm
+from compactmind.methods.retraining.causal_lm import retrain_causal_lm
+from compactmind.methods.retraining.recipe import RetrainRecipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 GRIDS = [Grid(4, 32), Grid(3, 64, "integer"), Grid(2, 32, "float"), Grid(8, -1)]

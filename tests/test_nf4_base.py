@@ -19,9 +19,10 @@ from test_causal_lm import (
 
 from compactmind import forward
 from compactmind.methods.quantization.packed_linear import NF4Linear
-from compactmind.methods.retraining import causal_lm
-from compactmind.methods.retraining.causal_lm import RetrainRecipe, retrain_causal_lm
+from compactmind.methods.retraining import causal_lm, loss
+from compactmind.methods.retraining.causal_lm import retrain_causal_lm
 from compactmind.methods.retraining.nf4_base import NF4Base
+from compactmind.methods.retraining.recipe import RetrainRecipe
 from compactmind.precision import widen
 from compactmind.training import TrainingState, cpu_copy
 
@@ -47,13 +48,13 @@ def test_adapters_learn_beside_4_bits_and_are_added_to_the_weights_that_came(mak
     model, before, kinds = make(), cpu_copy(make().state_dict()), set()
     model.model.norm.weight.requires_grad_(False)
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    original = causal_lm.token_loss
+    original = loss.token_loss
 
     def look(*arguments):
         kinds.update(type(each) for each in model.modules() if isinstance(each, torch.nn.Linear))
         return original(*arguments)
 
-    monkeypatch.setattr(causal_lm, "token_loss", look)
+    monkeypatch.setattr(loss, "token_loss", look)
     result = retrain_causal_lm(model, pattern_windows(), HELD_OUT, recipe_of(lora_rank=3))
     assert NF4Linear in kinds
     assert result["kept_step"] > 0 and result["loss_after"] < 0.8 * result["loss_before"]
@@ -84,7 +85,7 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
     assert whole["kept_step"] > 8
     resume = TrainingState(tmp_path / "retrained", STAGE)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        fail_at(patch, "held_out_loss", 5, interrupt)  # of what came in, of its 4 bits, of two evaluations, and then
+        fail_at(patch, causal_lm, "held_out_loss", 5, interrupt)  # of what came in, of its 4 bits, of two evaluations, and then
         run(resume)
     assert resume.load()["step"] == whole["history"][1]["step"]
     for _ in range(2):  # the second time nothing is left to train
@@ -119,7 +120,7 @@ def test_a_step_that_raises_leaves_the_model_as_it_came(monkeypatch):
     model = bf16_llama()
     incoming = cpu_copy(model.state_dict())
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        fail_at(patch, "token_loss", 2, interrupt)
+        fail_at(patch, loss, "token_loss", 2, interrupt)
         retrain_causal_lm(model, pattern_windows(), HELD_OUT, recipe_of(6))
     assert_equal_weights(model, incoming)
     assert is_plain(model) and not model.get_input_embeddings()._forward_hooks

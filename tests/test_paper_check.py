@@ -10,13 +10,14 @@ import sys
 import helpers
 import pytest
 
-from common import PROFILES, ReportConfig, SearchConfig, SmoothQuantConfig, StageConfig
+from common import ReportConfig, SearchConfig, SmoothQuantConfig, StageConfig
 from compactmind.errors import CompactMindError
 from compactmind.methods.registry import METHODS
 from compactmind.methods.retraining.sharding import check_sharding
 from compactmind.report.literature import LLAMA_2_7B_SEQ_LEN
 from compactmind.search.compressor import read_pipeline
 from compactmind.search.space import make_space
+from profiles import PROFILES
 
 sys.path.insert(0, str(helpers.REPOSITORY / "benchmarks"))
 import paper_check  # noqa: E402

@@ -14,9 +14,12 @@ from compactmind.formats.table import kernel_of
 from compactmind.forward import LogitsOf, next_token_logits
 from compactmind.generation import cache_for
 from compactmind.methods.pruning.llama_importance import score
-from compactmind.methods.pruning.llama_pruning import PruneRecipe, prune_llama
+from compactmind.methods.pruning.llama_masks import PruneRecipe
+from compactmind.methods.pruning.llama_pruning import prune_llama
 from compactmind.methods.registry import METHODS, Resources
-from compactmind.methods.retraining.causal_lm import RetrainRecipe, TeacherStates, retrain_causal_lm, windows_seen
+from compactmind.methods.retraining.causal_lm import retrain_causal_lm
+from compactmind.methods.retraining.loss import TeacherStates
+from compactmind.methods.retraining.recipe import RetrainRecipe, windows_seen
 from compactmind.precision import WidenedLinear, is_widened, widen, work_in_float32
 
 WINDOWS = helpers.example_windows(6, 12)

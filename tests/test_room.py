@@ -15,7 +15,7 @@ from compactmind.errors import CompactMindError
 from compactmind.methods import memory
 from compactmind.methods.memory import Sizes, of_pipeline
 from compactmind.methods.registry import METHODS
-from compactmind.methods.retraining import causal_lm
+from compactmind.methods.retraining.recipe import BASES
 from compactmind.room import free_memory, require_room
 from compactmind.search.compressor import read_pipeline
 
@@ -75,7 +75,7 @@ def test_a_base_of_4_bits_takes_a_quarter_of_what_is_trained_beside():
     for sizes in [replace(SEVEN, seq_len=512, cuda=True)]:
         dense = sizes.itemsize * sizes.parameters
         lora = {"mode": "lora", "gradient_checkpointing": True}
-        recipes = [METHODS["retrain"].parameters({**lora, "base": base}) for base in causal_lm.BASES]
+        recipes = [METHODS["retrain"].parameters({**lora, "base": base}) for base in BASES]
         whole, packed = (METHODS["retrain"].needs(sizes, recipe, dense) for recipe in recipes)
         # While it is made, the model is there as it came and one block in float32; while it is trained, 4 bits of it.
         assert dense < packed.peak < dense + 1.5 * sizes.block < whole.peak

@@ -27,7 +27,7 @@ from compactmind.methods.pruning.encoder import block_linears
 from compactmind.methods.pruning.importance import CRITERIA
 from compactmind.methods.pruning.masks import apply_masks
 from compactmind.methods.pruning.two_of_four import is_two_of_four
-from compactmind.methods.retraining.causal_lm import RetrainingLoss
+from compactmind.methods.retraining.loss import RetrainingLoss
 
 HISTORY_KEYS = {"epoch", "phase", "loss", "accuracy", "sparsity", "lr", "temperature", "alpha", "seconds"}
 LONG_DISTILL = ("--student_epochs", 12)

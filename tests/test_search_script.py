@@ -163,11 +163,11 @@ def test_a_trial_is_replayed_by_two_processes_and_searched_by_workers_of_one(tmp
 BROKEN = f"""
 import os, runpy, sys
 sys.path[:1] = [{str(helpers.REPOSITORY)!r}]
-from compactmind.methods.retraining import causal_lm
+from compactmind.methods.retraining import loss
 def broken(*_):
     raise ValueError("no memory left in process " + os.environ["RANK"])
 if os.environ["RANK"] == sys.argv[1]:
-    causal_lm.RetrainingLoss.forward = broken
+    loss.RetrainingLoss.forward = broken
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -9,12 +9,13 @@ import helpers
 import pytest
 import yaml
 
-from common import PROFILES, StageConfig
+from common import StageConfig
 from compactmind import plan
 from compactmind.checkpoint import save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.plan import has_written, known_durations, minutes, note_duration, why_made
 from compactmind.settings_file import field_reasons, read_settings, settings_text
+from profiles import PROFILES
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from test_causal_lm import STAGE, timeless
 from compactmind.checkpoint import load_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.methods.retraining import causal_lm
-from compactmind.methods.retraining.causal_lm import RetrainRecipe, retrain_causal_lm
+from compactmind.methods.retraining.causal_lm import retrain_causal_lm
+from compactmind.methods.retraining.recipe import RetrainRecipe
 from compactmind.methods.retraining.sharding import check_sharding, own_share
 from compactmind.precision import widen
 from compactmind.search.compressor import check_steps, read_pipeline

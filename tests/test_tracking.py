@@ -136,7 +136,7 @@ def test_the_script_names_and_starts_what_it_is_told_to(trackio, tmp_path, run_h
 
 
 def test_the_choices_are_the_trackers_and_no_password_is_told():
-    from common import setting_problem
+    from compactmind.settings import setting_problem
 
     for kind in (DistillConfig, PruneConfig, SearchConfig):
         assert kind().track == "" and all(setting_problem(kind(track=name)) is None for name in TRACKERS)

@@ -26,7 +26,8 @@ from compactmind.methods.pruning.two_of_four import (
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
 from compactmind.methods.registry import METHODS, Resources
-from compactmind.methods.retraining.causal_lm import RetrainRecipe, retrain_causal_lm
+from compactmind.methods.retraining.causal_lm import retrain_causal_lm
+from compactmind.methods.retraining.recipe import RetrainRecipe
 from compactmind.report.zeros import is_two_of_four as said_to_be
 from compactmind.report.zeros import zeros_sentences
 from compactmind.search.compressor import check_steps, read_pipeline

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from compactmind.devices import number_of_processes
 from compactmind.methods import memory
 from compactmind.methods.memory import Need, Sizes
+from compactmind.methods.pruning.llama_compensation import DenseStates
 from compactmind.methods.pruning.llama_importance import score
-from compactmind.methods.pruning.llama_pruning import DenseStates, PruneRecipe, check_prunable, prune_llama
+from compactmind.methods.pruning.llama_masks import PruneRecipe, check_prunable
+from compactmind.methods.pruning.llama_pruning import prune_llama
 from compactmind.methods.pruning.sparse24 import Sparse24Recipe, check_sparse24, sparsify_llama
 from compactmind.methods.quantization.calibration import SITES
 from compactmind.methods.quantization.gptq_model import (
@@ -29,7 +31,8 @@ from compactmind.methods.quantization.gptq_model import (
 from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4
 from compactmind.methods.quantization.tables import table_bits
 from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama, turn_for
-from compactmind.methods.retraining.causal_lm import RetrainRecipe, TeacherStates, windows_seen
+from compactmind.methods.retraining.loss import TeacherStates
+from compactmind.methods.retraining.recipe import RetrainRecipe, windows_seen
 from compactmind.methods.retraining.sharding import check_sharding
 from compactmind.methods.retraining.together import retrain_together
 from compactmind.precision import is_small

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from compactmind.errors import CompactMindError
 from compactmind.methods.blockwise import block_inputs, logits_behind, run_block
 from compactmind.methods.llama import LlamaBlock, llama_blocks, stream_norms
-from compactmind.methods.retraining.causal_lm import token_loss
+from compactmind.methods.retraining.loss import token_loss
 from compactmind.precision import widened
 
 CRITERIA = ("taylor", "activation", "variance", "l2", "random")

@@ -23,7 +23,8 @@ from torch import nn
 
 from compactmind.devices import is_main_process, number_of_processes
 from compactmind.errors import CompactMindError
-from compactmind.methods.retraining.causal_lm import TeacherStates, retrain_causal_lm
+from compactmind.methods.retraining.causal_lm import retrain_causal_lm
+from compactmind.methods.retraining.loss import TeacherStates
 from compactmind.training import make_accelerator
 
 PATIENCE = timedelta(days=7)
