@@ -90,7 +90,7 @@ class Resources:
         """Tell whether `model` is the one that `teacher` returns."""
         return self.remembered.get(((), "teacher")) is model
 
-    def done_with_teacher(self) -> None:
+    def release_teacher(self) -> None:
         """Let the dense model go if it is a large one: what asks for it again loads it again."""
         teacher = self.remembered.get(((), "teacher"))
         if teacher is not None and not is_small(teacher):
@@ -153,7 +153,7 @@ class Method:
                 wanted = ask(asked, values[0], values[-1], step=steps.pop())
                 found[name] = min(values, key=lambda value: abs(value - wanted))  # 0.30000000000000004 is 0.3
             else:
-                names = {asked_as(value): value for value in values}
+                names = {as_choice(value): value for value in values}
                 found[name] = values[0] if len(values) == 1 else names[trial.suggest_categorical(asked, list(names))]
         return found
 
@@ -165,7 +165,7 @@ class Method:
         return self.recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
-def asked_as(value: Any) -> Any:
+def as_choice(value: Any) -> Any:
     """Return what stands for a value in a study, which holds words and numbers alone: `channels+groups` for ("channels", "groups")."""
     return "+".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else value
 
