@@ -30,7 +30,13 @@ from compactmind.methods.quantization.gptq_model import (
 )
 from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4
 from compactmind.methods.quantization.tables import table_bits
-from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama, turn_for
+from compactmind.methods.quantization.w8a8_model import (
+    W8A8Recipe,
+    calibrate_llama,
+    quantize_llama,
+    rotate_stream_for,
+    smooth_llama,
+)
 from compactmind.methods.retraining.loss import TeacherStates
 from compactmind.methods.retraining.recipe import RetrainRecipe, windows_seen
 from compactmind.methods.retraining.sharding import check_sharding
@@ -253,7 +259,7 @@ def _smooth(model, resources: Resources, recipe: SmoothRecipe):
 
 
 def _w8a8(model, resources: Resources, recipe: W8A8Recipe):
-    turn_for(model, recipe)
+    rotate_stream_for(model, recipe)
     return model, quantize_llama(model, _statistics(model, resources, recipe.stream_rotation), recipe)
 
 

@@ -60,10 +60,10 @@ def tune_scales(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     losses: list[float] = []
 
-    def judged() -> float:
+    def held_out_divergence() -> float:
         return sum(_divergence(model, teacher, window) for window in held_out) / len(held_out)
 
-    at_first, kept = judged(), False
+    at_first, kept = held_out_divergence(), False
     try:
         for step in range(steps):
             losses.append(_backward(model, teacher, windows[step % len(windows)]))
@@ -76,7 +76,7 @@ def tune_scales(
             optimizer.zero_grad()
             show(f"tuning {step + 1}/{steps} | KL {losses[-1]:.4f}")
         _put(places, [value.detach().to(old.dtype) for value, old in zip(values, before, strict=True)])
-        at_last = judged()
+        at_last = held_out_divergence()
         kept = at_last < at_first
     finally:
         forget_unpacked(model)  # scales in float32 are torch's to multiply
@@ -110,8 +110,8 @@ def _divergence(model: PreTrainedModel, teacher: PreTrainedModel, window: torch.
     heads, loss = [_head(each) for each in (model, teacher)], 0.0
     for start in range(0, len(window), TOKENS_AT_ONCE):
         parts = [each[start : start + TOKENS_AT_ONCE].float() for each in states]
-        found, wanted = ((part @ head.t()).log_softmax(dim=-1) for part, head in zip(parts, heads, strict=True))
-        loss += float((wanted.exp() * (wanted - found)).sum())
+        ours, theirs = ((part @ head.t()).log_softmax(dim=-1) for part, head in zip(parts, heads, strict=True))
+        loss += float((theirs.exp() * (theirs - ours)).sum())
     return loss / len(window)
 
 
@@ -120,7 +120,7 @@ def _backward(model: PreTrainedModel, teacher: PreTrainedModel, window: torch.Te
     (states,), arguments = block_inputs(model, window[None])
     blocks, reads = llama_blocks(model), []
     with torch.no_grad():
-        wanted = teacher.model(input_ids=window[None].to(teacher.device), use_cache=False).last_hidden_state[0].float()
+        teacher_states = teacher.model(input_ids=window[None].to(teacher.device), use_cache=False).last_hidden_state[0].float()
         for block, others in zip(blocks, arguments, strict=True):
             reads.append(states)
             states = run_block(block.module, states, others)
@@ -131,10 +131,10 @@ def _backward(model: PreTrainedModel, teacher: PreTrainedModel, window: torch.Te
     with torch.no_grad():
         for start in range(0, len(window), TOKENS_AT_ONCE):
             part = slice(start, start + TOKENS_AT_ONCE)
-            found = (normed[0, part].float() @ head.t()).log_softmax(dim=-1)
-            target = (wanted[part] @ of_teacher.t()).log_softmax(dim=-1)
-            loss += float((target.exp() * (target - found)).sum())
-            gradient[part] = found.exp_().sub_(target.exp_()) @ head / len(window)
+            log_probabilities = (normed[0, part].float() @ head.t()).log_softmax(dim=-1)
+            target = (teacher_states[part] @ of_teacher.t()).log_softmax(dim=-1)
+            loss += float((target.exp() * (target - log_probabilities)).sum())
+            gradient[part] = log_probabilities.exp_().sub_(target.exp_()) @ head / len(window)
     normed.backward(gradient[None])
     gradient = last.grad
     for block, others in zip(reversed(blocks), reversed(arguments), strict=True):
