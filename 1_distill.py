@@ -38,7 +38,7 @@ from compactmind.methods.distillation.teacher_logits import cached_teacher_logit
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only
 from compactmind.methods.pruning.encoder import classifier_class, encoder_layers, family_name
 from compactmind.methods.vocabulary import same_tokenizer
-from compactmind.seeds import of_repeat, runs_of, told, with_seed
+from compactmind.seeds import format_spread, repeats_record, runs_of, with_seed
 from compactmind.task import Task, read_task
 from compactmind.training import (
     accelerator_record,
@@ -230,7 +230,7 @@ def main(config: DistillConfig) -> None:
         set_seed(config.seed)
         model, tokenizer = with_new_head(models / "teacher_base", task, config.max_length)
         set_dropout(model, config.teacher_dropout)
-        train(run, model, tokenizer, load_splits(tokenizer), config, accelerator, stage, repeats=of_repeat(name, run),
+        train(run, model, tokenizer, load_splits(tokenizer), config, accelerator, stage, repeats=repeats_record(name, run),
               epochs=config.teacher_epochs, lr=config.teacher_lr, lr_name="teacher_lr", parent="teacher_base")  # fmt: skip
 
     def make(name: str, stage: dict, train_model: Callable[[str, str, DistillConfig, dict], None]) -> None:
@@ -244,7 +244,7 @@ def main(config: DistillConfig) -> None:
                     accelerator.print(f"{models / run} is up to date: skipped (--force True trains it again)")
         if config.seeds > 1:
             reached = [read_manifest(models / run)["metrics"]["validation_accuracy"] for run in runs[name]]
-            accelerator.print(f"{name}, {config.seeds} seeds: validation accuracy {told(reached)}")
+            accelerator.print(f"{name}, {config.seeds} seeds: validation accuracy {format_spread(reached)}")
 
     make("teacher", teacher_stage, train_teacher)
 
@@ -292,7 +292,7 @@ def main(config: DistillConfig) -> None:
             if config.augment:
                 data["train"].labels = label_copies(data["train"].labels, logits, originals)
         train(
-            run, student, tokenizer, data, config, accelerator, stage, repeats=of_repeat(name, run),
+            run, student, tokenizer, data, config, accelerator, stage, repeats=repeats_record(name, run),
             epochs=config.student_epochs, lr=config.student_lr, lr_name="student_lr",
             parent="student_base" if "student_base" in inputs else "teacher", teacher_logits=logits,
             teacher=teacher.model if distilled else None,

@@ -45,10 +45,10 @@ from compactmind.methods.pruning.encoder import block_linears, layer_shapes
 from compactmind.methods.pruning.importance import ImportanceScorer, LayerScores, prunable_parameters
 from compactmind.methods.pruning.masks import LayerMask, apply_masks, compact, compact_and_compare, full_masks
 from compactmind.methods.pruning.schedule import cubic_sparsity
-from compactmind.methods.pruning.two_of_four import PATTERN, is_two_of_four, lay_over, share_of_zeros
+from compactmind.methods.pruning.two_of_four import PATTERN, apply_pattern, is_two_of_four, share_of_zeros
 from compactmind.methods.vocabulary import same_tokenizer
 from compactmind.report.history import plot_history
-from compactmind.seeds import of_repeat, runs_of, told
+from compactmind.seeds import format_spread, repeats_record, runs_of
 from compactmind.training import (
     accelerator_record,
     freeze_word_embeddings,
@@ -110,10 +110,10 @@ def main(config: PruneConfig) -> None:
     for name, goal in family.items():  # each goes on from the one before it, with every seed
         for run, seed in runs[name].items():
             own = replace(config, parent=parent, output_dir=run, seed=seed)
-            make(own, accelerator, goal, config.parent, [*family.values()][-1], of_repeat(name, run))
+            make(own, accelerator, goal, config.parent, [*family.values()][-1], repeats_record(name, run))
         if config.seeds > 1:
             reached = [read_manifest(config.models_dir / run)["metrics"]["validation_accuracy"] for run in runs[name]]
-            accelerator.print(f"{name}, {config.seeds} seeds: validation accuracy {told(reached)}")
+            accelerator.print(f"{name}, {config.seeds} seeds: validation accuracy {format_spread(reached)}")
         parent = name
 
 
@@ -145,7 +145,7 @@ def make(
         if due:
             require_room_for("2_prune_finetune.py", config)
             if pattern:
-                lay_pattern(config, accelerator, stage, repeats)
+                prune_to_pattern(config, accelerator, stage, repeats)
             else:
                 prune(config, accelerator, stage, goal, dense, hardest, repeats)
         else:
@@ -342,15 +342,15 @@ def prune(
             data_fingerprint=data_fingerprint(config.data_dir), beside=config.models_dir / config.parent,
             extra={"experiment_name": config.experiment_name or f"{config.output_dir}_{config.criterion}_{end}_{now}", **repeats},
         )  # fmt: skip
-        found = [f"{1 - prunable_parameters(model) / dense_parameters:.1%} of the prunable parameters removed"]
-        print(f"{config.output_dir}: " + ", ".join(found + [f"{name} {value:.3g}" for name, value in cost.items()]))
+        parts = [f"{1 - prunable_parameters(model) / dense_parameters:.1%} of the prunable parameters removed"]
+        print(f"{config.output_dir}: " + ", ".join(parts + [f"{name} {value:.3g}" for name, value in cost.items()]))
         if goal and reached > 1.05 * goal.share:
             print(f"warning: {config.output_dir} was to cost {goal.share:.3g} of {config.parent} and costs {reached:.3g}: no more could go")
         loop.clear(directory)
     accelerator.wait_for_everyone()
 
 
-def lay_pattern(config: PruneConfig, accelerator: Accelerator, stage: dict, repeats: dict[str, str]) -> None:
+def prune_to_pattern(config: PruneConfig, accelerator: Accelerator, stage: dict, repeats: dict[str, str]) -> None:
     """Zero two of every four weights of the parent's blocks, the smaller ones, train the others, and save models/<output_dir>."""
     directory = config.models_dir / config.output_dir
     parent, splits, teacher_logits = read_all(config, accelerator)
@@ -360,7 +360,7 @@ def lay_pattern(config: PruneConfig, accelerator: Accelerator, stage: dict, repe
         freeze_word_embeddings(model)
     set_seed(config.seed)
     linears, masks = block_linears(model), full_masks(model)
-    held, sparsity = lay_over(linears), share_of_zeros(linears.values())
+    held, sparsity = apply_pattern(linears), share_of_zeros(linears.values())
     accelerator.print(f"{config.parent}: {sparsity:.0%} of the weights of {len(linears)} linears are zero and stay so")
 
     loop = EpochLoop(
@@ -378,7 +378,7 @@ def lay_pattern(config: PruneConfig, accelerator: Accelerator, stage: dict, repe
         for batch in loop.batches():
             loop.backward(training_loss(config, loop, batch, teacher_logits, dense, masks))
             loop.step(sparsity=sparsity)
-            held.put_back()
+            held.zero_again()
         loop.row |= {"sparsity": sparsity, **soft}
 
     model = loop.finish()

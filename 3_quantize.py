@@ -173,20 +173,20 @@ def cut_vocabulary(name: str, config: QuantizeConfig, device: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------- main
 def main(config: QuantizeConfig) -> None:
     device, models = default_device(), config.models_dir
-    asked = {"--parents": (config.method, config.parents), "--w8a8_parents": ("w8a8", config.w8a8_parents)}
-    for option, (_, names) in asked.items():
+    parents_of_option = {"--parents": (config.method, config.parents), "--w8a8_parents": ("w8a8", config.w8a8_parents)}
+    for option, (_, names) in parents_of_option.items():
         for name in names:
             check_parent(models / name, option, "classifier")
-    wanted = list(dict.fromkeys((name, method) for method, names in asked.values() for name in names))
-    parents = list(dict.fromkeys(name for name, _ in wanted))
+    jobs = list(dict.fromkeys((name, method) for method, names in parents_of_option.values() for name in names))
+    parents = list(dict.fromkeys(name for name, _ in jobs))
     to_cut = parents if config.vocabulary_coverage else []
-    wanted += [(f"{name}{SMALL}", method) for name, method in wanted if to_cut]
-    outputs = [models / f"{name}{SMALL}" for name in to_cut] + [models / f"{name}_{method}" for name, method in wanted]
+    jobs += [(f"{name}{SMALL}", method) for name, method in jobs if to_cut]
+    outputs = [models / f"{name}{SMALL}" for name in to_cut] + [models / f"{name}_{method}" for name, method in jobs]
     check_outputs(outputs, "3_quantize.py", [models / name for name in parents], models)
     for name in to_cut:
         with lock_directory(models / f"{name}{SMALL}"):
             cut_vocabulary(name, config, device)
-    for name, method in wanted:
+    for name, method in jobs:
         with lock_directory(models / f"{name}_{method}"):
             quantize(name, method, config, device)
 

@@ -44,8 +44,8 @@ from compactmind.methods.quantization.w8a8_model import (
     W8A8Recipe,
     calibrate_llama,
     quantize_llama,
+    rotate_stream_for,
     smooth_llama,
-    turn_for,
 )
 from compactmind.methods.registry import METHODS
 from compactmind.precision import is_small, work_in_float32
@@ -147,13 +147,13 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
     if config.save_smoothed:
         stages[config.smoothed_dir] = {**smoothed_stage, "quantized": False}
 
-    asked = config.relevant("seq_len", "eval_windows", "window_choice")
+    protocol = config.relevant("seq_len", "eval_windows", "window_choice")
 
     def measured() -> dict:
         """Return what the numbers of the report depend on."""
         weights = {name: weights_fingerprint(config.models_dir / name) for name in stages}
         weights["model"] = made_by["inputs"]["model"]
-        return {"weights": weights, "text": fingerprint, "code": made_by["code"], **asked}
+        return {"weights": weights, "text": fingerprint, "code": made_by["code"], **protocol}
 
     places = {name: config.models_dir / name for name in stages}
     due = [name for name, wanted in stages.items() if config.force or not is_up_to_date(places[name], wanted, config.verify)]
@@ -182,7 +182,7 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
     def released(how: W8A8Recipe, dtype: torch.dtype | None = None):
         """Return a fresh copy of the released model (of `dtype`), its stream turned if the recipe wants that."""
         model = load_as_released(source)[0].to(device, dtype)
-        turn_for(model, how)
+        rotate_stream_for(model, how)
         return model
 
     @functools.cache
@@ -212,12 +212,12 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
         compared |= {value: recipe(value) for value in config.alpha_grid}
         logits = LogitsOf(work_in_float32(load_as_released(source)[0].to(device)), validation)
         for label, how in compared.items():
-            found = measure_windows({"": work_in_float32(quantized(how)[0])}, validation, logits)[""]
-            reached = perplexity_of(found["losses"], config.seq_len, "validation")["perplexity"]
-            table.append({"alpha": label, "perplexity": reached, "divergence": found["divergence"]["mean"]})
+            evaluated = measure_windows({"": work_in_float32(quantized(how)[0])}, validation, logits)[""]
+            reached = perplexity_of(evaluated["losses"], config.seq_len, "validation")["perplexity"]
+            table.append({"alpha": label, "perplexity": reached, "divergence": evaluated["divergence"]["mean"]})
             print(
                 f"alpha {label if isinstance(label, str) else f'{label:.2f}':<22} | on validation text: KL to dense "
-                f"{found['divergence']['mean']:8.5f}, perplexity {reached:8.3f}", flush=True,
+                f"{evaluated['divergence']['mean']:8.5f}, perplexity {reached:8.3f}", flush=True,
             )  # fmt: skip
         del logits
         if alpha == "global":
@@ -255,12 +255,12 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
     released_bytes = weight_bytes(source)
     model = work_in_float32(load_as_released(source)[0].to(device))
     logits, kernels = LogitsOf(model, windows), {source.name: kernel_of(model, "dense")}
-    found = {source.name: measure_logits(logits, windows)}
+    evaluated = {source.name: measure_logits(logits, windows)}
     del model
     for name in stages:
         checkpoint = load_checkpoint(config.models_dir / name, device)
         kernels[name] = kernel_of(checkpoint.model, checkpoint.manifest["kind"])
-        found[name] = measure_windows({name: checkpoint.model}, windows, logits)[name]
+        evaluated[name] = measure_windows({name: checkpoint.model}, windows, logits)[name]
         del checkpoint
     smoothed = read_manifest(config.models_dir / config.output_dir)
     table = smoothed.get("alpha_table", [])
@@ -270,8 +270,8 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
         f"{'of released':>13}  kernel"
     )
     for name, kernel in kernels.items():
-        result = perplexity_of(found[name]["losses"], config.seq_len, f"{text}, test", config.window_choice)
-        report["protocol"], far = result.pop("protocol"), found[name]["divergence"]
+        result = perplexity_of(evaluated[name]["losses"], config.seq_len, f"{text}, test", config.window_choice)
+        report["protocol"], far = result.pop("protocol"), evaluated[name]["divergence"]
         first = report["models"][0] if report["models"] else result
         ratio = paired_ratio(result["losses"], first["losses"])
         size = weight_bytes(source if name == source.name else config.models_dir / name)

@@ -53,11 +53,11 @@ from compactmind.methods.retraining.together import help_to_retrain, helped_by_t
 from compactmind.room import require_room
 from compactmind.search import findings, front
 from compactmind.search.cache import PrefixCache, kept_measurements
-from compactmind.search.choosing import best_for, chosen_of
+from compactmind.search.choosing import best_trials_at, choose_for_ratios
 from compactmind.search.compressor import Step, check_steps, read_pipeline
 from compactmind.search.engine import PATIENCE_SECONDS, counted_trials, open_study, search
 from compactmind.search.inputs import PipelineInputs, read_inputs, windows_of_folder
-from compactmind.search.machine import machine_kind, noting_kind, require_kind
+from compactmind.search.machine import machine_kind, recording_machine_kind, require_kind
 from compactmind.search.making import known_record, make_pipeline
 from compactmind.search.places import findings_folder, front_name, searched_name, study_name, trial_name
 from compactmind.search.space import Space, check_space, make_space, read_choices
@@ -85,7 +85,6 @@ def inputs_of(config: SearchConfig, check: Callable[[Any], None]) -> PipelineInp
 
     `check` looks at the dense model first: it raises CompactMindError if what is to be done to it cannot be done.
     """
-
     counts = config.relevant("train_windows", "held_out_windows", "confirm_windows", "eval_windows")
     return read_inputs(
         source_of(config), default_device(), check,
@@ -307,7 +306,7 @@ def run_search(config: SearchConfig, output: Path) -> None:
     guesses = space.guesses_for(targets, lambda pipeline: runner.expected_ratio(read_pipeline(pipeline)))
     require_kind(study, config.objectives, kind)  # another worker may have begun meanwhile
     search(
-        study, space, config.n_trials, noting_kind(runner.evaluate, config.objectives, kind), strategy=config.strategy,
+        study, space, config.n_trials, recording_machine_kind(runner.evaluate, config.objectives, kind), strategy=config.strategy,
         sampler=config.sampler, seed=config.seed, first=guesses if config.first_guesses else (), finished=progress.update,
         excess=runner.excess, pruner=runner.pruner(),
     )  # fmt: skip
@@ -316,14 +315,14 @@ def run_search(config: SearchConfig, output: Path) -> None:
 
     # ---- the best few, on all windows
     ratios, floor = config.save_front or (config.target_compression,), floor_of(config)
-    best = best_for(study, ratios, config.top)
+    best = best_trials_at(study, ratios, config.top)
     if not best:
         with lock_directory_patiently(folder, PATIENCE_SECONDS):
             findings.write_findings(study, folder, floor, {}, depends_on)
-        raise CompactMindError(findings.nothing_reached(study, floor, folder))
+        raise CompactMindError(findings.why_none_reached(study, floor, folder))
     runner.windows, runner.objectives = inputs.choose, (runner.quality,)
     with lock_directory_patiently(folder, PATIENCE_SECONDS):  # another worker at its end finds what this one has confirmed
-        confirmed, chosen, worth = chosen_of(study, best, runner, ratios, config.final_tokens)
+        confirmed, chosen, worth = choose_for_ratios(study, best, runner, ratios, config.final_tokens)
         summary = findings.write_findings(study, folder, floor, confirmed, depends_on, {"chosen": chosen, "ablation": worth})
     print(findings.summary_table(study, floor, summary, runner.unit))
     print(f"\nbest: trial {summary['best']['trial']}; any of them again: {replay_command(config, summary['best']['trial'])}")
@@ -338,7 +337,7 @@ def save_chosen(
     """Save the model of what was chosen, or of every size that was."""
     for each in chosen:
         if "trial" not in each:
-            print(f"save_front {each['ratio']:g}: {findings.nothing_so_small(study)}; no model is saved")
+            print(f"save_front {each['ratio']:g}: {findings.why_none_so_small(study)}; no model is saved")
             continue
         place = front_output(config, each["ratio"]) if config.save_front else output
         found_by = origin(config, study, storage, each["trial"])

@@ -31,7 +31,14 @@ from compactmind.evaluation.accuracy import correct_for_many
 from compactmind.evaluation.classifiers import measure_classifiers
 from compactmind.evaluation.language import measure_gsm8k, measure_in_llama_cpp, measure_language_models
 from compactmind.evaluation.llama_cpp import installed
-from compactmind.evaluation.rows import foreign_architecture, identify, load_models, require_room_for, split_by_need, unusable
+from compactmind.evaluation.rows import (
+    foreign_architecture,
+    identify,
+    load_models,
+    mark_unusable,
+    require_room_for,
+    reuse_measurements,
+)
 from compactmind.evaluation.seeds import add_seeds, is_repeat
 from compactmind.evaluation.zero_shot import compare_zero_shot, load_tasks, measure_zero_shot, require_tasks
 from compactmind.files import read_json, write_json_atomically
@@ -82,22 +89,22 @@ LANGUAGE_SETTINGS = ("seq_len", "eval_windows", "window_choice", "prompt_tokens"
 # ------------------------------------------------------------------------------------------------------------------ rows
 def own_models(config: ReportConfig) -> dict[str, Path]:
     """Return the user's own models, name -> folder. Raises CompactMindError on one that is not there."""
-    found = dict(MODELS_TO_EVALUATE)
+    models = dict(MODELS_TO_EVALUATE)
     for entry in config.models:
         name, separator, folder = entry.partition("=")
         if not (name and separator and folder):
             raise CompactMindError(f"--models {entry!r} is not name=folder: for example --models my-bert=/models/my-bert")
-        found[name] = folder
-    for name, folder in found.items():
+        models[name] = folder
+    for name, folder in models.items():
         if not (Path(folder) / "config.json").is_file():
             raise CompactMindError(f"{name}: {folder} holds no model (no config.json); mend MODELS_TO_EVALUATE or --models")
         if name in (*ENCODER_ROWS, *LANGUAGE_ROWS, AS_SHIPPED):
             raise CompactMindError(f"{name} is the name of a model of the pipeline: choose another one for {folder}")
-    return {name: Path(folder) for name, folder in found.items()}
+    return {name: Path(folder) for name, folder in models.items()}
 
 
 def list_rows(config: ReportConfig) -> list[dict[str, Any]]:
-    """Return a row per model with name, track, directory and status: found, or what `not run`, `broken` and `failed` mean, see `unusable`.
+    """Return a row per model with name, track, directory and status: found, or `not run`, `broken`, `failed`, see `mark_unusable`.
 
     The standard rows come first, then every other checkpoint under models/, then the user's own.
     """
@@ -121,7 +128,7 @@ def list_rows(config: ReportConfig) -> list[dict[str, Any]]:
             if track is None and name in own:
                 raise CompactMindError(f"{directory} holds a {architecture}: only {' and '.join(TASKS.values())} can be measured")
         except CompactMindError as error:
-            unusable(row, error)
+            mark_unusable(row, error)
             rows.append(row)
             continue
         if track:
@@ -139,12 +146,12 @@ def compared_with(row: dict[str, Any], track: str, config: ReportConfig) -> str 
 def measure_track(
     config: ReportConfig, track: str, rows: list[dict[str, Any]], known: dict[str, dict[str, Any]], machine: str
 ) -> None:
-    """Give, in place, every found row of a track its measurements: the earlier ones where they hold, else new ones."""
+    """Give, in place, every row of a track whose model is there its measurements: the earlier ones where they hold, else new ones."""
     mine = [row for row in rows if row["track"] == track]
     data = config.data_dir if track == "encoder" else config.text_dir
     settings = ENCODER_SETTINGS if track == "encoder" else LANGUAGE_SETTINGS
-    found = [row for row in mine if row["status"] == "found"]
-    if not found:
+    present = [row for row in mine if row["status"] == "found"]
+    if not present:
         return
     try:
         what = {"data": data_fingerprint(data), "machine": machine, "versions": versions(), **config.relevant(*settings)}
@@ -154,15 +161,15 @@ def measure_track(
         if track == "encoder":
             raise
         print(f"language models: {error}")
-        for row in found:
+        for row in present:
             row |= {"status": "not run", "command": "python download_model.py"}
         return
-    identify(found)
-    for row in found:
+    identify(present)
+    for row in present:
         if row["status"] == "found":
             row["compared_with"] = compared_with(row, track, config)
-    needed = split_by_need(found, known, what)
-    kept = sum(row["status"] == "measured" for row in found)
+    needed = reuse_measurements(present, known, what)
+    kept = sum(row["status"] == "measured" for row in present)
     if kept:
         print(
             f"{track}: {kept} of {kept + len(needed)} rows are as they were and come from the earlier report "
@@ -176,7 +183,7 @@ def measure_track(
         require_room_for(needed, DENSE_LANGUAGE_MODEL, config.eval_windows, config.seq_len, config.results_dir)
     reference = config.reference if track == "encoder" else DENSE_LANGUAGE_MODEL
     others = {reference, *(row["compared_with"] for row in needed)}
-    runs_along = [row for row in found if row["name"] in others and row not in needed and row["status"] == "measured"]
+    runs_along = [row for row in present if row["name"] in others and row not in needed and row["status"] == "measured"]
     device = default_device()
     checkpoints = load_models([*runs_along, *needed], device)
     there = {row["name"]: row for row in (*runs_along, *needed) if row["name"] in checkpoints}
@@ -214,18 +221,18 @@ def measure_llama_cpp(
     dense = next((row for row in rows if row["name"] == DENSE_LANGUAGE_MODEL and row["status"] == "measured"), None)
     if not dense or not installed() or default_device() == "cuda":
         return []
-    found = [row_of_llama_cpp(dense, kind, installed()) for kind in LLAMA_CPP]
-    earlier = [known.get(row["name"], {}) for row in found]
+    own = [row_of_llama_cpp(dense, kind, installed()) for kind in LLAMA_CPP]
+    earlier = [known.get(row["name"], {}) for row in own]
     if all(
         each.get("status") == "measured" and each["measured_with"] == row["measured_with"]
-        for each, row in zip(earlier, found, strict=True)
+        for each, row in zip(earlier, own, strict=True)
     ):
         return earlier
     checkpoint = load_any(Path(dense["directory"]), "cpu")
     documents = load_documents(config.text_dir, "test")
     windows = token_windows(checkpoint.tokenizer, documents, config.seq_len, config.eval_windows, config.window_choice)
-    measure_in_llama_cpp(found, checkpoint, dense, windows, **config.relevant("prompt_tokens"), repeats=config.latency_repeats)
-    return found
+    measure_in_llama_cpp(own, checkpoint, dense, windows, **config.relevant("prompt_tokens"), repeats=config.latency_repeats)
+    return own
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -236,7 +243,7 @@ def measured_report(config: ReportConfig, path: Path) -> dict[str, Any]:
     description, where = read_dataset_description(config.data_dir), environment()
     tasks, refused = load_tasks(config.zero_shot, config.zero_shot_dir)
     for name, why in refused.items():
-        print(f"{name} is not asked: {why}")
+        print(f"{name} is left out: {why}")
     rows = sorted(list_rows(config), key=lambda row: list(TASKS).index(row["track"]))
     for track in TASKS:
         measure_track(config, track, rows, known, where["machine"])
@@ -246,14 +253,14 @@ def measured_report(config: ReportConfig, path: Path) -> dict[str, Any]:
         if track == "llm" and tasks:
             mine = [row for row in rows if row["track"] == "llm"]
             measure_zero_shot(mine, checkpoint_of, tasks, config.zero_shot_dir, config.zero_shot_limit)
-        told = with_as_shipped([finished(row, known) for row in rows], DENSE_LANGUAGE_MODEL, beside)
-        report = json.loads(json.dumps(report_of(config, told, description, where, refused)))
+        finished_rows = with_as_shipped([finished(row, known) for row in rows], DENSE_LANGUAGE_MODEL, beside)
+        report = json.loads(json.dumps(report_of(config, finished_rows, description, where, refused)))
         write_json_atomically(path, report)
     return report
 
 
 def checkpoint_of(row: dict[str, Any]) -> Checkpoint:
-    """Return the checkpoint of a row, to be asked."""
+    """Load the checkpoint of a row."""
     return load_any(Path(row["directory"]), default_device())
 
 
@@ -302,8 +309,8 @@ def print_report(report: dict[str, Any], config: ReportConfig) -> None:
     for table in shown:
         if table is not None:
             print(f"\n{table.as_text()}")
-    told = [*sentences(report), *zero_shot_sentences(report)]
-    for title, lines in (("Summary", told), ("Warnings", warnings(report)), ("In short", opening_sentences(report))):
+    summary = [*sentences(report), *zero_shot_sentences(report)]
+    for title, lines in (("Summary", summary), ("Warnings", warnings(report)), ("In short", opening_sentences(report))):
         if lines:
             print(f"\n{title}\n" + "\n".join(f"- {line}" for line in lines))
 

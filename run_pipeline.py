@@ -36,7 +36,7 @@ from compactmind.settings_file import nearest, read_settings, settings_text
 from profiles import PROFILES
 
 MODELS = "<models_dir>"
-"""Stands for --models_dir in what a script is told."""
+"""Stands for --models_dir in the options of a script."""
 INTEGERS = '[{"method": "gptq", "params": {"target_compression": 3.5}}]'
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,14 +52,14 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "6_evaluate_report": ("6_evaluate_report.py", {}),
 }  # fmt: skip
-"""What a run is called, in a file of settings too -> its script, and what that is told beside the settings all share; in the order in which
+"""What a run is called, in a file of settings too -> its script, and its options beside the settings all share; in the order in which
 they read each other's output. The last search is for the best model of every size."""
 
 STAGES = tuple(dict.fromkeys(script for script, _ in RUNS.values()))
 """The scripts, each once."""
 
 LLAMA_STAGES = ("4_smoothquant_llama.py", "5_bayesian_search.py")
-"""Left out where download_model.py was told to fetch no language model (--llama_name "")."""
+"""Left out where download_model.py fetched no language model (--llama_name "")."""
 
 
 CONFIGS: dict[str, type[StageConfig]] = {
@@ -94,21 +94,21 @@ SECTIONS: dict[str, type[StageConfig]] = {OWN: PipelineConfig} | {
 
 
 # --------------------------------------------------------------------------------------------------------------- settings
-def given_by(path: str) -> dict[str, dict[str, Any]]:
+def settings_of_file(path: str) -> dict[str, dict[str, Any]]:
     """Return the settings of a file by section, checked; none without a file. Raises CompactMindError."""
     if not path:
         return {}
-    found = read_settings(Path(path), SECTIONS, {"profile": OWN})
-    if unknown := sorted({"config", "dump_config", "dry_run"} & set(found.get(OWN, {}))):
+    sections = read_settings(Path(path), SECTIONS, {"profile": OWN})
+    if unknown := sorted({"config", "dump_config", "dry_run"} & set(sections.get(OWN, {}))):
         raise CompactMindError(f"{path}: {unknown[0]} is for the command line")
-    profile = found.get(OWN, {}).pop("profile", PROFILE)
+    profile = sections.get(OWN, {}).pop("profile", PROFILE)
     if profile not in PROFILES:
         raise CompactMindError(f"{path}: unknown profile {profile!r}: {nearest(str(profile), PROFILES)}")
-    for section, settings in found.items():
+    for section, settings in sections.items():
         if problem := setting_problem(SECTIONS[section].for_profile(profile, **settings)):
             raise CompactMindError(f"{path}, section {section}: {problem.partition(': for example')[0]}")
-    found.setdefault(OWN, {})["profile"] = profile
-    return found
+    sections.setdefault(OWN, {})["profile"] = profile
+    return sections
 
 
 def with_file(config: PipelineConfig, arguments: Sequence[str]) -> PipelineConfig:
@@ -117,30 +117,30 @@ def with_file(config: PipelineConfig, arguments: Sequence[str]) -> PipelineConfi
         name, equals, value = argument.partition("=")
         if name == "--config":
             path = value if equals else "".join(arguments[position + 1 : position + 2])
-            own = given_by(path).get(OWN, {})
+            own = settings_of_file(path).get(OWN, {})
             return PipelineConfig.for_profile(own.get("profile", config.profile), **{k: v for k, v in own.items() if k != "profile"})
     return config
 
 
-def told(name: str, config: PipelineConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """Return what the script of a run is told beside the profile: what all share, what the run is for, what the file says of it."""
+def options_for(name: str, config: PipelineConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of the script of a run beside the profile: what all share, what the run is for, what the file says of it."""
     shared = {each: getattr(config, each) for each in SHARED}
     own = RUNS[name][1]
     placed = {each: value.replace(MODELS, str(config.models_dir)) for each, value in own.items() if isinstance(value, str)}
     return shared | own | placed | given
 
 
-def options(settings: dict[str, Any]) -> list[str]:
+def as_arguments(settings: dict[str, Any]) -> list[str]:
     """Return settings as a command line."""
-    found = []
+    arguments = []
     for name, value in settings.items():
-        found += [f"--{name}", *map(str, value)] if isinstance(value, tuple) else [f"--{name}={value}"]
-    return found
+        arguments += [f"--{name}", *map(str, value)] if isinstance(value, tuple) else [f"--{name}={value}"]
+    return arguments
 
 
 def resolved(name: str, config: PipelineConfig, given: dict[str, Any]) -> StageConfig:
     """Return the settings a run has, all of them."""
-    return SECTIONS[name].for_profile(config.profile, **told(name, config, given))
+    return SECTIONS[name].for_profile(config.profile, **options_for(name, config, given))
 
 
 def dump(config: PipelineConfig, given: dict[str, dict[str, Any]]) -> str:
@@ -157,7 +157,7 @@ def dump(config: PipelineConfig, given: dict[str, dict[str, Any]]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------------- plan
-def places_of(script: str, config: Any) -> dict[Path, dict[str, Any]]:
+def outputs_of(script: str, config: Any) -> dict[Path, dict[str, Any]]:
     """Return the checkpoints and files a stage writes, with the settings that are another for one of them."""
     models = config.models_dir
     if script == "download_model.py":
@@ -201,8 +201,8 @@ READS = {
 
 
 def plan(config: PipelineConfig, given: dict[str, dict[str, Any]]) -> bool:
-    """Print what every stage would do; tell whether all would run. Stages 4 and 5 are asked themselves, by their --dry_run."""
-    from compactmind.classifier_room import ROOMS, told_of
+    """Print what every stage would do; return whether all would run. Stages 4 and 5 say it themselves, by their --dry_run."""
+    from compactmind.classifier_room import ROOMS, describe_room
     from compactmind.files import free_space
     from compactmind.plan import minutes
 
@@ -212,14 +212,14 @@ def plan(config: PipelineConfig, given: dict[str, dict[str, Any]]) -> bool:
         if script not in config.only:
             continue
         whole = resolved(name, config, given.get(name, {}))
-        places, llama = places_of(script, whole), whole.models_dir / "llama"
+        places, llama = outputs_of(script, whole), whole.models_dir / "llama"
         print(f"\n{name}: {script}\n  from {READS[script]}\n  to   {', '.join(map(str, places))}")
         if script in LLAMA_STAGES and llama not in due and not llama.is_dir():
             print(f"  left out: there is no {llama}")
             continue
         lines, problem = [], None
         if script in LLAMA_STAGES and llama not in due:
-            lines, problem = asked(script, config.profile, told(name, config, given.get(name, {})))
+            lines, problem = ask_stage(script, config.profile, options_for(name, config, given.get(name, {})))
         made = {place: why for place, own in places.items() if (why := why_run(script, whole, place, own, due))}
         for place, why in made.items():
             print(f"  runs: {place}: {why}")
@@ -230,9 +230,9 @@ def plan(config: PipelineConfig, given: dict[str, dict[str, Any]]) -> bool:
         if not made and not lines:
             print(f"  {UP_TO_DATE.get(script, 'up to date')}")
         if script in LLAMA_STAGES and llama in due:
-            print(f"  memory and disk: told once {llama} is there")
+            print(f"  memory and disk: known once {llama} is there")
         if script in ROOMS and (made or script == REPORT):
-            line, problem = told_of(script, whole)
+            line, problem = describe_room(script, whole)
             print(f"  {line}")
         if problem:
             print(f"  would stop: {problem}")
@@ -247,7 +247,7 @@ UP_TO_DATE = {"download_model.py": "there; looks whether its sources have change
 
 
 def why_run(script: str, whole: Any, place: Path, own: dict[str, Any], due: set[Path]) -> str | None:
-    """Return why a stage would write a place, None if it would not, as far as can be told without asking it."""
+    """Return why a stage would write a place, None if it would not, as far as can be known without running it."""
     from compactmind.plan import why_made
 
     if not place.exists():
@@ -256,7 +256,7 @@ def why_run(script: str, whole: Any, place: Path, own: dict[str, Any], due: set[
         return "--force True"
     if script == REPORT:
         return None
-    if sources := sorted(str(source) for source in due & set(made_of(script, whole, place))):
+    if sources := sorted(str(source) for source in due & set(inputs_of(script, whole, place))):
         return f"{sources[0]} is made first"
     if script == "download_model.py" or script in LLAMA_STAGES:
         return None
@@ -264,7 +264,7 @@ def why_run(script: str, whole: Any, place: Path, own: dict[str, Any], due: set[
     return why_made(place, Path(__file__).resolve().parent / script, settings | own, whole.data_dir, whole.models_dir)
 
 
-def made_of(script: str, whole: Any, place: Path) -> list[Path]:
+def inputs_of(script: str, whole: Any, place: Path) -> list[Path]:
     """Return what a stage makes a checkpoint of, beside what is downloaded as text."""
     models, sentences = whole.models_dir, whole.data_dir / "dataset.json"
     if script == "1_distill.py":
@@ -276,9 +276,9 @@ def made_of(script: str, whole: Any, place: Path) -> list[Path]:
     return [models / "llama"] if script in LLAMA_STAGES else []
 
 
-def asked(script: str, profile: str, settings: dict[str, Any]) -> tuple[list[str], str | None]:
-    """Return what a stage that can say so says of itself: what is up to date, memory and disk; and what would stop it."""
-    command = [sys.executable, Path(__file__).resolve().parent / script, "--profile", profile, *options(settings), "--dry_run=True"]
+def ask_stage(script: str, profile: str, settings: dict[str, Any]) -> tuple[list[str], str | None]:
+    """Return what a stage prints of itself with --dry_run: what is up to date, memory and disk; and what would stop it."""
+    command = [sys.executable, Path(__file__).resolve().parent / script, "--profile", profile, *as_arguments(settings), "--dry_run=True"]
     ended = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in ended.stdout.splitlines() if "GB" in line or "up to date" in line or "made again" in line]
     return lines, (ended.stderr.strip().splitlines() or ["without a word"])[-1] if ended.returncode else None
@@ -294,7 +294,7 @@ def main(config: PipelineConfig) -> None:
     if problem := setting_problem(config):
         raise SystemExit(f"error: {problem}")
     try:
-        given = given_by(config.config)
+        given = settings_of_file(config.config)
         if config.dump_config:
             write_or_print(config.dump_config, dump(config, given))
             return
@@ -326,14 +326,14 @@ def run_all(config: PipelineConfig, given: dict[str, dict[str, Any]]) -> None:
     runs = [(name, script) for name, (script, _) in RUNS.items() if script in config.only]
     durations = {}
     for number, (section, stage) in enumerate(runs, start=1):
-        settings = told(section, config, given.get(section, {}))
-        name = shlex.join((stage, *options({key: value for key, value in settings.items() if key not in SHARED})))
+        settings = options_for(section, config, given.get(section, {}))
+        name = shlex.join((stage, *as_arguments({key: value for key, value in settings.items() if key not in SHARED})))
         print(f"\n=== [{number}/{len(runs)}] {name}, {(time.perf_counter() - begun) / 60:.1f} min so far", flush=True)
         if stage in LLAMA_STAGES and not (config.models_dir / "llama").is_dir():
             print(f"skipped: there is no {config.models_dir / 'llama'} (`python download_model.py` makes it)")
             continue
         started, since = time.perf_counter(), time.time()
-        command = [sys.executable, root / stage, "--profile", config.profile, *options(settings)]
+        command = [sys.executable, root / stage, "--profile", config.profile, *as_arguments(settings)]
         try:
             code = subprocess.run(command).returncode
         except KeyboardInterrupt:
@@ -343,7 +343,7 @@ def run_all(config: PipelineConfig, given: dict[str, dict[str, Any]]) -> None:
                 f"error: {name} failed (exit code {code}); mend what it says, then `python run_pipeline.py` goes on there"
             )
         durations[name] = time.perf_counter() - started
-        if has_written(list(places_of(stage, resolved(section, config, given.get(section, {})))), since):
+        if has_written(list(outputs_of(stage, resolved(section, config, given.get(section, {})))), since):
             note_duration(config.results_dir, section, durations[name], config.profile)
     print("\n=== done: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in durations.items()), end="")
     print(f"; {sum(durations.values()) / 60:.1f} min in all")

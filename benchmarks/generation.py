@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import StageConfig, parse_command_line, run_stage  # noqa: E402
 from compactmind.checkpoint import load_any  # noqa: E402
 from compactmind.devices import default_device  # noqa: E402
-from compactmind.evaluation.cost import in_turns, random_tokens, synchronize  # noqa: E402
+from compactmind.evaluation.cost import measure_interleaved, random_tokens, synchronize  # noqa: E402
 from compactmind.files import write_json_atomically  # noqa: E402
 from compactmind.formats.table import kernel_of  # noqa: E402
 from compactmind.generation import cache_for  # noqa: E402
@@ -74,7 +74,7 @@ def measure(config: GenerationConfig) -> dict[str, dict]:
         synchronize(model.device)
         return read - started, (time.perf_counter() - read) / NEW_TOKENS
 
-    rounds, found = in_turns(ways, once, config.repeats, 1, None), {}
+    rounds, found = measure_interleaved(ways, once, config.repeats, 1, None), {}
     reference = rounds[f"{first}, by transformers"]
     for name, times in rounds.items():
         found[name] = {"kernel": kernel_of(ways[name][0], loaded.get(name, loaded[first]).manifest["kind"])}

@@ -1,4 +1,4 @@
-"""Check a run of the paper profile against what others have published of Llama-2-7B: expected beside found, row by row.
+"""Check a run of the paper profile against what others have published of Llama-2-7B: expected beside measured, row by row.
 
 Run:   python benchmarks/paper_check.py        (after the commands of docs/paper_profile.md, with their --models_dir and --results_dir)
 Reads: results/final_report.json; results/smoothquant.json and models/llama/manifest.json for rows the report does not have
@@ -94,18 +94,18 @@ EXPECTED = (
 )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------- found
+# ------------------------------------------------------------------------------------------------------------- measured
 def read_json(path: Path, command: str) -> dict[str, Any] | None:
     """Return what a stage wrote, None if it is not there. Raises CompactMindError naming the command if it is damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise CompactMindError(f"{path} cannot be read ({error}): run `{command}`") from None
-    if not isinstance(found, dict):
-        raise CompactMindError(f"{path} is damaged (a {type(found).__name__}, no object): run `{command}`")
-    return found
+    if not isinstance(content, dict):
+        raise CompactMindError(f"{path} is damaged (a {type(content).__name__}, no object): run `{command}`")
+    return content
 
 
 def shape_of(layers: list[dict[str, int]], parameters: int) -> dict[str, float]:
@@ -142,11 +142,11 @@ def differences_of_base(base: dict[str, Any] | None) -> list[str]:
     if base is None:
         return ["nothing says which model it was made from"]
     shape = shape_of(base["layers"], base["parameters"])
-    found = [f"{name} {shape[name]:g} instead of {value}" for name, value in SHAPE.items() if shape[name] != value]
+    differences = [f"{name} {shape[name]:g} instead of {value}" for name, value in SHAPE.items() if shape[name] != value]
     name = base["model_name"].lower()
     if LLAMA_2_7B.lower() not in name or "chat" in name:
-        found.append(f"it is {base['model_name']}")
-    return [f"not of {LLAMA_2_7B}: {', '.join(found)}"] if found else []
+        differences.append(f"it is {base['model_name']}")
+    return [f"not of {LLAMA_2_7B}: {', '.join(differences)}"] if differences else []
 
 
 def rows_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -155,7 +155,7 @@ def rows_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Found:
+class Measurement:
     """What was measured of a row, and why it cannot be compared."""
 
     perplexity: float
@@ -163,7 +163,7 @@ class Found:
     differences: list[str]
 
 
-def found_of(name: str, report: dict[str, Any], smoothquant: dict[str, Any], models_dir: Path) -> Found | None:
+def measurement_of(name: str, report: dict[str, Any], smoothquant: dict[str, Any], models_dir: Path) -> Measurement | None:
     """Return what was measured of a checkpoint, by the report or else by stage 4; None if neither has measured it."""
     row, base = rows_of(report).get(name), base_of(report, models_dir)
     differences = differences_of_base(base)
@@ -181,22 +181,22 @@ def found_of(name: str, report: dict[str, Any], smoothquant: dict[str, Any], mod
     differences += protocol_differences(protocol)
     if protocol["seq_len"] == LLAMA_2_7B_SEQ_LEN and protocol["windows"] != LLAMA_2_7B_WINDOWS:
         differences.append(f"{protocol['windows']} windows instead of all {LLAMA_2_7B_WINDOWS}")
-    return Found(row["perplexity"], size, differences)
+    return Measurement(row["perplexity"], size, differences)
 
 
 # -------------------------------------------------------------------------------------------------------------- verdict
-def verdict_of(expected: Expected, found: Found | None) -> tuple[bool, str]:
+def verdict_of(expected: Expected, measured: Measurement | None) -> tuple[bool, str]:
     """Return whether a row passes, and what to say of it; a row that is not measured passes."""
-    if found is None:
+    if measured is None:
         return True, "not measured"
-    if found.differences:
-        return False, "not comparable: " + "; ".join(found.differences)
+    if measured.differences:
+        return False, "not comparable: " + "; ".join(measured.differences)
     low, high = expected.perplexities()
     wrong = []
-    if not low <= found.perplexity <= high:  # NaN is not
-        bound = high if found.perplexity > high else low
-        wrong.append(f"perplexity off by {found.perplexity - bound:+.3f}")
-    share = found.size_gb / expected.size_gb - 1
+    if not low <= measured.perplexity <= high:  # NaN is not
+        bound = high if measured.perplexity > high else low
+        wrong.append(f"perplexity off by {measured.perplexity - bound:+.3f}")
+    share = measured.size_gb / expected.size_gb - 1
     if not abs(share) <= SIZE_TOLERANCE:
         wrong.append(f"size off by {share:+.1%}")
     return not wrong, ", ".join(wrong) or "ok"
@@ -214,19 +214,21 @@ def main(config: StageConfig) -> None:
     if report is None and smoothquant is None:
         raise CompactMindError(f"neither {paths[0]} nor {paths[1]} is there: run the commands of docs/paper_profile.md, at last `{REPORT}`")
     try:
-        found = {each.name: found_of(each.name, report or {}, smoothquant or {}, config.models_dir) for each in EXPECTED}
+        measured = {each.name: measurement_of(each.name, report or {}, smoothquant or {}, config.models_dir) for each in EXPECTED}
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise CompactMindError(
             f"{paths[0]} or {paths[1]} is not of this version or damaged ({error!r}): run `{STAGE_4}`, then `{REPORT} --fresh True`"
         ) from None
-    verdicts = {each.name: verdict_of(each, found[each.name]) for each in EXPECTED}
+    verdicts = {each.name: verdict_of(each, measured[each.name]) for each in EXPECTED}
     print(
         f"\n{LLAMA_2_7B}, WikiText-2 raw, test, all {LLAMA_2_7B_WINDOWS} windows of {LLAMA_2_7B_SEQ_LEN} tokens\n\n"
-        f"{'model':<19}{'what':<31}{'published':>13}{'accepted':>15}{'found':>9}{'GB':>8}{'found':>8}  verdict"
+        f"{'model':<19}{'what':<31}{'published':>13}{'accepted':>15}{'measured':>10}{'GB':>8}{'measured':>10}  verdict"
     )
     for each in EXPECTED:
-        results, there = [row.result for row in each.sources()], found[each.name]
-        numbers = f"{there.perplexity:>9.3f}{each.size_gb:>8.2f}{there.size_gb:>8.2f}" if there else f"{'-':>9}{each.size_gb:>8.2f}{'-':>8}"
+        results, there = [row.result for row in each.sources()], measured[each.name]
+        numbers = f"{'-':>10}{each.size_gb:>8.2f}{'-':>10}"
+        if there:
+            numbers = f"{there.perplexity:>10.3f}{each.size_gb:>8.2f}{there.size_gb:>10.2f}"
         print(
             f"{each.name:<19}{each.what:<31}{span(min(results), max(results)):>13}{span(*each.perplexities()):>15}{numbers}  "
             f"{verdicts[each.name][1]}"
@@ -234,11 +236,11 @@ def main(config: StageConfig) -> None:
     print("\nPublished by others, on other machines:")
     for row in dict.fromkeys(row for each in EXPECTED for row in each.sources()):
         print(f"- {row.model}: {row.result:g}; {row.protocol}; {row.source}")
-    missing = list(dict.fromkeys(each.command for each in EXPECTED if found[each.name] is None))
+    missing = list(dict.fromkeys(each.command for each in EXPECTED if measured[each.name] is None))
     if missing:
         print("\nNot measured; these make it:")
         print("\n".join([*missing, REPORT]))
-    if not any(found.values()):
+    if not any(measured.values()):
         raise SystemExit("error: nothing was measured, so nothing is checked")
     if not all(passed for passed, _ in verdicts.values()):
         raise SystemExit(1)

@@ -29,7 +29,7 @@ from compactmind.code_version import code_version  # noqa: E402
 from compactmind.forward import next_token_logits  # noqa: E402
 from compactmind.guards import check_outputs, check_released  # noqa: E402
 from compactmind.manifest import identity_of  # noqa: E402
-from compactmind.methods.quantization.stream_rotation import random_orthogonal, turn_stream  # noqa: E402
+from compactmind.methods.quantization.stream_rotation import random_orthogonal, rotate_stream  # noqa: E402
 
 SCRIPT = "benchmarks/turned.py"
 
@@ -54,7 +54,7 @@ def main(config: TurnedConfig) -> None:
     model.config.dtype = dtype
     tokens = torch.randint(len(tokenizer), (64,), generator=torch.Generator().manual_seed(config.seed))
     before = next_token_logits(model, tokens).float()
-    turn_stream(model, random_orthogonal(model.config.hidden_size, config.seed))
+    rotate_stream(model, random_orthogonal(model.config.hidden_size, config.seed))
     difference = (next_token_logits(model, tokens).float() - before).norm() / before.norm()
     stage = {"script": SCRIPT, "config": config.relevant("seed", "dtype"), "inputs": {"model": identity_of(config.model)}}
     save_checkpoint(

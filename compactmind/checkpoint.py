@@ -52,7 +52,7 @@ from compactmind.methods.pruning.llama_structure import FAMILIES
 from compactmind.methods.pruning.two_of_four import with_sparse_kernels
 from compactmind.model_card import model_card
 from compactmind.origin import origin_of
-from compactmind.precision import SMALL_BYTES, dtype_to_hold, is_small, ready_to_use
+from compactmind.precision import SMALL_BYTES, dtype_to_hold, is_small, prepare_for_inference
 
 GENERATION = "generation_config.json"
 TRAVELLING = (GENERATION, "*.jinja", "special_tokens_map.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*_POLICY*")
@@ -272,7 +272,7 @@ def _load_once(directory: Path, device: str | torch.device, dtype: torch.dtype |
     if verify and (bad := first_not_finite(model.state_dict().items())):
         raise CompactMindError(f"{directory}: {bad} holds NaN or infinite numbers, so the model is of no use: {again}")
     model = model.to(device).eval()
-    return Checkpoint(model if held else ready_to_use(model, is_quantized(manifest["kind"])), tokenizer, manifest)
+    return Checkpoint(model if held else prepare_for_inference(model, is_quantized(manifest["kind"])), tokenizer, manifest)
 
 
 def load_any(directory: Path, device: str | torch.device = "cpu", verify: bool = True) -> Checkpoint:
@@ -302,7 +302,7 @@ def load_any(directory: Path, device: str | torch.device = "cpu", verify: bool =
             raise ValueError(f"{bad} holds NaN or infinite numbers")
         model = model.to(device).eval()
         if generates and not quantized:
-            model = model.float() if model.device.type == "cpu" and is_small(model) else ready_to_use(model, quantized=False)
+            model = model.float() if model.device.type == "cpu" and is_small(model) else prepare_for_inference(model, quantized=False)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise CompactMindError(f"{directory} could not be loaded ({str(error).strip()[:300]})") from error
     manifest = {
@@ -325,7 +325,7 @@ class Checkpoints(Mapping[str, Checkpoint]):
 
     def __getitem__(self, name: str) -> Checkpoint:
         if name not in self._kept:
-            self.let_large_go()
+            self.release_large()
             found = self._kept[name] = self._load[name]()
             self._tokenizers[name] = found.tokenizer
             self._large[name] = is_llama(found.model) and 4 * parameters_of(found.model) > SMALL_BYTES
@@ -352,7 +352,7 @@ class Checkpoints(Mapping[str, Checkpoint]):
             self[name]
         return self._large[name]
 
-    def let_large_go(self) -> None:
+    def release_large(self) -> None:
         """Forget the large one that is in memory, if there is one."""
         self._kept = {name: kept for name, kept in self._kept.items() if not self._large[name]}
         if torch.cuda.is_available():

@@ -62,7 +62,7 @@ def pruning(config: Any) -> Room | None:
 
 
 def quantizing(config: Any) -> Room | None:
-    """What 3_quantize.py needs for the dearest of its parents; results are told as no smaller than these."""
+    """What 3_quantize.py needs for the dearest of its parents; results are counted as no smaller than these."""
     names = dict.fromkeys((*config.parents, *config.w8a8_parents))
     sizes = {name: sizes_of(config.models_dir / name) for name in names}
     if None in sizes.values() or not sizes:
@@ -76,7 +76,7 @@ def quantizing(config: Any) -> Room | None:
 def measuring(config: Any) -> Room | None:
     """What the classifiers of 6_evaluate_report.py need: all in memory together, and what a layer of the largest computes."""
     folders = [path.parent for path in sorted(config.models_dir.glob("*/config.json"))]
-    encoders = [found for folder in folders if (found := sizes_of(folder, "ForSequenceClassification"))]
+    encoders = [sizes for folder in folders if (sizes := sizes_of(folder, "ForSequenceClassification"))]
     if not encoders:
         return None
     batches = [(config.eval_batch_size, config.max_length), *((size, config.cost_length) for size in config.latency_batches)]
@@ -97,9 +97,9 @@ def require_room_for(script: str, config: Any) -> None:
         require_room(room.needs, room.disk, config.models_dir, default_device(), room.way_out)
 
 
-def told_of(script: str, config: Any) -> tuple[str, str | None]:
+def describe_room(script: str, config: Any) -> tuple[str, str | None]:
     """Return what memory and disk a stage will take in words, and why that does not fit, None if it does or is not known yet."""
     room = ROOMS[script](config)
     if room is None:
-        return "memory and disk: told once what it reads is there", None
+        return "memory and disk: known once what it reads is there", None
     return room_for(room.needs, room.disk, config.models_dir, default_device(), room.way_out)

@@ -43,13 +43,13 @@ def as_sentences(texts: list[str], pair: str | None, reads_pairs: bool | None) -
         raise CompactMindError("the model was trained on single texts: leave out --pair")
     if pair is not None or not reads_pairs:
         return [Sentence(text, 0, pair) for text in texts]
-    found = [text.split("\t") for text in texts]
-    for text, parts in zip(texts, found, strict=True):
+    pairs = [text.split("\t") for text in texts]
+    for text, parts in zip(texts, pairs, strict=True):
         if len(parts) != 2 or not all(part.strip() for part in parts):
             raise CompactMindError(
                 f"the model was trained on pairs of texts: give the second of {text[:60]!r} with --pair, or behind a tab"
             )
-    return [Sentence(first.strip(), 0, second.strip()) for first, second in found]
+    return [Sentence(first.strip(), 0, second.strip()) for first, second in pairs]
 
 
 def classify(model, tokenizer, texts: list[Sentence], max_length: int) -> list[dict[str, object]]:
@@ -92,23 +92,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=32, help="sentences at a time")
     parser.add_argument("--max_length", type=int, default=128, help="tokens after which a sentence is cut")
     parser.add_argument("--json", action="store_true", help="print an object per line")
-    asked = parser.parse_args(arguments)
-    if asked.batch_size < 1 or asked.max_length < 2:
-        parser.error(f"batch_size {asked.batch_size} and max_length {asked.max_length} must be at least 1 and 2")
-    if not asked.texts and (sys.stdin is None or sys.stdin.isatty()):
+    options = parser.parse_args(arguments)
+    if options.batch_size < 1 or options.max_length < 2:
+        parser.error(f"batch_size {options.batch_size} and max_length {options.max_length} must be at least 1 and 2")
+    if not options.texts and (sys.stdin is None or sys.stdin.isatty()):
         parser.error('no sentence: give some, or pipe them in, for example "a lovely film"')
     silence_libraries()
     with errors_in_one_line():
-        checkpoint = open_model(asked.model, "SequenceClassification")
+        checkpoint = open_model(options.model, "SequenceClassification")
         foreign = checkpoint.manifest["kind"] == "foreign"
         reads_pairs = getattr(checkpoint.model.config, "sentence_pairs", None if foreign else False)
-        for batch in in_batches(texts_of(asked.texts, sys.stdin and sys.stdin.buffer), asked.batch_size):
-            texts = as_sentences(batch, asked.pair, reads_pairs)
-            for found in classify(checkpoint.model, checkpoint.tokenizer, texts, asked.max_length):
-                if asked.json:
-                    print(json.dumps(found, ensure_ascii=False))
+        for batch in in_batches(texts_of(options.texts, sys.stdin and sys.stdin.buffer), options.batch_size):
+            texts = as_sentences(batch, options.pair, reads_pairs)
+            for row in classify(checkpoint.model, checkpoint.tokenizer, texts, options.max_length):
+                if options.json:
+                    print(json.dumps(row, ensure_ascii=False))
                 else:
-                    print(found["label"], f"{found['score']:.3f}", found["text"], *filter(None, [found.get("pair")]), sep="\t")
+                    print(row["label"], f"{row['score']:.3f}", row["text"], *filter(None, [row.get("pair")]), sep="\t")
             sys.stdout.flush()
 
 

@@ -213,7 +213,7 @@ def _write_splits(
         for name, path in new.items():
             write_text_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in splits[name]))
             description["splits"][name] = {"rows": len(splits[name]), **counts[name], "sha256": sha256_of(path)}
-        write_json_atomically(data_dir / DESCRIPTION, {**description, "replaces": sorted(_vouched_for(data_dir))})
+        write_json_atomically(data_dir / DESCRIPTION, {**description, "replaces": sorted(_recorded_hashes(data_dir))})
         for name, path in new.items():
             os.replace(path, data_dir / f"{name}.jsonl")
     finally:
@@ -223,7 +223,7 @@ def _write_splits(
     return description
 
 
-def _vouched_for(data_dir: Path) -> set[str]:
+def _recorded_hashes(data_dir: Path) -> set[str]:
     """Return the SHA-256 of every file that dataset.json says was written here, empty if it says nothing."""
     try:
         description = json.loads((data_dir / DESCRIPTION).read_text(encoding="utf-8"))
@@ -234,7 +234,7 @@ def _vouched_for(data_dir: Path) -> set[str]:
 
 def refuse_own_files(data_dir: Path) -> None:
     """Raise CompactMindError if a split is there that `write_splits` did not write, or that was changed since: it is somebody's own."""
-    vouched_for = _vouched_for(data_dir)
+    vouched_for = _recorded_hashes(data_dir)
     for path in (data_dir / f"{name}.jsonl" for name in SPLITS):
         if path.exists() and sha256_of(path) not in vouched_for:
             raise CompactMindError(

@@ -87,7 +87,7 @@ def weight_files(directory: Path) -> list[Path]:
 # ------------------------------------------------------------------------------------------------------------ what can fail
 def free_space(directory: Path) -> int:
     """Return the bytes that are free on the disk that holds `directory`, or will."""
-    place = place_of(directory)
+    place = resolve_directory(directory)
     return shutil.disk_usage(next(parent for parent in [place, *place.parents] if parent.exists())).free
 
 
@@ -219,7 +219,7 @@ _held: dict[Path, tuple[filelock.BaseFileLock, int]] = {}
 """The locks of this process: real path of the directory -> lock and how often it was taken."""
 
 
-def place_of(directory: Path) -> Path:
+def resolve_directory(directory: Path) -> Path:
     """Return where a directory really is: links are followed, so that one place has one name.
 
     Raises CompactMindError for a link whose target's parent is not there: the disk it points to is not mounted.
@@ -239,7 +239,7 @@ def lock_directory(directory: Path, wait_seconds: float = LOCK_WAIT_SECONDS) -> 
     The lock is the operating system's and ends with the process, however that ends. The process may take it again while it has it. What
     an interrupted writer left is put in order first. Raises CompactMindError if another process still has it after `wait_seconds`.
     """
-    place = place_of(directory)
+    place = resolve_directory(directory)
     lock, count = _held.get(place, (None, 0))
     if lock is None:
         path = place.parent / LOCKS / f"{place.name}.lock"
@@ -299,7 +299,7 @@ def replace_directory(directory: Path, needed_bytes: int = 0, wait_seconds: floa
     CompactMindError when the disk is full or cannot be written, or if another process is writing the same directory.
     """
     with lock_directory(directory, wait_seconds):
-        place = place_of(directory)
+        place = resolve_directory(directory)
         require_free_space(directory, needed_bytes)
         with explain_unwritable(directory):
             temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.tmp-"))

@@ -111,7 +111,7 @@ class Plan:
         floats = sum(linear.weight.numel() for linear in linears if _is_float(linear) and linear.weight.dtype == torch.float32)
         for block in blocks:
             for field in LINEARS:
-                tensors, kind = _told(getattr(block, field), narrow=2 * floats <= COPIES)
+                tensors, kind = _decode_arguments(getattr(block, field), narrow=2 * floats <= COPIES)
                 self.linears += tensors
                 self.kinds += kind
         self.eps, self.scaling = blocks[0].input_norm.variance_epsilon, blocks[0].module.self_attn.scaling
@@ -157,7 +157,7 @@ def _is_float(linear: nn.Module) -> bool:
     return wide or type(linear) is WidenedLinear and linear.weight.dtype == torch.bfloat16
 
 
-def _told(linear: nn.Module, narrow: bool) -> tuple[list[torch.Tensor], list[int]]:
+def _decode_arguments(linear: nn.Module, narrow: bool) -> tuple[list[torch.Tensor], list[int]]:
     """Return the three tensors and three numbers by which `decode` knows a linear; `narrow`: float32 in bf16 where that is exact."""
     if isinstance(linear, W8A8Linear):
         nothing = linear.weight_scale.new_empty(0)
@@ -184,12 +184,12 @@ def plan_of(model: PreTrainedModel) -> Plan | None:
         norms = {block.input_norm.weight.dtype, block.post_norm.weight.dtype}
         if not isinstance(block.module, (*LAYERS, W8A8Block)) or norms != {torch.float32}:
             return None
-        if not all(_can_be_told(getattr(block, field)) for field in LINEARS):
+        if not all(_is_decodable(getattr(block, field)) for field in LINEARS):
             return None
     return Plan(blocks)
 
 
-def _can_be_told(linear: nn.Module) -> bool:
+def _is_decodable(linear: nn.Module) -> bool:
     if linear.bias is not None:
         return False
     if isinstance(linear, GroupedLinear):

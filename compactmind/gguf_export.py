@@ -137,7 +137,7 @@ def rope_order(rows: int, heads: int) -> torch.Tensor:
 def tensors_of(model: PreTrainedModel, dtype: str) -> Iterator[tuple[str, numpy.ndarray, str]]:
     """Yield the name, the data and the type of every tensor of a file. Raises CompactMindError naming a weight that GGUF cannot hold."""
 
-    def told(
+    def tensor_of(
         name: str, module: nn.Module, rows: torch.Tensor | None = None, kind: str = dtype
     ) -> tuple[str, numpy.ndarray, str]:
         try:
@@ -149,10 +149,10 @@ def tensors_of(model: PreTrainedModel, dtype: str) -> Iterator[tuple[str, numpy.
             raise CompactMindError(f"{name}: {error}; {way if isinstance(module, GroupedWeight) else 'write it as BF16'}") from None
 
     of_tables = "Q8_0" if dtype in ROUNDED else dtype
-    yield told("token_embd", model.get_input_embeddings(), kind=of_tables)
+    yield tensor_of("token_embd", model.get_input_embeddings(), kind=of_tables)
     head = model.get_output_embeddings()
     if not isinstance(head, TiedHead) and not _same(head, model.get_input_embeddings()):
-        yield told("output", head, kind=of_tables)
+        yield tensor_of("output", head, kind=of_tables)
     yield "output_norm.weight", *_plain(model.model.norm.weight.detach(), "F32")
     if (factors := _rope_factors(model)) is not None:
         yield "rope_freqs.weight", *_plain(factors, "F32")
@@ -163,7 +163,7 @@ def tensors_of(model: PreTrainedModel, dtype: str) -> Iterator[tuple[str, numpy.
             linear, rows = getattr(block, field), None
             if field in ("q", "k"):
                 rows = rope_order(linear.out_features, linear.out_features // block.head_dim)
-            yield told(f"blk.{number}.{PARTS[field]}", linear, rows)
+            yield tensor_of(f"blk.{number}.{PARTS[field]}", linear, rows)
             if linear.bias is not None:
                 bias = linear.bias.detach()[slice(None) if rows is None else rows]
                 yield f"blk.{number}.{PARTS[field]}.bias", *_plain(bias, "F32")
@@ -214,13 +214,13 @@ def require_exportable(model: PreTrainedModel) -> None:
     for field in LINEARS:
         shapes = {(getattr(block, field).out_features, getattr(block, field).in_features) for block in blocks}
         if len(shapes) > 1:
-            told = ", ".join(f"{out} x {into}" for out, into in sorted(shapes))
+            shown = ", ".join(f"{out} x {into}" for out, into in sorted(shapes))
             raise CompactMindError(
-                f'{field} is {told} in different blocks: llama.cpp wants the same widths everywhere; prune with `"scope": "uniform"`'
+                f'{field} is {shown} in different blocks: llama.cpp wants the same widths everywhere; prune with `"scope": "uniform"`'
             )
-    found = {f"{block.name}.{LINEARS[field]}": getattr(block, field) for block in blocks for field in LINEARS}
-    found |= {"the table": model.get_input_embeddings(), "the head": model.get_output_embeddings()}
-    for name, module in found.items():
+    modules = {f"{block.name}.{LINEARS[field]}": getattr(block, field) for block in blocks for field in LINEARS}
+    modules |= {"the table": model.get_input_embeddings(), "the head": model.get_output_embeddings()}
+    for name, module in modules.items():
         if type(module) not in (nn.Linear, nn.Embedding, GroupedLinear, GroupedEmbedding, TiedHead):
             raise CompactMindError(
                 f"{name} is a {type(module).__name__}: dense and gptq models are exported to GGUF; "
@@ -304,15 +304,15 @@ def largest_difference(model: PreTrainedModel, path: Path, dtype: str = "F32") -
     import gguf
 
     held = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    for name, module, wanted in _weights_of(model):
+    for name, module, expected in _weights_of(model):
         tensor = held[name]
-        found = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        stored = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
         if tensor.tensor_type.name in DTYPES:
-            wanted = wanted.to(DTYPES[tensor.tensor_type.name]).float()
+            expected = expected.to(DTYPES[tensor.tensor_type.name]).float()
         elif dtype in ROUNDED and not isinstance(module, GroupedWeight):
-            again = gguf.quants.dequantize(_rounded(wanted, tensor.tensor_type.name), tensor.tensor_type)
-            wanted = torch.from_numpy(again.copy())
-        most = float((found.view_as(wanted) - wanted).abs().max()) / max(float(wanted.abs().max()), 1e-30)
+            again = gguf.quants.dequantize(_rounded(expected, tensor.tensor_type.name), tensor.tensor_type)
+            expected = torch.from_numpy(again.copy())
+        most = float((stored.view_as(expected) - expected).abs().max()) / max(float(expected.abs().max()), 1e-30)
         if not most <= 3e-7:
             return f"{name} by {most:.1e}"
     return ""
@@ -328,8 +328,8 @@ def _weights_of(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, torch.
     for number, block in enumerate(llama_blocks(model)):
         for field in LINEARS:
             linear = getattr(block, field)
-            found = weight(linear)
+            values = weight(linear)
             if field in ("q", "k"):
                 heads = linear.out_features // block.head_dim
-                found = found.view(heads, 2, -1, found.shape[1]).transpose(1, 2).reshape(found.shape)
-            yield f"blk.{number}.{PARTS[field]}.weight", linear, found
+                values = values.view(heads, 2, -1, values.shape[1]).transpose(1, 2).reshape(values.shape)
+            yield f"blk.{number}.{PARTS[field]}.weight", linear, values

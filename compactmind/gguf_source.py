@@ -12,14 +12,14 @@ from compactmind.errors import CompactMindError
 from compactmind.files import lock_directory
 from compactmind.guards import check_outputs
 from compactmind.manifest import MANIFEST_VERSION, is_up_to_date
-from compactmind.published import in_words, published_as
+from compactmind.published import describe_published, published_as
 
 SUFFIX = ".gguf"
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """How the tokenizer of Llama 3 cuts text before it looks for pieces."""
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 """That of Qwen 2 takes digits one by one."""
-WAYS = {
+PRE_TOKENIZERS = {
     "gpt-2": lambda: ByteLevel(add_prefix_space=False),
     "smollm": lambda: Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
     "llama-bpe": lambda: Sequence([Split(Regex(LLAMA3), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]),
@@ -43,12 +43,12 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model.tie_weights()
     model.config.name_or_path = ""  # the maker's working title
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    if (way := WAYS.get(way_of(path))) and tokenizer.is_fast:
+    if (way := PRE_TOKENIZERS.get(pre_tokenizer_name(path))) and tokenizer.is_fast:
         tokenizer.backend_tokenizer.pre_tokenizer = way()
     return model, tokenizer
 
 
-def way_of(path: Path) -> str | None:
+def pre_tokenizer_name(path: Path) -> str | None:
     """Return the name of the way a file's byte-level tokenizer cuts text, None for one of another kind."""
     from gguf import GGUFReader
 
@@ -91,8 +91,8 @@ def folder_of(source: Path, models_dir: Path, show=print) -> Path:
                 extra={"published_as": published},
                 dtype="bfloat16",
             )
-    show(in_words(str(directory), published))
-    if (way := way_of(source)) and way not in WAYS:
+    show(describe_published(str(directory), published))
+    if (way := pre_tokenizer_name(source)) and way not in PRE_TOKENIZERS:
         show(
             f"{source}: how its tokenizer cuts text ({way}) is not known here: numbers and contractions may become other tokens"
         )

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compactmind.errors import CompactMindError
-from compactmind.files import place_of, weight_files
+from compactmind.files import resolve_directory, weight_files
 from compactmind.formats.table import is_quantized, unquantized_kinds
 from compactmind.limits import vocabulary_of
 from compactmind.manifest import ADDED_LATER, MADE_BY, MANIFEST, read_manifest
@@ -27,9 +27,9 @@ def check_outputs(outputs: Sequence[Path], script: str, inputs: Iterable[Path] =
     them or the working directory, another script's checkpoint or its name under `models_dir`, or files that this project has not written.
     """
     inputs, places = list(inputs), {}
-    here, root = Path.cwd().resolve(), place_of(models_dir) if models_dir else None
+    here, root = Path.cwd().resolve(), resolve_directory(models_dir) if models_dir else None
     for directory in outputs:
-        place = place_of(directory)
+        place = resolve_directory(directory)
         refused, way_out = f"{directory} cannot be written to", "choose another directory"
         if place in places:
             raise CompactMindError(
@@ -37,7 +37,7 @@ def check_outputs(outputs: Sequence[Path], script: str, inputs: Iterable[Path] =
             )
         places[place] = directory
         for source in inputs:
-            known = place_of(source)
+            known = resolve_directory(source)
             if place == known:
                 raise CompactMindError(f"{refused}: it is the model that is read: {way_out}")
             if place in known.parents or known in place.parents:

@@ -67,12 +67,12 @@ class Part:
         ]
 
 
-def _column(where: str, option: str, names: Sequence[str], found: Iterable) -> str:
+def _column(where: str, option: str, names: Sequence[str], columns: Iterable) -> str:
     """Return the first of `names` that is among the columns `found`. Raises CompactMindError naming those that are."""
-    found = [str(name) for name in found]
-    if column := next((name for name in names if name in found), None):
+    columns = [str(name) for name in columns]
+    if column := next((name for name in names if name in columns), None):
         return column
-    raise CompactMindError(f"{where} has no column {' or '.join(names)}, only {', '.join(found)}: choose one with {option}")
+    raise CompactMindError(f"{where} has no column {' or '.join(names)}, only {', '.join(columns)}: choose one with {option}")
 
 
 def read_part(name: str, rows: Iterable, columns: Columns) -> Part:
@@ -88,8 +88,8 @@ def read_part(name: str, rows: Iterable, columns: Columns) -> Part:
         if not isinstance(row, dict):
             raise CompactMindError(f"{where}: expected an object with columns, found {type(row).__name__}")
         if places is None or not all(place in row for place in places):
-            wanted = (("--text_column", columns.text), ("--label_column", columns.label), ("--pair_column", columns.pair))
-            places = [_column(where if number > 1 else name, option, names, row) for option, names in wanted if names]
+            options = (("--text_column", columns.text), ("--label_column", columns.label), ("--pair_column", columns.pair))
+            places = [_column(where if number > 1 else name, option, names, row) for option, names in options if names]
         text, label, *pair = (row[place] for place in places)
         texts, label = [_text(where, value) for value in (text, *pair)], _label(where, label)
         missing = (
@@ -151,10 +151,10 @@ def parts_of(
     labels = tuple(labels or getattr(dataset["train"].features[label], "names", None) or ())
     if labels:
         columns = replace(columns, unlabelled=HIDDEN)
-    wanted = ("train", reported) if reported else [part for part in SPLITS if part in dataset]
-    if absent := [part for part in wanted if part not in dataset]:
+    parts_to_read = ("train", reported) if reported else [part for part in SPLITS if part in dataset]
+    if absent := [part for part in parts_to_read if part not in dataset]:
         raise CompactMindError(f"{name} has no part {absent[0]}, only {', '.join(dataset)}")
-    parts = {part: read_part(f"{name}, {part}", dataset[part].to_pandas().to_dict("records"), columns) for part in wanted}
+    parts = {part: read_part(f"{name}, {part}", dataset[part].to_pandas().to_dict("records"), columns) for part in parts_to_read}
     if "test" in parts and parts["test"].is_unlabelled:
         del parts["test"]
     if "test" not in parts and (last := next((part for part in (reported, "validation") if part in parts), None)):
@@ -265,22 +265,22 @@ def split(parts: dict[str, Part], names: Sequence[str] = ()) -> tuple[Task, dict
     given = {name: to_sentences(part, names, numbers) for name, part in parts.items()}
     held_out = [sentence for name, part in given.items() if name != "train" for sentence in part]
     train = without_repeats(given["train"], held_out, said)
-    wanted = [name for name in ("test", "validation") if name not in given]
+    missing = [name for name in ("test", "validation") if name not in given]
     splits = {**given, "train": train}
-    if wanted:
-        shares = dict.fromkeys(wanted, HELD_OUT) | {"train": 1 - HELD_OUT * len(wanted)}
+    if missing:
+        shares = dict.fromkeys(missing, HELD_OUT) | {"train": 1 - HELD_OUT * len(missing)}
         splits |= split_by_hash(train, shares)
         for label in sorted({s.label for s in train} - {s.label for s in splits["train"]}):
-            for name in wanted:
+            for name in missing:
                 splits["train"] += [s for s in splits[name] if s.label == label]
                 splits[name] = [s for s in splits[name] if s.label != label]
     splits = {name: splits[name] for name in SPLITS}
     for name, part in splits.items():
         if len({sentence.label for sentence in part}) < 2:
-            origin = "split off the training rows" if name in wanted else "given"
+            origin = "split off the training rows" if name in missing else "given"
             raise CompactMindError(
                 f"the {name} split ({origin}) has {len(part)} rows of fewer than two classes: more rows are needed"
-                + (f", or a file of its own (--{name})" if name in wanted else "")
+                + (f", or a file of its own (--{name})" if name in missing else "")
             )
     pairs = any(sentence.pair is not None for sentence in splits["train"])
     return Task(names, pairs), splits, said + imbalance(splits, names)

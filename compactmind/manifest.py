@@ -111,9 +111,9 @@ def _checked_manifest(directory: Path, verify: bool) -> dict[str, Any]:
         files[WEIGHTS]["bytes"], files[WEIGHTS]["sha256"]
     except FileNotFoundError:
         if command is None:
-            found = "a Hugging Face folder" if (directory / "config.json").is_file() else "no checkpoint"
+            state = "a Hugging Face folder" if (directory / "config.json").is_file() else "no checkpoint"
             raise CompactMindError(
-                f"{directory} has no {MANIFEST}: it is {found}, not one this project has written; --model_path (language models) and "
+                f"{directory} has no {MANIFEST}: it is {state}, not one this project has written; --model_path (language models) and "
                 "--models name=folder of 6_evaluate_report.py take folders of others"
             ) from None
         raise CompactMindError(
@@ -127,8 +127,8 @@ def _checked_manifest(directory: Path, verify: bool) -> dict[str, Any]:
         path = directory / name
         size = path.stat().st_size if path.is_file() else None
         if size != recorded["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes instead of {recorded['bytes']}"
-            raise CompactMindError(f"{path} {found}: the checkpoint is damaged, {broken}")
+            state = "is missing" if size is None else f"has {size} bytes instead of {recorded['bytes']}"
+            raise CompactMindError(f"{path} {state}: the checkpoint is damaged, {broken}")
         if verify and sha256_of(path) != recorded["sha256"]:
             raise CompactMindError(
                 f"{path} is not what was saved (its SHA-256 is another one): the checkpoint is damaged, {broken}"
@@ -161,12 +161,12 @@ def is_up_to_date(directory: Path | str, stage: dict[str, Any], verify: bool = F
     except CompactMindError as error:
         _say(f"{directory} is made again: {error}")
         return False
-    wanted = json.loads(json.dumps(stage))
-    if made_by == wanted:
+    requested = json.loads(json.dumps(stage))
+    if made_by == requested:
         return True
     different = []
-    for part in sorted(made_by.keys() | wanted.keys()):
-        old, new = made_by.get(part), wanted.get(part)
+    for part in sorted(made_by.keys() | requested.keys()):
+        old, new = made_by.get(part), requested.get(part)
         if isinstance(old, dict) and isinstance(new, dict):
             different += [f"{part}.{name}" for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
         elif old != new:
@@ -190,8 +190,8 @@ def add_to_manifest(directory: Path | str, extra: dict[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions that decide what a number means: Python and the packages that compute."""
-    found = {}
+    installed = {}
     for name in ("torch", "transformers", "bitsandbytes", "accelerate"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # who only loads models needs the first two
-            found[name] = importlib.metadata.version(name)
-    return {"python": platform.python_version(), "compactmind": __version__, **found}
+            installed[name] = importlib.metadata.version(name)
+    return {"python": platform.python_version(), "compactmind": __version__, **installed}

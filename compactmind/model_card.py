@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from compactmind.formats.grouped import by_bits
 from compactmind.formats.table import FORMATS, is_quantized
 from compactmind.origin import Origin, dataset_name
-from compactmind.published import in_words, is_rounded
+from compactmind.published import describe_published, is_rounded
 
 
 def model_card(
@@ -37,7 +37,7 @@ def model_card(
         + (f", made from `{manifest['parent']}`" if manifest["parent"] else "")
         + f", {manifest['created']}.",
         "",
-        *([in_words(f"`{name}`", published), ""] if published else []),
+        *([describe_published(f"`{name}`", published), ""] if published else []),
         *_attribution(origin),
         *_made_with(manifest),
         *_bits(manifest["quantization"]),

@@ -77,7 +77,7 @@ def dtype_to_hold(architecture: str, parameters: int, device: str | torch.device
     return None if generates and (cuda or 4 * parameters > SMALL_BYTES) else torch.float32
 
 
-def ready_to_use(model: PreTrainedModel, quantized: bool) -> PreTrainedModel:
+def prepare_for_inference(model: PreTrainedModel, quantized: bool) -> PreTrainedModel:
     """Make, in place, a language model whose weights are held as in its file compute as it is used; return it.
 
     In float32, but what is not quantized on a GPU in the dtype of its file, as people serve it.
@@ -100,7 +100,7 @@ def work_in_float32(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @functools.cache
-def give_back_what_is_freed() -> None:
+def release_freed_memory() -> None:
     """Make glibc give each tensor's memory back when it is freed, not keep it for the next one of that size: a third of the peak is that.
 
     It takes no measurable time; other systems are left alone.
@@ -113,7 +113,7 @@ def give_back_what_is_freed() -> None:
 def widen(model: PreTrainedModel) -> PreTrainedModel:
     """Make, in place, norms float32, and plain linears and tables compute in it whatever they are held in; return the model."""
     if model.device.type == "cpu":
-        give_back_what_is_freed()
+        release_freed_memory()
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = WidenedLinear

@@ -48,7 +48,7 @@ def main_type(published: dict[str, Any]) -> str:
     return max(published["types"], key=lambda kind: published["types"][kind]["weights"])
 
 
-def in_words(name: str, published: dict[str, Any]) -> str:
+def describe_published(name: str, published: dict[str, Any]) -> str:
     """Return what the model `name` was published as, and what that means for quantizers that are tried on it, in two sentences."""
     types = published["types"]
     told = ", ".join(f"{each['tensors']} in {kind} at {each['bits_per_weight']:g}" for kind, each in types.items())

@@ -22,7 +22,7 @@ def with_seed(stage: dict, seed: int) -> dict:
     return {**stage, "config": {**stage["config"], "seed": seed}}
 
 
-def of_repeat(name: str, run: str) -> dict[str, str]:
+def repeats_record(name: str, run: str) -> dict[str, str]:
     """Return what the manifest of a run says beside the rest: nothing for the one that has the usual name."""
     return {} if run == name else {REPEATS: name}
 
@@ -32,7 +32,7 @@ def spread(accuracies: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(accuracies), "lowest": min(accuracies), "highest": max(accuracies)}
 
 
-def told(accuracies: Sequence[float]) -> str:
+def format_spread(accuracies: Sequence[float]) -> str:
     """Return the spread in words: `median 84.2%, 83.1% to 84.9%`."""
-    found = spread(accuracies)
-    return f"median {found['median']:.1%}, {found['lowest']:.1%} to {found['highest']:.1%}"
+    values = spread(accuracies)
+    return f"median {values['median']:.1%}, {values['lowest']:.1%} to {values['highest']:.1%}"

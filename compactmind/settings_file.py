@@ -31,12 +31,12 @@ class _EveryKeyOnce(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return a mapping. Raises yaml.YAMLError on a key that stands twice."""
-        found = super().construct_mapping(node, deep)
-        if len(found) < len(node.value):
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
             names = [key.value for key, _ in node.value]
             twice = next(name for name in names if names.count(name) > 1)
             raise yaml.constructor.ConstructorError(None, None, f"{twice} stands here twice", node.start_mark)
-        return found
+        return mapping
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -64,7 +64,7 @@ def read_settings(path: Path, sections: Mapping[str, type], refused: Mapping[str
     given = {} if given is None else given
     if not isinstance(given, dict):
         raise CompactMindError(f"{path} has no sections: write for example\n{next(iter(sections))}:\n  seed: 42")
-    found = {}
+    checked = {}
     for section, settings in given.items():
         if section not in sections:
             raise CompactMindError(f"{path}: unknown section {section!r}: {nearest(str(section), sections)}")
@@ -79,8 +79,8 @@ def read_settings(path: Path, sections: Mapping[str, type], refused: Mapping[str
                 raise CompactMindError(f"{path}: unknown setting {name!r} in section {section}: {nearest(str(name), names)}")
             if settings[name] is None:
                 raise CompactMindError(f"{path}: {name} in section {section} has no value: give one, or leave the line out")
-        found[section] = {name: _of_type(value, hints[name]) for name, value in (settings or {}).items()}
-    return found
+        checked[section] = {name: _of_type(value, hints[name]) for name, value in (settings or {}).items()}
+    return checked
 
 
 def _of_type(value: Any, hint: Any) -> Any:
@@ -126,7 +126,7 @@ def _plain(value: Any) -> Any:
 
 def field_reasons(config: type) -> dict[str, str]:
     """Return what stands below each field of a dataclass and of those it is made from, as far as their source is at hand."""
-    found = {}
+    reasons = {}
     for each in reversed(config.__mro__[:-1]):
         try:
             body = ast.parse(textwrap.dedent(inspect.getsource(each))).body[0].body
@@ -134,8 +134,8 @@ def field_reasons(config: type) -> dict[str, str]:
             continue
         for field, below in zip(body, body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-                found[field.target.id] = " ".join(str(below.value.value).split())
-    return found
+                reasons[field.target.id] = " ".join(str(below.value.value).split())
+    return reasons
 
 
 def changed_options(settings: Any, usual: Any, left_out: Sequence[str] = ()) -> list[str]:

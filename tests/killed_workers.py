@@ -45,7 +45,7 @@ def work(storage: str, name: str, n_trials: int, begun: str, seconds: float, ali
     """
     chance = random.Random()
     if alike:
-        engine.seed_among = lambda seed, trials: seed + len(trials)
+        engine.sampler_seed = lambda seed, trials: seed + len(trials)
 
     def evaluate(notes, steps):
         key = " ".join(step.identity() for step in steps)

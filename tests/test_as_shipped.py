@@ -227,7 +227,7 @@ def test_the_script_makes_keeps_and_drops_the_row(run):
     problem = {"question": "What is it?", "choices": {"text": ["this", "that"], "label": ["A", "B"]}, "answerKey": "A"}
     (folder / "zero_shot_data" / "arc_easy.jsonl").write_text(2 * (json.dumps(problem) + "\n"))
     status, output, asked = report_here("--zero_shot", "arc_easy", "piqa")
-    assert status == 0 and "piqa is not asked: zero_shot_data/piqa.jsonl is not there" in output and "perplexity and KL" not in output
+    assert status == 0 and "piqa is left out: zero_shot_data/piqa.jsonl is not there" in output and "perplexity and KL" not in output
     assert len(asked["llama_w8a8"]["zero_shot"]["arc_easy"]["right"]) == 2 and "zero_shot" not in asked["llama_as_shipped"]
     assert 0 < asked["llama_w8a8"]["zero_shot"]["arc_easy"]["against"]["p_holm"] <= 1
     assert asked["llama"]["losses"] == rows["llama"]["losses"] and asked["llama"]["zero_shot"]["arc_easy"]["against"] is None

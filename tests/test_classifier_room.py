@@ -74,14 +74,14 @@ def test_what_does_not_fit_is_refused_with_a_way_out(models, monkeypatch, script
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000_000))
     with pytest.raises(CompactMindError, match=r"needs 0\.\d GB of memory, and 10\.0 MB are free: .*--\w+"):
         room.require_room_for(script, config)
-    line, problem = room.told_of(script, config)
+    line, problem = room.describe_room(script, config)
     assert "GB at the peak" in line and "10.0 MB are free" in problem
 
 
 @pytest.mark.parametrize("script", list(room.ROOMS))
 def test_where_nothing_is_yet_nothing_is_told(tmp_path, script):
     config = replace(settings(tmp_path)[script], models_dir=tmp_path / "none")
-    assert room.told_of(script, config) == ("memory and disk: told once what it reads is there", None)
+    assert room.describe_room(script, config) == ("memory and disk: known once what it reads is there", None)
 
 
 def test_families_and_hidden_states_keep_the_parent_beside(models):

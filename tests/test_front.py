@@ -117,7 +117,7 @@ def test_nothing_is_asked_for_twice_nor_what_is_too_large_and_all_begin_alike(tm
         excess=small, seed=3,
     )  # fmt: skip
     trials = counted_trials(study)
-    assert len(study.trials) == len(trials) == 2 * POPULATION + 4  # nothing was set aside
+    assert len(study.trials) == len(trials) == 2 * POPULATION + 4  # nothing was skipped
     assert len({each.user_attrs["key"] for each in trials}) == len(trials)
     assert [each.params for each in trials[:2]] == first and all(each.params["order"].endswith("nf4") for each in trials)
 
@@ -186,25 +186,25 @@ def chooser(kl, learns="retrain"):
 def test_what_is_retrained_long_is_saved_only_if_it_is_better():
     steps = read_pipeline([{"method": "prune"}, {"method": "retrain", "params": {"tokens": 100}}])
     for kl, kept in ((0.4, True), (0.6, False)):
-        found, record = choosing.retrained_long(steps, {"kl": 0.5}, chooser(kl), 300)
+        found, record = choosing.retrain_longer(steps, {"kl": 0.5}, chooser(kl), 300)
         assert record == {"tokens": 300, "seconds": 2.0, "searched": 0.5, "final": kl, "kept": kept}
         assert found[1].recipe.tokens == (300 if kept else 100)
     for few in (0, 100):
-        assert choosing.retrained_long(steps, {"kl": 0.5}, chooser(0.1), few) == (steps, None)
-    assert choosing.retrained_long(steps[:1], {"kl": 0.5}, chooser(0.1), 300) == (steps[:1], None)
+        assert choosing.retrain_longer(steps, {"kl": 0.5}, chooser(0.1), few) == (steps, None)
+    assert choosing.retrain_longer(steps[:1], {"kl": 0.5}, chooser(0.1), 300) == (steps[:1], None)
 
 
 def test_integers_that_cost_something_learn_after_rounding_before_they_are_saved(monkeypatch):
     steps = read_pipeline([{"method": "prune"}, {"method": "gptq", "params": {"target_compression": 4}}])
     for kl, kept in ((0.4, True), (0.6, False)):
-        found, record = choosing.retrained_long(steps, {"kl": 0.5}, chooser(kl, "gptq"), 300)
+        found, record = choosing.retrain_longer(steps, {"kl": 0.5}, chooser(kl, "gptq"), 300)
         assert record == {"tokens": 300, "seconds": 2.0, "searched": 0.5, "final": kl, "kept": kept}
         assert found[1].recipe.tuning_tokens == (300 if kept else 0) and found[1].recipe.target_compression == 4
-    assert choosing.retrained_long(steps, {"kl": choosing.AS_GOOD}, chooser(0.0), 300) == (steps, None)  # nothing to win
+    assert choosing.retrain_longer(steps, {"kl": choosing.AS_GOOD}, chooser(0.0), 300) == (steps, None)  # nothing to win
     monkeypatch.setattr(choosing, "is_small", lambda _: False)  # no room for gradients of all its weights
-    assert choosing.retrained_long(steps, {"kl": 0.5}, chooser(0.1), 300) == (steps, None)
+    assert choosing.retrain_longer(steps, {"kl": 0.5}, chooser(0.1), 300) == (steps, None)
     both = read_pipeline([{"method": "prune"}, {"method": "retrain", "params": {"tokens": 100}}, {"method": "gptq"}])
-    found, _ = choosing.retrained_long(both, {"kl": 0.5}, chooser(0.1), 300)
+    found, _ = choosing.retrain_longer(both, {"kl": 0.5}, chooser(0.1), 300)
     assert found[1].recipe.tokens == 300 and found[2].recipe.tuning_tokens == 0
 
 

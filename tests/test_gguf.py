@@ -14,7 +14,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.gguf_export import encoded, export_gguf, largest_difference, rope_order
-from compactmind.gguf_source import LLAMA3, QWEN2, WAYS, folder_of, read_gguf
+from compactmind.gguf_source import LLAMA3, PRE_TOKENIZERS, QWEN2, folder_of, read_gguf
 from compactmind.gguf_tokenizer import pre_tokenizer_of
 from compactmind.methods.llama import LINEARS, llama_blocks
 from compactmind.methods.quantization.gptq import round_nearest
@@ -211,12 +211,12 @@ def test_ways_to_cut_text_are_known_by_name(pre_tokenizer, name):
     assert pre_tokenizer_of({"pre_tokenizer": pre_tokenizer}) == name
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", PRE_TOKENIZERS)
 def test_a_tokenizer_that_comes_back_cuts_text_as_it_did(tmp_path, way):
     tokenizer = byte_level()
     vocabulary = tokenizer.get_vocab() | {"12": 258, "34": 259, "'s": 260}
     model = models.BPE(vocabulary, [("a", "b"), ("1", "2"), ("3", "4"), ("'", "s")])
-    tokenizer.backend_tokenizer.model, tokenizer.backend_tokenizer.pre_tokenizer = model, WAYS[way]()
+    tokenizer.backend_tokenizer.model, tokenizer.backend_tokenizer.pre_tokenizer = model, PRE_TOKENIZERS[way]()
     export(llama(), tmp_path / "x.gguf", tokenizer)
     assert values(tmp_path / "x.gguf")["tokenizer.ggml.pre"] == way
     text = "It's 12345\n\n ab12 34"
@@ -362,7 +362,7 @@ def test_a_file_that_is_no_gguf_is_refused_in_one_line(tmp_path, content, said):
 def test_a_tokenizer_of_another_kind_is_told(tmp_path, monkeypatch):
     said = []
     export(llama(), tmp_path / "x.gguf")
-    monkeypatch.setattr("compactmind.gguf_source.way_of", lambda path: "tekken")
+    monkeypatch.setattr("compactmind.gguf_source.pre_tokenizer_name", lambda path: "tekken")
     folder_of(tmp_path / "x.gguf", tmp_path / "models", said.append)
     assert "cuts text (tekken) is not known here" in said[-1]
 

@@ -148,7 +148,7 @@ def test_the_linears_wait_in_their_own_dtype_and_a_quarter_of_it_takes_their_pla
     assert torch.equal(packed[0].bias.float(), torch.ones(32))
     assert packed[0].bias is not base.linears["model.layers.0.self_attn.q_proj"].bias
     for _ in range(2):
-        base.put_back()
+        base.use_original_linears()
     assert_equal_weights(model, original.state_dict())
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight += 1  # what was set aside is not what is worked on

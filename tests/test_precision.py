@@ -174,7 +174,7 @@ def test_a_large_teacher_goes_before_the_model_is_made_and_is_not_loaded_again_t
 
     resources, recipe = Resources(WINDOWS, WINDOWS, WINDOWS[:2], dense, torch.bfloat16), recipe_for()
     METHODS["retrain"].beforehand(resources, recipe)
-    resources.done_with_teacher()
+    resources.release_teacher()
     assert not resources.remembered.get(((), "teacher"))
     model, done = METHODS["retrain"].apply(dense(), resources, recipe)
     assert len(loaded) == 2 and done["tokens_seen"] >= 96

@@ -12,7 +12,7 @@ import download_model
 from common import DownloadConfig
 from compactmind.errors import CompactMindError
 from compactmind.manifest import read_manifest
-from compactmind.published import in_words, is_rounded, published_as
+from compactmind.published import describe_published, is_rounded, published_as
 from compactmind.sources.wheels import Wheel
 
 
@@ -68,7 +68,7 @@ def test_the_bits_of_the_types_are_the_bytes_of_the_tensors(rounded):
 def test_the_grid_in_words(kind, told):
     types = {kind: {"tensors": 210, "weights": 1000, "bits_per_weight": 5.0, "block_size": 256 if "K" in kind else 32},
              "F32": {"tensors": 61, "weights": 10, "bits_per_weight": 32.0, "block_size": 1}}  # fmt: skip
-    found = in_words("llama", {"file": "a.gguf", "format": "GGUF", "bytes": 98_362_432, "types": types})
+    found = describe_published("llama", {"file": "a.gguf", "format": "GGUF", "bytes": 98_362_432, "types": types})
     assert found.startswith(
         f"llama was published as a.gguf (GGUF, 98.4 MB; tensors and bits per weight: 210 in {kind} at 5, 61 in F32 at 32) and is "
         "dequantized here, not a model of full precision. Its "
@@ -78,7 +78,8 @@ def test_the_grid_in_words(kind, told):
 
 def test_a_file_of_floats_has_no_grid(tmp_path):
     found = published_as(write_gguf(tmp_path / "tiny.gguf", {"a": ((16, 64), "F16"), "norm": ((1, 64), "F32")}))
-    assert not is_rounded(found) and "grid" not in in_words("llama", found) and "dequantized" not in in_words("llama", found)
+    description = describe_published("llama", found)
+    assert not is_rounded(found) and "grid" not in description and "dequantized" not in description
 
 
 def test_what_is_no_gguf_is_refused(tmp_path):
@@ -109,7 +110,7 @@ def test_what_is_made_of_a_gguf_says_so_in_its_manifest_and_on_its_card(tmp_path
     manifest = download(tmp_path, rounded.name)
     assert manifest["published_as"] == published_as(rounded)
     card = (tmp_path / "models" / "llama" / "README.md").read_text(encoding="utf-8")
-    assert in_words("`llama`", published_as(rounded)) in card
+    assert describe_published("`llama`", published_as(rounded)) in card
     assert "dequantized, nothing removed" in card and "full precision, nothing removed" not in card
 
 

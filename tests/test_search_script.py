@@ -71,9 +71,9 @@ def test_logits_of_the_dense_model_that_are_kept_change_no_number(monkeypatch):
     for kept in (2**31, 0):
         monkeypatch.setattr(forward, "LOGITS_TO_KEEP", kept)
         resources = Resources(windows, windows, windows, helpers.make_llama)
-        material = stage["PipelineInputs"](None, None, resources, windows, windows, "text", "first", "")
-        assert (material.dense_on_test.head is None) == bool(kept)
-        found.append([material.on_test.of(model) for model in (resources.teacher(), helpers.make_llama(seed=1))])
+        inputs = stage["PipelineInputs"](None, None, resources, windows, windows, "text", "first", "")
+        assert (inputs.dense_on_test.head is None) == bool(kept)
+        found.append([inputs.on_test.of(model) for model in (resources.teacher(), helpers.make_llama(seed=1))])
     assert found[0] == found[1]
     assert found[0][0]["divergence"]["mean"] == 0 < found[0][1]["divergence"]["mean"]
 

@@ -10,7 +10,7 @@ from compactmind.evaluation.classifiers import measure_accuracy
 from compactmind.evaluation.seeds import add_seeds, is_repeat
 from compactmind.manifest import MADE_BY, read_manifest
 from compactmind.report.seeds import seeds_cell, seeds_sentences, seeds_warnings
-from compactmind.seeds import of_repeat, runs_of, told
+from compactmind.seeds import format_spread, repeats_record, runs_of
 
 
 def stage_of(seed: int, **settings) -> dict:
@@ -21,9 +21,9 @@ def test_the_first_seed_keeps_the_name_and_the_others_say_whose_they_are():
     assert runs_of("teacher", 42, 1) == {"teacher": 42}
     runs = runs_of("teacher", 42, 3)
     assert runs == {"teacher": 42, "teacher_seed43": 43, "teacher_seed44": 44}
-    assert [of_repeat("teacher", run) for run in runs] == [{}, {"repeats": "teacher"}, {"repeats": "teacher"}]
+    assert [repeats_record("teacher", run) for run in runs] == [{}, {"repeats": "teacher"}, {"repeats": "teacher"}]
     assert runs_of("m", 2**32 - 1, 2) == {"m": 2**32 - 1, "m_seed0": 0}
-    assert told([0.842, 0.831, 0.849, 0.84]) == "median 84.1%, 83.1% to 84.9%"
+    assert format_spread([0.842, 0.831, 0.849, 0.84]) == "median 84.1%, 83.1% to 84.9%"
 
 
 @pytest.fixture
@@ -37,7 +37,8 @@ def models(tmp_path, tokenizer):
     for run, seed in runs_of("student", 8, 5).items():
         save_checkpoint(
             folder / run, helpers.make_distilbert(seed=seed), tokenizer, kind="dense", parent=None,
-            stage=stage_of(seed, lr=2 if seed == 11 else 1), metrics={"validation_accuracy": seed / 100}, extra=of_repeat("student", run),
+            stage=stage_of(seed, lr=2 if seed == 11 else 1), metrics={"validation_accuracy": seed / 100},
+            extra=repeats_record("student", run),
         )  # fmt: skip
     (folder / "student_seed12" / "model.safetensors").write_bytes(b"")
     save_checkpoint(
@@ -70,9 +71,9 @@ def test_a_row_stands_for_its_seeds_and_says_who_could_not_take_part(models, mon
     assert found["runs"][1]["validation_accuracy"] == 0.09
     assert [run["name"] for run in found["left_out"]] == ["student_seed11", "student_seed12"]
     assert "more than its seed: run `python 1_distill.py --seeds N` again" in found["left_out"][0]["error"]
-    assert seeds_cell(row) == f"{told(accuracies)} (3)" and seeds_cell({}) == "-"
+    assert seeds_cell(row) == f"{format_spread(accuracies)} (3)" and seeds_cell({}) == "-"
     (sentence,) = seeds_sentences({"student": row})
-    assert sentence.startswith(f"student, trained with 3 seeds: accuracy {told(accuracies)}; the row is the run of seed 8")
+    assert sentence.startswith(f"student, trained with 3 seeds: accuracy {format_spread(accuracies)}; the row is the run of seed 8")
     assert [line.split(" is left")[0] for line in seeds_warnings({"student": row})] == [
         "student: student_seed11", "student: student_seed12"
     ]  # fmt: skip

@@ -92,7 +92,7 @@ def test_every_setting_of_every_stage_is_dumped_and_read_as_the_same(pipeline, t
     path.write_text(text, encoding="utf-8")
     again = pipeline.with_file(pipeline.CONFIG, ["--config", str(path)])
     assert again == config
-    given = pipeline.given_by(str(path))
+    given = pipeline.settings_of_file(str(path))
     assert pipeline.dump(again, given) == text
     assert list(given) == [pipeline.OWN, *pipeline.RUNS]
     for name in pipeline.RUNS:
@@ -108,11 +108,11 @@ def test_a_stage_is_told_what_its_section_says_and_nothing_else(pipeline, tmp_pa
         "pipeline: {profile: smoke, seed: 3}\n1_distill: {students: [student_distilled], seed: 4}\n"
         "llama_pruned:\n  pipeline: [{method: w8a8}]\n  calibration_windows: 8\n"
     )
-    config, given = pipeline.with_file(pipeline.CONFIG, [f"--config={path}"]), pipeline.given_by(str(path))
+    config, given = pipeline.with_file(pipeline.CONFIG, [f"--config={path}"]), pipeline.settings_of_file(str(path))
     assert (config.profile, config.seed) == ("smoke", 3)
 
     def options(name: str) -> list[str]:
-        return pipeline.options(pipeline.told(name, config, given.get(name, {})))
+        return pipeline.as_arguments(pipeline.options_for(name, config, given.get(name, {})))
 
     shared = ["--models_dir=models", "--data_dir=sst2_data", "--results_dir=results", "--seed=3", "--force=False", "--verify=False"]
     assert options("2_prune_finetune") == shared
@@ -137,7 +137,7 @@ def test_a_stage_is_told_what_its_section_says_and_nothing_else(pipeline, tmp_pa
 def test_a_file_is_checked_before_anything_runs(pipeline, tmp_path, run_here, text, said):
     (tmp_path / "my.yaml").write_text(text)
     with pytest.raises(CompactMindError, match=said):
-        pipeline.given_by(str(tmp_path / "my.yaml"))
+        pipeline.settings_of_file(str(tmp_path / "my.yaml"))
     status, output = run_here("run_pipeline.py", "--config", "my.yaml", cwd=tmp_path)
     assert status == 1 and "error: my.yaml" in output and [path.name for path in tmp_path.iterdir()] == ["my.yaml"]
 
@@ -169,7 +169,7 @@ def test_the_plan_says_what_would_run_and_why_and_writes_nothing(tmp_path, run_h
 def test_what_is_made_of_something_that_is_made_is_made_too(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "why_made", lambda *_: None)
     quantize = pipeline.resolved("3_quantize", pipeline.PipelineConfig(models_dir=tmp_path), {})
-    places = pipeline.places_of("3_quantize.py", quantize)
+    places = pipeline.outputs_of("3_quantize.py", quantize)
     for place in places:
         place.mkdir()
     due = {tmp_path / "student_pruned"}

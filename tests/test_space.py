@@ -4,7 +4,7 @@ import optuna
 import pytest
 
 from compactmind.errors import CompactMindError
-from compactmind.methods.registry import METHODS, asked_as
+from compactmind.methods.registry import METHODS, as_choice
 from compactmind.search.compressor import read_pipeline
 from compactmind.search.space import SEPARATOR, labels, make_space
 
@@ -88,7 +88,7 @@ def test_its_points_are_its_size_and_every_one_can_be_asked_for():
         for step in pipeline:
             for name, value in step["params"].items():
                 values = space.choices[step["method"]][name]
-                assert value in values and (len(values) == 1 or point[f"{step['method']}.{name}"] == asked_as(value))
+                assert value in values and (len(values) == 1 or point[f"{step['method']}.{name}"] == as_choice(value))
                 assert (f"{step['method']}.{name}" in point) == (len(values) > 1)  # what has one value is not asked for
 
 

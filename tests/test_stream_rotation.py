@@ -24,7 +24,7 @@ from compactmind.errors import CompactMindError
 from compactmind.methods.llama import llama_blocks, stream_norms
 from compactmind.methods.quantization import stream_rotation
 from compactmind.methods.quantization.rotation import hadamard
-from compactmind.methods.quantization.stream_rotation import random_orthogonal, turn_stream
+from compactmind.methods.quantization.stream_rotation import random_orthogonal, rotate_stream
 
 MATRICES = {"full": random_orthogonal(32, seed=1), "blocks": hadamard(16)}
 
@@ -59,7 +59,7 @@ def other_architecture(name: str):
 def test_a_turned_model_gives_the_same_logits_from_other_weights(matrix, changes):
     model = helpers.make_llama(**changes)
     expected, before = logits_of(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    turn_stream(model, matrix)
+    rotate_stream(model, matrix)
     assert (logits_of(model) - expected).abs().max() < 1e-4
     unchanged = {name for name, tensor in model.state_dict().items() if torch.allclose(tensor, before[name], atol=1e-3)}
     assert all(
@@ -73,15 +73,15 @@ def test_a_turned_model_gives_the_same_logits_from_other_weights(matrix, changes
 def test_other_families_with_rms_norms_are_turned_too(name):
     model = other_architecture(name)
     expected = logits_of(model)
-    turn_stream(model, MATRICES["full"])
+    rotate_stream(model, MATRICES["full"])
     assert (logits_of(model) - expected).abs().max() < 1e-4 * max(1, expected.abs().max())
 
 
 def test_weights_are_turned_in_pieces(monkeypatch):
     whole, pieces = helpers.make_llama(), helpers.make_llama()
-    turn_stream(whole, MATRICES["full"])
+    rotate_stream(whole, MATRICES["full"])
     monkeypatch.setattr(stream_rotation, "ROWS_AT_A_TIME", 7)
-    turn_stream(pieces, MATRICES["full"])
+    rotate_stream(pieces, MATRICES["full"])
     for (name, found), wanted in zip(pieces.named_parameters(), whole.parameters(), strict=True):
         assert torch.allclose(found, wanted, atol=1e-6), name
 
@@ -89,7 +89,7 @@ def test_weights_are_turned_in_pieces(monkeypatch):
 def test_weights_keep_their_dtype_and_lose_only_its_rounding():
     model = helpers.released_llama()
     expected = logits_of(copy.deepcopy(model).float())
-    turn_stream(model, MATRICES["full"])
+    rotate_stream(model, MATRICES["full"])
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert (logits_of(model.float()) - expected).norm() < 0.05 * expected.norm()  # 8 bits of each weight, random weights
 
@@ -98,7 +98,7 @@ def test_large_values_of_few_channels_are_spread_over_all():
     model = helpers.make_llama()
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 3] *= 50
-    turn_stream(model, MATRICES["full"])
+    rotate_stream(model, MATRICES["full"])
     table = model.model.embed_tokens.weight
     assert table.abs().amax() < 0.8 * table.norm(dim=1).max()  # before: nearly all of the norm
 
@@ -113,21 +113,21 @@ def tied_with_even_last_norm():
 def test_a_tied_head_stays_tied_only_if_the_last_norm_has_one_weight():
     model = tied_with_even_last_norm()
     expected = logits_of(model)
-    turn_stream(model, MATRICES["full"], untie=False)
+    rotate_stream(model, MATRICES["full"], untie=False)
     assert (logits_of(model) - expected).abs().max() < 1e-4
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
     assert torch.equal(model.model.norm.weight, torch.full((32,), 1.5))
     other = helpers.make_llama(tie_word_embeddings=True)
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(CompactMindError, match="a table of its own"):
-        turn_stream(other, MATRICES["full"], untie=False)
+        rotate_stream(other, MATRICES["full"], untie=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 
 
 def test_a_model_whose_head_came_apart_is_saved_and_read_as_such(tmp_path):
     model = helpers.make_llama(tie_word_embeddings=True)
     expected = logits_of(model)
-    turn_stream(model, MATRICES["full"])
+    rotate_stream(model, MATRICES["full"])
     assert not model.config.tie_word_embeddings and "lm_head.weight" not in model.all_tied_weights_keys
     model.save_pretrained(tmp_path / "plain")
     save_checkpoint(tmp_path / "own", model, helpers.make_byte_tokenizer(), kind="dense", parent=None, stage={})
@@ -140,7 +140,7 @@ def test_layer_norms_are_refused_before_anything_is_changed():
     model = other_architecture("stablelm")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(CompactMindError, match="model.layers.0: input_norm is no RMSNorm but a LayerNorm"):
-        turn_stream(model, MATRICES["full"])
+        rotate_stream(model, MATRICES["full"])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -156,14 +156,14 @@ def test_layer_norms_are_refused_before_anything_is_changed():
 )
 def test_a_matrix_that_does_not_fit_is_refused(matrix, message):
     with pytest.raises(ValueError, match=message):
-        turn_stream(helpers.make_llama(), matrix)
+        rotate_stream(helpers.make_llama(), matrix)
 
 
 def test_a_weight_that_is_no_number_is_named():
     model = helpers.make_llama()
     llama_blocks(model)[1].down.weight.data[2, 3] = float("nan")
     with pytest.raises(CompactMindError, match=r"model\.layers\.1\.mlp\.down_proj: its weight is NaN"):
-        turn_stream(model, MATRICES["full"])
+        rotate_stream(model, MATRICES["full"])
 
 
 @pytest.mark.parametrize("size", [1, 7, 32])

@@ -27,7 +27,16 @@ from compactmind.search.compressor import Measure, read_pipeline, run_pipeline, 
 from compactmind.search.engine import counted_trials, is_stopped, open_study, search
 from compactmind.search.notes import Notes, Skipped, Stopped
 from compactmind.search.space import make_space
-from compactmind.search.trials import BEFORE_ANY, HOPELESS, MARGIN, MORE_TOKENS, OPTIMISM, OUT_OF_REACH, TrialRunner, shortened
+from compactmind.search.trials import (
+    HOPELESS,
+    MARGIN,
+    MORE_TOKENS,
+    OPTIMISM,
+    OUT_OF_REACH,
+    PRIOR_CHANGES,
+    TrialRunner,
+    with_short_retraining,
+)
 
 PRUNE = {"method": "prune", "params": {"sparsity": 0.3, "round_to": 8}}
 RETRAIN = {"method": "retrain", "params": {"tokens": 96}}
@@ -77,7 +86,7 @@ def test_the_bytes_that_are_expected_are_about_those_that_come(windows, pipeline
     measured = trial.user_attrs["measured"]
     assert measured["compression_ratio"] == pytest.approx(runner.released_bytes / measured["bytes"])
     assert runner.expected_ratio(steps) == pytest.approx(measured["compression_ratio"], rel=0.05)
-    found = run_pipeline(steps, runner.resources, runner.first_look, show=False)
+    found = run_pipeline(steps, runner.resources, runner.step_measure, show=False)
     assert measured["perplexity"] == pytest.approx(perplexity(found.model, windows, "x")["perplexity"], rel=1e-6)
     assert 0 < value == measured["kl"] == pytest.approx(divergence(wide(), found.model, windows)["mean"], rel=1e-4)
     assert [row["method"] for row in trial.user_attrs["steps"]] == ["dense", *(step.method.name for step in steps)]
@@ -110,11 +119,11 @@ def test_what_a_method_that_prunes_leaves_is_its_own_word(windows, monkeypatch):
 
 @pytest.mark.parametrize("objectives", [("kl",), ("bytes", "kl")])
 def test_a_hopeless_pipeline_is_stopped_after_the_step_that_shows_it_but_retraining_has_its_chance(windows, objectives):
-    runner, credit = make_runner(windows, objectives=objectives), -BEFORE_ANY["retrain"] * (1 + OPTIMISM)  # none has been seen yet
+    runner, credit = make_runner(windows, objectives=objectives), -PRIOR_CHANGES["retrain"] * (1 + OPTIMISM)  # none has been seen yet
     cases = (([PRUNE, RETRAIN, NF4], 1, credit + OUT_OF_REACH), ([PRUNE, RETRAIN, NF4], 2, OUT_OF_REACH), ([NF4], 1, HOPELESS))
     for pipeline, number, allowed in cases:
         steps = read_pipeline(pipeline)
-        row = run_pipeline(steps, runner.resources, runner.first_look, show=False).steps[number]
+        row = run_pipeline(steps, runner.resources, runner.step_measure, show=False).steps[number]
         trial = make_trial(row["kl"] - allowed - 0.01, objectives=objectives)
         with pytest.raises(Stopped, match=f"stopped after {row['method']}: ") as stop:
             runner.evaluate(trial, steps)
@@ -150,16 +159,16 @@ def test_where_time_or_memory_count_no_pipeline_is_stopped_for_its_quality(windo
 
 def test_what_may_still_be_won_is_what_such_steps_have_won_in_this_study_and_a_quarter_more(windows):
     runner, steps = make_runner(windows), ["retrain", "smooth", "nf4"]
-    assert runner.within_reach(4.0, steps) == pytest.approx(4.0 + (1 + OPTIMISM) * BEFORE_ANY["retrain"])
+    assert runner.optimistic_quality(4.0, steps) == pytest.approx(4.0 + (1 + OPTIMISM) * PRIOR_CHANGES["retrain"])
     runner.changes = {"retrain": [-0.2, -0.1], "smooth": [0.0, 0.1], "nf4": [0.3, 0.2]}
-    assert runner.within_reach(4.0, steps) == pytest.approx(4.0 - 0.25 + 0.15)
-    assert runner.within_reach(4.0, steps[1:]) == pytest.approx(4.15) and runner.within_reach(4.0, []) == 4.0
+    assert runner.optimistic_quality(4.0, steps) == pytest.approx(4.0 - 0.25 + 0.15)
+    assert runner.optimistic_quality(4.0, steps[1:]) == pytest.approx(4.15) and runner.optimistic_quality(4.0, []) == 4.0
     assert runner.extrapolated(4.0, steps) == pytest.approx(4.0 - 0.15 + 0.05 + 0.25)  # what they usually do
     runner.best = 3.99
     assert runner.extrapolated(4.0, ["retrain"]) == 3.99  # what was stopped is not told as the best
     assert make_runner(windows, objectives=("perplexity",)).extrapolated(2.0, []) == pytest.approx(math.exp(2.0))
     runner.changes["nf4"] = [0.3]  # one is not enough to go by
-    assert runner.within_reach(4.0, steps) == pytest.approx(3.75)
+    assert runner.optimistic_quality(4.0, steps) == pytest.approx(3.75)
 
 
 def test_what_is_hopeless_is_learnt_from_the_trials_of_the_study(windows):
@@ -192,13 +201,14 @@ def test_a_pipeline_is_retrained_a_little_before_it_is_retrained_in_full(windows
     monkeypatch.setattr(trials, "SHORTEST", 24)
     pipeline = [PRUNE, {"method": "retrain", "params": {"tokens": 96}}, NF4]
     runner, steps = make_runner(windows), read_pipeline(pipeline)
-    assert [step.recipe.tokens for step in shortened(steps) if step.method.kind == "retrain"] == [24]
-    assert shortened(read_pipeline([PRUNE, NF4])) is None and shortened(read_pipeline([PRUNE, RETRAIN, NF4])) is not None
+    assert [step.recipe.tokens for step in with_short_retraining(steps) if step.method.kind == "retrain"] == [24]
+    assert with_short_retraining(read_pipeline([PRUNE, NF4])) is None
+    assert with_short_retraining(read_pipeline([PRUNE, RETRAIN, NF4])) is not None
     monkeypatch.setattr(trials, "SHORTEST", 25)
-    assert shortened(steps) is None
+    assert with_short_retraining(steps) is None
     monkeypatch.setattr(trials, "SHORTEST", 24)
-    found = run_pipeline(shortened(steps), runner.resources, runner.first_look, show=False).steps[-1]["kl"]
-    credit = -BEFORE_ANY[MORE_TOKENS] * (1 + OPTIMISM)
+    found = run_pipeline(with_short_retraining(steps), runner.resources, runner.step_measure, show=False).steps[-1]["kl"]
+    credit = -PRIOR_CHANGES[MORE_TOKENS] * (1 + OPTIMISM)
     for beyond in (0.01, -0.01):
         trial, runner.best = make_trial(), found - credit - OUT_OF_REACH - beyond
         monkeypatch.setattr(runner, "learn", lambda *_: None)
@@ -218,8 +228,8 @@ def test_what_falls_behind_is_looked_at_on_few_windows_and_told_as_what_they_say
     monkeypatch.setattr(trials, "HOPELESS", 1000.0)  # nothing else stops them
     pipelines = [[{"method": "gptq", "params": {"bits": bits, "embeddings": "int8"}}] for bits in (8, 6, 5, 4, 3, 2)]
     runner, looks = make_runner(windows, few=1, target=0.1), []
-    original = runner._look
-    runner._look = lambda model, start, end: looks.append((start, end)) or original(model, start, end)
+    original = runner._measure_windows
+    runner._measure_windows = lambda model, start, end: looks.append((start, end)) or original(model, start, end)
     study = optuna.create_study(pruner=runner.pruner())
     for pipeline in pipelines:
         trial = study.ask()
@@ -316,7 +326,7 @@ def test_a_whole_pipeline_comes_back_as_it_was(windows, tmp_path, last, tied):
     first = runner.run(steps)
     for step in steps:
         step.method = replace(step.method, apply=lambda *_: pytest.fail("it was done again"))
-    again = run_pipeline(steps, runner.resources, runner.first_look, cache=runner.cache, show=False)
+    again = run_pipeline(steps, runner.resources, runner.step_measure, cache=runner.cache, show=False)
     assert [row.get("cached", False) for row in again.steps] == [False, True, True] and again.kind == first.kind
     assert json.loads(json.dumps(first.quantization)) == again.quantization
     assert stored_bytes(again, torch.bfloat16) == stored_bytes(first, torch.bfloat16)

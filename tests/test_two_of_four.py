@@ -15,11 +15,11 @@ from compactmind.methods.memory import Sizes
 from compactmind.methods.pruning.encoder import block_linears, encoder_layers
 from compactmind.methods.pruning.sparse24 import Sparse24Recipe, sparsify_llama
 from compactmind.methods.pruning.two_of_four import (
+    apply_pattern,
     is_two_of_four,
     keep_two_of_four,
-    lay_over,
-    names_of_held,
     share_of_zeros,
+    sparse_weight_names,
     takes_sparse_kernel,
     with_sparse_kernels,
 )
@@ -72,7 +72,7 @@ def test_weights_that_cannot_be_divided_into_fours_are_named_before_anything_is_
     linears["layer 0, down"] = nn.Linear(6, 8)
     before = copy.deepcopy(distilbert.state_dict())
     with pytest.raises(CompactMindError, match="layer 0, down has 6 inputs, no multiple of 4.*--round_to 64"):
-        lay_over(linears)
+        apply_pattern(linears)
     assert all(torch.equal(tensor, before[name]) for name, tensor in distilbert.state_dict().items())
 
 
@@ -82,34 +82,34 @@ def test_a_classifier_keeps_its_larger_weights_and_its_zeros_while_it_trains(fam
     model = helpers.MAKERS[family]()
     before, linears = copy.deepcopy(model.state_dict()), block_linears(model)
     assert len(linears) == 6 * len(encoder_layers(model))
-    held = lay_over(linears)
+    held = apply_pattern(linears)
     assert share_of_zeros(linears.values()) == 0.5
     zero = {name: linear.weight == 0 for name, linear in linears.items()}
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert len(changed) == len(linears) == len(names_of_held(model))
+    assert len(changed) == len(linears) == len(sparse_weight_names(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     for _ in range(3):
         model(**helpers.example_batch(), labels=torch.tensor([0, 1, 1, 0, 1])).loss.backward()
         optimizer.step()
         assert not is_two_of_four(next(iter(linears.values())).weight)  # the step itself fills them
-        held.put_back()
+        held.zero_again()
     for name, linear in linears.items():
         assert torch.equal(linear.weight == 0, zero[name])
 
 
 def test_a_classifier_reloads_as_it_was_and_on_a_cpu_stays_dense(distilbert, tokenizer, tmp_path):
-    lay_over(block_linears(distilbert))
+    apply_pattern(block_linears(distilbert))
     save_checkpoint(tmp_path / "m", distilbert, tokenizer, kind="dense", parent=None, stage={}, extra={"sparsity_pattern": "2:4"})
     loaded = load_checkpoint(tmp_path / "m", sparse_kernels=True)
     assert torch.equal(helpers.logits_of(loaded.model), helpers.logits_of(distilbert))
-    assert names_of_held(loaded.model) == names_of_held(distilbert) != [] and loaded.manifest["sparsity_pattern"] == "2:4"
+    assert sparse_weight_names(loaded.model) == sparse_weight_names(distilbert) != [] and loaded.manifest["sparsity_pattern"] == "2:4"
     assert with_sparse_kernels(loaded.model) == []
     assert {type(linear.weight) for linear in block_linears(loaded.model).values()} == {nn.Parameter}
 
 
 @pytest.mark.parametrize("quantize", [quantize_encoder, lambda model: quantize_model(model, "nf4")], ids=["w8a8", "nf4"])
 def test_rounding_a_classifier_leaves_the_zeros(distilbert, quantize):
-    lay_over(block_linears(distilbert))
+    apply_pattern(block_linears(distilbert))
     zero = {name: linear.weight == 0 for name, linear in block_linears(distilbert).items()}
     quantize(distilbert)
     for name, layer in block_linears(distilbert).items():

@@ -23,7 +23,7 @@ from compactmind.methods.quantization.w8a8_model import (
     calibrate_llama,
     float32_block_by_block,
     quantize_llama,
-    turn_for,
+    rotate_stream_for,
 )
 
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -90,7 +90,7 @@ def test_a_file_reloads_with_equal_logits_also_one_written_before(tmp_path, stat
 def test_a_file_of_a_turned_stream_has_no_rotation_before_what_reads_it(tmp_path, tied, rotations, embeddings):
     recipe = W8A8Recipe(0.5, rotations=rotations, embeddings=embeddings, stream_rotation=True)
     model, dense = release(tied), logits_of(release(tied).float())
-    turn_for(model, recipe)
+    rotate_stream_for(model, recipe)
     description = quantize_llama(model, calibrate_llama(model, helpers.example_windows(4, 32)), recipe)
     assert description["stream_rotation"] and set(description["rotations"]) == {"o", "down"} & set(rotations)
     settings = {"kind": "w8a8", "parent": None, "stage": {}, "quantization": description, "dtype": "bfloat16"}
@@ -108,11 +108,11 @@ def test_a_file_of_a_turned_stream_has_no_rotation_before_what_reads_it(tmp_path
 
 def test_a_recipe_for_a_turned_stream_wants_it_turned_first(statistics):
     model = release(True)
-    with pytest.raises(ValueError, match=r"call turn_for\(model, recipe\) first"):
+    with pytest.raises(ValueError, match=r"call rotate_stream_for\(model, recipe\) first"):
         quantize_llama(model, statistics[True], W8A8Recipe(0.5, stream_rotation=True))
     assert not any(isinstance(module, W8A8Linear) for module in model.modules())
     before = copy.deepcopy(model.state_dict())
-    turn_for(model, W8A8Recipe(0.5))
+    rotate_stream_for(model, W8A8Recipe(0.5))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -146,7 +146,7 @@ def test_compressed_tensors_alone_reads_the_file_of_a_turned_stream(tmp_path, em
     pytest.importorskip("compressed_tensors")
     dense, model = logits_of(release(tied).float()), release(tied)
     recipe = W8A8Recipe(0.5, rotations=("o",), embeddings=embeddings, stream_rotation=True)
-    turn_for(model, recipe)
+    rotate_stream_for(model, recipe)
     save(tmp_path / "m", model, calibrate_llama(model, helpers.example_windows(4, 32)), **vars(recipe))
     theirs, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32, output_loading_info=True)
     assert not any(loading.values())

@@ -19,8 +19,8 @@ from compactmind.devices import WORKER
 from compactmind.errors import CompactMindError
 from compactmind.search import engine, machine, workers
 from compactmind.search import storage as storage_module
-from compactmind.search.engine import counted_trials, is_counted, open_study, retry_interrupted, search, seed_among
-from compactmind.search.machine import lives, machine_kind, noting_kind, require_kind, this_worker
+from compactmind.search.engine import counted_trials, is_counted, open_study, retry_interrupted, sampler_seed, search
+from compactmind.search.machine import machine_kind, recording_machine_kind, require_kind, this_worker, worker_is_alive
 from compactmind.search.space import make_space
 from compactmind.search.workers import Share, run_workers, shares, together_on_one_device, visible_gpus
 
@@ -136,20 +136,20 @@ def test_however_the_first_process_ends_its_workers_end_and_each_once(tmp_path, 
 def test_a_zombie_is_dead():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     worker = this_worker() | {"pid": process.pid, "started": psutil.Process(process.pid).create_time()}
-    assert lives(worker, 0)
+    assert worker_is_alive(worker, 0)
     process.kill()
     until = time.monotonic() + 30
     while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < until:
         time.sleep(0.01)
-    assert not lives(worker, time.time())  # though its number is still given
+    assert not worker_is_alive(worker, time.time())  # though its number is still given
     process.wait()
 
 
 def test_a_process_of_another_container_of_this_name_is_told_by_its_signs_of_life():
     own = this_worker()
     elsewhere = own | {"place": "another boot or container"}
-    assert lives(own, 0) and lives({name: own[name] for name in ("host", "pid", "started")}, 0)
-    assert lives(elsewhere, time.time()) and not lives(elsewhere, time.time() - machine.DEAD_AFTER_SECONDS - 1)
+    assert worker_is_alive(own, 0) and worker_is_alive({name: own[name] for name in ("host", "pid", "started")}, 0)
+    assert worker_is_alive(elsewhere, time.time()) and not worker_is_alive(elsewhere, time.time() - machine.DEAD_AFTER_SECONDS - 1)
 
 
 def test_a_trial_that_was_taken_from_a_dead_worker_by_one_that_died_itself_is_queued_by_the_next(study, gone, monkeypatch):
@@ -170,7 +170,7 @@ def test_a_trial_that_was_taken_from_a_dead_worker_by_one_that_died_itself_is_qu
     assert retry_interrupted(study) == 0  # the one that took it still lives, and is about to
     by = study.trials[0].user_attrs["queued_again"]
     assert {name: by[name] for name in this_worker()} == this_worker()
-    monkeypatch.setattr(engine, "lives", lambda worker, seen_at: False)
+    monkeypatch.setattr(engine, "worker_is_alive", lambda worker, seen_at: False)
     assert retry_interrupted(study) == 1 and retry_interrupted(study) == 0
     assert study.trials[1].state == TrialState.WAITING and study.trials[1].user_attrs["retry_of"] == 0
     assert study.trials[1].system_attrs["fixed_params"] == trial.params
@@ -208,11 +208,11 @@ def test_a_grid_whose_first_worker_was_killed_while_it_queued_is_run_whole(study
 
 def test_a_worker_among_others_has_a_seed_of_its_own(monkeypatch):
     ended, running = (SimpleNamespace(state=state) for state in (TrialState.COMPLETE, TrialState.RUNNING))
-    assert seed_among(3, [ended] * 5) == 8
+    assert sampler_seed(3, [ended] * 5) == 8
     seeds = set()
     for pid in range(20):
         monkeypatch.setattr(engine, "this_worker", lambda pid=pid: {"pid": pid})
-        seeds.add(seed_among(3, [ended] * 4 + [running]))
+        seeds.add(sampler_seed(3, [ended] * 4 + [running]))
     assert len(seeds) == 20 and all(0 <= seed + 2**20 < 2**32 for seed in seeds)
 
 
@@ -228,7 +228,7 @@ def test_times_of_two_kinds_of_machines_are_not_compared(study):
 
 def test_trials_of_two_kinds_that_began_at_once_are_found(study):
     space, said = small_space(), []
-    evaluate = noting_kind(lambda notes, steps: [1.0], ("memory",), "CPU A")
+    evaluate = recording_machine_kind(lambda notes, steps: [1.0], ("memory",), "CPU A")
     search(study, space, 1, evaluate, strategy="random", finished=said.append)
     assert said[0].user_attrs["machine"] == "CPU A"
     study.set_user_attr("machine", "CPU B")

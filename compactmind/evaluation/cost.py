@@ -75,7 +75,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def in_turns(
+def measure_interleaved(
     models: Mapping[str, PreTrainedModel], once: Callable[[PreTrainedModel], Any], repeats: int, warmup: int,
     errors: dict[str, Exception] | None,
 ) -> dict[str, list[Any]]:  # fmt: skip
@@ -83,20 +83,20 @@ def in_turns(
 
     With `errors`, which then holds them by name, a model that fails drops out and the others go on; without, the error is raised.
     """
-    found: dict[str, list[Any]] = {name: [] for name in models}
+    results: dict[str, list[Any]] = {name: [] for name in models}
     for round_index in range(-warmup, repeats):
-        for name in list(found):
+        for name in list(results):
             try:
                 result = once(models[name])
             except Exception as error:  # noqa: BLE001  any model may stand beside others that must not lose their rounds
                 if errors is None:
                     raise
                 errors[name] = error
-                del found[name]
+                del results[name]
                 continue
             if round_index >= 0:
-                found[name].append(result)
-    return found
+                results[name].append(result)
+    return results
 
 
 def random_tokens(models: Mapping[str, PreTrainedModel], rows: int, tokens: int) -> torch.Tensor:
@@ -116,7 +116,7 @@ def measure_latency(
     """Time one forward pass of every model on the same random tokens, taking turns for `repeats` rounds.
 
     Returns per model `median_ms`, `low_ms` and `high_ms` (10th and 90th percentile) and `speedup`: the median over rounds of
-    time of `reference` / time of this model (None if the reference is not among them). `errors`: see `in_turns`.
+    time of `reference` / time of this model (None if the reference is not among them). `errors`: see `measure_interleaved`.
     """
     input_ids = random_tokens(models, batch_size, sequence_length)
 
@@ -129,7 +129,7 @@ def measure_latency(
         synchronize(model.device)
         return time.perf_counter() - started
 
-    return summaries(in_turns(models, once, repeats, warmup, errors), dict.fromkeys(models, reference))
+    return summaries(measure_interleaved(models, once, repeats, warmup, errors), dict.fromkeys(models, reference))
 
 
 @torch.inference_mode()
@@ -157,7 +157,7 @@ def measure_generation(
         synchronize(model.device)
         return {"prefill": prefilled - started, "decode": (time.perf_counter() - prefilled) / new_tokens}
 
-    rounds = in_turns(models, once, repeats, warmup, errors)
+    rounds = measure_interleaved(models, once, repeats, warmup, errors)
     compared = dict.fromkeys(models, reference) if isinstance(reference, str) else reference
     phases = {
         phase: summaries({name: [taken[phase] for taken in times] for name, times in rounds.items()}, compared)

@@ -35,8 +35,8 @@ def token_divergences(dense_logits: torch.Tensor, logits: torch.Tensor) -> tuple
     divergences, same = [], []
     for dense, other in zip(dense_logits.split(CHUNK), logits.split(CHUNK), strict=True):
         other = other.to(dense.device)
-        expected, found = F.log_softmax(dense.float(), dim=-1), F.log_softmax(other.float(), dim=-1)
-        each = F.kl_div(found, expected, log_target=True, reduction="none").sum(dim=-1)
+        expected, other_log_probabilities = F.log_softmax(dense.float(), dim=-1), F.log_softmax(other.float(), dim=-1)
+        each = F.kl_div(other_log_probabilities, expected, log_target=True, reduction="none").sum(dim=-1)
         divergences.append(each.clamp(min=0).cpu())  # below 0 by rounding alone
         same.append((dense.argmax(dim=-1) == other.argmax(dim=-1)).cpu())
     return torch.cat(divergences), torch.cat(same)
@@ -116,7 +116,7 @@ def divergence(dense: PreTrainedModel, model: PreTrainedModel, windows: torch.Te
 
     Raises ValueError if their vocabularies differ.
     """
-    found = measure_windows({"dense": dense, "model": model}, windows, "dense")["model"]["divergence"]
-    if found is None:
+    result = measure_windows({"dense": dense, "model": model}, windows, "dense")["model"]["divergence"]
+    if result is None:
         raise ValueError(f"vocabularies of {dense.config.vocab_size} and {model.config.vocab_size}: no token is another's")
-    return found
+    return result

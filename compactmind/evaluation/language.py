@@ -83,7 +83,7 @@ def measure_language_models(
         with cell_fails_alone(row, "load_seconds"):
             print(f"{name:<24} load time ...", flush=True)
             device = checkpoints[name].model.device
-            checkpoints.let_large_go()
+            checkpoints.release_large()
             row["load_seconds"] = measure_load_time(partial(load_any, Path(row["directory"]), device))
     _measure_speed(rows, checkpoints, bases, prompt_tokens, repeats)
     _measure_memory(rows, checkpoints, prompt_tokens)
@@ -97,7 +97,7 @@ def _measure_memory(rows: list[dict[str, Any]], checkpoints: Checkpoints, prompt
         with cell_fails_alone(row, "peak_memory_mb"):
             require_positions(checkpoints[row["name"]].model, prompt_tokens, "prompt_tokens")
             ready.append(row)
-    checkpoints.let_large_go()
+    checkpoints.release_large()
 
     def measure(row: dict[str, Any]) -> None:
         with cell_fails_alone(row, "peak_memory_mb"):
@@ -172,19 +172,19 @@ def _measure_quality(
         what = f"perplexity and KL to {base_name} on {len(windows)} windows of {windows.shape[1]} tokens"
         print(f"{', '.join(names)}: {what} ...", flush=True)
         errors: dict[str, Exception] = {}
-        found, dense = {}, None
+        by_model, dense = {}, None
         with collecting(errors, base_name):
             dense = LogitsOf(checkpoints[base_name].model, windows)
-            found[base_name] = measure_logits(dense, windows)
+            by_model[base_name] = measure_logits(dense, windows)
         for name in names:
             if name != base_name:
                 with collecting(errors, name):
-                    found[name] = measure_windows({name: checkpoints[name].model}, windows, dense)[name]
+                    by_model[name] = measure_windows({name: checkpoints[name].model}, windows, dense)[name]
         for row in group:
             with row_fails_alone(row):
                 if row["name"] in errors:
                     raise errors[row["name"]]
-                measured = found[row["name"]]
+                measured = by_model[row["name"]]
                 result = perplexity_of(measured["losses"], windows.shape[1], text, windows_from)
                 row["losses"], row["protocol"] = result["losses"], result["protocol"]
                 row["perplexity"], row["perplexity_interval"] = result["perplexity"], result["interval"]
@@ -242,7 +242,7 @@ def measure_in_llama_cpp(
                 row["load_seconds"] = measure_load_time(lambda load=load: load().close())
         if len(models) == 1:
             return
-        found = measure_windows(models, windows, base["name"], errors)
+        by_model = measure_windows(models, windows, base["name"], errors)
         running = {name: model for name, model in models.items() if name not in errors}
         speeds = measure_generation(running, prompt_tokens, repeats, base["name"], errors=errors)
     finally:
@@ -256,9 +256,9 @@ def measure_in_llama_cpp(
             if row["name"] in errors:
                 raise errors[row["name"]]
             protocol = base["protocol"]
-            result = perplexity_of(found[row["name"]]["losses"], windows.shape[1], protocol["text"], protocol["windows_from"])
+            result = perplexity_of(by_model[row["name"]]["losses"], windows.shape[1], protocol["text"], protocol["windows_from"])
             row |= {"losses": result["losses"], "protocol": protocol, "perplexity": result["perplexity"]}
-            row |= {"perplexity_interval": result["interval"], "divergence": found[row["name"]]["divergence"]}
+            row |= {"perplexity_interval": result["interval"], "divergence": by_model[row["name"]]["divergence"]}
             row["against_dense"] = paired_ratio(row["losses"], base["losses"])
             row |= {
                 "compression_ratio": base["size_mb"] / row["size_mb"],

@@ -18,7 +18,7 @@ from compactmind.onnx_export import FILE
 from compactmind.room import require_room
 
 
-def unusable(row: dict[str, Any], error: Exception) -> None:
+def mark_unusable(row: dict[str, Any], error: Exception) -> None:
     """Make, in place, a row `broken`, with the command that makes its model again, or `failed` where no command does; both say why."""
     fail(row, error)
     if row["name"] in MADE_BY and isinstance(error, CompactMindError):
@@ -36,13 +36,13 @@ def foreign_architecture(directory: Path) -> str:
 def described(row: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
     """Return what a row says of its model beside measurements."""
     names = ("kind", "architecture", "parent", "parameters", "layers", "quantization", "stage", "created")
-    found = {name: manifest[name] for name in names}
-    found |= {"stage_metrics": manifest["metrics"], "experiment_name": manifest.get("experiment_name")}
-    found |= {name: manifest[name] for name in ("pipeline", "interaction", "layer_errors") if name in manifest}
-    found["model_name"] = (manifest["stage"].get("config") or {}).get("source", row["name"])
+    record = {name: manifest[name] for name in names}
+    record |= {"stage_metrics": manifest["metrics"], "experiment_name": manifest.get("experiment_name")}
+    record |= {name: manifest[name] for name in ("pipeline", "interaction", "layer_errors") if name in manifest}
+    record["model_name"] = (manifest["stage"].get("config") or {}).get("source", row["name"])
     history = Path(row["directory"]) / "training_history.json"
-    found["history"] = json.loads(history.read_text(encoding="utf-8")) if history.is_file() else None
-    return found
+    record["history"] = json.loads(history.read_text(encoding="utf-8")) if history.is_file() else None
+    return record
 
 
 def identify(rows: list[dict[str, Any]]) -> None:
@@ -60,13 +60,13 @@ def identify(rows: list[dict[str, Any]]) -> None:
         if (directory / MANIFEST).is_file():
             manifest = read_manifest(directory)
             inputs = manifest["stage"].get("inputs") or {}
-            wanted = inputs.get(manifest.get("parent")) or inputs.get("model")
-            same = [other["name"] for other in rows if wanted and other.get("identity") == wanted and other is not row]
+            parent_hash = inputs.get(manifest.get("parent")) or inputs.get("model")
+            same = [other["name"] for other in rows if parent_hash and other.get("identity") == parent_hash and other is not row]
             made_from = manifest["parent"] if manifest.get("parent") in same else next(iter(same), None)
         row["made_from"] = made_from
 
 
-def split_by_need(rows: list[dict[str, Any]], known: dict[str, dict[str, Any]], what: dict[str, Any]) -> list[dict[str, Any]]:
+def reuse_measurements(rows: list[dict[str, Any]], known: dict[str, dict[str, Any]], what: dict[str, Any]) -> list[dict[str, Any]]:
     """Complete, in place, the found rows whose measurement is `known` (an earlier report's, by name); return the others.
 
     A measurement holds as long as the weights, those it was compared with, the machine and `what` (data, settings) are the same. One
@@ -91,15 +91,15 @@ def split_by_need(rows: list[dict[str, Any]], known: dict[str, dict[str, Any]], 
 
 
 def load_models(rows: list[dict[str, Any]], device: str) -> Checkpoints:
-    """Return the checkpoints by name; a row whose model cannot be loaded is `unusable` and has none."""
-    found = Checkpoints({row["name"]: partial(load_any, Path(row["directory"]), device) for row in rows})
+    """Return the checkpoints by name; a row whose model cannot be loaded is `mark_unusable` and has none."""
+    checkpoints = Checkpoints({row["name"]: partial(load_any, Path(row["directory"]), device) for row in rows})
     for row in rows:
         try:
-            row |= {"status": "measured", **described(row, found[row["name"]].manifest)}
+            row |= {"status": "measured", **described(row, checkpoints[row["name"]].manifest)}
         except Exception as error:  # noqa: BLE001  any folder may be a row, and each library has its own way to say it cannot read one
-            found.discard(row["name"])
-            unusable(row, error)
-    return found
+            checkpoints.discard(row["name"])
+            mark_unusable(row, error)
+    return checkpoints
 
 
 def require_room_for(rows: list[dict[str, Any]], reference: str, eval_windows: int, seq_len: int, results_dir: Path) -> None:

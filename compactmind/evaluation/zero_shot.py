@@ -59,15 +59,15 @@ def require_tasks(names: Iterable[str]) -> None:
 
 def check_problems(name: str, file: Path) -> None:
     """Raise CompactMindError unless the first line of `file` is a problem of the task as JSON."""
-    wanted = ", ".join(TASKS[name].columns)
+    columns = ", ".join(TASKS[name].columns)
     try:
         with file.open(encoding="utf-8") as lines:
             first = json.loads(next(lines, ""))
         missing = [column for column in TASKS[name].columns if column not in first]
     except (OSError, ValueError, TypeError) as error:
-        raise CompactMindError(f"{file} holds no problems of {name} as JSON lines with {wanted}: {error}") from error
+        raise CompactMindError(f"{file} holds no problems of {name} as JSON lines with {columns}: {error}") from error
     if missing:
-        raise CompactMindError(f"{file} lacks {', '.join(missing)}: a problem of {name} has {wanted}")
+        raise CompactMindError(f"{file} lacks {', '.join(missing)}: a problem of {name} has {columns}")
 
 
 def load_tasks(names: Iterable[str], folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -78,10 +78,10 @@ def load_tasks(names: Iterable[str], folder: Path) -> tuple[dict[str, Any], dict
     """
     names = list(dict.fromkeys(names))
     require_tasks(names)
-    found: dict[str, Any] = {}
+    loaded: dict[str, Any] = {}
     refused: dict[str, str] = {}
     if not names:
-        return found, refused
+        return loaded, refused
     import lm_eval  # here: it takes seconds that only those who ask for it should pay
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -97,14 +97,14 @@ def load_tasks(names: Iterable[str], folder: Path) -> tuple[dict[str, Any], dict
                 task |= {"training_split": None, "validation_split": None, "test_split": None, f"{suite.split}_split": suite.split}
                 task |= {"dataset_path": "json", "dataset_name": None}
                 task["dataset_kwargs"] = {"data_files": {suite.split: str(file.resolve())}}
-            found[name] = task_manager().load([task])["tasks"][name]
+            loaded[name] = task_manager().load([task])["tasks"][name]
         except CompactMindError as error:
             refused[name] = str(error)
         except Exception as error:  # noqa: BLE001  the hub's library has many ways to say that it is not there
             refused[name] = f"{file} is not there, and the hub does not answer ({reason_of(error)[:120]})"
             if file.is_file():
                 refused[name] = f"{file} cannot be read: {reason_of(error)[:160]}"
-    return found, refused
+    return loaded, refused
 
 
 def ask(
@@ -120,18 +120,18 @@ def ask(
     from compactmind.evaluation.harness import in_the_harness, task_manager
 
     with in_the_harness(model, tokenizer, batch_size) as asked:
-        found = lm_eval.simple_evaluate(
+        evaluated = lm_eval.simple_evaluate(
             asked, tasks=list(tasks.values()), limit=limit or None, num_fewshot=0, bootstrap_iters=0, log_samples=True,
             task_manager=task_manager(), verbosity="ERROR",
         )  # fmt: skip
     results = {}
     for name in tasks:
         metric = TASKS[name].metric
-        samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+        samples = sorted(evaluated["samples"][name], key=lambda sample: sample["doc_id"])
         right = [int(sample[metric]) for sample in samples]
         interval = binomtest(sum(right), len(right)).proportion_ci(0.95, method="wilson")
         results[name] = {
-            "task": name, "version": found["versions"][name], "harness": f"lm-eval {lm_eval.__version__}", "metric": metric,
+            "task": name, "version": evaluated["versions"][name], "harness": f"lm-eval {lm_eval.__version__}", "metric": metric,
             "problems": len(right), "accuracy": sum(right) / len(right), "interval": [float(interval.low), float(interval.high)],
             "right": "".join(map(str, right)),
         }  # fmt: skip
@@ -149,15 +149,15 @@ def measure_zero_shot(
     data = {name: sha256_of(file) if file.is_file() else "hub" for name, file in files.items()}
     for row in rows:
         known = row.get("zero_shot") or {}
-        wanted = {name: {"limit": limit, "problems": data[name]} for name in tasks}
-        missing = {name: tasks[name] for name in tasks if (known.get(name) or {}).get("asked") != wanted[name]}
+        requests = {name: {"limit": limit, "problems": data[name]} for name in tasks}
+        missing = {name: tasks[name] for name in tasks if (known.get(name) or {}).get("asked") != requests[name]}
         if row["status"] != "measured" or not missing:
             continue
         print(f"{row['name']:<24} {', '.join(missing)}, {limit or 'all'} problems each ...", flush=True)
         with cell_fails_alone(row, "zero_shot"):
             checkpoint = load(row)
             new = ask(checkpoint.model, checkpoint.tokenizer, missing, limit)
-            row["zero_shot"] = known | {name: outcome | {"asked": wanted[name]} for name, outcome in new.items()}
+            row["zero_shot"] = known | {name: outcome | {"asked": requests[name]} for name, outcome in new.items()}
 
 
 def compare_zero_shot(rows: list[dict[str, Any]]) -> None:
@@ -165,7 +165,7 @@ def compare_zero_shot(rows: list[dict[str, Any]]) -> None:
 
     `p_holm` is corrected for all of a report's comparisons (Holm 1979): rows times tasks.
     """
-    by_name, found = {row["name"]: row for row in rows}, []
+    by_name, comparisons = {row["name"]: row for row in rows}, []
     for row in rows:
         base = by_name.get(row.get("compared_with") or "") or {}
         for name, outcome in (row.get("zero_shot") or {}).items():
@@ -173,6 +173,6 @@ def compare_zero_shot(rows: list[dict[str, Any]]) -> None:
             outcome["against"] = None
             if other and base is not row and outcome["asked"] == other["asked"] and len(outcome["right"]) == len(other["right"]):
                 outcome["against"] = mcnemar(*(numpy.array([mark == "1" for mark in each["right"]]) for each in (other, outcome)))
-                found.append(outcome["against"])
-    for comparison, corrected in zip(found, holm([each["p_value"] for each in found]), strict=True):
+                comparisons.append(outcome["against"])
+    for comparison, corrected in zip(comparisons, holm([each["p_value"] for each in comparisons]), strict=True):
         comparison["p_holm"] = corrected

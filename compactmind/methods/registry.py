@@ -30,7 +30,13 @@ from compactmind.methods.quantization.gptq_model import (
 )
 from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4
 from compactmind.methods.quantization.tables import table_bits
-from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama, smooth_llama, turn_for
+from compactmind.methods.quantization.w8a8_model import (
+    W8A8Recipe,
+    calibrate_llama,
+    quantize_llama,
+    rotate_stream_for,
+    smooth_llama,
+)
 from compactmind.methods.retraining.loss import TeacherStates
 from compactmind.methods.retraining.recipe import RetrainRecipe, windows_seen
 from compactmind.methods.retraining.sharding import check_sharding
@@ -91,7 +97,7 @@ class Resources:
         """Tell whether `model` is the one that `teacher` returns."""
         return self.remembered.get(((), "teacher")) is model
 
-    def done_with_teacher(self) -> None:
+    def release_teacher(self) -> None:
         """Let the dense model go if it is a large one: what asks for it again loads it again."""
         teacher = self.remembered.get(((), "teacher"))
         if teacher is not None and not is_small(teacher):
@@ -156,7 +162,7 @@ class Method:
                 wanted = ask(asked, values[0], values[-1], step=steps.pop())
                 found[name] = min(values, key=lambda value: abs(value - wanted))  # 0.30000000000000004 is 0.3
             else:
-                names = {asked_as(value): value for value in values}
+                names = {as_choice(value): value for value in values}
                 found[name] = values[0] if len(values) == 1 else names[trial.suggest_categorical(asked, list(names))]
         return found
 
@@ -168,7 +174,7 @@ class Method:
         return self.recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
-def asked_as(value: Any) -> Any:
+def as_choice(value: Any) -> Any:
     """Return what stands for a value in a study, which holds words and numbers alone: `channels+groups` for ("channels", "groups")."""
     return "+".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else value
 
@@ -260,7 +266,7 @@ def _smooth(model, resources: Resources, recipe: SmoothRecipe):
 
 
 def _w8a8(model, resources: Resources, recipe: W8A8Recipe):
-    turn_for(model, recipe)
+    rotate_stream_for(model, recipe)
     return model, quantize_llama(model, _statistics(model, resources, recipe.stream_rotation), recipe)
 
 

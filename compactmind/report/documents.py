@@ -16,7 +16,7 @@ from compactmind.files import write_text_atomically
 from compactmind.manifest import CARD, MANIFEST, read_manifest
 from compactmind.model_card import model_card
 from compactmind.origin import origin_of
-from compactmind.published import in_words
+from compactmind.published import describe_published
 from compactmind.report import tables
 from compactmind.report.as_shipped import OTHERS, as_shipped
 from compactmind.report.figures import FIGURES, draw_all, model_comparison, save_figure
@@ -49,7 +49,7 @@ class Section:
 def sections(report: dict[str, Any], drawn: dict[str, str]) -> list[Section]:
     """Return the parts of the report in order; `drawn`: the figures there are, name -> caption."""
     checked, file = check_llama_2(report), as_shipped(report)
-    languages = [in_words(file["compared_with"], file["published_as"])] if file else []
+    languages = [describe_published(file["compared_with"], file["published_as"])] if file else []
     search_figures = [name for name in FIGURES if name.startswith("search_")]
     found = [
         Section("In short", opening_sentences(report), picture="opening" if "opening" in drawn else None),

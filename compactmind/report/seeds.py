@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from compactmind.seeds import told
+from compactmind.seeds import format_spread
 
 COLUMN = "over seeds"
 NOTE = " over seeds: the same training with other seeds, its data, settings and parent as they are: median, lowest to highest."
@@ -18,13 +18,14 @@ def seeds_cell(row: dict[str, Any]) -> str:
     if not has_seeds(row):
         return "-"
     accuracies = [run["accuracy"] for run in row["seeds"]["runs"]]
-    return f"{told(accuracies)} ({len(accuracies)})"
+    return f"{format_spread(accuracies)} ({len(accuracies)})"
 
 
 def seeds_sentences(rows: dict[str, dict[str, Any]]) -> list[str]:
     """Return a sentence for every row that stands for several runs."""
     return [
-        f"{name}, trained with {len(row['seeds']['runs'])} seeds: accuracy {told([run['accuracy'] for run in row['seeds']['runs']])}; the "
+        f"{name}, trained with {len(row['seeds']['runs'])} seeds: accuracy "
+        f"{format_spread([run['accuracy'] for run in row['seeds']['runs']])}; the "
         f"row is the run of seed {row['seeds']['runs'][0]['seed']}, {row['accuracy']:.1%}."
         for name, row in rows.items()
         if has_seeds(row)

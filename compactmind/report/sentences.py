@@ -79,18 +79,18 @@ def sentences(report: dict[str, Any]) -> list[str]:
     """Return the findings: one sentence per model that is compared with another one, what there is to beat, and what the search found."""
     classifiers, languages = measured(report, "encoder"), measured(report, "llm")
     reference, batch = classifiers.get(reference_of(report, "encoder")), largest_batch(report)
-    found = [encoder_sentence(row, reference, batch) for row in classifiers.values() if reference and row is not reference]
-    found += seeds_sentences(classifiers) + zeros_sentences(report)
+    lines = [encoder_sentence(row, reference, batch) for row in classifiers.values() if reference and row is not reference]
+    lines += seeds_sentences(classifiers) + zeros_sentences(report)
     file = as_shipped(report)
     for row in languages.values():
         dense = languages.get(row["compared_with"])
         if row is file:
-            found.append(as_shipped_sentence(file, compressed(report, file)))
+            lines.append(as_shipped_sentence(file, compressed(report, file)))
         elif dense and row is not dense and row["against_dense"]:
-            found.append(language_sentence(row, dense, file))
+            lines.append(language_sentence(row, dense, file))
         if by_bits(row.get("quantization")):
-            found.append(bits_sentence(row))
-    return found + search_sentences(report.get("search"), file)
+            lines.append(bits_sentence(row))
+    return lines + search_sentences(report.get("search"), file)
 
 
 def encoder_sentence(row: dict[str, Any], reference: dict[str, Any], batch: str) -> str:
@@ -119,12 +119,12 @@ def encoder_sentence(row: dict[str, Any], reference: dict[str, Any], batch: str)
 
 def as_shipped_sentence(file: dict[str, Any], others: list[dict[str, Any]]) -> str:
     """Return what the file that the dense model was published as is to the models made of it."""
-    told = (
+    text = (
         f"{file['name']} is what every compressed model has to beat: {file['size_mb']:.1f} MB, {file['compression_ratio']:.2f}x smaller "
         f"than {file['compared_with']} at no loss"
     )
     if not others:
-        return f"{told}."
+        return f"{text}."
     beaten = []
     for count, what in (
         ([row for row in others if is_smaller(row, file)], "smaller"),
@@ -132,7 +132,7 @@ def as_shipped_sentence(file: dict[str, Any], others: list[dict[str, Any]]) -> s
     ):
         names = "".join(f" ({', '.join(row['name'] for row in count)})" if count else "")
         beaten.append(f"{len(count) or 'none'}{names} {'is' if len(count) < 2 else 'are'} {what}")
-    return f"{told}; of {len(others)} made from {file['compared_with']} {' and '.join(beaten)}."
+    return f"{text}; of {len(others)} made from {file['compared_with']} {' and '.join(beaten)}."
 
 
 def language_sentence(row: dict[str, Any], dense: dict[str, Any], file: dict[str, Any] | None = None) -> str:
@@ -170,27 +170,27 @@ def bits_sentence(row: dict[str, Any]) -> str:
     """Return how wide the integers of a model are whose tensors know their own width, and whether it came out as it was planned."""
     quantization, kl = row["quantization"], row["divergence"]
     widths = ", ".join(f"{len(names)} of {bits} bits" for bits, names in by_bits(quantization).items())
-    told = f"{row['name']}: {bits_per_weight(row):.2f} bits a weight, all of the file counted (tensors: {widths})"
+    text = f"{row['name']}: {bits_per_weight(row):.2f} bits a weight, all of the file counted (tensors: {widths})"
     if quantization["target_compression"] and row["compression_ratio"]:
-        told += f"; {quantization['target_compression']:g}x smaller was asked for, {row['compression_ratio']:.3f}x reached"
+        text += f"; {quantization['target_compression']:g}x smaller was asked for, {row['compression_ratio']:.3f}x reached"
     if quantization["expected_kl"] and kl:
-        told += f"; KL {quantization['expected_kl']:.2g} nats a token expected from calibration text, {kl['mean']:.2g} measured"
-    return f"{told}."
+        text += f"; KL {quantization['expected_kl']:.2g} nats a token expected from calibration text, {kl['mean']:.2g} measured"
+    return f"{text}."
 
 
-def search_sentences(found: dict[str, Any] | None, file: dict[str, Any] | None = None) -> list[str]:
+def search_sentences(search: dict[str, Any] | None, file: dict[str, Any] | None = None) -> list[str]:
     """Return what the search found, whether a combination of methods was worth it, and whether the published `file` is as small anyway."""
-    if not found or not found["best"]:
+    if not search or not search["best"]:
         return []
-    best, target = found["best"], found["target_compression"]
+    best, target = search["best"], search["target_compression"]
     lines = [
-        f"Of {found['trials']} pipelines tried, the best that is at least {target:g}x smaller is "
+        f"Of {search['trials']} pipelines tried, the best that is at least {target:g}x smaller is "
         f"{' > '.join(best['methods'])} (trial {best['trial']}): perplexity {best['confirmed']['perplexity']:.2f} on validation text "
         f"at {best['measured']['compression_ratio']:.2f}x."
     ]
     if file and file["compression_ratio"] >= best["measured"]["compression_ratio"]:
         lines[0] += f" {file['name']} is {file['compression_ratio']:.2f}x smaller at no loss."
-    hybrid, single = found["best_hybrid"], found["best_single"]
+    hybrid, single = search["best_hybrid"], search["best_single"]
     if hybrid and single:
         ratio = hybrid["measured"]["perplexity"] / single["measured"]["perplexity"]
         better = "better" if ratio < 1 else "worse"
@@ -239,49 +239,49 @@ def _without_reference(report: dict[str, Any], rows: dict[str, dict[str, Any]]) 
 
 def _compared_with_nothing(report: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:
     """Language models whose dense one is not beside them: another one would say nothing of what compression did to them."""
-    found = []
+    lines = []
     for name, row in rows.items():
         base, parent = row["compared_with"], row.get("parent")
         if base is None and parent:
             like = f"it was made from a model called {parent} whose weights are those of no row here"
-            found.append(
+            lines.append(
                 f"{name} is compared with nothing: {like}; --models my-{parent}=FOLDER makes the model in that folder a row, and it is "
                 "compared with that."
             )
         elif base is None and row["kind"] == "foreign":
-            found.append(f"{name} is compared with nothing: a folder of others does not say which model it was made from.")
+            lines.append(f"{name} is compared with nothing: a folder of others does not say which model it was made from.")
         elif base is not None and base not in rows:
-            found.append(f"{name} is compared with nothing: {base}, which it was made from, was not measured.")
-    return found
+            lines.append(f"{name} is compared with nothing: {base}, which it was made from, was not measured.")
+    return lines
 
 
 def _left_out(report: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     """Costs that could not be measured, with the reason, and sentences that were cut shorter than the others'."""
-    found = []
+    lines = []
     for row in rows:
         reasons: dict[str, list[str]] = {}
         for what, reason in (row.get("not_measured") or {}).items():
             reasons.setdefault(reason, []).append(what)
-        found += [f"{row['name']}: {', '.join(what)} could not be measured: {reason.rstrip('.')}." for reason, what in reasons.items()]
+        lines += [f"{row['name']}: {', '.join(what)} could not be measured: {reason.rstrip('.')}." for reason, what in reasons.items()]
         asked = report["settings"].get("max_length")
         if asked and row.get("max_length", asked) < asked:
-            found.append(
+            lines.append(
                 f"{row['name']} has positions for {row['max_length']} tokens: its sentences were cut there, the others' at {asked}."
             )
-    return found
+    return lines
 
 
 def _many_cut(rows: dict[str, dict[str, Any]]) -> list[str]:
     """Classifiers that read less than all of more than one row in a hundred, those with the same numbers together."""
-    found: dict[str, list[str]] = {}
+    by_reason: dict[str, list[str]] = {}
     for name, row in rows.items():
         cut = row.get("cut")
         if cut and cut["share"] > 0.01:
-            told = (
+            text = (
                 f"of {cut['share']:.1%} of the test rows only the first {row['max_length']} tokens were read; at --max_length "
             )
-            found.setdefault(f"{told}{cut['length_of_99']} it would be 1%.", []).append(name)
-    return [f"{', '.join(names)}: {told}" for told, names in found.items()]
+            by_reason.setdefault(f"{text}{cut['length_of_99']} it would be 1%.", []).append(name)
+    return [f"{', '.join(names)}: {text}" for text, names in by_reason.items()]
 
 
 def _one_class_is_most(rows: dict[str, dict[str, Any]], report: dict[str, Any]) -> list[str]:
@@ -297,7 +297,7 @@ def _one_class_is_most(rows: dict[str, dict[str, Any]], report: dict[str, Any]) 
 
 
 def _slower_than_parent(rows: dict[str, dict[str, Any]]) -> list[str]:
-    found = []
+    lines = []
     for name, row in rows.items():
         parent = rows.get(row["made_from"])
         if parent is None or not is_quantized(row["kind"]):
@@ -305,15 +305,15 @@ def _slower_than_parent(rows: dict[str, dict[str, Any]]) -> list[str]:
         ratios = {batch: times_as_fast(parent, row, batch) for batch in row["latency"]}
         slower = [f"{ratio:.2f}x at {batch.replace('_', ' ')}" for batch, ratio in ratios.items() if ratio and ratio > FASTER]
         if slower:
-            found.append(
+            lines.append(
                 f"{name} is slower than its parent {parent['name']} ({', '.join(slower)}): {row['kind']} weights save memory here, "
                 "not time."
             )
-    return found
+    return lines
 
 
 def _operations_without_time(rows: dict[str, dict[str, Any]]) -> list[str]:
-    found = []
+    lines = []
     for name, row in rows.items():
         parent = rows.get(row["made_from"])
         if parent is None or not row["gflops"] or not parent["gflops"] or row["gflops"] > 0.9 * parent["gflops"]:
@@ -321,11 +321,11 @@ def _operations_without_time(rows: dict[str, dict[str, Any]]) -> list[str]:
         for batch in row["latency"]:
             ratio = times_as_fast(row, parent, batch)
             if ratio is not None and ratio < FASTER:
-                found.append(
+                lines.append(
                     f"{name} has {share(row['gflops'] / parent['gflops'] - 1)} GFLOPs than {parent['name']}, but is not faster at batch "
                     f"{batch.removeprefix('batch_')} ({ratio:.2f} times as fast)."
                 )
-    return found
+    return lines
 
 
 def _too_wide_to_rank(report: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:
@@ -343,50 +343,50 @@ def _too_wide_to_rank(report: dict[str, Any], rows: dict[str, dict[str, Any]]) -
 def _dominated(report: dict[str, Any]) -> list[str]:
     """Compressed language models that are neither smaller nor better than the file their dense model was published as."""
     file = as_shipped(report)
-    found = []
+    lines = []
     for row in compressed(report, file) if file else []:
         if not is_dominated(row, file):
             continue
         faster = [f"{phase} {ratio:.2f}x" for phase in ("prefill", "decode") if (ratio := speedup(row, phase) or 0) >= FASTER]
-        told = f"; its speed is left ({', '.join(faster)} against {row['compared_with']}; the file's was not measured)"
-        found.append(
+        remark = f"; its speed is left ({', '.join(faster)} against {row['compared_with']}; the file's was not measured)"
+        lines.append(
             f"{row['name']} is dominated: {file['name']} has {file['size_mb']:.1f} MB instead of {row['size_mb']:.1f} and a perplexity of "
-            f"{file['perplexity']:.2f} instead of {row['perplexity']:.2f}{told if faster else ''}."
+            f"{file['perplexity']:.2f} instead of {row['perplexity']:.2f}{remark if faster else ''}."
         )
-    return found
+    return lines
 
 
 def _languages(rows: dict[str, dict[str, Any]]) -> list[str]:
-    found = []
+    lines = []
     if any(row["protocol"]["windows"] == 1 for row in rows.values()):
-        found.append("One window of text says nothing of the spread: the intervals of perplexity and KL have no width.")
+        lines.append("One window of text says nothing of the spread: the intervals of perplexity and KL have no width.")
     for name, row in rows.items():
         if "simulated" in row["kernel"]:
-            found.append(
+            lines.append(
                 f"{name} was multiplied in floating point, because this machine has no int8 kernel: its times say nothing."
             )
         prefill = speedup(row, "prefill")
         if prefill is not None and prefill < 1 / FASTER and row["compression_ratio"] and row["compression_ratio"] > 1:
-            found.append(f"{name} is smaller than {row['compared_with']} and reads a prompt {1 / prefill:.2f}x slower.")
-    return found
+            lines.append(f"{name} is smaller than {row['compared_with']} and reads a prompt {1 / prefill:.2f}x slower.")
+    return lines
 
 
 def _of_another_kind(report: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     """Rows whose numbers do not belong beside the others: another text or length, another machine."""
-    found, protocols = [], {}
+    lines, protocols = [], {}
     for row in rows:
         if "protocol" in row:
-            told = ", ".join(f"{name} {value!r}" for name, value in row["protocol"].items())
-            protocols.setdefault(told, []).append(row["name"])
+            protocol = ", ".join(f"{name} {value!r}" for name, value in row["protocol"].items())
+            protocols.setdefault(protocol, []).append(row["name"])
     if len(protocols) > 1:
-        common = max(protocols, key=lambda told: len(protocols[told]))
-        found += [
-            f"{', '.join(names)} was measured under another protocol ({told}): its perplexity cannot be compared with the others'."
-            for told, names in protocols.items()
-            if told != common
+        common = max(protocols, key=lambda protocol: len(protocols[protocol]))
+        lines += [
+            f"{', '.join(names)} was measured under another protocol ({protocol}): its perplexity cannot be compared with the others'."
+            for protocol, names in protocols.items()
+            if protocol != common
         ]
     here = report["environment"]["machine"]
     for row in rows:
         if row.get("machine", here) != here:
-            found.append(f"{row['name']} was measured on another machine ({row['machine']}): its times cannot be compared.")
-    return found
+            lines.append(f"{row['name']} was measured on another machine ({row['machine']}): its times cannot be compared.")
+    return lines

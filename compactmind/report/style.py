@@ -57,7 +57,7 @@ def families(rows: dict[str, dict[str, Any]], size: Callable[[dict[str, Any]], f
     A family is what one run made in several sizes: classifiers pruned to several goals, the front of one search, or one pipeline
     whose results are named by their size (llama_gptq_3x, llama_gptq_4x). Rows whose `size` is None are left out.
     """
-    found: dict[str, list[str]] = {}
+    by_family: dict[str, list[str]] = {}
     for name, row in rows.items():
         config = (row.get("stage") or {}).get("config") or {}
         goal, study = config.get("goal"), config.get("study")
@@ -65,12 +65,12 @@ def families(rows: dict[str, dict[str, Any]], size: Callable[[dict[str, Any]], f
             continue
         if goal and name.endswith(f"_{goal['name']}"):
             kind = "times" if goal["measured"] else "operations"
-            found.setdefault(f"{kind} {name.removesuffix('_' + goal['name'])}", []).append(name)
+            by_family.setdefault(f"{kind} {name.removesuffix('_' + goal['name'])}", []).append(name)
         elif study:
-            found.setdefault(f"study {study['name']} {row.get('compared_with')}", []).append(name)
+            by_family.setdefault(f"study {study['name']} {row.get('compared_with')}", []).append(name)
         elif SIZE_AT_THE_END.search(name):
-            found.setdefault(f"sizes {SIZE_AT_THE_END.sub('', name)} {row.get('compared_with')}", []).append(name)
-    return [sorted(names, key=lambda name: -size(rows[name])) for names in found.values() if len(names) > 1]
+            by_family.setdefault(f"sizes {SIZE_AT_THE_END.sub('', name)} {row.get('compared_with')}", []).append(name)
+    return [sorted(names, key=lambda name: -size(rows[name])) for names in by_family.values() if len(names) > 1]
 
 
 def join_families(axes: Axes, places: dict[str, tuple[float, float]], rows: dict[str, dict[str, Any]]) -> None:
@@ -97,9 +97,9 @@ def name_points(axes: Axes, places: dict[str, tuple[float, float]], colours: dic
     for x, low, high in bars:
         (left, bottom), (_, top) = axes.transData.transform([(x, low), (x, high)])
         thin.append([(left - pixels, min(bottom, top), left + pixels, max(bottom, top))])
-    wanted = set(places if only is None else only)
+    to_name = set(places if only is None else only)
     for name, (x, y) in sorted(points.items(), key=lambda item: (item[1][0], item[1][1], item[0])):
-        if name not in wanted:
+        if name not in to_name:
             continue
         text = axes.annotate(name, places[name], xytext=(0, 0), textcoords="offset points", fontsize=8, color=shade(colours[name], 1),
                              path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
@@ -136,12 +136,12 @@ def overlap(one: tuple[float, float, float, float], other: tuple[float, float, f
 
 def _boxes_along(line: Line2D) -> list[tuple[float, float, float, float]]:
     """Return small boxes in pixels along a drawn line."""
-    corners, found = line.get_transform().transform(line.get_xydata()), []
+    corners, boxes = line.get_transform().transform(line.get_xydata()), []
     for (x0, y0), (x1, y1) in itertools.pairwise(corners):
         steps = 1 + int(max(abs(x1 - x0), abs(y1 - y0)) / 6)
         ways = [step / steps for step in range(steps + 1)]
-        found += [(x - 1, y - 1, x + 1, y + 1) for x, y in ((x0 + way * (x1 - x0), y0 + way * (y1 - y0)) for way in ways)]
-    return found
+        boxes += [(x - 1, y - 1, x + 1, y + 1) for x, y in ((x0 + way * (x1 - x0), y0 + way * (y1 - y0)) for way in ways)]
+    return boxes
 
 
 def _move(text: Annotation, box: tuple[float, float, float, float], point: tuple[float, float], pixels: float) -> None:

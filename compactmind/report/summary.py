@@ -31,11 +31,11 @@ Rows = dict[str, dict[str, Any]]
 # ------------------------------------------------------------------------------------------------------ which is the best
 def best_at_each_size(rows: Rows, quality: Callable[[dict[str, Any]], float]) -> list[str]:
     """Return the names of the rows that no row of as few bytes is as good as, from the smallest on; a higher `quality` is better."""
-    found = []
+    names = []
     for name in sorted(rows, key=lambda name: (rows[name]["size_mb"], -quality(rows[name]))):
-        if not found or quality(rows[name]) > quality(rows[found[-1]]):
-            found.append(name)
-    return found
+        if not names or quality(rows[name]) > quality(rows[names[-1]]):
+            names.append(name)
+    return names
 
 
 def comparable_classifiers(report: dict[str, Any]) -> Rows:
@@ -88,24 +88,24 @@ def _of_classifiers(report: dict[str, Any]) -> list[str]:
         return [f"One classifier was measured, {_accurate(row)}, {row['size_mb']:.1f} MB: there is nothing to compare it with."]
     if not compared:
         best, smallest = max(rows.values(), key=lambda row: row["accuracy"]), min(rows.values(), key=lambda row: row["size_mb"])
-        told = f"The most accurate classifier is {_accurate(best)}, {best['size_mb']:.1f} MB"
+        text = f"The most accurate classifier is {_accurate(best)}, {best['size_mb']:.1f} MB"
         if smallest is best:
-            told += ", and no other is smaller"
+            text += ", and no other is smaller"
         else:
-            told += f"; the smallest is {_accurate(smallest)}, {smallest['size_mb']:.1f} MB"
-        return [f"{told}: none was compared with a reference, so whether they differ is not known."]
+            text += f"; the smallest is {_accurate(smallest)}, {smallest['size_mb']:.1f} MB"
+        return [f"{text}: none was compared with a reference, so whether they differ is not known."]
     good = [row for row in compared if no_worse_classifier(row, reference)]
     smaller = [row for row in good if row["size_mb"] < reference["size_mb"]]
     against = f"{reference['name']} ({reference['accuracy']:.1%})"
     if not smaller:
-        told = f"No classifier smaller than {against}, {reference['size_mb']:.1f} MB, was measured"
+        text = f"No classifier smaller than {against}, {reference['size_mb']:.1f} MB, was measured"
         if any(row["size_mb"] < reference["size_mb"] for row in compared):
-            told = f"Every classifier smaller than {against}, {reference['size_mb']:.1f} MB, is measurably worse than it"
+            text = f"Every classifier smaller than {against}, {reference['size_mb']:.1f} MB, is measurably worse than it"
         best = max(compared, key=lambda row: row["accuracy"])
         small, quick = best, speedup(best, batch)
         times = f", {speed(quick)} at batch {batch.removeprefix('batch_')}" if quick else ""
         found = [
-            f"{told}; the most accurate of the others is {_accurate(best)}, {best['size_mb']:.1f} MB{times}, {_verdict(best, reference)}."
+            f"{text}; the most accurate of the others is {_accurate(best)}, {best['size_mb']:.1f} MB{times}, {_verdict(best, reference)}."
         ]
     else:
         small = min(smaller, key=lambda row: (row["size_mb"], -row["accuracy"]))
@@ -151,42 +151,42 @@ def _of_languages(report: dict[str, Any]) -> list[str]:
         best = min(rows.values(), key=lambda row: row["perplexity"])
         which = "One language model was measured" if len(rows) == 1 else f"The best of {len(rows)} language models by perplexity is"
         low, high = best["perplexity_interval"]
-        told = f"{best['name']} with perplexity {best['perplexity']:.2f} [{low:.2f}, {high:.2f}], {best['size_mb']:.1f} MB"
+        text = f"{best['name']} with perplexity {best['perplexity']:.2f} [{low:.2f}, {high:.2f}], {best['size_mb']:.1f} MB"
         why = "there is nothing to compare it with"
         if not dense and len(rows) > 1:
             why = f"{dense_name}, the dense one, was not measured beside them"
-        return [f"{which}{',' if len(rows) == 1 else ''} {told}: {why}."]
+        return [f"{which}{',' if len(rows) == 1 else ''} {text}: {why}."]
     front = best_at_each_size({**models, dense_name: dense}, lambda row: -row["perplexity"])
     windows = dense["protocol"]["windows"]
     if windows < 2:
         listed = _listed([rows[name] for name in reversed(front) if name != dense_name], dense)
-        told = f"One window of text gives no interval: whether a language model differs from {dense_name} is not known"
+        text = f"One window of text gives no interval: whether a language model differs from {dense_name} is not known"
         best = f"; by perplexity against it, the best at each size: {listed}" if listed else ""
-        return [f"{told}{best}.", *_fastest(list(models.values()), dense)]
+        return [f"{text}{best}.", *_fastest(list(models.values()), dense)]
     good = [row for row in models.values() if no_worse_language(row) and row["size_mb"] < dense["size_mb"]]
-    found = []
+    lines = []
     if good:
         small = min(good, key=lambda row: (row["size_mb"], row["perplexity"]))
         sure = "better than" if small["against_dense"]["interval"][1] < 1 else "not distinguishable from"
-        told = (
+        text = (
             f"The smallest language model that is no worse than {dense_name} as far as {windows} windows can tell is {small['name']}: "
             f"{small['size_mb']:.1f} MB instead of {dense['size_mb']:.1f}, perplexity {_change(small)}, {sure} it{_tokens(small, dense)}"
         )
         if file:
-            told += f"; the file that {dense_name} was published as has {file['size_mb']:.1f} MB"
-        found.append(f"{told}.")
+            text += f"; the file that {dense_name} was published as has {file['size_mb']:.1f} MB"
+        lines.append(f"{text}.")
     else:
         small = dense
-        found.append(
+        lines.append(
             f"No language model smaller than {dense_name} ({dense['size_mb']:.1f} MB) has a perplexity that cannot be told from it on "
             f"{windows} windows."
         )
     below = [rows[name] for name in reversed(front) if rows[name]["size_mb"] < small["size_mb"]]
     if below:
-        found.append(
+        lines.append(
             f"Smaller ones are measurably worse; the best at each size, by perplexity against {dense_name}: {_listed(below, dense)}."
         )
-    return [*found, *_fastest(list(models.values()), dense)]
+    return [*lines, *_fastest(list(models.values()), dense)]
 
 
 def _fastest(models: list[dict[str, Any]], dense: dict[str, Any]) -> list[str]:
@@ -207,8 +207,8 @@ def _fastest(models: list[dict[str, Any]], dense: dict[str, Any]) -> list[str]:
 
 def _listed(rows: list[dict[str, Any]], dense: dict[str, Any]) -> str:
     """Return size, perplexity and speed of the first LISTED rows, and how many more there are."""
-    told = [f"{row['name']}, {row['size_mb']:.1f} MB, {_change(row)}{_tokens(row, dense)}" for row in rows[:LISTED]]
-    return "; ".join([*told, f"and {len(rows) - LISTED} smaller ones"] if len(rows) > LISTED else told)
+    models = [f"{row['name']}, {row['size_mb']:.1f} MB, {_change(row)}{_tokens(row, dense)}" for row in rows[:LISTED]]
+    return "; ".join([*models, f"and {len(rows) - LISTED} smaller ones"] if len(rows) > LISTED else models)
 
 
 def _unsure(row: dict[str, Any]) -> bool:

@@ -184,16 +184,16 @@ def language_table(report: dict[str, Any]) -> Table:
             lines.append(_without_numbers(row))
             continue
         against, (low, high) = row["against_dense"], row["perplexity_interval"]
-        told = NOTHING
+        change = NOTHING
         if against:
-            told = "{:+.2%} [{:+.2%}, {:+.2%}]".format(against["ratio"] - 1, *(bound - 1 for bound in against["interval"]))
+            change = "{:+.2%} [{:+.2%}, {:+.2%}]".format(against["ratio"] - 1, *(bound - 1 for bound in against["interval"]))
         if against and row["compared_with"] != report["references"]["llm"]:
-            told += f" of {row['compared_with']}"
+            change += f" of {row['compared_with']}"
         kl = row["divergence"]
         prefill, decode = ((row["generation"] or {}).get(phase) or {} for phase in ("prefill", "decode"))
         lines.append(
             [
-                row["name"], f"{row['perplexity']:.2f} [{low:.2f}, {high:.2f}]", told, divergence(kl),
+                row["name"], f"{row['perplexity']:.2f} [{low:.2f}, {high:.2f}]", change, divergence(kl),
                 number(kl and kl["p999"]), number(kl and kl["same_top"], ".1%"), f"{row['parameters'] / 1e6:.1f}",
                 f"{row['size_mb']:.1f}", number(row["compression_ratio"], ".2f", "x"), number(prefill.get("median_ms"), ".0f"),
                 number(prefill.get("speedup"), ".2f", "x"), number(decode.get("median_ms"), ".1f"),
@@ -219,8 +219,8 @@ def language_table(report: dict[str, Any]) -> Table:
 
 def _without_numbers(row: dict[str, Any]) -> list[str]:
     """Return the cells of a row that was not measured: what to run, or why it failed (the warnings say it in full)."""
-    told = f"run `{row['command']}`" if "command" in row else textwrap.shorten(row["error"], 100, placeholder=" ...")
-    return [row["name"], f"{row['status']}: {told}"]
+    reason = f"run `{row['command']}`" if "command" in row else textwrap.shorten(row["error"], 100, placeholder=" ...")
+    return [row["name"], f"{row['status']}: {reason}"]
 
 
 def gsm8k_table(report: dict[str, Any]) -> Table | None:
@@ -228,13 +228,13 @@ def gsm8k_table(report: dict[str, Any]) -> Table | None:
     asked = [row for row in report["models"] if row.get("gsm8k")]
     if not asked:
         return None
-    matches = [name for name, found in asked[0]["gsm8k"].items() if isinstance(found, dict) and "accuracy" in found]
+    matches = [name for name, result in asked[0]["gsm8k"].items() if isinstance(result, dict) and "accuracy" in result]
     rows = []
     for row in asked:
         cells = (row["gsm8k"][match] for match in matches)
         rows.append([row["name"], *("{:.1%} [{:.1%}, {:.1%}]".format(cell["accuracy"], *cell["interval"]) for cell in cells)])
-    found = asked[0]["gsm8k"]
-    return Table(f"{found['task']}, {found['problems']} problems", ["model", *matches], rows)
+    result = asked[0]["gsm8k"]
+    return Table(f"{result['task']}, {result['problems']} problems", ["model", *matches], rows)
 
 
 def steps_table(report: dict[str, Any]) -> Table | None:
@@ -253,12 +253,12 @@ def steps_table(report: dict[str, Any]) -> Table | None:
 # ------------------------------------------------------------------------------------------------------------- the rest
 def search_table(report: dict[str, Any]) -> Table | None:
     """Return the best pipelines of the search that were measured on all windows."""
-    found = report.get("search")
-    if not found or not found["confirmed"]:
+    search = report.get("search")
+    if not search or not search["confirmed"]:
         return None
     rows = []
-    quality = found.get("quality", "perplexity")
-    for trial, row in sorted(found["confirmed"].items(), key=lambda item: item[1][quality]):
+    quality = search.get("quality", "perplexity")
+    for trial, row in sorted(search["confirmed"].items(), key=lambda item: item[1][quality]):
         steps = " > ".join(step["method"] for step in row["steps"][1:])
         rows.append(
             [
@@ -271,7 +271,7 @@ def search_table(report: dict[str, Any]) -> Table | None:
             ]
         )
     header = ["trial", "pipeline", "KL, validation, nats", "perplexity, validation", "ratio", "interaction, nats"]
-    return Table(f"Search for {found['target_compression']:g}x, {found['trials']} trials: the best, on all windows", header, rows,
+    return Table(f"Search for {search['target_compression']:g}x, {search['trials']} trials: the best, on all windows", header, rows,
                  "interaction: loss of the whole minus the sum of the losses of its parts")  # fmt: skip
 
 
@@ -288,10 +288,10 @@ def literature_table(report: dict[str, Any]) -> Table:
 
 def environment_table(report: dict[str, Any]) -> Table:
     """Return what the numbers were measured on and with."""
-    found = dict(report["environment"])
-    found |= {f"version of {name}": version for name, version in found.pop("versions").items()}
-    found |= {"profile": report["profile"], "created": report["created"], "data fingerprint": report["data"]["fingerprint"]}
-    return Table("Environment", ["what", "value"], [[name, str(value)] for name, value in found.items() if value is not None])
+    values = dict(report["environment"])
+    values |= {f"version of {name}": version for name, version in values.pop("versions").items()}
+    values |= {"profile": report["profile"], "created": report["created"], "data fingerprint": report["data"]["fingerprint"]}
+    return Table("Environment", ["what", "value"], [[name, str(value)] for name, value in values.items() if value is not None])
 
 
 def stages_table(report: dict[str, Any]) -> Table:
@@ -306,7 +306,7 @@ def stages_table(report: dict[str, Any]) -> Table:
 
 def protocols_table(report: dict[str, Any]) -> Table:
     """Return how each number was measured."""
-    return Table("Protocols", ["number", "value"], [[name, told] for name, told in report["protocols"].items()])
+    return Table("Protocols", ["number", "value"], [[name, value] for name, value in report["protocols"].items()])
 
 
 # ------------------------------------------------------------------------------------------------------ for spreadsheets

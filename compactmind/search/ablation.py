@@ -23,7 +23,7 @@ def ablation(
     """
     if len(steps) < 2:
         return []
-    dense, whole, found = rows[0][unit], rows[-1][unit], []
+    dense, whole, effects = rows[0][unit], rows[-1][unit], []
 
     def last(some: Sequence[Step]) -> tuple[float | None, str | None]:
         problem = order_problem([step.method for step in some])
@@ -35,17 +35,17 @@ def ablation(
         change = None if without is None else whole - without
         alone = None if single is None else single - dense
         together = None if change is None or alone is None else change - alone
-        found.append({
+        effects.append({
             "left_out": step.method.name, "without": without, "change": change, "alone": alone, "interaction": together, "reason": reason,
         })  # fmt: skip
-    return found
+    return effects
 
 
-def table(found: Sequence[dict[str, Any]], unit: str) -> str:
+def table(effects: Sequence[dict[str, Any]], unit: str) -> str:
     """Return an ablation as aligned text."""
     name = "KL" if unit == "kl" else unit
     lines = [f"\n{'left out':<12}{name + ' without':>14}{'change by it':>14}{'alone':>12}{'interaction':>13}   nats, first windows"]
-    for row in found:
+    for row in effects:
         numbers = "".join(
             f"{'-' if row[key] is None else format(row[key], f'{sign}.4f'):>{width}}"
             for key, width, sign in (("without", 14, ""), ("change", 14, "+"), ("alone", 12, "+"), ("interaction", 13, "+"))

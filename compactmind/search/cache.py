@@ -93,20 +93,20 @@ class PrefixCache:
             with replace_directory(self.place(steps), needed_bytes=size + 1_000_000) as temporary:
                 write_model(temporary, model, state, form, row["done"], "float32")
                 write_json_atomically(temporary / RECORD, record)
-            self.make_room()
+            self.evict()
         except (OSError, CompactMindError, SafetensorError) as error:  # a full disk, or another process at the same entry
             if not self.complained:
                 print(f"the search goes on, but a model half way through was not kept (said once): {error}", flush=True)
             self.complained = True
 
-    def add_measured(self, steps: Sequence[str], measure: str, found: dict[str, Any]) -> None:
+    def add_measured(self, steps: Sequence[str], measure: str, values: dict[str, Any]) -> None:
         """Keep what was measured of the model after these steps, if it is there."""
         if record := self.record(steps):
-            record["measured"][measure] = found
+            record["measured"][measure] = values
             with suppress(OSError, CompactMindError):
                 write_json_atomically(self.place(steps) / RECORD, record)
 
-    def make_room(self) -> None:
+    def evict(self) -> None:
         """Remove the entries used longest ago until the rest is within the limit."""
         entries = sorted((path.stat().st_mtime, path) for path in self.directory.iterdir() if (path / RECORD).is_file())
         sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for _, path in entries}

@@ -9,23 +9,23 @@ from optuna.trial import FrozenTrial
 
 from compactmind.precision import is_small
 from compactmind.search.ablation import ablation
-from compactmind.search.compressor import Step, diagnosed, interaction, pipeline_name, read_pipeline
-from compactmind.search.findings import measured_trials, quality_in
+from compactmind.search.compressor import Step, interaction, measure_or_none, pipeline_name, read_pipeline
+from compactmind.search.findings import measured_trials, quality_of_study
 from compactmind.search.front import candidates
-from compactmind.search.trials import TrialRunner, brief
+from compactmind.search.trials import TrialRunner, summarize_rows
 
 AS_GOOD = 0.01
 """Nats of KL to the dense model up to which integers are saved as the search made them: there is next to nothing to win."""
 
 
-def best_for(study: optuna.Study, ratios: Sequence[float], count: int) -> list[FrozenTrial]:
+def best_trials_at(study: optuna.Study, ratios: Sequence[float], count: int) -> list[FrozenTrial]:
     """Return the best `count` trials that are so many times smaller, for each of `ratios`, every trial once."""
-    trials, quality = measured_trials(study), quality_in(study)
-    found = {trial.number: trial for ratio in ratios for trial in candidates(trials, ratio, quality, count)}
-    return list(found.values())
+    trials, quality = measured_trials(study), quality_of_study(study)
+    by_number = {trial.number: trial for ratio in ratios for trial in candidates(trials, ratio, quality, count)}
+    return list(by_number.values())
 
 
-def chosen_of(
+def choose_for_ratios(
     study: optuna.Study, trials: Sequence[FrozenTrial], runner: TrialRunner, ratios: Sequence[float], tokens: int
 ) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Return what trials give on all of the runner's windows by number, what is saved at every ratio (see `choose`), and what each step
@@ -33,39 +33,39 @@ def chosen_of(
     confirmed = confirm(study, trials, runner)
     chosen = [choose(ratio, trials, confirmed, runner, tokens) for ratio in ratios]
     steps = read_pipeline(next(each["pipeline"] for each in chosen if "trial" in each))
-    return confirmed, chosen, diagnosed("what each step is worth", lambda: steps_worth(steps, runner))
+    return confirmed, chosen, measure_or_none("what each step is worth", lambda: step_effects(steps, runner))
 
 
 def confirm(study: optuna.Study, trials: Sequence[FrozenTrial], runner: TrialRunner) -> dict[int, dict[str, Any]]:
     """Run trials again and measure them on all of the runner's windows, unless the study knows what they give; return that by number."""
     for trial in trials:
-        confirmed = {int(number): found for number, found in study.user_attrs.get("confirmed", {}).items()}
+        confirmed = {int(number): measured for number, measured in study.user_attrs.get("confirmed", {}).items()}
         if trial.number in confirmed:
             continue
         steps = read_pipeline(trial.user_attrs["pipeline"])
         print(f"confirming trial {trial.number} on {len(runner.windows)} windows: {pipeline_name(steps)} ...", flush=True)
         compressed = runner.run(steps)
-        together = diagnosed(
+        together = measure_or_none(
             "the interaction",
-            lambda steps=steps, rows=compressed.steps: interaction(steps, runner.resources, runner.first_look, rows, runner.cache),
+            lambda steps=steps, rows=compressed.steps: interaction(steps, runner.resources, runner.step_measure, rows, runner.cache),
         )
-        confirmed[trial.number] = {**runner.measure(compressed), "steps": brief(compressed.steps), "interaction": together}
+        confirmed[trial.number] = {**runner.measure(compressed), "steps": summarize_rows(compressed.steps), "interaction": together}
         del compressed
         study.set_user_attr("confirmed", confirmed)
-    return {int(number): found for number, found in study.user_attrs["confirmed"].items()}
+    return {int(number): measured for number, measured in study.user_attrs["confirmed"].items()}
 
 
 def choose(
     ratio: float, trials: Sequence[FrozenTrial], confirmed: dict[int, dict[str, Any]], runner: TrialRunner, tokens: int
 ) -> dict[str, Any]:
     """Return the ratio, and of the best trial on all windows that is so many times smaller its number, what was measured and the pipeline
-    to save; the ratio alone if there is none. A pipeline that learns does so on `tokens` first, see `retrained_long`."""
+    to save; the ratio alone if there is none. A pipeline that learns does so on `tokens` first, see `retrain_longer`."""
     small = [trial for trial in trials if confirmed[trial.number]["compression_ratio"] >= ratio]
     if not small:
         return {"ratio": ratio}
     best = min(small, key=lambda trial: confirmed[trial.number][runner.quality])
     steps = read_pipeline(best.user_attrs["pipeline"])
-    long, training = retrained_long(steps, confirmed[best.number], runner, tokens)
+    long, training = retrain_longer(steps, confirmed[best.number], runner, tokens)
     return {
         "ratio": ratio, "trial": best.number, "measured": best.user_attrs["measured"],
         "confirmed": {name: value for name, value in confirmed[best.number].items() if name != "steps"},
@@ -73,7 +73,7 @@ def choose(
     }  # fmt: skip
 
 
-def lengthened(steps: Sequence[Step], tokens: int, tune: bool) -> list[Step]:
+def with_more_tokens(steps: Sequence[Step], tokens: int, tune: bool) -> list[Step]:
     """Return the pipeline whose retraining sees at least `tokens` tokens; with `tune`, integers learn on as many after rounding."""
 
     def long(step: Step) -> Step:
@@ -85,7 +85,7 @@ def lengthened(steps: Sequence[Step], tokens: int, tune: bool) -> list[Step]:
     return [long(step) for step in steps]
 
 
-def retrained_long(
+def retrain_longer(
     steps: list[Step], confirmed: dict[str, Any], runner: TrialRunner, tokens: int
 ) -> tuple[list[Step], dict[str, Any] | None]:
     """Return the pipeline as it was or trained on `tokens`, whichever is better on all windows, and the record of that training.
@@ -95,21 +95,21 @@ def retrained_long(
     and afterwards, and whether the long one was kept; None if the pipeline has nothing to learn, or learns on as many tokens already.
     """
     tune = confirmed["kl"] > AS_GOOD and any(step.method.trains for step in steps) and is_small(runner.resources.teacher())
-    final, quality = lengthened(steps, tokens, tune), runner.quality
+    final, quality = with_more_tokens(steps, tokens, tune), runner.quality
     if [step.identity() for step in final] == [step.identity() for step in steps]:
         return steps, None
     print(f"final training on {tokens} tokens: {pipeline_name(final)} ...", flush=True)
     compressed, learning = runner.run(final), [step.method.name for step in final if step.method.trains]
-    found = runner.measure(compressed)[quality]
+    final_quality = runner.measure(compressed)[quality]
     record = {
         "tokens": tokens, "seconds": sum(row["seconds"] for row in compressed.steps if row["method"] in learning),
-        "searched": confirmed[quality], "final": found, "kept": found <= confirmed[quality],
+        "searched": confirmed[quality], "final": final_quality, "kept": final_quality <= confirmed[quality],
     }  # fmt: skip
-    print(f"search: {quality} {confirmed[quality]:.4g} on all windows\nfinal training: {quality} {found:.4g}", end="")
+    print(f"search: {quality} {confirmed[quality]:.4g} on all windows\nfinal training: {quality} {final_quality:.4g}", end="")
     print("" if record["kept"] else "; the pipeline of the search is kept", flush=True)
     return (final if record["kept"] else steps), record
 
 
-def steps_worth(steps: list[Step], runner: TrialRunner) -> list[dict[str, Any]]:
+def step_effects(steps: list[Step], runner: TrialRunner) -> list[dict[str, Any]]:
     """Return what each step of a pipeline is worth on the first windows; nothing for a single one."""
     return ablation(steps, runner.run, runner.unit, runner.run(steps).steps) if len(steps) > 1 else []

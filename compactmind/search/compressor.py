@@ -151,12 +151,12 @@ def run_pipeline(
         return measure.of(resources.teacher())
 
     measured = resources.remember(measure.name, of_dense)
-    model, rows = _recall(steps, identities, measure, cache, resources.device) if cache else (None, [])
+    model, rows = _load_cached_prefix(steps, identities, measure, cache, resources.device) if cache else (None, [])
     done = len(rows)
     for step in steps[done:]:
         if step.method.beforehand:
             step.method.beforehand(resources, step.recipe)
-    resources.done_with_teacher()
+    resources.release_teacher()
     if model is None:
         model = resources.dense()
         check_steps(steps, model)
@@ -190,7 +190,7 @@ def run_pipeline(
     return Compressed(model, kind, quantization, rows)
 
 
-def _recall(
+def _load_cached_prefix(
     steps: Sequence[Step], identities: list[str], measure: Measure, cache: PrefixCache, device: str
 ) -> tuple[PreTrainedModel | None, list[dict[str, Any]]]:
     """Return the model after the longest beginning in the cache and the rows of its steps, measured now where they have not been."""
@@ -270,8 +270,8 @@ def layer_errors(dense: PreTrainedModel, model: PreTrainedModel, windows: torch.
     sizes = torch.zeros_like(errors)
     for window in windows:
         ids = window[None]
-        wanted, found = (_states(each, ids.to(each.device)) for each in (dense, model))
-        for index, (right, state) in enumerate(zip(wanted, found, strict=True)):
+        dense_states, states = (_states(each, ids.to(each.device)) for each in (dense, model))
+        for index, (right, state) in enumerate(zip(dense_states, states, strict=True)):
             errors[index] += (state.cpu() - right.cpu()).square().sum().double()
             sizes[index] += right.cpu().square().sum().double()
     return (errors / sizes.clamp(min=1e-30)).sqrt().tolist()
@@ -289,7 +289,7 @@ def _states(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
     return states
 
 
-def diagnosed(what: str, measure: Callable[[], Any]) -> Any:
+def measure_or_none(what: str, measure: Callable[[], Any]) -> Any:
     """Return what `measure` does; None and a printed line if it fails: nothing is lost for what is only to be known of a model."""
     try:
         return measure()

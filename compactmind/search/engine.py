@@ -1,9 +1,9 @@
-"""The engine asks Optuna for a pipeline, runs it, and tells what came of it; several processes may do so on one study at once.
+"""The engine asks Optuna for a pipeline, runs it, and tells it the result; several processes may do so on one study at once.
 
 A trial is counted if it was really run: completed, stopped early, or failed with its reason. A trial that was stopped is told to the
 sampler as what it would have come to, and marked `estimated`. What is asked for has not been run and can reach the target (strategies.py);
-where two workers ask for the same all the same, a first guess turns out too large, or a process died, the trial is set aside and does not
-count; that of a process that died is asked for once more. Before each trial the sampler is seeded with the number of trials so far, so
+where two workers ask for the same all the same, a first guess turns out too large, or a process died, the trial is skipped and does not
+count; that of a process that died is queued once more. Before each trial the sampler is seeded with the number of trials so far, so
 that an interrupted search goes on as an unbroken one would.
 
 Who runs a pipeline that two workers ask for? A storage has no lock to offer, but the numbers of its trials are one order for all. So a
@@ -35,7 +35,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from compactmind.errors import CompactMindError
 from compactmind.search.compressor import Step, read_pipeline
-from compactmind.search.machine import lives, this_worker
+from compactmind.search.machine import this_worker, worker_is_alive
 from compactmind.search.notes import Notes, Skipped, Stopped
 from compactmind.search.space import Space
 from compactmind.search.storage import differences, open_storage, without_password
@@ -43,7 +43,7 @@ from compactmind.search.strategies import Proposer, key_of, make_sampler, shuffl
 
 HEARTBEAT_SECONDS = 20
 REPEATS = 100
-"""Trials in a row that are set aside before the search ends: there is nothing new to find."""
+"""Trials in a row that are skipped before the search ends: there is nothing new to find."""
 POLL_SECONDS = 1.0
 """Between two looks at what another worker does; shorter at first."""
 PATIENCE_SECONDS = 6 * 3600
@@ -105,23 +105,23 @@ def is_alive(trial: FrozenTrial) -> bool:
     worker = trial.user_attrs.get("worker")
     if worker is None:  # killed, or about to say who it is
         return trial.datetime_start is None or time.time() - trial.datetime_start.timestamp() < HEARTBEAT_SECONDS
-    return lives(worker, trial.user_attrs.get("alive_at", 0))
+    return worker_is_alive(worker, trial.user_attrs.get("alive_at", 0))
 
 
 def retry_interrupted(study: optuna.Study) -> int:
-    """Set trials aside whose worker is gone and queue each once more; return how many.
+    """End trials whose worker is gone and queue each once more; return how many.
 
     So are those whose worker was found to be gone by one that then went itself, between the two.
     """
     trials = study.get_trials(deepcopy=False)
-    found = sum(_interrupt(study, frozen) for frozen in trials if frozen.state == TrialState.RUNNING and not is_alive(frozen))
+    queued_again = sum(_interrupt(study, frozen) for frozen in trials if frozen.state == TrialState.RUNNING and not is_alive(frozen))
     queued = {trial.user_attrs.get("retry_of") for trial in trials}
     for trial in trials:
         by = trial.user_attrs.get("queued_again")
-        if isinstance(by, dict) and trial.state == TrialState.FAIL and trial.number not in queued and not lives(by, by["at"]):
+        if isinstance(by, dict) and trial.state == TrialState.FAIL and trial.number not in queued and not worker_is_alive(by, by["at"]):
             study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
-            found += 1
-    return found
+            queued_again += 1
+    return queued_again
 
 
 def _interrupt(study: optuna.Study, frozen: FrozenTrial) -> bool:
@@ -155,15 +155,15 @@ def queue_once(study: optuna.Study, points: Sequence[dict[str, Any]]) -> None:
         study.set_user_attr("queueing", False)
 
 
-def seed_among(seed: int, trials: Sequence[FrozenTrial]) -> int:
+def sampler_seed(seed: int, trials: Sequence[FrozenTrial]) -> int:
     """Return the seed of the sampler for the next trial: of a worker that is alone that of an unbroken search, else one of its own."""
     alone = all(trial.state != TrialState.RUNNING for trial in trials)
     return seed + len(trials) + (0 if alone else zlib.crc32(repr(this_worker()).encode()) >> 2)
 
 
 @contextmanager
-def sign_of_life(trial: Trial) -> Iterator[None]:
-    """Inside the `with` block the trial is told every so often that its worker lives."""
+def heartbeat(trial: Trial) -> Iterator[None]:
+    """Inside the `with` block the trial is marked every HEARTBEAT_SECONDS as one whose worker is alive."""
     ended = threading.Event()
 
     def beat() -> None:
@@ -231,7 +231,7 @@ def search(
                 return
             _pause(POLL_SECONDS)
             continue
-        own_seed = seed_among(seed, trials)
+        own_seed = sampler_seed(seed, trials)
         study.sampler = make_sampler(strategy, sampler, own_seed)
         if not waiting:
             point = proposer.propose(study, {trial.user_attrs.get("key") for trial in trials}, own_seed)
@@ -268,7 +268,7 @@ def _pause(seconds: float) -> None:
 
 
 def _prepare(study: optuna.Study, space: Space, trial: Trial, n_trials: int) -> list[Step] | None:
-    """Say who runs a trial and which pipeline it is; return its steps, or None if it need not be run and was set aside.
+    """Say who runs a trial and which pipeline it is; return its steps, or None if it is redundant and was skipped.
 
     Raises UpdateFinishedTrialError if another worker has taken this one for dead.
     """
@@ -278,13 +278,13 @@ def _prepare(study: optuna.Study, space: Space, trial: Trial, n_trials: int) -> 
     steps = read_pipeline(pipeline)
     trial.set_user_attr("pipeline", [step.described() for step in steps])
     trial.set_user_attr("key", key_of(steps))
-    if _set_aside(study, trial, n_trials):
+    if _skip_redundant(study, trial, n_trials):
         return None
     trial.set_user_attr("runs", True)
     return steps
 
 
-def _others_decided(study: optuna.Study, trial: Trial) -> list[FrozenTrial]:
+def _settled_trials(study: optuna.Study, trial: Trial) -> list[FrozenTrial]:
     """Return the other trials that count, once it is settled which of them run the pipeline of this one: see the top of this file."""
     key, pause, left_out = trial.user_attrs["key"], 0.01, (trial.number, trial.user_attrs.get("retry_of"))
     while True:
@@ -303,10 +303,10 @@ def _others_decided(study: optuna.Study, trial: Trial) -> list[FrozenTrial]:
         retry_interrupted(study)
 
 
-def _set_aside(study: optuna.Study, trial: Trial, n_trials: int) -> bool:
-    """Set a trial aside that need not be run; tell whether it was. The sampler is not told again what it knows."""
+def _skip_redundant(study: optuna.Study, trial: Trial, n_trials: int) -> bool:
+    """Skip a trial that need not be run; return whether it was. The sampler is not told again what it knows."""
     key, reason = trial.user_attrs["key"], None
-    others = _others_decided(study, trial)
+    others = _settled_trials(study, trial)
     for other in others:
         same = other.user_attrs.get("key") == key
         if same and (other.state.is_finished() or other.number < trial.number or "runs" in other.user_attrs):
@@ -317,7 +317,7 @@ def _set_aside(study: optuna.Study, trial: Trial, n_trials: int) -> bool:
         return False
     notes = Notes(study, trial.number)
     notes.set_user_attr("set_aside", reason)
-    _told(study, trial, notes, None, TrialState.FAIL)
+    _tell(study, trial, notes, None, TrialState.FAIL)
     return True
 
 
@@ -326,7 +326,7 @@ def _run(study: optuna.Study, space: Space, trial: Trial, steps: list[Step], eva
     started = time.perf_counter()
     values, state, reason, notes = None, TrialState.COMPLETE, None, Notes(study, trial.number)
     try:
-        with sign_of_life(trial):
+        with heartbeat(trial):
             values = list(evaluate(notes, steps))
             if not all(value == value for value in values):
                 raise CompactMindError(f"the objectives are {values}")
@@ -344,13 +344,13 @@ def _run(study: optuna.Study, space: Space, trial: Trial, steps: list[Step], eva
     notes.set_user_attr("memory_mb", memory)
     notes.set_user_attr("reason", reason)
     values = values if state == TrialState.COMPLETE else None
-    if _told(study, trial, notes, values, state):
+    if _tell(study, trial, notes, values, state):
         return trial.number
-    return _hand_over(study, space, trial, notes, values, state)
+    return _transfer_result(study, space, trial, notes, values, state)
 
 
-def _told(study: optuna.Study, trial: Trial, notes: Notes, values: Sequence[float] | None, state: TrialState) -> bool:
-    """Write down how a trial ended; tell whether it ended like that, and not before because its worker was taken for dead."""
+def _tell(study: optuna.Study, trial: Trial, notes: Notes, values: Sequence[float] | None, state: TrialState) -> bool:
+    """Tell the study how a trial ended; return whether it ended like that, and not before because its worker was taken for dead."""
     try:
         notes.write(trial)
         study.tell(trial, values if state == TrialState.COMPLETE else None, state=state)
@@ -362,18 +362,18 @@ def _told(study: optuna.Study, trial: Trial, notes: Notes, values: Sequence[floa
     return True
 
 
-def _hand_over(
+def _transfer_result(
     study: optuna.Study, space: Space, trial: Trial, notes: Notes, values: Sequence[float] | None, state: TrialState
 ) -> int | None:
-    """Give what was measured for a trial that was taken away to the one queued instead; return its number, None if it is being run."""
+    """Transfer the result of a trial that was taken away to the one queued instead; return its number, None if it is being run."""
     while True:
         for other in study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
-            if other.user_attrs.get("retry_of") == trial.number and _taken(study, other):
+            if other.user_attrs.get("retry_of") == trial.number and _claim(study, other):
                 again = Trial(study, other._trial_id)
                 if _prepare(study, space, again, math.inf) is None:
                     return None
                 print(f"trial {trial.number} was taken for dead: what it measured is trial {again.number} now", flush=True)
-                return again.number if _told(study, again, notes, values, state) else None
+                return again.number if _tell(study, again, notes, values, state) else None
         others = [other for other in counted_trials(study) if other.number != trial.number and other.state != TrialState.FAIL]
         same = ((other.user_attrs.get("key"), other.user_attrs.get("retry_of")) for other in others)
         if any(key == trial.user_attrs["key"] or retry_of == trial.number for key, retry_of in same):
@@ -382,8 +382,8 @@ def _hand_over(
         study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})  # it had its second chance, and has a result
 
 
-def _taken(study: optuna.Study, waiting: FrozenTrial) -> bool:
-    """Take a trial that waits, as `ask` does; tell whether no other worker did."""
+def _claim(study: optuna.Study, waiting: FrozenTrial) -> bool:
+    """Claim a waiting trial, as `ask` does; return whether no other worker did."""
     try:
         return study._storage.set_trial_state_values(waiting._trial_id, state=TrialState.RUNNING)
     except UpdateFinishedTrialError:

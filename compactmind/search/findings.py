@@ -47,17 +47,17 @@ def measured_trials(study: optuna.Study) -> list[FrozenTrial]:
     return [trial for trial in counted_trials(study) if trial.state == TrialState.COMPLETE and "measured" in trial.user_attrs]
 
 
-def quality_in(study: optuna.Study) -> str:
+def quality_of_study(study: optuna.Study) -> str:
     """Return what the pipelines of a study are compared by: kl or perplexity."""
     return quality_of(study.user_attrs.get("described", {}).get("objectives", ()))
 
 
 def best_trials(study: optuna.Study, target: float, count: int) -> list[FrozenTrial]:
     """Return the best trials by KL, or perplexity, among those that reach the target, the best first."""
-    return candidates(measured_trials(study), target, quality_in(study), count)
+    return candidates(measured_trials(study), target, quality_of_study(study), count)
 
 
-def shown(params: dict[str, Any]) -> str:
+def format_params(params: dict[str, Any]) -> str:
     """Return the parameters of a trial on one line."""
     return ", ".join(
         f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
@@ -80,13 +80,13 @@ class SearchProgress:
         best = best_trials(self.study, self.target, 1)
         measured = trial.user_attrs.get("measured")
         if measured:
-            found = f"KL {measured['kl']:<9.4g}{measured['perplexity']:>8.3f}{measured['compression_ratio']:>6.2f}x"
-            found += "" if measured["compression_ratio"] >= self.target else " too large"
+            result = f"KL {measured['kl']:<9.4g}{measured['perplexity']:>8.3f}{measured['compression_ratio']:>6.2f}x"
+            result += "" if measured["compression_ratio"] >= self.target else " too large"
         else:
-            found = f"{state_of(trial).lower()}: {(trial.user_attrs.get('reason') or '')[:70]}"
-        so_far = f"best {best[0].user_attrs['measured'][quality_in(self.study)]:.4g} (trial {best[0].number})" if best else "best -"
+            result = f"{state_of(trial).lower()}: {(trial.user_attrs.get('reason') or '')[:70]}"
+        so_far = f"best {best[0].user_attrs['measured'][quality_of_study(self.study)]:.4g} (trial {best[0].number})" if best else "best -"
         print(
-            f"trial {trial.number:>3} ({done}/{self.n_trials}) {SEPARATOR.join(methods_of(trial)):<34}{found:<28} "
+            f"trial {trial.number:>3} ({done}/{self.n_trials}) {SEPARATOR.join(methods_of(trial)):<34}{result:<28} "
             f"{trial.user_attrs['seconds']:>5.0f} s | {so_far} | {each * max(0, self.n_trials - done) / 60:.1f} min to go",
             flush=True,
         )  # fmt: skip
@@ -118,7 +118,7 @@ def importances(study: optuna.Study) -> dict[str, float]:
     distributions = {name: optuna.distributions.CategoricalDistribution(sorted(set(chosen))) for name, chosen in values.items()}
     for index, trial in enumerate(rows):
         params = {name: chosen[index] for name, chosen in values.items()}
-        value = math.log(max(trial.user_attrs["measured"][quality_in(study)], SMALLEST_KL))
+        value = math.log(max(trial.user_attrs["measured"][quality_of_study(study)], SMALLEST_KL))
         inner.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=value))
     try:
         return {name: float(share) for name, share in optuna.importance.get_param_importances(inner).items()}
@@ -147,14 +147,14 @@ def trials_csv(study: optuna.Study) -> str:
 
 def trials_table(study: optuna.Study, target: float, confirmed: dict[int, dict[str, Any]], count: int = 10) -> str:
     """Return the best trials as aligned text, with the command that makes each of them again."""
-    quality = quality_in(study)
+    quality = quality_of_study(study)
     lines = [f"\n{'trial':>5} {'pipeline':<34}{quality:>11}{'all windows':>12}{'perplexity':>12}{'ratio':>8}  parameters"]
     for trial in best_trials(study, target, count):
         measured, again = trial.user_attrs["measured"], confirmed.get(trial.number)
         lines.append(
             f"{trial.number:>5} {SEPARATOR.join(methods_of(trial)):<34}{measured[quality]:>11.4g}"
             f"{again[quality] if again else math.nan:>12.4g}{(again or measured)['perplexity']:>12.3f}"
-            f"{measured['compression_ratio']:>7.2f}x  {shown(trial.params)}"
+            f"{measured['compression_ratio']:>7.2f}x  {format_params(trial.params)}"
         )
     return "\n".join(lines)
 
@@ -185,7 +185,7 @@ def write_findings(
     """
     folder.mkdir(parents=True, exist_ok=True)
     trials = {trial.number: trial for trial in counted_trials(study)}
-    hybrids, singles, quality = [], [], quality_in(study)
+    hybrids, singles, quality = [], [], quality_of_study(study)
     for trial in best_trials(study, target, len(trials)):
         (hybrids if is_hybrid([METHODS[name] for name in methods_of(trial)]) else singles).append(trial)
     summary: dict[str, Any] = {
@@ -213,7 +213,7 @@ def write_findings(
     return summary
 
 
-def nothing_reached(study: optuna.Study, target: float, folder: Path) -> str:
+def why_none_reached(study: optuna.Study, target: float, folder: Path) -> str:
     """Return why a search has found nothing, and what to do."""
     everything = study.get_trials(deepcopy=False)
     measured = [trial.user_attrs["measured"]["compression_ratio"] for trial in everything if "measured" in trial.user_attrs]
@@ -240,7 +240,7 @@ def nothing_reached(study: optuna.Study, target: float, folder: Path) -> str:
     )
 
 
-def nothing_so_small(study: optuna.Study) -> str:
+def why_none_so_small(study: optuna.Study) -> str:
     """Return that no trial is as small as is wanted, and how small the smallest is."""
     largest = max(trial.user_attrs["measured"]["compression_ratio"] for trial in measured_trials(study))
     return f"no trial is so many times smaller: the smallest is {largest:.2f}"
@@ -250,12 +250,12 @@ def known_findings(study: optuna.Study, folder: Path, depends_on: dict[str, Any]
     """Return the summary in a folder if it is of this study as it is now and of nothing else, and names a best pipeline; else None."""
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        found = {name: summary[name] for name in ("study", "depends_on", "states", "best")}
+        known = {name: summary[name] for name in ("study", "depends_on", "states", "best")}
     except (OSError, ValueError, KeyError, TypeError):
         return None
     wanted = {"study": study.study_name, "depends_on": json.loads(json.dumps(depends_on)), "states": states_of(study)}
-    running = found["states"].get("RUNNING")
-    return summary if found == wanted | {"best": found["best"]} and found["best"] and not running else None
+    running = known["states"].get("RUNNING")
+    return summary if known == wanted | {"best": known["best"]} and known["best"] and not running else None
 
 
 def _row(trial: FrozenTrial) -> dict[str, Any]:

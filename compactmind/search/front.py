@@ -37,11 +37,11 @@ def value_of(trial: FrozenTrial, quality: str, confirmed: dict[int, dict[str, An
 
 def front(trials: Sequence[FrozenTrial], quality: str) -> list[FrozenTrial]:
     """Return the measured trials that nothing beats in both bytes and `quality`, the largest model first; of equals the first one."""
-    found: list[FrozenTrial] = []
+    points: list[FrozenTrial] = []
     for trial in sorted(trials, key=lambda trial: (trial.user_attrs["measured"]["bytes"], value_of(trial, quality), trial.number)):
-        if not found or value_of(trial, quality) < value_of(found[-1], quality):
-            found.append(trial)
-    return found[::-1]
+        if not points or value_of(trial, quality) < value_of(points[-1], quality):
+            points.append(trial)
+    return points[::-1]
 
 
 def knee(trials: Sequence[FrozenTrial], quality: str) -> FrozenTrial | None:
@@ -99,15 +99,15 @@ def front_problem(count: int) -> str | None:
     return f"the front has {count} point(s), no pipeline is larger and better than another: use more --n_trials or other --methods"
 
 
-def table(found: dict[str, Any]) -> str:
+def table(summary: dict[str, Any]) -> str:
     """Return a front as aligned text."""
-    quality, lines = found["quality"], []
+    quality, lines = summary["quality"], []
     lines.append(f"\n{'trial':>5} {'times smaller':>14}{'MB':>9}{quality:>12}{'all windows':>13}  the front")
-    for point in found["points"]:
+    for point in summary["points"]:
         again = point["on_all_windows"]
         lines.append(
             f"{point['trial']:>5} {point['compression_ratio']:>14.2f}{point['bytes'] / 1e6:>9.1f}{point[quality]:>12.5g}"
             f"{math.nan if again is None else again:>13.5g}  {' > '.join(step['method'] for step in point['pipeline'])}"
-            f"{'  <- the knee' if point['trial'] == found['knee'] else ''}"
+            f"{'  <- the knee' if point['trial'] == summary['knee'] else ''}"
         )
     return "\n".join(lines)

@@ -50,10 +50,10 @@ class PipelineInputs:
         def measure(model) -> dict:
             known = self.dense_on_test
             dense = self.resources.is_teacher(model)
-            found = measure_logits(known, self.test) if dense else measure_windows({"": model}, self.test, known)[""]
-            far = {name: found["divergence"][name] for name in ("mean", "interval", "p999", "same_top")}
-            found = perplexity_of(found["losses"], self.test.shape[1], f"{self.text}, test", self.window_choice)
-            return {**{name: found[name] for name in ("perplexity", "loss", "losses", "protocol")}, "divergence": far}
+            measured = measure_logits(known, self.test) if dense else measure_windows({"": model}, self.test, known)[""]
+            far = {name: measured["divergence"][name] for name in ("mean", "interval", "p999", "same_top")}
+            measured = perplexity_of(measured["losses"], self.test.shape[1], f"{self.text}, test", self.window_choice)
+            return {**{name: measured[name] for name in ("perplexity", "loss", "losses", "protocol")}, "divergence": far}
 
         return Measure(f"test, {len(self.test)} windows, {self.window_choice}", measure)
 
@@ -116,20 +116,20 @@ def read_inputs(
 
 
 def save_compressed(
-    output: Path, found: Compressed, inputs: PipelineInputs, stage: dict[str, Any], extra: dict[str, Any]
+    output: Path, compressed: Compressed, inputs: PipelineInputs, stage: dict[str, Any], extra: dict[str, Any]
 ) -> dict[str, Any]:
     """Save what came out of a pipeline that was measured by `on_test`; return what its manifest says of that.
 
     That is `pipeline`, a row per step with `against_dense` (ratio of perplexities, 95% interval, paired), and `extra`.
     """
-    dense_losses = found.steps[0]["losses"]
-    for row in found.steps:
+    dense_losses = compressed.steps[0]["losses"]
+    for row in compressed.steps:
         row["against_dense"] = paired_ratio(row.pop("losses"), dense_losses)
-    record = {"pipeline": found.steps, **extra}
-    with store_as_released(found, inputs.resources.released):
+    record = {"pipeline": compressed.steps, **extra}
+    with store_as_released(compressed, inputs.resources.released):
         save_checkpoint(
-            output, found.model, inputs.tokenizer, kind=found.kind, parent=inputs.source.name, stage=stage,
-            quantization=found.quantization, data_fingerprint=inputs.fingerprint, extra=record,
+            output, compressed.model, inputs.tokenizer, kind=compressed.kind, parent=inputs.source.name, stage=stage,
+            quantization=compressed.quantization, data_fingerprint=inputs.fingerprint, extra=record,
             dtype=str(inputs.resources.released).removeprefix("torch."), beside=inputs.source,
         )  # fmt: skip
     return record

@@ -1,4 +1,4 @@
-"""Which process works on a trial and whether it lives, and which kind of machine measured a latency.
+"""Which process works on a trial and whether it is alive, and which kind of machine measured a latency.
 
 A process of this machine is looked up; one of another machine, or in another container, can only be told by its signs of life. Times are
 compared between machines of one kind alone: the same CPU or GPU, the same instructions, the same number of threads.
@@ -22,31 +22,31 @@ from compactmind.errors import CompactMindError
 
 DEAD_AFTER_SECONDS = 300
 """Without a sign of life for so long a worker on another machine counts as dead; on this one its process is looked up."""
-MEASURED_HERE = ("latency", "memory")
+MACHINE_DEPENDENT = ("latency", "memory")
 """Objectives whose values say something of the machine as well."""
-WHO = ("host", "place", "pid", "started")
+WORKER_KEYS = ("host", "place", "pid", "started")
 
 
 # ------------------------------------------------------------------------------------------------------------------ process
 @cache
-def place_of_processes() -> str:
+def process_namespace() -> str:
     """Return what tells the process numbers of this machine, or of this container, from those of another one of the same name."""
-    found = []
+    parts = []
     with suppress(OSError):
-        found.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        found.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(found)
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
 
 
 def this_worker() -> dict[str, Any]:
     """Return what tells this process from every other one, on any machine and at any time."""
     own = psutil.Process()
-    return {"host": socket.gethostname(), "place": place_of_processes(), "pid": own.pid, "started": own.create_time()}
+    return {"host": socket.gethostname(), "place": process_namespace(), "pid": own.pid, "started": own.create_time()}
 
 
-def lives(worker: dict[str, Any], seen_at: float) -> bool:
+def worker_is_alive(worker: dict[str, Any], seen_at: float) -> bool:
     """Tell whether a worker is still there, whose last sign of life was at `seen_at` (seconds since 1970)."""
-    if worker["host"] != socket.gethostname() or worker.get("place", place_of_processes()) != place_of_processes():
+    if worker["host"] != socket.gethostname() or worker.get("place", process_namespace()) != process_namespace():
         return time.time() - seen_at < DEAD_AFTER_SECONDS
     with suppress(psutil.Error):
         process = psutil.Process(worker["pid"])
@@ -74,7 +74,7 @@ def require_kind(study: Study, objectives: Sequence[str], kind: str) -> None:
 
     Nothing is asked of a study whose objectives are the same on every machine.
     """
-    own = [name for name in objectives if name in MEASURED_HERE]
+    own = [name for name in objectives if name in MACHINE_DEPENDENT]
     if not own:
         return
     known = {study.user_attrs.get("machine")} | {trial.user_attrs.get("machine") for trial in study.get_trials(deepcopy=False)}
@@ -87,9 +87,9 @@ def require_kind(study: Study, objectives: Sequence[str], kind: str) -> None:
         study.set_user_attr("machine", kind)
 
 
-def noting_kind(evaluate: Callable, objectives: Iterable[str], kind: str) -> Callable:
+def recording_machine_kind(evaluate: Callable, objectives: Iterable[str], kind: str) -> Callable:
     """Return an `evaluate` of the engine that notes on every trial what kind of machine measured it, where that matters."""
-    if not set(objectives) & set(MEASURED_HERE):
+    if not set(objectives) & set(MACHINE_DEPENDENT):
         return evaluate
 
     def noted(notes, steps):

@@ -7,7 +7,7 @@ from typing import Any
 from compactmind.checkpoint import load_checkpoint
 from compactmind.manifest import add_to_manifest, is_up_to_date, read_manifest
 from compactmind.search.cache import PrefixCache
-from compactmind.search.compressor import Step, diagnosed, interaction, layer_errors, run_pipeline
+from compactmind.search.compressor import Step, interaction, layer_errors, measure_or_none, run_pipeline
 from compactmind.search.inputs import PipelineInputs, save_compressed
 from compactmind.training import TrainingState
 
@@ -48,13 +48,13 @@ def make_pipeline(
             resources.resume.clear()
         model = compressed.model
         del compressed
-    errors = diagnosed(
+    errors = measure_or_none(
         "the error of every layer",
         lambda model=model: layer_errors(resources.teacher(), model, resources.held_out[:ERROR_WINDOWS]),
     )
     del model
-    resources.done_with_teacher()
-    together = diagnosed("the interaction", lambda: interaction(steps, resources, inputs.on_test, record["pipeline"], cache))
+    resources.release_teacher()
+    together = measure_or_none("the interaction", lambda: interaction(steps, resources, inputs.on_test, record["pipeline"], cache))
     record |= {"interaction": together, "layer_errors": errors}
     add_to_manifest(output, record)
     return record

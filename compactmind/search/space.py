@@ -17,7 +17,7 @@ from optuna.trial import FixedTrial
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
-from compactmind.methods.registry import METHODS, Method, are_numbers, asked_as
+from compactmind.methods.registry import METHODS, Method, are_numbers, as_choice
 from compactmind.search.compressor import Step, order_problem
 
 MODES = ("single", "hybrid", "both")
@@ -39,10 +39,10 @@ class Space:
         names = order.split(SEPARATOR)
         return [
             {"method": name, "params": METHODS[name].suggest(trial, label, choices)}
-            for name, label, choices in zip(names, labels(names), self.choices_in(names), strict=True)
+            for name, label, choices in zip(names, labels(names), self.choices_per_step(names), strict=True)
         ]
 
-    def choices_in(self, order: Sequence[str]) -> list[dict[str, Sequence[Any]]]:
+    def choices_per_step(self, order: Sequence[str]) -> list[dict[str, Sequence[Any]]]:
         """Return what may be chosen from in each step where methods stand in this order.
 
         Behind one that makes zeros a parameter that keeps them with a single value has that one; where several would, all stay, since a
@@ -59,11 +59,11 @@ class Space:
         """Return the pipeline of a point, the parameters an Optuna trial has."""
         return self.suggest(FixedTrial(point))
 
-    def asked(self, order: Sequence[str]) -> dict[str, list[Any]]:
-        """Return what is asked for where methods stand in this order: by name, the values to choose from as a study holds them."""
+    def choices_for(self, order: Sequence[str]) -> dict[str, list[Any]]:
+        """Return the choices where methods stand in this order: by name, the values to choose from as a study holds them."""
         return {
-            f"{label}.{parameter}": [asked_as(value) for value in values]
-            for label, choices in zip(labels(order), self.choices_in(order), strict=True)
+            f"{label}.{parameter}": [as_choice(value) for value in values]
+            for label, choices in zip(labels(order), self.choices_per_step(order), strict=True)
             for parameter, values in choices.items()
             if len(values) > 1
         }
@@ -71,30 +71,30 @@ class Space:
     def points(self) -> Iterator[dict[str, Any]]:
         """Return every point of the space, as the parameters an Optuna trial has."""
         for order in self.orders:
-            asked = self.asked(order)
-            for values in itertools.product(*asked.values()):
-                yield {"order": SEPARATOR.join(order), **dict(zip(asked, values, strict=True))}
+            choices = self.choices_for(order)
+            for values in itertools.product(*choices.values()):
+                yield {"order": SEPARATOR.join(order), **dict(zip(choices, values, strict=True))}
 
     def neighbours(self, point: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the points that differ from one in a single choice: in a parameter, for a number the next smaller or larger value; or in
         the order, by a step more, a step less, another one in its place, or two in a row that change places. Steps that are new have the
         usual parameters."""
-        order, found = tuple(point["order"].split(SEPARATOR)), []
-        for name, values in self.asked(order).items():
+        order, near = tuple(point["order"].split(SEPARATOR)), []
+        for name, values in self.choices_for(order).items():
             number = are_numbers(values) and len(values) > 2
             at = _nearest(values, point[name]) if number else values.index(point[name])
             others = [at - 1, at + 1] if number else range(len(values))
-            found += [{**point, name: values[other]} for other in others if other != at and 0 <= other < len(values)]
+            near += [{**point, name: values[other]} for other in others if other != at and 0 <= other < len(values)]
         for other in self.orders:
             if _differ_by_one(order, other):
                 usual = {
-                    f"{label}.{parameter}": asked_as(_usual(name, parameter, values))
-                    for name, label, choices in zip(other, labels(other), self.choices_in(other), strict=True)
+                    f"{label}.{parameter}": as_choice(_usual(name, parameter, values))
+                    for name, label, choices in zip(other, labels(other), self.choices_per_step(other), strict=True)
                     for parameter, values in choices.items()
                     if len(values) > 1
                 }
-                found.append({"order": SEPARATOR.join(other), **{name: point.get(name, usual[name]) for name in usual}})
-        return found
+                near.append({"order": SEPARATOR.join(other), **{name: point.get(name, usual[name]) for name in usual}})
+        return near
 
     def first_guesses(self, ratio_of: Callable[[list[dict[str, Any]]], float], target: float) -> list[dict[str, Any]]:
         """Return what anyone would try first, as the parameters an Optuna trial has: every order prune > smooth > retrain > quantize, or
@@ -109,7 +109,7 @@ class Space:
             for name in self.choices
             for parameter, values in self.choices[name].items()
         }
-        found = []
+        guesses = []
         for order in self._obvious_orders():
             # what makes a model smaller is tried in all ways
             free = [(name, parameter) for name, parameter in usual if name in order and METHODS[name].kind != "retrain"]
@@ -129,21 +129,21 @@ class Space:
                     reaching.append((sparsity, round(ratio, 3), unusual, values))
             if reaching:
                 sparsity, ratio, _, values = min(reaching, key=lambda known: known[:3])
-                asked = {
-                    f"{name}.{parameter}": asked_as(value)
+                params = {
+                    f"{name}.{parameter}": as_choice(value)
                     for (name, parameter), value in values.items()
                     if len(self.choices[name][parameter]) > 1
                 }
-                found.append((sparsity, len(order), ratio, {"order": SEPARATOR.join(order), **asked}))
-        return [guess for *_, guess in sorted(found, key=lambda known: known[:3])]
+                guesses.append((sparsity, len(order), ratio, {"order": SEPARATOR.join(order), **params}))
+        return [guess for *_, guess in sorted(guesses, key=lambda known: known[:3])]
 
     def guesses_for(self, targets: Sequence[float], ratio_of: Callable[[list[dict[str, Any]]], float]) -> list[dict[str, Any]]:
         """Return the first guesses for several targets, each once: the first one for every target, then the second ones ..."""
         of_each = [self.first_guesses(ratio_of, target) for target in targets]
-        found: list[dict[str, Any]] = []
+        ordered: list[dict[str, Any]] = []
         for guesses in itertools.zip_longest(*of_each):
-            found += [guess for guess in guesses if guess is not None and guess not in found]
-        return found
+            ordered += [guess for guess in guesses if guess is not None and guess not in ordered]
+        return ordered
 
     def _obvious_orders(self) -> Iterator[tuple[str, ...]]:
         """Return the orders of first_guesses, whatever they reach."""
@@ -163,7 +163,7 @@ class Space:
 
     def size(self) -> int:
         """Return the number of points."""
-        return sum(math.prod(len(values) for step in self.choices_in(order) for values in step.values()) for order in self.orders)
+        return sum(math.prod(len(values) for step in self.choices_per_step(order) for values in step.values()) for order in self.orders)
 
     def described(self) -> dict[str, Any]:
         """Return the space as JSON has it: two equal spaces are described equally."""
@@ -211,11 +211,11 @@ def _differ_by_one(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
 
 def labels(names: Sequence[str]) -> list[str]:
     """Return the name of each step's parameters: the method's, with a number from its second occurrence on."""
-    found = []
+    numbered = []
     for index, name in enumerate(names):
         number = list(names[: index + 1]).count(name)
-        found.append(name if number == 1 else f"{name}{number}")
-    return found
+        numbered.append(name if number == 1 else f"{name}{number}")
+    return numbered
 
 
 def read_choices(text: str) -> dict[str, Any]:
@@ -249,16 +249,16 @@ def make_space(
     for name in methods:
         if name not in METHODS:
             raise CompactMindError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
-    found = {name: dict(METHODS[name].space) for name in methods}
+    by_method = {name: dict(METHODS[name].space) for name in methods}
     for name in methods:
         if METHODS[name].aim and targets and not any(label.startswith(f"{name}.") for label in choices or {}):
             with suppress(ValueError):  # no target that it takes
                 for target in targets:
                     METHODS[name].parameters({METHODS[name].aim: target})
-                found[name] = {METHODS[name].aim: tuple(targets), **METHODS[name].aimed}
+                by_method[name] = {METHODS[name].aim: tuple(targets), **METHODS[name].aimed}
     for label, values in (choices or {}).items():
         name, _, parameter = label.partition(".")
-        if name not in found:
+        if name not in by_method:
             raise CompactMindError(f"choices for {label!r}: {name!r} is not among the methods {', '.join(methods)}")
         if not isinstance(values, (list, tuple)) or not values:
             raise CompactMindError(f"choices for {label!r}: {values!r} is no list of values, for example [0.1, 0.2]")
@@ -267,19 +267,19 @@ def make_space(
                 METHODS[name].parameters({parameter: value})
             except (ValueError, TypeError) as error:
                 raise CompactMindError(f"choices for {label!r}: {error}") from None
-        found[name][parameter] = tuple(values)
+        by_method[name][parameter] = tuple(values)
     orders = tuple(
         order
         for length in range(1, max_length + 1)
         for order in itertools.product(methods, repeat=length)
-        if _is_wanted([METHODS[name] for name in order], mode, max_repeats) and _leaves_zeros(order, found)
+        if _is_wanted([METHODS[name] for name in order], mode, max_repeats) and _leaves_zeros(order, by_method)
     )
     if not orders:
         raise CompactMindError(
             f"no legal pipeline of at most {max_length} step(s) from {', '.join(methods) or 'no method'} in mode {mode}: "
             "allow more methods or steps"
         )
-    return Space(orders, found)
+    return Space(orders, by_method)
 
 
 def check_space(space: Space, dense: PreTrainedModel) -> None:

@@ -66,8 +66,8 @@ class PatientStorage:
         self.storage, self.name = storage, name
 
     def __getattr__(self, attribute: str) -> Any:
-        found = getattr(self.storage, attribute)
-        return self._patient(found) if callable(found) else found
+        value = getattr(self.storage, attribute)
+        return self._patient(value) if callable(value) else value
 
     def _patient(self, call: Callable) -> Callable:
         def patient(*arguments, **options):

@@ -49,7 +49,7 @@ OPTIMISM = 0.25
 """... which is this share better than the best one did: a loss that falls by so much more, or rises by so much less."""
 MORE_TOKENS = "the rest of retraining"
 """What the step from a short retraining to the whole of it is called among the changes."""
-BEFORE_ANY = {"retrain": -1.0, MORE_TOKENS: -0.5}
+PRIOR_CHANGES = {"retrain": -1.0, MORE_TOKENS: -0.5}
 """Change in nats that a method is given credit for while fewer than FEW_STEPS of its steps have been seen, 0 for the others."""
 FEW_STEPS = 2
 SHORT = 0.25
@@ -132,11 +132,11 @@ class TrialRunner:
             if measured and measured["compression_ratio"] >= least:
                 self.best = min(self.best, rows[-1][self.unit])
 
-    def within_reach(self, nats: float, coming: Sequence[str]) -> float:
+    def optimistic_quality(self, nats: float, coming: Sequence[str]) -> float:
         """Return what a pipeline can hope for that is at `nats` with the methods `coming` ahead."""
         for name in coming:
             seen = self.changes.get(name, [])
-            change = min(seen) if len(seen) >= FEW_STEPS else BEFORE_ANY.get(name, 0.0)
+            change = min(seen) if len(seen) >= FEW_STEPS else PRIOR_CHANGES.get(name, 0.0)
             nats += change - OPTIMISM * abs(change)
         return nats
 
@@ -144,27 +144,27 @@ class TrialRunner:
         """Return what a pipeline would have come to: each of its methods does what it usually did in this study, never less than 0."""
         for name in coming:
             seen = self.changes.get(name, [])
-            nats += statistics.median(seen) if len(seen) >= FEW_STEPS else BEFORE_ANY.get(name, 0.0)
+            nats += statistics.median(seen) if len(seen) >= FEW_STEPS else PRIOR_CHANGES.get(name, 0.0)
         nats = max(nats, self.best if self.best < math.inf else 0.0)  # it was stopped for being worse
         return nats if self.quality == "kl" else math.exp(nats)
 
     @property
-    def first_look(self) -> Measure:
+    def step_measure(self) -> Measure:
         """What is measured after every step."""
         return Measure(f"validation, first {self.few}, against dense", self.measure_few)
 
     def measure_few(self, model: PreTrainedModel) -> dict[str, Any]:
         """Return loss, perplexity and KL to the dense model on the first few windows."""
-        return summed([self._look(model, 0, self.few)])
+        return mean_over_windows([self._measure_windows(model, 0, self.few)])
 
-    def _look(self, model: PreTrainedModel, start: int, end: int) -> dict[str, torch.Tensor]:
+    def _measure_windows(self, model: PreTrainedModel, start: int, end: int) -> dict[str, torch.Tensor]:
         """Return `loss` and `kl` of every window from number `start` to before `end`."""
-        found = measure_windows({"": model}, self.windows[start:end], [self.logits()[index] for index in range(start, end)])[""]
-        if not found["losses"].mean().item() < LARGEST_LOSS:
-            raise CompactMindError(f"the loss is {found['losses'].mean().item()}: the model is damaged")
-        if found["divergence"] is None:
+        measured = measure_windows({"": model}, self.windows[start:end], [self.logits()[index] for index in range(start, end)])[""]
+        if not measured["losses"].mean().item() < LARGEST_LOSS:
+            raise CompactMindError(f"the loss is {measured['losses'].mean().item()}: the model is damaged")
+        if measured["divergence"] is None:
             raise CompactMindError("the vocabulary is no longer the dense model's: no token is another's")
-        return {"loss": found["losses"], "kl": torch.tensor(found["divergence"]["divergences"], dtype=torch.float64)}
+        return {"loss": measured["losses"], "kl": torch.tensor(measured["divergence"]["divergences"], dtype=torch.float64)}
 
     def expected_ratio(self, steps: Sequence[Step]) -> float:
         """Return the compression ratio a pipeline should come to, from the shapes of the dense model and the bits of its methods."""
@@ -202,7 +202,7 @@ class TrialRunner:
             trial.set_constraint("compression", self.target - expected)
             raise Skipped(f"not run: {expected:.2f} times smaller to expect, {self.target:g} wanted")
         try:
-            self.look_at_short(steps, trial)
+            self.try_short_retraining(steps, trial)
             compressed = self.run(steps, trial)
             measured = self.measure(compressed, trial)
         except Stopped as stop:
@@ -211,25 +211,25 @@ class TrialRunner:
             raise
         trial.set_constraint("compression", self.target - measured["compression_ratio"])
         trial.set_user_attr("measured", measured)
-        trial.set_user_attr("steps", brief(compressed.steps))
+        trial.set_user_attr("steps", summarize_rows(compressed.steps))
         return [measured[name] for name in self.objectives]
 
     def may_stop(self, trial: Notes | None) -> bool:
         """Tell whether a trial may end early: not where time or memory are compared, in which it may be ahead whatever its quality."""
         return trial is not None and set(self.objectives) <= {self.quality, "bytes"} and self.best < math.inf
 
-    def look_at_short(self, steps: Sequence[Step], trial: Notes) -> None:
+    def try_short_retraining(self, steps: Sequence[Step], trial: Notes) -> None:
         """Run a pipeline with a part of its retraining first, where that is worth it. Raises Stopped if the rest cannot win enough."""
-        short = shortened(steps)
+        short = with_short_retraining(steps)
         if short is None or not self.may_stop(trial):
             return
-        found = self.run(short, trial).steps[-1][self.unit]
-        trial.set_user_attr("short", found)
-        behind = self.within_reach(found, [MORE_TOKENS]) - self.best
+        quality = self.run(short, trial).steps[-1][self.unit]
+        trial.set_user_attr("short", quality)
+        behind = self.optimistic_quality(quality, [MORE_TOKENS]) - self.best
         if behind > OUT_OF_REACH:
             raise Stopped(
                 f"stopped after {SHORT:.0%} of the retraining: {behind:+.2f} nats against the best, at the best to be hoped for",
-                [self.extrapolated(found, [MORE_TOKENS])],
+                [self.extrapolated(quality, [MORE_TOKENS])],
             )
 
     def run(self, steps: Sequence[Step], trial: Notes | None = None) -> Compressed:
@@ -239,9 +239,9 @@ class TrialRunner:
             if not self.may_stop(trial):
                 return
             coming = [step.method.name for step in steps[number:]]
-            behind = self.within_reach(rows[-1][self.unit], coming) - self.best
+            behind = self.optimistic_quality(rows[-1][self.unit], coming) - self.best
             if behind > (OUT_OF_REACH if coming else HOPELESS):
-                trial.set_user_attr("steps", brief(rows))
+                trial.set_user_attr("steps", summarize_rows(rows))
                 hope = ", at the best to be hoped for" if coming else ""
                 raise Stopped(
                     f"stopped after {rows[-1]['method']}: {behind:+.2f} nats against the best{hope}",
@@ -249,7 +249,7 @@ class TrialRunner:
                 )
 
         self.logits()  # before the dense model may go
-        return run_pipeline(steps, self.resources, self.first_look, cache=self.cache, check=check, show=False)
+        return run_pipeline(steps, self.resources, self.step_measure, cache=self.cache, check=check, show=False)
 
     def measure(self, compressed: Compressed, trial: Notes | None = None) -> dict[str, Any]:
         """Return KL, perplexity and loss on all windows, bytes, compression ratio, kernel, and what else the objectives ask for.
@@ -261,26 +261,26 @@ class TrialRunner:
         size, looks, end = stored_bytes(compressed, self.resources.released), [], 0
         while end < len(self.windows):
             start, end = end, min(REDUCTION * end or self.few, len(self.windows))
-            looks.append(self._look(compressed.model, start, end))
-            so_far = summed(looks)
+            looks.append(self._measure_windows(compressed.model, start, end))
+            so_far = mean_over_windows(looks)
             if trial is None or len(self.objectives) > 1:
                 continue
             trial.report(so_far[self.quality], end)
             if end < len(self.windows) and trial.should_prune() and self.measured >= BEFORE_HALVING:
-                trial.set_user_attr("steps", brief(compressed.steps))
+                trial.set_user_attr("steps", summarize_rows(compressed.steps))
                 shown = f"{so_far[self.quality]:.4g}"
                 raise Stopped(f"stopped after {end} windows: {self.quality} {shown} is not in the better half", [so_far[self.quality]])
-        found = {
+        measured = {
             **so_far, "windows": len(self.windows), "bytes": size,
             "compression_ratio": self.released_bytes / size, "kernel": kernel_of(compressed.model, compressed.kind),
         }  # fmt: skip
-        if {"latency", "memory"} & set(self.objectives) and SIMULATED in found["kernel"]:
+        if {"latency", "memory"} & set(self.objectives) and SIMULATED in measured["kernel"]:
             raise CompactMindError(
                 "this machine has no int8 kernel for it: a simulated one has neither latency nor memory to measure"
             )
         if "latency" in self.objectives:
             times = measure_generation({"model": compressed.model}, self.prompt_tokens, 3, "model")
-            found["latency"] = times["model"]["prefill"]["median_ms"]
+            measured["latency"] = times["model"]["prefill"]["median_ms"]
         if "memory" in self.objectives:
             with TemporaryDirectory() as folder:
                 place = Path(folder) / "model"
@@ -289,8 +289,8 @@ class TrialRunner:
                         place, compressed.model, self.tokenizer, kind=compressed.kind, parent=None, stage={},
                         quantization=compressed.quantization, dtype=str(self.resources.released).removeprefix("torch."),
                     )  # fmt: skip
-                found["memory"] = peak_memory(place, 1, self.prompt_tokens)
-        return found
+                measured["memory"] = peak_memory(place, 1, self.prompt_tokens)
+        return measured
 
 
 def quality_of(objectives: Sequence[str]) -> str:
@@ -298,13 +298,13 @@ def quality_of(objectives: Sequence[str]) -> str:
     return next((name for name in objectives if name in QUALITIES), QUALITIES[0])
 
 
-def summed(looks: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
+def mean_over_windows(looks: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
     """Return loss, perplexity and KL over the windows of several looks, each with `loss` and `kl` of every window."""
     loss, kl = (torch.cat([look[name] for look in looks]).mean().item() for name in ("loss", "kl"))
     return {"loss": loss, "perplexity": math.exp(loss), "kl": kl}
 
 
-def shortened(steps: Sequence[Step]) -> list[Step] | None:
+def with_short_retraining(steps: Sequence[Step]) -> list[Step] | None:
     """Return the pipeline with SHORT of its retraining; None if there is none, or one that is short already."""
     retraining = [step.method.kind == "retrain" for step in steps]
     if SHORT * max((step.recipe.tokens for step, is_one in zip(steps, retraining, strict=True) if is_one), default=0) < SHORTEST:
@@ -315,7 +315,7 @@ def shortened(steps: Sequence[Step]) -> list[Step] | None:
     ]
 
 
-def brief(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return what a study keeps of the rows of a pipeline: method, what was seen on the first windows, seconds, cached or not."""
     kept = ("method", "loss", "perplexity", "kl", "seconds", "cached")
     return [{name: row[name] for name in kept if name in row} for row in rows]

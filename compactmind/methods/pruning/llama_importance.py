@@ -66,8 +66,8 @@ def score(
             BlockScores(channels, _together(of_o.view(-1, block.groups * block.head_dim).t(), aggregate))
             for block, (channels, of_o) in zip(blocks, _activation(model, blocks, windows, criterion), strict=True)
         ]
-    for block, found in zip(blocks, scores, strict=True):
-        if not (torch.isfinite(found.channels).all() and torch.isfinite(found.groups).all()):
+    for block, block_scores in zip(blocks, scores, strict=True):
+        if not (torch.isfinite(block_scores.channels).all() and torch.isfinite(block_scores.groups).all()):
             raise CompactMindError(f"{block.name}: scores are not numbers: the weights are damaged, make the model again")
     return scores
 
@@ -120,17 +120,17 @@ def _taylor(model: PreTrainedModel, blocks: list[LlamaBlock], windows: torch.Ten
                 logits = logits_behind(model, window[None, :-1], last)[0]
                 token_loss(logits, None, window[1:], temperature=1.0, alpha=0.0).backward()
             gradient = last.grad
-            for block, others, found in zip(reversed(blocks), reversed(arguments), reversed(scores), strict=True):
-                gradient = _taylor_of_block(block, states.pop(), others, gradient, found)
+            for block, others, block_scores in zip(reversed(blocks), reversed(arguments), reversed(scores), strict=True):
+                gradient = _taylor_of_block(block, states.pop(), others, gradient, block_scores)
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-    return [BlockScores(found.channels.cpu(), found.groups.cpu()) for found in scores]
+    return [BlockScores(block_scores.channels.cpu(), block_scores.groups.cpu()) for block_scores in scores]
 
 
 @torch.enable_grad()
 def _taylor_of_block(
-    block: LlamaBlock, state: torch.Tensor, arguments: dict, gradient: torch.Tensor, found: BlockScores
+    block: LlamaBlock, state: torch.Tensor, arguments: dict, gradient: torch.Tensor, block_scores: BlockScores
 ) -> torch.Tensor:
     """Add, in place, what one window says of a block; return dL/d(its input) of `gradient`, dL/d(its output)."""
 
@@ -149,8 +149,8 @@ def _taylor_of_block(
     state.requires_grad_(True)
     with ExitStack() as hooks:
         for linear, hook in (
-            (block.down, watch(found.channels, 1)),
-            (block.o, watch(found.groups, block.groups * block.head_dim)),
+            (block.down, watch(block_scores.channels, 1)),
+            (block.o, watch(block_scores.groups, block.groups * block.head_dim)),
         ):
             hooks.callback(linear.register_forward_pre_hook(hook).remove)
         run_block(block.module, state, arguments).backward(gradient)

@@ -144,12 +144,12 @@ def _check_equal(blocks: list[LlamaBlock]) -> None:
         raise CompactMindError("scope uniform needs blocks of equal widths: use scope global")
 
 
-def _check_met(recipe: PruneRecipe, found: float) -> None:
+def _check_met(recipe: PruneRecipe, sparsity: float) -> None:
     """Raise CompactMindError if the share that is removed is not the sparsity of the recipe."""
-    if abs(found - recipe.sparsity) > TOLERANCE:
+    if abs(sparsity - recipe.sparsity) > TOLERANCE:
         raise CompactMindError(
             f"sparsity {recipe.sparsity:.4g} cannot be met: {'/'.join(recipe.structures)} in steps of round_to {recipe.round_to} give "
-            f"{found:.3f} at the closest without emptying a block; use other structures, a smaller round_to or scope global"
+            f"{sparsity:.3f} at the closest without emptying a block; use other structures, a smaller round_to or scope global"
         )
 
 
@@ -186,10 +186,10 @@ def _uniform_masks(blocks: list[LlamaBlock], scores: list[BlockScores], recipe: 
     each = channel_parameters(block), group_parameters(block)
     kept_channels, kept_groups = _uniform_widths((width, count), each, recipe)
     masks = []
-    for found in scores:
+    for block_scores in scores:
         mask = BlockMask(torch.zeros(width, dtype=torch.bool), torch.zeros(count, dtype=torch.bool))
-        mask.channels[found.channels.topk(kept_channels).indices] = True
-        mask.groups[found.groups.topk(kept_groups).indices] = True
+        mask.channels[block_scores.channels.topk(kept_channels).indices] = True
+        mask.groups[block_scores.groups.topk(kept_groups).indices] = True
         masks.append(mask)
     return masks
 
@@ -215,12 +215,12 @@ def _uniform_widths(widths: tuple[int, int], each: tuple[int, int], recipe: Prun
 def _global_masks(blocks: list[LlamaBlock], scores: list[BlockScores], recipe: PruneRecipe) -> list[BlockMask]:
     """Remove bundles of channels and groups in the order of their scores per parameter, least first."""
     candidates = []  # (score, block, structure, indices, parameters)
-    for index, (block, found) in enumerate(zip(blocks, scores, strict=True)):
+    for index, (block, block_scores) in enumerate(zip(blocks, scores, strict=True)):
         if not recipe.protect <= index < len(blocks) - recipe.protect:
             continue
-        channels, groups = (_comparable(values, recipe.criterion) for values in (found.channels, found.groups))
+        channels, groups = (_comparable(values, recipe.criterion) for values in (block_scores.channels, block_scores.groups))
         if "channels" in recipe.structures:
-            order, width = found.channels.argsort(), len(found.channels)
+            order, width = block_scores.channels.argsort(), len(block_scores.channels)
             first = width % recipe.round_to or recipe.round_to  # a width that is no multiple becomes one
             bundles = order.split([first, *[recipe.round_to] * ((width - first) // recipe.round_to)])
             for bundle in bundles[:-1]:  # the best one stays: no block is emptied
@@ -230,7 +230,7 @@ def _global_masks(blocks: list[LlamaBlock], scores: list[BlockScores], recipe: P
                 )
         if "groups" in recipe.structures:
             each = group_parameters(block)
-            for group in found.groups.argsort()[:-1]:
+            for group in block_scores.groups.argsort()[:-1]:
                 candidates.append((groups[group].item() / _size(each, recipe), index, "groups", group, each))
     masks, left = (
         [full_mask(block) for block in blocks],

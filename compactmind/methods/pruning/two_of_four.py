@@ -66,13 +66,13 @@ class HeldZeros:
         self.masks = [(weight, weight.detach() == 0) for weight in weights]
 
     @torch.no_grad()
-    def put_back(self) -> None:
+    def zero_again(self) -> None:
         """Zero, in place, what was zero."""
         for weight, zero in self.masks:
             weight.masked_fill_(zero, 0.0)
 
 
-def lay_over(linears: dict[str, nn.Linear]) -> HeldZeros:
+def apply_pattern(linears: dict[str, nn.Linear]) -> HeldZeros:
     """Zero, in place, the two smaller ones of every four weights; return what holds them. Raises CompactMindError, see `require_groups`."""
     require_groups(linears)
     for linear in linears.values():
@@ -80,7 +80,7 @@ def lay_over(linears: dict[str, nn.Linear]) -> HeldZeros:
     return HeldZeros(linear.weight for linear in linears.values())
 
 
-def names_of_held(model: nn.Module) -> list[str]:
+def sparse_weight_names(model: nn.Module) -> list[str]:
     """Return the names of the weights of linears that have the pattern, as parameters of the model."""
     return [
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear) and is_two_of_four(module.weight)

@@ -32,7 +32,7 @@ from compactmind.methods.quantization.sensitivity import (
     measured_table_cost,
     table_errors,
 )
-from compactmind.methods.quantization.stream_rotation import random_orthogonal, turn_stream
+from compactmind.methods.quantization.stream_rotation import random_orthogonal, rotate_stream
 from compactmind.methods.quantization.superblocks import K_GRIDS, k_grid_for
 from compactmind.methods.quantization.tables import EMBEDDINGS, INTEGERS, replace_tables, table_grid, tables_of
 
@@ -80,7 +80,7 @@ class GPTQRecipe:
     tuning_lr: float = 3e-4
     """How far a scale moves in a step at most, as a share of its size."""
     stream_rotation: bool = False
-    """Turn the residual stream in the weights first (stream_rotation.py): no outlier channels, no work at run time, and where the head is
+    """Rotate the residual stream in the weights first (stream_rotation.py): no outlier channels, no work at run time, and where the head is
     tied a second table."""
     weigh_tokens: bool = False
     """Count every token of the calibration text by its gradients (sensitivity.py), or all alike."""
@@ -278,7 +278,7 @@ def quantize_gptq(
     require_text(model, windows)
     whole = released_bytes or sum(each.numel() * (released or model.dtype).itemsize for each in model.parameters())
     if recipe.stream_rotation:
-        turn_stream(model, random_orthogonal(model.config.hidden_size))
+        rotate_stream(model, random_orthogonal(model.config.hidden_size))
     tables = tables_of(model)
     released = released or model.dtype
     predicted, table = None, recipe.table_of(model.config.hidden_size)

@@ -28,7 +28,7 @@ from torch import nn
 
 from compactmind import kernels
 from compactmind.methods.quantization.grid import Grid, from_integers
-from compactmind.methods.quantization.superblocks import from_multiples, multiples_of, sign_of
+from compactmind.methods.quantization.superblocks import from_multiples, multiples_of, sign_offset
 
 TENSORS = (
     "weight_packed", "weight_scale", "weight_scale_step", "weight_zero_point", "weight_minimum", "weight_minimum_step", "weight_shape",
@@ -84,11 +84,11 @@ def _stepped(name: str, values: torch.Tensor, grid: Grid) -> dict[str, torch.Ten
     if name == "weight_minimum" and grid.zero != "float":
         return {}
     step, multiples = multiples_of(values.detach().half(), grid.fitted_together)
-    return {name: pack((multiples + sign_of(grid)).to(torch.uint8), grid.scale_bits), f"{name}_step": step}
+    return {name: pack((multiples + sign_offset(grid)).to(torch.uint8), grid.scale_bits), f"{name}_step": step}
 
 
 def _from_steps(name: str, tensors: dict[str, torch.Tensor], grid: Grid, groups: int) -> torch.Tensor:
-    multiples = unpack(tensors[name], grid.scale_bits, groups).to(torch.int16) - sign_of(grid)
+    multiples = unpack(tensors[name], grid.scale_bits, groups).to(torch.int16) - sign_offset(grid)
     return from_multiples(tensors[f"{name}_step"], multiples)
 
 
@@ -173,15 +173,15 @@ class GroupedWeight(nn.Module):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return what a file holds, see the top of this file."""
-        found = {"weight_packed": self.packed, "weight_shape": torch.tensor(self.shape)}
+        stored = {"weight_packed": self.packed, "weight_shape": torch.tensor(self.shape)}
         if self.grid.superblocks:
-            return found | _stepped("weight_scale", self.scale, self.grid) | _stepped("weight_minimum", -self.zero, self.grid)
-        found["weight_scale"] = self.scale.detach().half()
+            return stored | _stepped("weight_scale", self.scale, self.grid) | _stepped("weight_minimum", -self.zero, self.grid)
+        stored["weight_scale"] = self.scale.detach().half()
         if self.grid.zero == "integer":
-            found["weight_zero_point"] = pack(self.zero.t().contiguous(), self.grid.bits).t().contiguous()
+            stored["weight_zero_point"] = pack(self.zero.t().contiguous(), self.grid.bits).t().contiguous()
         if self.grid.zero == "float":
-            found["weight_minimum"] = self.zero.detach().half()
-        return found
+            stored["weight_minimum"] = self.zero.detach().half()
+        return stored
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], grid: Grid, *others: Any) -> "GroupedWeight":
@@ -200,8 +200,8 @@ class GroupedWeight(nn.Module):
         if grid.zero == "integer":
             expected["weight_zero_point"] = (-(-rows * grid.bits // 32), groups)
         if wrong := [name for name, shape in expected.items() if tensors[name].shape != shape]:
-            found = ", ".join(f"{name} of {list(tensors[name].shape)}" for name in wrong)
-            raise ValueError(f"a weight of {rows} x {width} in {grid} has other tensors: {found}")
+            shapes = ", ".join(f"{name} of {list(tensors[name].shape)}" for name in wrong)
+            raise ValueError(f"a weight of {rows} x {width} in {grid} has other tensors: {shapes}")
         scale = _from_steps("weight_scale", tensors, grid, groups) if grid.superblocks else tensors["weight_scale"]
         zero = torch.full_like(scale, grid.levels // 2, dtype=torch.uint8)
         if grid.zero == "float":

@@ -63,7 +63,7 @@ def tune_scales(
     losses: list[float] = []
     read: dict[int, torch.Tensor] = {}
 
-    def wanted(number: int) -> torch.Tensor:
+    def states_of_teacher(number: int) -> torch.Tensor:
         """Return what the dense model's head reads of a window: (seq_len, hidden) float32."""
         if number in read:
             return read[number]
@@ -72,14 +72,14 @@ def tune_scales(
             read[number] = states
         return states
 
-    def judged() -> float:
+    def held_out_divergence() -> float:
         return sum(_divergence(model, teacher, window) for window in held_out) / len(held_out)
 
-    at_first, kept = judged(), False
+    at_first, kept = held_out_divergence(), False
     try:
         for step in range(steps):
             number = step % len(windows)
-            losses.append(_backward(model, teacher, windows[number], wanted(number)))
+            losses.append(_backward(model, teacher, windows[number], states_of_teacher(number)))
             if not math.isfinite(losses[-1]):
                 raise CompactMindError(
                     f"distilling after rounding has a loss of {losses[-1]} at step {step + 1}: a lower tuning_lr"
@@ -89,7 +89,7 @@ def tune_scales(
             optimizer.zero_grad()
             show(f"gptq: learning {step + 1}/{steps} | KL {losses[-1]:.4f}")
         _put(places, [value.detach().to(old.dtype) for value, old in zip(values, before, strict=True)])
-        at_last = judged()
+        at_last = held_out_divergence()
         kept = at_last < at_first
     finally:
         forget_unpacked(model)  # scales in float32 are torch's to multiply
@@ -121,8 +121,8 @@ def _divergence(model: PreTrainedModel, teacher: PreTrainedModel, window: torch.
     heads, loss = [_head(each) for each in (model, teacher)], 0.0
     for start in range(0, len(window), TOKENS_AT_ONCE):
         parts = [each[start : start + TOKENS_AT_ONCE] for each in states]
-        found, wanted = ((part @ head.t()).log_softmax(dim=-1) for part, head in zip(parts, heads, strict=True))
-        loss += float((wanted.exp() * (wanted - found)).sum())
+        ours, theirs = ((part @ head.t()).log_softmax(dim=-1) for part, head in zip(parts, heads, strict=True))
+        loss += float((theirs.exp() * (theirs - ours)).sum())
     return loss / len(window)
 
 
@@ -132,10 +132,10 @@ def _states(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
     return model.model(input_ids=window[None].to(model.device), use_cache=False).last_hidden_state[0].float()
 
 
-def _backward(model: PreTrainedModel, teacher: PreTrainedModel, window: torch.Tensor, wanted: torch.Tensor) -> float:
+def _backward(model: PreTrainedModel, teacher: PreTrainedModel, window: torch.Tensor, teacher_states: torch.Tensor) -> float:
     """Return KL(teacher || model) in nats a token on a window (seq_len,), and add its gradients to what is trained, in place.
 
-    `wanted`: what the teacher's head reads of it, (seq_len, hidden).
+    `teacher_states`: what the teacher's head reads of it, (seq_len, hidden).
     """
     (states,), arguments = block_inputs(model, window[None])
     blocks, reads = llama_blocks(model), []
@@ -150,10 +150,10 @@ def _backward(model: PreTrainedModel, teacher: PreTrainedModel, window: torch.Te
     with torch.no_grad():
         for start in range(0, len(window), TOKENS_AT_ONCE):
             part = slice(start, start + TOKENS_AT_ONCE)
-            found = (normed[0, part].float() @ head.t()).log_softmax(dim=-1)
-            target = (wanted[part] @ of_teacher.t()).log_softmax(dim=-1)
-            loss += float((target.exp() * (target - found)).sum())
-            gradient[part] = found.exp_().sub_(target.exp_()) @ head / len(window)
+            log_probabilities = (normed[0, part].float() @ head.t()).log_softmax(dim=-1)
+            target = (teacher_states[part] @ of_teacher.t()).log_softmax(dim=-1)
+            loss += float((target.exp() * (target - log_probabilities)).sum())
+            gradient[part] = log_probabilities.exp_().sub_(target.exp_()) @ head / len(window)
     normed.backward(gradient[None])
     gradient = last.grad
     for block, others in zip(reversed(blocks), reversed(arguments), strict=True):

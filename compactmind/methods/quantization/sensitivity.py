@@ -90,9 +90,9 @@ def measure_gradients(model: PreTrainedModel, windows: torch.Tensor, seed: int =
     return Gradients(tokens, [{name: total / count for name, total in each.items()} for each in rows])
 
 
-def _require_finite(name: str, found: torch.Tensor) -> None:
+def _require_finite(name: str, tensor: torch.Tensor) -> None:
     """Raise CompactMindError if what is computed at a place is NaN or infinite."""
-    if not torch.isfinite(found).all():
+    if not torch.isfinite(tensor).all():
         raise CompactMindError(
             f"{name}: what is computed of calibration text is NaN or infinite there: the weights of this layer or of one before it are "
             "damaged, download or make the model again"
@@ -161,11 +161,11 @@ def gradient_costs(
     model: PreTrainedModel, windows: torch.Tensor, grids: Sequence[Grid], damping: float
 ) -> dict[tuple[int, str], list[float]]:
     """Return what `measured_costs` does, estimated by the gradients of `windows` (windows, seq_len)."""
-    found, costs = measure_gradients(model, windows), {}
-    for index, block, moments in walk_blocks(model, windows, found.tokens):
+    gradients, costs = measure_gradients(model, windows), {}
+    for index, block, moments in walk_blocks(model, windows, gradients.tokens):
         for site, fields in SITES.items():
             for field in fields:
-                rows = found.rows[index][field]
+                rows = gradients.rows[index][field]
                 costs[index, field] = gradient_cost(getattr(block, field).weight, moments[site], rows, grids, damping)
     return costs
 
@@ -197,8 +197,8 @@ class Probe:
         for block, others in zip(self.blocks[index:], self.arguments[index:], strict=True):
             with in_float32(block.module):
                 states = run_block(block.module, states, others)
-        found = self._log_probabilities(states, head)
-        return max(float(torch.nn.functional.kl_div(found, self.wanted, log_target=True, reduction="sum")) / len(found), 0.0)
+        logs = self._log_probabilities(states, head)
+        return max(float(torch.nn.functional.kl_div(logs, self.wanted, log_target=True, reduction="sum")) / len(logs), 0.0)
 
     @torch.no_grad()
     def with_weight(self, index: int, field: str, weight: torch.Tensor) -> float:
@@ -239,10 +239,10 @@ def measured_costs(
         for site, fields in SITES.items():
             for field in fields:
                 weight, columns = getattr(block, field).weight, squares[index][site]
-                found = probe.with_weight(index, field, round_nearest(weight, reference, columns, RANGES).weight())
+                measured = probe.with_weight(index, field, round_nearest(weight, reference, columns, RANGES).weight())
                 rows = torch.ones(len(weight), device=weight.device)
                 of_reference, *errors = _errors(weight, [reference, *grids], rows, columns)
-                costs[index, field] = [found * error / max(of_reference, 1e-30) for error in errors]
+                costs[index, field] = [measured * error / max(of_reference, 1e-30) for error in errors]
     return costs
 
 

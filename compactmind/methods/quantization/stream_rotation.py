@@ -1,4 +1,4 @@
-"""Turn the residual stream of a Llama into another basis, in its weights alone: the model computes what it did.
+"""Rotate the residual stream of a Llama into another basis, in its weights alone: the model computes what it did.
 
 RMSNorm divides a token's vector h by its length, and an orthogonal matrix Q leaves lengths as they are; only the norm's weight g belongs
 to a basis. Folded into the linears that read the norm, it is 1, and h may become h Q everywhere (R1 of SpinQuant, Liu et al. 2024,
@@ -39,10 +39,10 @@ def random_orthogonal(size: int, seed: int = 0) -> torch.Tensor:
 
 
 @torch.no_grad()
-def turn_stream(model: PreTrainedModel, matrix: torch.Tensor, untie: bool = True) -> None:
-    """Turn, in place, the residual stream by an orthogonal `matrix` (size, size): the same logits from other weights.
+def rotate_stream(model: PreTrainedModel, matrix: torch.Tensor, untie: bool = True) -> None:
+    """Rotate, in place, the residual stream by an orthogonal `matrix` (size, size): the same logits from other weights.
 
-    `size` divides the channels: a smaller matrix turns every `size` of them, `hadamard(64)` for one. Computed in float64, stored in the
+    `size` divides the channels: a smaller matrix rotates every `size` of them, `hadamard(64)` for one. Computed in float64, stored in the
     dtype of each weight; without `untie` a head that would have to become a table of its own is an error instead. Raises ValueError on a
     matrix that does not fit or is not orthogonal, CompactMindError on a model without RMSNorm or with a weight that is NaN or infinite;
     either before anything is changed.
@@ -65,19 +65,19 @@ def turn_stream(model: PreTrainedModel, matrix: torch.Tensor, untie: bool = True
             )
         _untie(model, head)
     for block in blocks:
-        turn_block(block, matrix)
+        rotate_block(block, matrix)
     if not stays_tied:
-        _turn_reader(head, final.weight, matrix)
+        _rotate_reader(head, final.weight, matrix)
         final.weight.fill_(1)
-    _turn_inputs(table.weight, torch.ones_like(final.weight), matrix)
+    _rotate_inputs(table.weight, torch.ones_like(final.weight), matrix)
 
 
 @torch.no_grad()
-def turn_block(block: LlamaBlock, matrix: torch.Tensor) -> None:
-    """Turn, in place, what a block reads from the stream and writes to it; the weights of its two norms become 1."""
+def rotate_block(block: LlamaBlock, matrix: torch.Tensor) -> None:
+    """Rotate, in place, what a block reads from the stream and writes to it; the weights of its two norms become 1."""
     for norm, readers in ((block.input_norm, (block.q, block.k, block.v)), (block.post_norm, (block.gate, block.up))):
         for reader in readers:
-            _turn_reader(reader, norm.weight, matrix)
+            _rotate_reader(reader, norm.weight, matrix)
         norm.weight.fill_(1)
     for writer in (block.o, block.down):
         turn = matrix.to(writer.weight.device)
@@ -87,11 +87,11 @@ def turn_block(block: LlamaBlock, matrix: torch.Tensor) -> None:
             writer.bias.copy_(rotate(writer.bias.double(), turn))
 
 
-def _turn_reader(reader: nn.Linear, norm_weight: torch.Tensor, matrix: torch.Tensor) -> None:
-    _turn_inputs(reader.weight, norm_weight.to(reader.weight.device), matrix.to(reader.weight.device))
+def _rotate_reader(reader: nn.Linear, norm_weight: torch.Tensor, matrix: torch.Tensor) -> None:
+    _rotate_inputs(reader.weight, norm_weight.to(reader.weight.device), matrix.to(reader.weight.device))
 
 
-def _turn_inputs(weight: torch.Tensor, norm_weight: torch.Tensor, matrix: torch.Tensor) -> None:
+def _rotate_inputs(weight: torch.Tensor, norm_weight: torch.Tensor, matrix: torch.Tensor) -> None:
     """Make, in place, a weight (outputs, channels) W diag(norm_weight) Q."""
     for rows in weight.split(ROWS_AT_A_TIME):
         rows.copy_(rotate(rows.double() * norm_weight.double(), matrix))

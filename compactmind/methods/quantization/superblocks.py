@@ -21,12 +21,12 @@ SHARES = (1.1, 1.0, 0.95, 0.9, 0.85)
 """Shares of the largest scale that the largest multiple is tried to reach."""
 
 
-def most_of(grid: Grid) -> int:
+def largest_multiple(grid: Grid) -> int:
     """Return the largest multiple that a scale of a grid may be; scales without a minimum have a sign."""
     return 2**grid.scale_bits - 1 if grid.zero == "float" else 2 ** (grid.scale_bits - 1) - 1
 
 
-def sign_of(grid: Grid) -> int:
+def sign_offset(grid: Grid) -> int:
     """Return what is added to multiples with a sign, so that none is negative."""
     return 0 if grid.zero == "float" else 2 ** (grid.scale_bits - 1)
 
@@ -49,7 +49,7 @@ def fit_groups(
     """
     if not grid.superblocks:
         return fit(weight, grid, importance, ranges)
-    weight, most = weight.float(), most_of(grid)
+    weight, most = weight.float(), largest_multiple(grid)
     counts = torch.ones_like(weight) if importance is None else importance.float().expand_as(weight)
     means = counts / counts.sum(-1, keepdim=True).clamp_min(1e-30)
     wanted, at_first = fit(weight, grid, importance, ranges)
@@ -65,9 +65,9 @@ def fit_groups(
         q = to_integers(weight, scale, at_first, grid)
         return (means * (weight - q * scale)).sum(-1, keepdim=True).clamp(max=0)
 
-    found: Found = ()
+    best: Fit = ()
     for share in SHARES:
-        single: Found = ()
+        single: Fit = ()
         for scale in _multiples_beside(wanted, share, most, least=1):
             zero = minimum_for(scale)
             single = _better(single, (error(scale, zero), scale, zero))
@@ -77,17 +77,17 @@ def fit_groups(
             for minimum in _multiples_beside(-zero, 1.0, most, least=0):
                 single = _better(single, (error(scale, -minimum), scale, -minimum))
         errors, scale, zero = single
-        found = _better(found, (errors.sum(-2, keepdim=True), scale, zero))
-    return found[1], found[2]
+        best = _better(best, (errors.sum(-2, keepdim=True), scale, zero))
+    return best[1], best[2]
 
 
-Found = tuple[torch.Tensor, ...]
+Fit = tuple[torch.Tensor, ...]
 """An error and the scale and zero that leave it, or nothing yet."""
 
 
-def _better(found: Found, tried: Found) -> Found:
+def _better(best: Fit, tried: Fit) -> Fit:
     """Return, place by place, what leaves less error."""
-    return tuple(torch.where(tried[0] < found[0], *pair) for pair in zip(tried, found, strict=True)) if found else tried
+    return tuple(torch.where(tried[0] < best[0], *pair) for pair in zip(tried, best, strict=True)) if best else tried
 
 
 def _multiples_beside(values: torch.Tensor, share: float, most: int, least: int) -> list[torch.Tensor]:

@@ -26,7 +26,7 @@ from compactmind.methods.quantization.rotation import (
     rotation_sizes,
 )
 from compactmind.methods.quantization.smoothquant import NORM_SITES, check_alpha, fold, site_scale
-from compactmind.methods.quantization.stream_rotation import random_orthogonal, turn_stream
+from compactmind.methods.quantization.stream_rotation import random_orthogonal, rotate_stream
 from compactmind.methods.quantization.tables import EMBEDDINGS, replace_tables, table_grid, tables_of
 from compactmind.methods.quantization.w8a8_block import fuse_blocks
 from compactmind.methods.quantization.w8a8_linear import (
@@ -59,7 +59,7 @@ class W8A8Recipe:
     """as_released; int8: a scale per row, and the head's product in int8; int6, int5, int4: integers in groups (tables.py), multiplied in
     floating point."""
     stream_rotation: bool = False
-    """Turn the residual stream in the weights, see `turn_for`: what is rotated before q/k/v and gate/up then needs no work."""
+    """Rotate the residual stream in the weights, see `rotate_stream_for`: what is rotated before q/k/v and gate/up then needs no work."""
 
     def __post_init__(self):
         for value in self.grid if self.alpha == PER_LAYER else [self.alpha]:
@@ -81,7 +81,7 @@ class W8A8Recipe:
 
     @property
     def rotated(self) -> tuple[str, ...]:
-        """The sites that are rotated one by one in fact: where the stream is turned, what reads it is not."""
+        """The sites that are rotated one by one in fact: where the stream is rotated, what reads it is not."""
         if self.activations == "per_tensor_static":
             return ()
         return tuple(site for site in self.rotations if not (self.stream_rotation and site in NORM_SITES))
@@ -164,14 +164,14 @@ def choose_alphas(
     return {site: min(recipe.grid, key=partial(error, site)) for site in recipe.sites}
 
 
-def turn_for(model: PreTrainedModel, recipe: W8A8Recipe) -> None:
-    """Turn, in place, the residual stream of a model if a recipe asks for it, before `calibrate_llama` and `quantize_llama`.
+def rotate_stream_for(model: PreTrainedModel, recipe: W8A8Recipe) -> None:
+    """Rotate, in place, the residual stream of a model if a recipe asks for it, before `calibrate_llama` and `quantize_llama`.
 
     By a random matrix over all channels: the outliers of the stream are spread over all of them, not over 32 as by a rotation while the
-    model runs. Costs nothing then, but a table where the head is tied to the embeddings. Raises CompactMindError, see `turn_stream`.
+    model runs. Costs nothing then, but a table where the head is tied to the embeddings. Raises CompactMindError, see `rotate_stream`.
     """
     if recipe.stream_rotation:
-        turn_stream(model, random_orthogonal(model.config.hidden_size))
+        rotate_stream(model, random_orthogonal(model.config.hidden_size))
 
 
 def calibrate_llama(model: PreTrainedModel, windows: torch.Tensor) -> list[dict[str, InputStatistics]]:
@@ -229,14 +229,14 @@ def quantize_llama(
     """Make, in place, every linear of the blocks W8A8 and return the description a loader and a manifest need.
 
     `statistics` come from `calibrate_llama` and stay as they are. Raises CompactMindError naming a weight that is NaN or infinite, and
-    ValueError if the recipe wants the stream turned and `turn_for` has not, before anything is changed; a model whose quantization is
-    interrupted is of no more use.
+    ValueError if the recipe wants the stream rotated and `rotate_stream_for` has not, before anything is changed; a model whose
+    quantization is interrupted is of no more use.
     """
     chosen, blocks = [], llama_blocks(model)
     if recipe.stream_rotation and any(
         (norm.weight != 1).any() for block in blocks for norm in (block.input_norm, block.post_norm)
     ):
-        raise ValueError("stream_rotation: call turn_for(model, recipe) first, then calibrate_llama, then quantize_llama")
+        raise ValueError("stream_rotation: call rotate_stream_for(model, recipe) first, then calibrate_llama, then quantize_llama")
     require_finite({f"{block.name}.{path}": getattr(block, field) for block in blocks for field, path in LINEARS.items()})
     if recipe.embeddings != "as_released":
         require_finite({"the embedding table": model.get_input_embeddings(), "the head": model.get_output_embeddings()})

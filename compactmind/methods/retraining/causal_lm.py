@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from compactmind.errors import CompactMindError
 from compactmind.forward import LARGEST_LOSS, window_losses
 from compactmind.methods.llama import llama_blocks
-from compactmind.methods.pruning.two_of_four import HeldZeros, names_of_held
+from compactmind.methods.pruning.two_of_four import HeldZeros, sparse_weight_names
 from compactmind.methods.retraining.loss import RetrainingLoss, TeacherStates
 from compactmind.methods.retraining.recipe import RetrainRecipe, batch_rows, cosine_decay_with_warmup, plan_steps, windows_seen
 from compactmind.methods.retraining.sharding import (
@@ -107,9 +107,9 @@ def held_out_loss(model: PreTrainedModel, held_out: torch.Tensor, accelerator: A
     return accelerator.reduce(loss, reduction="mean").item()
 
 
-def everywhere(found: bool, accelerator: Accelerator) -> bool:
-    """Tell whether something was found true in every process; all must ask."""
-    return accelerator.reduce(torch.tensor(float(found), device=accelerator.device)).item() == accelerator.num_processes
+def true_in_all_processes(value: bool, accelerator: Accelerator) -> bool:
+    """Return whether a value is true in every process; all must ask."""
+    return accelerator.reduce(torch.tensor(float(value), device=accelerator.device)).item() == accelerator.num_processes
 
 
 def retrain_causal_lm(
@@ -175,7 +175,7 @@ def retrain_causal_lm(
         saved = saved if len(set(steps)) == 1 else None
 
     # ---- models
-    whole, sparse = model, set(names_of_held(model)) if recipe.mode == "full" else set()
+    whole, sparse = model, set(sparse_weight_names(model)) if recipe.mode == "full" else set()
     if sharded:
         accelerator.print(f"{label}: the model is divided between {processes} processes")
     model = shard(whole, accelerator.device) if sharded else model.to(accelerator.device)
@@ -230,7 +230,7 @@ def retrain_causal_lm(
             clip(model.parameters(), recipe.max_grad_norm)
             lr = scheduler.get_last_lr()[0]
             optimizer.step()
-            held.put_back()
+            held.zero_again()
             scheduler.step()
             optimizer.zero_grad()
             step = number
@@ -244,7 +244,7 @@ def retrain_causal_lm(
                 stopped = f"held-out loss became {held_out_now} at step {step}"
                 break
             # A weight that no held-out text reaches can be no number while the loss is one.
-            if held_out_now < kept["loss"] and everywhere(are_finite(weights := trainable_copy(model)), accelerator):
+            if held_out_now < kept["loss"] and true_in_all_processes(are_finite(weights := trainable_copy(model)), accelerator):
                 kept = {"loss": held_out_now, "step": step, "weights": weights}
             now = time.perf_counter()
             row = {
@@ -278,7 +278,7 @@ def retrain_causal_lm(
         kept_step, loss_after = kept["step"], kept["loss"] if kept["step"] else loss_before
         if adapters is not None and kept_step:
             if base is not None:
-                base.put_back()
+                base.use_original_linears()
             adapters.merge_and_unload()
         if base is not None and kept_step:  # chosen by the loss beside 4 bits; what is returned has others
             loss_after = held_out_loss(model, held_out, accelerator)

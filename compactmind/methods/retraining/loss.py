@@ -168,7 +168,7 @@ class RetrainingLoss(nn.Module):
             labels, recipe.temperature, recipe.alpha,
         )  # fmt: skip
         if self.use_hidden_loss:
-            everywhere = torch.ones_like(input_ids)
+            attention_mask = torch.ones_like(input_ids)
             states = output.hidden_states, target.hidden_states
-            loss = loss + recipe.hidden_loss_weight * hidden_state_loss(*states, self.layer_map, everywhere)
+            loss = loss + recipe.hidden_loss_weight * hidden_state_loss(*states, self.layer_map, attention_mask)
         return loss

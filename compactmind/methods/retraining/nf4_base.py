@@ -14,7 +14,7 @@ from compactmind.methods.llama import LINEARS, llama_blocks
 
 
 class NF4Base:
-    """The linears of a model's blocks, whose places NF4 takes in the model, in place, from `__init__` until `put_back`.
+    """The linears of a model's blocks, whose places NF4 takes in the model, in place, from `__init__` until `use_original_linears`.
 
     Their weights wait in main memory, in the dtype they came in; beyond forward.MEMORY_TO_KEEP in a temporary file, which the system maps.
     """
@@ -36,7 +36,7 @@ class NF4Base:
             linear.weight.data = self.weights[name]
             model.set_submodule(name, packed)
 
-    def put_back(self) -> None:
+    def use_original_linears(self) -> None:
         """Put, in place, the linears with the weights that came in where NF4 is, inside of adapters too; a second call does nothing."""
         if not self.packed:
             return

@@ -78,7 +78,7 @@ def ready_to_train(model: PreTrainedModel, recipe: RetrainRecipe) -> Iterator[tu
         if recipe.gradient_checkpointing:
             set_gradient_checkpointing(model, False)
         if base is not None:
-            base.put_back()
+            base.use_original_linears()
         if adapters is not None:
             adapters.unload()
             for name, parameter in model.named_parameters():
