@@ -43,6 +43,8 @@ def test_the_readme_can_be_read_in_ten_minutes_and_every_page_is_in_the_index():
         ("Do `python 3_quantize.py\n--methode int8` then", "has no option --methode"),
         ("```python\nfrom compactmind.checkpoint import fly\n```", "compactmind.checkpoint has no fly"),
         ("```python\nx = = 1\n```", "line 1 of the code: invalid syntax"),
+        ("```\npython 1_distill.py\n```", "a block of commands says no language"),
+        ("| a | b |\n|---|---|\n| 1 | 2 |\n\n| 3 | 4 |\n", "a row of a table stands alone: | 3 | 4 |"),
         ("```yaml\n2_prune_finetune:\n  lrr: 1\n```", "did you mean lr?"),
     ],
 )
