@@ -8,7 +8,8 @@ Prints: what is wrong, by page; with --run a line per command: what became of it
 
 Commands are those of blocks of bash and PowerShell and those in the text that begin with `python`. A script has to be there, its options
 have to be fields of its dataclass or arguments of its parser with values in range, pipelines legal, requirements and extras known. Code
-has to compile, and what it imports from this project has to be there. Files of settings have to be read. Links have to lead somewhere, blocks of commands to say their language, tables to be whole.
+has to compile, and what it imports from this project has to be there. Files of settings have to be read. Links have to lead somewhere,
+blocks of commands to say their language, tables to be whole.
 """
 
 import ast
