@@ -15,7 +15,6 @@ blocks of commands to say their language, tables to be whole.
 import ast
 import importlib
 import json
-import multiprocessing
 import re
 import runpy
 import shlex
@@ -378,6 +377,9 @@ def fill(folder: Path) -> Path:
     """Make what a newcomer has before the first command: tiny models and text of every kind that the pages name."""
     import helpers
 
+    from compactmind.checkpoint import silence_libraries
+
+    silence_libraries()
     workspace = helpers.make_workspace(folder / "workspace", train_rows=300, dev_rows=50)
     helpers.add_llama(workspace, hidden_size=64, intermediate_size=128, scale=0.1)
     roberta = workspace / "local_assets" / "roberta-base"
@@ -410,9 +412,7 @@ def run_pages(pages: list[Path]) -> bool:
     import helpers
 
     with TemporaryDirectory() as folder:
-        filling = multiprocessing.get_context("spawn").Process(target=fill, args=(Path(folder),))
-        filling.start()
-        filling.join()
+        fill(Path(folder))
         filled, seen = Path(folder) / "workspace", set()
         with closing(helpers.Launcher(Path(folder))) as launcher:
             well = _run(launcher, [sys.executable, str(ROOT / "run_pipeline.py"), "--profile", "smoke"], filled, "run_pipeline.py")

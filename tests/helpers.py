@@ -417,6 +417,7 @@ def fork(command, told=None, output=None):
             runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else end.code is not None
+        sys.stdout.flush()
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
     except BaseException:
