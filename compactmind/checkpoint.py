@@ -12,6 +12,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -262,7 +263,8 @@ def _load_once(directory: Path, device: str | torch.device, dtype: torch.dtype |
         raise CompactMindError(f"{directory / MANIFEST}: unknown architecture {architecture!r}: {again}")
     try:
         held = dtype or dtype_to_hold(architecture, manifest["parameters"], device)
-        model = FORMATS[manifest["kind"]].load(directory, model_class, manifest["quantization"], device, held)
+        with without_progress_bars():
+            model = FORMATS[manifest["kind"]].load(directory, model_class, manifest["quantization"], device, held)
         if (directory / GENERATION).is_file():
             model.generation_config = GenerationConfig.from_pretrained(directory)
         # With the config at hand, transformers need not ask whether to trust the modelling file beside the weights.
@@ -384,6 +386,18 @@ def load_as_released(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     llama_blocks(model)
     check_tokenizer(model, tokenizer, path)
     return model, tokenizer
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Inside the `with` block transformers draws no bars; then as the caller had it."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def silence_libraries() -> None:

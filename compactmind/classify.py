@@ -2,9 +2,9 @@
 
 Run:   python -m compactmind.classify "a lovely film" "two hours I will not get back"          (in this repository: python classify.py ...)
        python -m compactmind.classify --model models/student_pruned_w8a8 --json < reviews.txt > answers.jsonl      (a sentence per line)
+       python -m compactmind.classify --model models/student_distilled "the premise" --pair "the hypothesis"      (a model trained on pairs
+       of texts; or one argument or line with a tab between the two)
 Reads: any directory under models/ with a classifier, or any Hugging Face sequence classifier.
-       python classify.py --model models/student_distilled "the premise" --pair "the hypothesis"      (a model trained on pairs of texts; or
-       one argument or line with a tab between the two)
 Prints: label, probability of the label and text, tab-separated; with --json an object per line. The labels are the model's own names
         of its classes, positive and negative where it has two without names.
 """

@@ -13,7 +13,10 @@ from compactmind.errors import CompactMindError
 from compactmind.evaluation.failures import reason_of
 from compactmind.gguf_source import folder_of
 
-TASKS = {"SequenceClassification": ("classifier", "classify.py"), "CausalLM": ("language model", "generate.py")}
+TASKS = {
+    "SequenceClassification": ("classifier", "classify.py, or python -m compactmind.classify"),
+    "CausalLM": ("language model", "generate.py, or python -m compactmind.generate"),
+}
 """What the name of an architecture says -> what such a model is called, and what to try it with."""
 
 
@@ -22,7 +25,9 @@ def open_model(directory: Path, task: str) -> Checkpoint:
     directory = folder_of(directory, Path("models"), lambda line: print(line, file=sys.stderr))
     try:
         checkpoint = load_any(directory, default_device())
-    except CompactMindError:
+    except CompactMindError as error:
+        if not directory.exists():  # of one that was not named, either
+            raise CompactMindError(f"{error}; --model takes any other folder") from None
         raise
     except Exception as error:  # noqa: BLE001  any folder may be given, and each library has its own way to say it cannot read one
         raise CompactMindError(f"{directory} could not be loaded ({reason_of(error)})") from error

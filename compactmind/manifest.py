@@ -98,7 +98,8 @@ def _checked_manifest(directory: Path, verify: bool) -> dict[str, Any]:
     command = how_to_make(directory)
     if not directory.is_dir():
         others = sorted(path.parent.name for path in directory.parent.glob(f"[!.]*/{MANIFEST}"))
-        way_out = f"run `{command}` first" if command else f"choose from {', '.join(others) or 'none, there is no checkpoint'}"
+        there = f"choose from {', '.join(others)}" if others else f"there is no checkpoint in {directory.absolute().parent}"
+        way_out = f"run `{command}` first" if command else there
         raise CompactMindError(f"{directory} not found: {way_out}")
     broken = f"run `{command}` again (add --force True if it says the output is up to date)"
     if command is None:

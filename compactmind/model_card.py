@@ -66,8 +66,8 @@ def model_card(
             "```",
             "",
         ]
-    command = "generate.py" if language else "classify.py"
-    lines += ["To try it:", "", "```bash", f'python {command} --model models/{name} "a text"', "```", ""]
+    program = "generate" if language else "classify"
+    lines += ["To try it:", "", "```bash", f'python -m compactmind.{program} --model models/{name} "a text"', "```", ""]
     return "\n".join(lines)
 
 

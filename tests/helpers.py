@@ -390,8 +390,8 @@ def run_scripts(*runs: tuple, cwd: Path) -> list[str]:
     return outputs
 
 
-FORKED = f"""
-import os, runpy, subprocess, sys, types
+FORKING = f"""
+import json, os, runpy, subprocess, sys, types
 sys.path[0] = {str(REPOSITORY)!r}
 import accelerate, optuna, transformers
 import compactmind.checkpoint, compactmind.loop, compactmind.evaluation.language, compactmind.report.documents
@@ -399,17 +399,25 @@ import compactmind.search.compressor
 
 whole = subprocess.run
 
-def run(command, **options):
-    if options:
-        return whole(command, **options)
+def fork(command, told=None, output=None):
     sys.stdout.flush()
     if child := os.fork():
-        return types.SimpleNamespace(returncode=os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    code, sys.argv, subprocess.run = 0, [str(each) for each in command[1:]], whole
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code, sys.argv = 0, [str(each) for each in command[1:]]
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        if output:
+            os.dup2(os.open(told, os.O_RDONLY), 0)
+            os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+            os.dup2(1, 2)
+        subprocess.run = run if sys.argv[0].endswith("run_pipeline.py") else whole
+        if sys.argv[0] == "-m":
+            del sys.argv[0]
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else end.code is not None
+        sys.stdout.flush()
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
     except BaseException:
@@ -418,9 +426,48 @@ def run(command, **options):
     sys.stdout.flush()
     os._exit(int(code))
 
+def run(command, **options):
+    return whole(command, **options) if options else types.SimpleNamespace(returncode=fork(command))
+"""
+"""A process that has imported what takes long, and forks one for each script: `fork` is `subprocess.run` of `python ...`, sooner."""
+
+FORKED = f"""{FORKING}
 subprocess.run, sys.argv = run, sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+"""run_pipeline.py, and its stages as forks of the same process."""
+
+ONE_A_LINE = f"""{FORKING}
+for line in sys.stdin:
+    asked = json.loads(line)
+    os.chdir(asked.pop("folder"))
+    print(fork(**asked), flush=True)
+"""
+
+
+class Launcher:
+    """Runs commands of Python one after the other, as a shell would; each a fork of one process, where there are forks."""
+
+    def __init__(self, folder: Path):
+        self.environment = {**environment(folder), "PYTHONPATH": str(REPOSITORY)}  # as if the package were installed
+        self.forks = None
+        if hasattr(os, "fork"):
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self.forks = subprocess.Popen([sys.executable, "-c", ONE_A_LINE], env=self.environment, **pipes)
+
+    def run(self, command: list[str], folder: Path, told: Path, output: Path) -> int:
+        """Run `python ...` in a folder, a file as its input, what it prints into another, and return its exit status."""
+        if self.forks:
+            asked = {"command": command, "folder": str(folder), "told": str(told), "output": str(output)}
+            print(json.dumps(asked), file=self.forks.stdin, flush=True)
+            return int(self.forks.stdout.readline())
+        with open(told, "rb") as given, open(output, "wb") as said:
+            return subprocess.run(command, cwd=folder, env=self.environment, stdin=given, stdout=said, stderr=said).returncode
+
+    def close(self) -> None:
+        """End the process that forks."""
+        if self.forks:
+            self.forks.communicate()
 
 
 def run_pipeline(*arguments, cwd: Path) -> subprocess.CompletedProcess:

@@ -1,6 +1,8 @@
 """What README and docs/ tell a newcomer to do can be done: every command, piece of code and link is read (benchmarks/check_readme.py)."""
 
 import runpy
+import sys
+from contextlib import closing
 from types import SimpleNamespace
 
 import helpers
@@ -43,6 +45,8 @@ def test_the_readme_can_be_read_in_ten_minutes_and_every_page_is_in_the_index():
         ("Do `python 3_quantize.py\n--methode int8` then", "has no option --methode"),
         ("```python\nfrom compactmind.checkpoint import fly\n```", "compactmind.checkpoint has no fly"),
         ("```python\nx = = 1\n```", "line 1 of the code: invalid syntax"),
+        ("```\npython 1_distill.py\n```", "a block of commands says no language"),
+        ("| a | b |\n|---|---|\n| 1 | 2 |\n\n| 3 | 4 |\n", "a row of a table stands alone: | 3 | 4 |"),
         ("```yaml\n2_prune_finetune:\n  lrr: 1\n```", "did you mean lr?"),
     ],
 )
@@ -64,3 +68,26 @@ def test_commands_are_run_with_what_a_tiny_model_can_take():
     assert check.runnable("torchrun --nproc_per_node 2 1_distill.py") is None
     assert check.runnable('python classify.py "a < b" < reviews.txt')[2:] == ["a < b"]
     assert check.runnable('python -m compactmind.generate --chat "Why?"')[1:] == ["-m", "compactmind.generate", "Why?"]
+    pair = 'python classify.py --model models/student_distilled "the premise" --pair "the hypothesis"'
+    assert check.runnable(pair)[2:4] == ["--model", check.PAIR_MODEL]
+    assert check.input_of("python classify.py --json < pairs.tsv > out.jsonl") == "pairs.tsv"
+    assert check.input_of("python classify.py a") == "reviews.txt"
+
+
+def test_the_code_of_a_page_is_one_program_for_what_is_there():
+    page = "```python\nx = compress('/path/to/model', target_compression=3)\n```\nthen\n```python\nx.manifest\n```\n```bash\nls\n```"
+    _, first, _, second = check.code_of(page).splitlines()
+    assert first == "x = compress('models/llama', target_compression=1.2, seq_len=32, eval_windows=2)" and second == "x.manifest"
+
+
+def test_commands_run_as_forks_end_and_speak_as_they_would_alone(tmp_path):
+    (tmp_path / "told.txt").write_text("a line\n", encoding="utf-8")
+    (tmp_path / "echo.py").write_text("import os, sys\nprint(input(), os.getcwd(), sys.argv[1:])\nsys.exit('no more')", encoding="utf-8")
+    said = tmp_path / "said.txt"
+    with closing(helpers.Launcher(tmp_path)) as launcher:
+        script = [sys.executable, str(tmp_path / "echo.py"), "--a", "b"]
+        assert launcher.run(script, tmp_path, tmp_path / "told.txt", said) == 1
+        assert said.read_text(encoding="utf-8") == f"a line {tmp_path} ['--a', 'b']\nno more\n"
+        module = [sys.executable, "-m", "compactmind.classify", "--modle"]
+        assert launcher.run(module, tmp_path, tmp_path / "told.txt", said) == 2
+        assert "unrecognized arguments: --modle" in said.read_text(encoding="utf-8")

@@ -186,7 +186,7 @@ def teacher(tmp_path, tokenizer, bert):
 def test_a_missing_directory_names_the_command_that_makes_it(tmp_path):
     expect_clear_error(tmp_path / "teacher", "not found")
     expect_clear_error(tmp_path / "student_pruned", "not found", command="python 2_prune_finetune.py")
-    expect_clear_error(tmp_path / "my_experiment", "not found", "there is no checkpoint", command="choose from")
+    expect_clear_error(tmp_path / "my_experiment", "not found", command=f"there is no checkpoint in {tmp_path}")
 
 
 def test_a_missing_directory_of_ones_own_names_those_that_are_there(teacher):
