@@ -34,7 +34,6 @@ def project(tmp_path, monkeypatch):
         text = path.read_text(encoding="utf-8")
         assert old in text
         path.write_text(text.replace(old, new, 1), encoding="utf-8")
-        module._read.cache_clear()
         return {name for name, version in versions().items() if version != before[name]}
 
     return changed_by
