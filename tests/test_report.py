@@ -64,7 +64,7 @@ def test_the_command_of_every_fixed_row_is_what_the_pipeline_runs():
     pipeline = runpy.run_path(str(helpers.REPOSITORY / "run_pipeline.py"))
     runs = {}
     for name, (script, settings) in pipeline["RUNS"].items():
-        options = [part.replace(pipeline["MODELS"], "models") for part in pipeline["options"](settings)]
+        options = [part.replace(pipeline["MODELS"], "models") for part in pipeline["as_arguments"](settings)]
         runs[name] = ["python", script, *(part for option in options for part in option.split("=", 1))]
     for run, names in {
         "llama_gptq_3.5x": ["llama_gptq_3.5x"], "5_bayesian_search": ["llama_searched", "llama_front_3x", "llama_front_4x"],

@@ -37,8 +37,8 @@ def folder(tmp_path_factory):
 def run(folder, monkeypatch, capsys):
     """Run a script with arguments and standard input: (exit status, standard output, standard error)."""
 
-    def run(name: str, *arguments: str, stdin: str | bytes | None = None):
-        monkeypatch.chdir(folder)
+    def run(name: str, *arguments: str, stdin: str | bytes | None = None, cwd=folder):
+        monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         given = io.TextIOWrapper(io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin or b""))
         given.isatty = lambda: stdin is None
@@ -334,7 +334,6 @@ def test_a_reader_that_has_seen_enough_is_no_error(folder):
         (("classify.py",), "no sentence: give some"),
         (("classify.py", "a", "--batch_size", "0"), "batch_size 0"),
         (("classify.py", "a", "--model", "models/nothing"), "models/nothing not found: choose from "),
-        (("classify.py", "a"), "not found: run `python 2_prune_finetune.py` first; --model takes any other folder"),
         (("classify.py", "a", "--model", "models/llama"), "is no classifier but a LlamaForCausalLM: try generate.py"),
         (("generate.py",), "no text: give one"),
         (("generate.py", "a", "--model", "models/llama", "--max_new_tokens", "0"), "max_new_tokens 0"),
@@ -345,3 +344,9 @@ def test_a_reader_that_has_seen_enough_is_no_error(folder):
 def test_what_cannot_work_is_said(run, arguments, expected):
     status, output, error = run(*arguments)
     assert status != 0 and expected in error and "Traceback" not in error and output == ""
+
+
+@pytest.mark.parametrize(("script", "maker"), [("classify.py", "2_prune_finetune.py"), ("generate.py", "4_smoothquant_llama.py")])
+def test_where_the_default_is_not_made_yet_its_stage_is_named(run, tmp_path, script, maker):
+    status, output, error = run(script, "a", cwd=tmp_path)
+    assert status != 0 and f"not found: run `python {maker}` first; --model takes any other folder" in error and output == ""
