@@ -35,7 +35,7 @@ from transformers import (
 from compactmind.errors import CompactMindError
 from compactmind.files import WEIGHTS, replace_directory, sha256_of, write_json_atomically, write_text_atomically
 from compactmind.formats.table import FORMATS, Format, format_named, is_quantized, parameters_of
-from compactmind.guards import check_released, check_tokenizer
+from compactmind.guards import check_own_code, check_released, check_tokenizer
 from compactmind.manifest import (
     CARD,
     MANIFEST,
@@ -285,6 +285,7 @@ def load_any(directory: Path, device: str | torch.device = "cpu", verify: bool =
     """
     if (directory / MANIFEST).is_file() or not (directory / "config.json").is_file():
         return load_checkpoint(directory, device, verify=verify)
+    check_own_code(directory)
     try:
         config = AutoConfig.from_pretrained(directory)
         architecture = (config.architectures or ["unknown"])[0]

@@ -1,5 +1,6 @@
 """The one exception a user is meant to read: it names the value, the valid choices and the command that fixes it."""
 
+import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,4 +20,13 @@ def needs_extra(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise CompactMindError(f"{error.name} is not installed: pip install 'compactmind[{extra}]'") from None
+        raise CompactMindError(f"{error.name} is not installed: {how_to_add(extra)}") from None
+
+
+def how_to_add(extra: str) -> str:
+    """Return the command that installs an extra: of the installed package, or where it is imported from a clone, in that."""
+    try:
+        importlib.metadata.version("compactmind")
+    except importlib.metadata.PackageNotFoundError:
+        return f"pip install '.[{extra}]', in the folder of the clone"
+    return f"pip install 'compactmind[{extra}]'"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from compactmind.errors import CompactMindError
 from compactmind.files import resolve_directory, weight_files
@@ -123,6 +123,7 @@ def check_released(path: Path) -> None:
         raise CompactMindError(f"{path} holds no model (no config.json): run `python download_model.py`, or give --model_path")
     if (path / MANIFEST).is_file():
         check_parent(path, "--model_path", "language model")
+    check_own_code(path)
     try:
         quantized = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError) as error:
@@ -131,6 +132,19 @@ def check_released(path: Path) -> None:
         method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else "unknown method"
         raise CompactMindError(f"{path} is quantized already ({method}): give the dense model it was made from")
     check_one_dtype(path)
+
+
+def check_own_code(path: Path) -> None:
+    """Raise CompactMindError if a folder's model runs only with code beside its weights: transformers would ask, and wait, whether to."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        alone = "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING
+    except (OSError, ValueError, AttributeError, TypeError):
+        return  # whoever loads it says what is wrong
+    if alone:
+        raise CompactMindError(
+            f"{path} runs with code that lies beside its weights alone, which is not run here: give a model whose class transformers has"
+        )
 
 
 def check_one_dtype(path: Path) -> None:

@@ -391,7 +391,7 @@ def run_scripts(*runs: tuple, cwd: Path) -> list[str]:
 
 
 FORKING = f"""
-import json, os, runpy, subprocess, sys, types
+import json, os, runpy, subprocess, sys, tempfile, types
 sys.path[0] = {str(REPOSITORY)!r}
 import accelerate, optuna, transformers
 import compactmind.checkpoint, compactmind.loop, compactmind.evaluation.language, compactmind.report.documents
@@ -399,7 +399,7 @@ import compactmind.search.compressor
 
 whole = subprocess.run
 
-def fork(command, told=None, output=None):
+def fork(command, told=os.devnull, output=None, errors=None):
     sys.stdout.flush()
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -408,7 +408,7 @@ def fork(command, told=None, output=None):
         if output:
             os.dup2(os.open(told, os.O_RDONLY), 0)
             os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-            os.dup2(1, 2)
+            os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if errors else 1, 2)
         subprocess.run = run if sys.argv[0].endswith("run_pipeline.py") else whole
         if sys.argv[0] == "-m":
             del sys.argv[0]
@@ -427,9 +427,15 @@ def fork(command, told=None, output=None):
     os._exit(int(code))
 
 def run(command, **options):
-    return whole(command, **options) if options else types.SimpleNamespace(returncode=fork(command))
+    if not options:
+        return types.SimpleNamespace(returncode=fork(command))
+    with tempfile.TemporaryDirectory() as folder:  # what it says is asked for
+        names = [os.path.join(folder, name) for name in ("output", "errors")]
+        code = fork(command, os.devnull, *names)
+        stdout, stderr = (open(name, encoding="utf-8").read() for name in names)
+    return types.SimpleNamespace(returncode=code, stdout=stdout, stderr=stderr)
 """
-"""A process that has imported what takes long, and forks one for each script: `fork` is `subprocess.run` of `python ...`, sooner."""
+"""A process that has imported what takes long, and forks one for each script: `run` stands for the `subprocess.run` of run_pipeline.py."""
 
 FORKED = f"""{FORKING}
 subprocess.run, sys.argv = run, sys.argv[1:]

@@ -128,6 +128,16 @@ def test_the_installed_package_loads_every_kind_with_torch_transformers_and_safe
     assert found["said"]["classify"]["text"] == "the film is good" and found["said"]["generate"]["new_tokens"] == 3
 
 
+def test_what_is_missing_is_named_with_the_command_of_a_clone_or_of_an_installed_package(tmp_path, installed):
+    alone = link(needed_by("torch", "transformers", "safetensors").values(), tmp_path / "alone")
+    asked = "import compactmind\ntry:\n    compactmind.compress\nexcept compactmind.CompactMindError as error:\n    print(error)"
+    expected = {helpers.REPOSITORY: "pip install '.[train]', in the folder of the clone", installed: "pip install 'compactmind[train]'"}
+    for place, command in expected.items():
+        environment = {**helpers.environment(tmp_path), "PYTHONPATH": os.pathsep.join(map(str, (place, alone)))}
+        ended = subprocess.run([sys.executable, "-S", "-c", asked], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert ended.stdout.strip().endswith(f" is not installed: {command}"), ended.stderr
+
+
 def test_data_files_are_in_the_wheel(installed):
     for path in (helpers.REPOSITORY / "compactmind").rglob("*"):
         if path.is_file() and "__pycache__" not in path.parts:

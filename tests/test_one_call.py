@@ -9,6 +9,7 @@ import torch
 
 from compactmind import CompactMindError, compress
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
+from compactmind.methods.pruning.masks import compact
 from compactmind.methods.registry import METHODS, Method, method_named
 from compactmind.search import one_call
 from compactmind.search.one_call import _read_text, _windows
@@ -87,6 +88,29 @@ def test_a_classifier(tmp_path, monkeypatch, tokenizer):
     ):
         with pytest.raises(CompactMindError, match=said):
             compress("models/big", **change)
+
+
+def test_a_pruned_classifier_is_read_without_a_question_about_the_code_beside_it(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    dense = helpers.make_distilbert()
+    pruned = compact(dense, helpers.uneven_masks(dense))
+    save_checkpoint("models/pruned", pruned, tokenizer, kind="pruned", parent=None, stage={"script": "x.py"})
+    assert "auto_map" in json.loads((tmp_path / "models" / "pruned" / "config.json").read_text(encoding="utf-8"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    assert compress("models/pruned").manifest["kind"] == "w8a8"
+
+
+def test_a_model_that_only_code_beside_it_runs_is_refused_without_a_question(here, monkeypatch):
+    config = json.loads((here / "models" / "llama" / "config.json").read_text(encoding="utf-8"))
+    other = here / "other"
+    other.mkdir()
+    (other / "model.safetensors").write_bytes((here / "models" / "llama" / "model.safetensors").read_bytes())
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    for task in ("CausalLM", "SequenceClassification"):
+        own = {"auto_map": {"AutoConfig": "modeling.Config"}, "model_type": "somebodys", "architectures": [f"SomebodysFor{task}"]}
+        (other / "config.json").write_text(json.dumps(config | own), encoding="utf-8")
+        with pytest.raises(CompactMindError, match="other runs with code that lies beside its weights alone"):
+            compress("other", 2, **FEW) if task == "CausalLM" else compress("other")
 
 
 def test_a_name_of_the_hub_is_fetched(here, monkeypatch):

@@ -334,6 +334,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(folder):
         (("classify.py",), "no sentence: give some"),
         (("classify.py", "a", "--batch_size", "0"), "batch_size 0"),
         (("classify.py", "a", "--model", "models/nothing"), "models/nothing not found: choose from "),
+        (("classify.py", "a", "--model", "elsewhere/student_pruned"), "2_prune_finetune.py` first; --model takes any other folder"),
         (("classify.py", "a", "--model", "models/llama"), "is no classifier but a LlamaForCausalLM: try generate.py"),
         (("generate.py",), "no text: give one"),
         (("generate.py", "a", "--model", "models/llama", "--max_new_tokens", "0"), "max_new_tokens 0"),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from compactmind.checkpoint import (
     Checkpoint,
@@ -135,8 +135,9 @@ def _is_classifier(source: Path) -> bool:
     if not (source / "config.json").is_file():
         raise CompactMindError(f"{source} holds no model (no config.json): give the folder of one")
     try:
-        named = AutoConfig.from_pretrained(source).architectures or [""]
-    except (OSError, ValueError, KeyError) as error:
+        # Read as it stands: transformers would ask whether to run the modelling file of a pruned model.
+        named = json.loads((source / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+    except (OSError, ValueError, AttributeError) as error:
         raise CompactMindError(f"{source / 'config.json'} could not be read ({str(error).strip()[:300]})") from None
     return named[0].endswith("ForSequenceClassification")
 

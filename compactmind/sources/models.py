@@ -13,6 +13,7 @@ from compactmind.checkpoint import save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.files import lock_directory, sha256_of
 from compactmind.gguf_source import SUFFIX, read_gguf
+from compactmind.guards import check_own_code
 from compactmind.manifest import MANIFEST, MANIFEST_VERSION, is_up_to_date, read_manifest
 from compactmind.methods.llama import llama_blocks
 from compactmind.methods.pruning.encoder import family_name
@@ -84,12 +85,13 @@ def refuse_to_mix(config: Any, requested: dict[str, dict | None]) -> None:
         raise CompactMindError(
             f"{described}. To keep both, give this profile folders of its own in every script (--models_dir "
             f"{config.models_dir}_{config.profile} --results_dir {config.results_dir}_{config.profile}); "
-            "to replace what is there: `python download_model.py --force True`"
+            "to replace what is there add --force True to this command"
         )
 
 
 def load_encoder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the encoder of a Hugging Face folder in float32 and its tokenizer. Raises CompactMindError if it is of none of FAMILIES."""
+    check_own_code(folder)
     family_name(AutoConfig.from_pretrained(folder))
     model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     return model, AutoTokenizer.from_pretrained(folder)
@@ -100,6 +102,7 @@ def load_llama(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if path.suffix == SUFFIX:
         model, tokenizer = read_gguf(path)
     else:
+        check_own_code(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     llama_blocks(model)
