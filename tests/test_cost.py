@@ -2,9 +2,12 @@
 
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
 
 import helpers
@@ -141,6 +144,24 @@ def test_latency_times_every_model_on_the_same_rounds():
         assert 0 < measured["low_ms"] <= measured["median_ms"] <= measured["high_ms"]
     assert times["bert"]["speedup"] == 1.0
     assert measure_latency(models, 1, 4, repeats=1, reference="absent")["bert"]["speedup"] is None
+
+
+@pytest.mark.parametrize("before", [None, "somewhere"])
+def test_threads_that_start_the_server_leave_the_environment_as_it_was(monkeypatch, before):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    if before:
+        monkeypatch.setenv("PYTHONPATH", before)
+    seen = []
+
+    def ensure_running():
+        seen.append(os.environ["PYTHONPATH"])
+        time.sleep(0.02)
+
+    monkeypatch.setattr(forkserver, "ensure_running", ensure_running)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: cost._start_server(multiprocessing.get_context("forkserver")), range(8)))
+    assert os.environ.get("PYTHONPATH") == before
+    assert seen == [os.pathsep.join(filter(None, [str(helpers.REPOSITORY), before]))] * 8
 
 
 def test_peak_memory_grows_with_the_model(tmp_path, tokenizer):

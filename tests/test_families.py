@@ -343,3 +343,9 @@ def test_the_report_joins_the_members_of_a_family():
     figure = accuracy_against_gflops(report)
     joined = [line for line in figure.axes[0].lines if line.get_color() == "#999999"]
     assert [(list(line.get_xdata()), list(line.get_ydata())) for line in joined] == [([2.0, 1.0], [50.0, 25.0])]
+
+    report["models"].append(row("as_many", 2.0, None))  # drawn side by side: the line goes to where the member is drawn
+    axes = accuracy_against_gflops(report).axes[0]
+    points = [tuple(points.get_offsets()[0]) for points in axes.collections if len(points.get_offsets())]
+    (line,) = [line for line in axes.lines if line.get_color() == "#999999"]
+    assert list(line.get_xdata()) != [2.0, 1.0] and {tuple(map(float, end)) for end in line.get_xydata()} <= set(points)

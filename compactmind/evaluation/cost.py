@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -214,20 +215,26 @@ def peak_memory(directory: Path, batch_size: int, sequence_length: int) -> float
     raise CompactMindError(f"measuring the memory of {directory} failed: {what}")
 
 
+_STARTING = threading.Lock()
+"""Held while the environment is another one: rows are measured by several threads."""
+
+
 def _start_server(context: multiprocessing.context.ForkServerContext) -> None:
     """Start the server, unless it runs, with all of this package that is imported here: each process imports the script again."""
     own = __name__.partition(".")[0]
     context.set_forkserver_preload([*(name for name in sys.modules if name.startswith(f"{own}.")), f"{own}.checkpoint"])
-    before, folder = os.environ.get("PYTHONPATH"), Path(__file__).resolve().parents[2]
-    # Up to Python 3.12 a server looks for modules in the current directory only, and goes without those it does not find.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *([before] if before else [])])
-    try:
-        forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+    folder = Path(__file__).resolve().parents[2]
+    with _STARTING:
+        before = os.environ.get("PYTHONPATH")
+        # Up to Python 3.12 a server looks for modules in the current directory only, and goes without those it does not find.
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *([before] if before else [])])
+        try:
+            forkserver.ensure_running()
+        finally:
+            if before is None:
+                del os.environ["PYTHONPATH"]
+            else:
+                os.environ["PYTHONPATH"] = before
 
 
 def _silence() -> None:

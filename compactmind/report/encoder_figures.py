@@ -26,7 +26,7 @@ def accuracy_against_gflops(report: dict[str, Any]) -> Figure | None:
     width = 0.022 * max(row["gflops"] for row in rows.values())
     alike, beside = Counter(round(row["gflops"], 2) for row in rows.values()), Counter()
     largest, colours = max(row["size_mb"] for row in rows.values()), colours_of(report, "encoder")
-    places, bars, members = {}, [], {}
+    places, bars = {}, []
     for name, row in rows.items():
         same = round(row["gflops"], 2)
         place = row["gflops"] + width * (beside[same] - (alike[same] - 1) / 2)  # equal GFLOPs: side by side
@@ -37,11 +37,11 @@ def accuracy_against_gflops(report: dict[str, Any]) -> Figure | None:
             place, accuracy, s=30 + 300 * row["size_mb"] / largest, color=colours[name], alpha=0.7, edgecolor="white", zorder=3,
             marker=marker_of(row), label=f"{name}: {accuracy:.1f}%, {row['gflops']:.2f} GFLOPs, {row['size_mb']:.1f} MB",
         )  # fmt: skip
-        places[name], members[name] = (place, accuracy), (row["gflops"], accuracy)
+        places[name] = place, accuracy
         bars.append((place, low, high))
-    join_families(axes, members, rows)
+    join_families(axes, places, rows)
     axes.set(
-        xlabel=f"GFLOPs per sentence of {report['settings']['cost_length']} tokens",
+        xlabel=f"GFLOPs per sentence of {report['settings']['cost_length']} tokens (equal ones side by side)",
         ylabel="test accuracy (%), 95% interval",
         xlim=(0, None),
     )
