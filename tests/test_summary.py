@@ -50,14 +50,14 @@ def test_the_smallest_classifier_that_is_no_worse_and_the_fastest_of_them():
     first, second = opening_sentences(report_of(REFERENCE, *rows))
     assert first == (
         "The smallest classifier that is no worse than student (90.0%) as far as 500 test rows can tell is small with 89.0% [87.0%, "
-        "91.0%], not distinguishable (p = 0.4): it takes 20.0 MB instead of 80.0 and is 1.50x faster at batch 32."
+        "91.0%], not distinguishable (p = 0.2, 0.4 among all rows): it takes 20.0 MB instead of 80.0 and is 1.50x faster at batch 32."
     )
     assert second.startswith("The fastest of them is quick with 89.0%") and "4.00x faster than student at batch 32, 30.0 MB" in second
 
 
 def test_a_better_classifier_counts_and_is_called_better():
     (told,) = opening_sentences(report_of(REFERENCE, classifier("better", 0.95, 20.0, 0.001, None)))
-    assert "is better with 95.0%" in told and "better (p = 0.001): it takes 20.0 MB instead of 80.0." in told
+    assert "is better with 95.0%" in told and "better (p = 0.0005, 0.001 among all rows): it takes 20.0 MB instead of 80.0." in told
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_better_classifier_counts_and_is_called_better():
         (classifier("tiny", 0.8, 10.0, 0.001),
          "Every classifier smaller than student (90.0%), 80.0 MB, is measurably worse than it; the most"),
         (classifier("big", 0.91, 99.0, 0.6), "No classifier smaller than student (90.0%), 80.0 MB, was measured; the most accurate of the "
-         "others is big with 91.0% [89.0%, 93.0%], 99.0 MB, as fast at batch 32, not distinguishable (p = 0.6)."),
+         "others is big with 91.0% [89.0%, 93.0%], 99.0 MB, as fast at batch 32, not distinguishable (p = 0.3, 0.6 among all rows)."),
     ],
 )  # fmt: skip
 def test_without_a_smaller_classifier_as_good_it_says_so(row, told):

@@ -62,6 +62,12 @@ def corrected_p(row: dict[str, Any]) -> float | None:
     return comparison.get("p_holm", comparison.get("p_value"))
 
 
+def p_in_words(row: dict[str, Any]) -> str:
+    """Return the p-value of a row that was compared, and the corrected one where that differs."""
+    p_value, corrected = f"{row['mcnemar_against_reference']['p_value']:.2g}", f"{corrected_p(row):.2g}"
+    return f"p = {p_value}" + (f", {corrected} among all rows" if corrected != p_value else "")
+
+
 def speed(ratio: float) -> str:
     """Return a ratio of times in words: 1.6x faster, as fast, 1.3x slower."""
     if ratio >= FASTER:
@@ -105,12 +111,10 @@ def encoder_sentence(row: dict[str, Any], reference: dict[str, Any], batch: str)
     if ratio is not None:
         saved.append(f"{speed(ratio)} at batch {batch.removeprefix('batch_')}")
     points = 100 * (row["accuracy"] - reference["accuracy"])
-    p_value, corrected = (row["mcnemar_against_reference"] or {}).get("p_value"), corrected_p(row)
     verdict = ""
-    if p_value is not None:
-        which = "different" if corrected < DISTINGUISHABLE else "not distinguishable"
-        among = f", {corrected:.2g} among all rows" if f"{corrected:.2g}" != f"{p_value:.2g}" else ""
-        verdict = f"; McNemar p = {p_value:.2g}{among}: {which} on {row['rows']} sentences"
+    if row["mcnemar_against_reference"]:
+        which = "different" if corrected_p(row) < DISTINGUISHABLE else "not distinguishable"
+        verdict = f"; McNemar {p_in_words(row)}: {which} on {row['rows']} sentences"
     return (
         f"{row['name']}: {', '.join([*saved, 'for ']) if saved else ''}{points:+.1f} points of accuracy against {reference['name']} "
         f"({row['accuracy']:.1%} and {reference['accuracy']:.1%}{verdict})."

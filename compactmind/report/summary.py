@@ -15,6 +15,7 @@ from compactmind.report.sentences import (
     corrected_p,
     largest_batch,
     measured,
+    p_in_words,
     reference_of,
     speed,
     speedup,
@@ -134,11 +135,10 @@ def _accurate(row: dict[str, Any]) -> str:
 
 
 def _verdict(row: dict[str, Any], reference: dict[str, Any]) -> str:
-    """Return whether two classifiers can be told apart, in words with the corrected p-value."""
-    p_value = corrected_p(row)
-    if p_value >= DISTINGUISHABLE:
-        return f"not distinguishable (p = {p_value:.2g})"
-    return f"{'better' if row['accuracy'] > reference['accuracy'] else 'worse'} (p = {p_value:.2g})"
+    """Return whether two classifiers can be told apart, which the corrected p-value decides, in words."""
+    if corrected_p(row) >= DISTINGUISHABLE:
+        return f"not distinguishable ({p_in_words(row)})"
+    return f"{'better' if row['accuracy'] > reference['accuracy'] else 'worse'} ({p_in_words(row)})"
 
 
 def _of_languages(report: dict[str, Any]) -> list[str]:
