@@ -52,7 +52,7 @@ def test_what_llama_cpp_makes_is_a_row_and_a_point_and_none_of_our_models(shippe
     assert [line[0] for line in tables.language_table(shipped).rows].count("llama.cpp Q4_0") == 1
     told = [each for each in sentences(shipped) if each.startswith("llama.cpp Q4_0")]
     assert len(told) == 1 and not any("llama.cpp Q4_0 is" in each for each in warnings(shipped))
-    labels = [text.get_text() for text in perplexity_against_size(shipped).axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in perplexity_against_size(shipped).legends[0].get_texts()]
     assert any(label.startswith("llama.cpp Q4_0") for label in labels)
     assert all(path.stat().st_size for path in write_documents(shipped, tmp_path))
 
@@ -168,7 +168,7 @@ def test_the_documents_say_what_the_model_is(shipped, tmp_path):
 
 
 def test_it_is_a_point_and_no_bar(shipped):
-    legend = [text.get_text() for text in perplexity_against_size(shipped).axes[0].get_legend().get_texts()]
+    legend = [text.get_text() for text in perplexity_against_size(shipped).legends[0].get_texts()]
     assert "llama_as_shipped: 40.00, 98 MB, the point to beat" in legend and len(legend) == 3
     places = [line.get_xdata()[0] for line in perplexity_against_size(shipped).axes[0].get_lines()]
     assert pytest.approx(98.362432) in places

@@ -470,11 +470,12 @@ def drawn(report) -> str:
     """Return the words of the speed-up figure and of perplexity against size, each between > and <."""
     words = []
     for draw in (latency, perplexity_against_size):
-        for axes in draw(report).axes:
-            legend = axes.get_legend()
-            words += [
-                label.get_text().split(":")[0] for label in (*axes.get_yticklabels(), *(legend.get_texts() if legend else ()))
-            ]
+        figure = draw(report)
+        labels = [
+            *(label for axes in figure.axes for label in axes.get_yticklabels()),
+            *(text for each in figure.legends for text in each.get_texts()),
+        ]
+        words += [label.get_text().split(":")[0] for label in labels]
     return "".join(f">{word}<" for word in words)
 
 

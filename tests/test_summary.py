@@ -5,6 +5,7 @@ import itertools
 import matplotlib.pyplot as plt
 import pytest
 
+from compactmind.report.encoder_figures import accuracy_against_gflops, model_comparison, training_curves
 from compactmind.report.opening import opening
 from compactmind.report.style import COLOURS, colours_of, families, marker_of, name_points, overlap
 from compactmind.report.summary import MOST, best_at_each_size, opening_sentences
@@ -198,3 +199,22 @@ def test_names_cover_neither_each_other_nor_points(spread):
     frame = axes.get_window_extent().extents
     assert all(frame[0] <= box[0] and box[2] <= frame[2] and frame[1] <= box[1] and box[3] <= frame[3] for box in boxes)
     plt.close(figure)
+
+
+@pytest.mark.parametrize("draw", [training_curves, model_comparison, accuracy_against_gflops], ids=lambda draw: draw.__name__)
+@pytest.mark.parametrize("count", [2, 9])
+def test_titles_and_legends_of_many_long_names_stay_on_the_page(draw, count):
+    times = {"median_ms": 12.0, "low_ms": 11.0, "high_ms": 14.0}
+    history = [{"epoch": epoch, "accuracy": 0.8 + epoch / 100, "sparsity": 0.4} for epoch in (1, 2)]
+    rows = [
+        classifier(f"student_pruned_to_{number}_gflops_w8a8", 0.8 + number / 100, 20.0 + number, 0.5, history=history, load_seconds=0.2,
+                   latency={"batch_1": times, "batch_32": times})
+        for number in range(count)
+    ]  # fmt: skip
+    figure = draw(report_of(*rows) | {"settings": {"cost_length": 16, "latency_batches": [1, 32]}})
+    figure.draw_without_rendering()
+    page = figure.bbox
+    written = [axes.title for axes in figure.axes] + [axes.xaxis.label for axes in figure.axes] + figure.legends
+    for artist in written:
+        box = artist.get_window_extent()
+        assert page.x0 - 1 <= box.x0 and box.x1 <= page.x1 + 1, (artist, box.x0, box.x1, page.x1)

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from compactmind.report.sentences import largest_batch, measured  # noqa: E402
-from compactmind.report.style import LINES, colours_of, join_families, marker_of, name_points  # noqa: E402
+from compactmind.report.style import LINES, colours_of, join_families, legend_below, marker_of, name_points  # noqa: E402
 
 BAR = {"lw": 1, "capsize": 3, "ecolor": "#333333"}
 
@@ -47,7 +47,7 @@ def accuracy_against_gflops(report: dict[str, Any]) -> Figure | None:
     )
     axes.set_title("Accuracy against operations; a larger point is a larger weight file")
     axes.grid(alpha=0.3)
-    legend = axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncol=2, frameon=False, fontsize=9)
+    legend = legend_below(figure, axes.get_legend_handles_labels()[0], 2, fontsize=9)
     for handle in legend.legend_handles:
         handle.set_sizes([60])
     name_points(axes, places, colours, bars)
@@ -71,7 +71,7 @@ def model_comparison(report: dict[str, Any]) -> Figure | None:
              [high - value for value, (_, high) in zip(accuracy, bounds, strict=True)]]  # fmt: skip
     panels = [
         ("test accuracy (%), 95% interval", accuracy, sides),
-        (f"inference time at {batch.replace('_', ' ')} (ms), 10th to 90th percentile", [t["median_ms"] for t in latency],
+        (f"inference time at {batch.replace('_', ' ')} (ms),\n10th to 90th percentile", [t["median_ms"] for t in latency],
          [[t["median_ms"] - t["low_ms"] for t in latency], [t["high_ms"] - t["median_ms"] for t in latency]]),
         ("load time (ms)", [1e3 * seconds for seconds in loads], None),
         ("size of the weight file (MB)", [row["size_mb"] for row in rows.values()], None),
@@ -118,5 +118,5 @@ def training_curves(report: dict[str, Any]) -> Figure | None:
         right.set(ylabel="crosses: removed share of heads + FFN (%)", ylim=(0, 100))
     left.set_title("Training, pruning and recovery")
     left.grid(alpha=0.3)
-    figure.legend(handles=left.lines, loc="outside lower center", ncol=min(4, len(histories)), frameon=False)
+    legend_below(figure, left.lines)
     return figure

@@ -19,7 +19,7 @@ from compactmind.methods.llama import LINEARS  # noqa: E402
 from compactmind.methods.quantization.grid import BITS  # noqa: E402
 from compactmind.report.as_shipped import KIND  # noqa: E402
 from compactmind.report.sentences import bits_per_weight, measured, tokens_per_second  # noqa: E402
-from compactmind.report.style import COLOURS, colours_of, join_families, marker_of, name_points  # noqa: E402
+from compactmind.report.style import COLOURS, colours_of, join_families, legend_below, marker_of, name_points  # noqa: E402
 
 
 def beside_dense(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -58,7 +58,7 @@ def perplexity_against_size(report: dict[str, Any]) -> Figure | None:
     axes.set(xlabel="size of the weight file (MB)", ylabel="perplexity, 95% interval of the ratio to dense", xlim=(0, None))
     axes.set_title(f"Language models on the same {next(iter(rows.values()))['protocol']['windows']} windows of held-out text")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, fontsize=9)
+    legend_below(figure, axes.get_legend_handles_labels()[0], 2, fontsize=9)
     name_points(axes, places, colours, bars)
     return figure
 
@@ -103,7 +103,7 @@ def _divergence_against(
         f"How far from the dense model, on {next(iter(points.values()))['protocol']['windows']} windows of held-out text"
     )
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, fontsize=8)
+    legend_below(figure, axes.get_legend_handles_labels()[0], 2, fontsize=8)
     name_points(axes, places, colours, bars)
     return figure
 
@@ -129,7 +129,7 @@ def alpha_curve(report: dict[str, Any]) -> Figure | None:
     )
     axes.set_title("SmoothQuant: how much to smooth")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
+    legend_below(figure, axes.get_legend_handles_labels()[0], 2)
     return figure
 
 
@@ -152,7 +152,7 @@ def tensor_bits(report: dict[str, Any]) -> Figure | None:
     grid[-1, 0].set(xlabel="layer")
     used = sorted({bits for row in rows.values() for bits in by_bits(row["quantization"])})
     patches = [Patch(facecolor=WIDTHS[bits], edgecolor="#8a8a8a", label=f"{bits} bits") for bits in used]
-    figure.legend(handles=patches, loc="outside lower center", ncol=len(patches), frameon=False)
+    legend_below(figure, patches, len(patches))
     return figure
 
 

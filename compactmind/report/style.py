@@ -7,11 +7,14 @@ styles tell apart in grey what colours tell apart on a page.
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
@@ -127,6 +130,17 @@ def name_points(axes: Axes, places: dict[str, tuple[float, float]], colours: dic
         _move(text, box, (x, y), pixels)
         if distance > DISTANCES[1]:
             _lead(axes, text, box, (x, y), colours[name])
+
+
+def legend_below(figure: Figure, handles: Sequence[Artist], most: int = 4, fontsize: float | None = None) -> Legend:
+    """Put a legend under a figure with a constrained layout, in as many columns, `most` at most, as its width has room for."""
+    for columns in range(max(1, min(most, len(handles))), 0, -1):
+        legend = figure.legend(handles=handles, loc="outside lower center", ncol=columns, frameon=False, fontsize=fontsize)
+        figure.draw_without_rendering()
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
+    return legend
 
 
 def overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
