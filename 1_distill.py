@@ -220,9 +220,9 @@ def main(config: DistillConfig) -> None:
         accelerator.print(f"train: {splits['train'].describe_cut()}")
         return splits
 
-    def load_splits_with_copies(tokenizer: PreTrainedTokenizerBase) -> dict[str, EncodedSentences]:
+    def load_splits_with_copies(tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, EncodedSentences]:
         """Return the splits with changed copies of the training sentences behind these."""
-        sentences = augmented(load_split(config.data_dir, "train"), config.augment, mask_of(tokenizer), config.seed)
+        sentences = augmented(load_split(config.data_dir, "train"), config.augment, mask_of(tokenizer), seed)
         return {**load_splits(tokenizer), "train": EncodedSentences(tokenizer, sentences, config.max_length)}
 
     # ---- teacher
@@ -284,8 +284,8 @@ def main(config: DistillConfig) -> None:
         if distilled:
             if config.augment:
                 one_tokenizer, originals = data is read_by_teacher, len(data["train"])
-                read_by_teacher = load_splits_with_copies(teacher.tokenizer)
-                data = read_by_teacher if one_tokenizer else load_splits_with_copies(tokenizer)
+                read_by_teacher = load_splits_with_copies(teacher.tokenizer, config.seed)
+                data = read_by_teacher if one_tokenizer else load_splits_with_copies(tokenizer, config.seed)
             logits = cached_teacher_logits(
                 teacher.model, teacher.fingerprint, read_by_teacher["train"], config.eval_batch_size, config.models_dir, accelerator
             )

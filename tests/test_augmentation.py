@@ -9,6 +9,7 @@ import torch
 from compactmind.checkpoint import save_checkpoint
 from compactmind.data import Sentence
 from compactmind.errors import CompactMindError
+from compactmind.methods.distillation import augmentation
 from compactmind.methods.distillation.augmentation import LONGEST_RUN, MASKED, RUNS, augmented, label_copies, mask_of
 
 TEXTS = [Sentence(" ".join(f"w{row}x{word}" for word in range(20)), row % 3) for row in range(500)]
@@ -73,7 +74,7 @@ def test_a_tokenizer_without_a_mask_is_refused(tmp_path):
         mask_of(tokenizer)
 
 
-def test_the_distilled_student_alone_reads_copies(tmp_path, run_here):
+def test_the_distilled_student_alone_reads_copies(tmp_path, run_here, monkeypatch):
     helpers.make_workspace(tmp_path, train_rows=60, dev_rows=20)
     assert run_here("download_model.py", cwd=tmp_path)[0] == 0
     tokenizer, models = helpers.make_tokenizer(tmp_path / "vocabulary"), tmp_path / "models"
@@ -91,3 +92,8 @@ def test_the_distilled_student_alone_reads_copies(tmp_path, run_here):
     assert after["student_finetuned"] == before["student_finetuned"]
     assert after["student_distilled"]["stage"]["config"]["augment"] == 2
     assert after["student_distilled"]["files"] != before["student_distilled"]["files"]
+
+    seeds = []
+    monkeypatch.setattr(augmentation, "augmented", lambda *given: seeds.append(given[-1]) or augmented(*given))
+    assert run_here("1_distill.py", "--augment", 1, "--seeds", 2, "--students", "student_distilled", cwd=tmp_path)[0] == 0
+    assert seeds == [42, 43]  # every seed has copies of its own
