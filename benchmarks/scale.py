@@ -36,12 +36,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import StageConfig, parse_command_line, run_stage  # noqa: E402
-from compactmind.checkpoint import Checkpoints, load_any, load_as_released, skeleton_of  # noqa: E402
+from compactmind.checkpoint import load_any, load_as_released, skeleton_of  # noqa: E402
 from compactmind.devices import default_device  # noqa: E402
 from compactmind.errors import CompactMindError  # noqa: E402
 from compactmind.evaluation.cost import measure_generation, resident_bytes, synchronize, weight_bytes  # noqa: E402
 from compactmind.evaluation.divergence import measure_logits, measure_windows  # noqa: E402
 from compactmind.evaluation.language import measure_language_models  # noqa: E402
+from compactmind.evaluation.loaded import Checkpoints  # noqa: E402
 from compactmind.files import write_json_atomically  # noqa: E402
 from compactmind.forward import LogitsOf  # noqa: E402
 from compactmind.methods.memory import Sizes, of_pipeline, report  # noqa: E402

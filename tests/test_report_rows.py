@@ -26,11 +26,12 @@ from transformers import (
 )
 
 from compactmind import checkpoint
-from compactmind.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
+from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.data import write_dataset
 from compactmind.errors import CompactMindError
 from compactmind.evaluation import classifiers, language
 from compactmind.evaluation.cost import measure_generation, measure_latency
+from compactmind.evaluation.loaded import Checkpoints
 from compactmind.forward import predict_logits
 from compactmind.manifest import identity_of
 from compactmind.report.documents import write_documents

@@ -21,7 +21,7 @@ import torch
 from gguf import GGUFReader
 from transformers import PreTrainedTokenizerBase
 
-from compactmind.checkpoint import Checkpoint, Checkpoints, load_any
+from compactmind.checkpoint import Checkpoint, load_any
 from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.capability import gsm8k
@@ -29,6 +29,7 @@ from compactmind.evaluation.cost import NEW_TOKENS, measure_generation, measure_
 from compactmind.evaluation.divergence import measure_logits, measure_windows
 from compactmind.evaluation.failures import cell_fails_alone, collecting, leave_out, row_fails_alone
 from compactmind.evaluation.llama_cpp import LlamaCpp
+from compactmind.evaluation.loaded import Checkpoints
 from compactmind.evaluation.perplexity import paired_ratio, perplexity_of
 from compactmind.formats.table import kernel_of
 from compactmind.forward import LogitsOf

@@ -5,11 +5,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compactmind.checkpoint import Checkpoints, load_any, skeleton_of
+from compactmind.checkpoint import load_any, skeleton_of
 from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import weight_bytes
 from compactmind.evaluation.failures import fail, row_fails_alone
+from compactmind.evaluation.loaded import Checkpoints
 from compactmind.files import sha256_of
 from compactmind.manifest import MADE_BY, MANIFEST, identity_of, read_manifest
 from compactmind.methods import memory
