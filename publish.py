@@ -46,11 +46,11 @@ def publish(directory: Path, repository: str, push: bool, private: bool) -> None
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
         names = [file.relative_to(directory).as_posix() for file in files]
-        found = api.upload_folder(repo_id=repository, folder_path=directory, allow_patterns=names, commit_message=f"{directory.name}")
+        commit = api.upload_folder(repo_id=repository, folder_path=directory, allow_patterns=names, commit_message=f"{directory.name}")
     except Exception as error:  # noqa: BLE001  no network, no login, not allowed: each is an error class of its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CompactMindError(f"{repository} could not be written ({reason}): `hf auth login` first?") from None
-    print(f"pushed to {to}: {found}")
+    print(f"pushed to {to}: {commit}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -27,12 +27,12 @@ EXTRAS = {
 
 def pinned() -> dict[str, list[str]]:
     """Return every package in requirements*.txt with its lines: one, or one for each range of Python versions."""
-    found: dict[str, list[str]] = {}
+    versions: dict[str, list[str]] = {}
     for path in sorted(Path(__file__).resolve().parent.glob("requirements*.txt")):
         for line in path.read_text(encoding="utf-8").splitlines():
             if line and not line.startswith("#"):
-                found.setdefault(line.partition("==")[0], []).append(line)
-    return found
+                versions.setdefault(line.partition("==")[0], []).append(line)
+    return versions
 
 
 def lines_of(names: tuple[str, ...]) -> list[str]:

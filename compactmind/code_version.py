@@ -27,12 +27,12 @@ def code_version(script: str | Path) -> str:
     """Return a hash of a script and of the modules of this package it imports, directly or not: 16 hexadecimal digits."""
     digest, waiting, seen = hashlib.sha256(), [Path(script).resolve()], set()
     root = Path(__file__).resolve().parent.parent
-    found = {}
+    texts = {}
 
     def add(path: Path) -> tuple[str, ...]:
         text, imported = _read(path, path.stat().st_mtime_ns)
         name = path.name if path.parent == root else str(path.relative_to(root))
-        found[name.replace("\\", "/")] = text
+        texts[name.replace("\\", "/")] = text
         return imported
 
     while waiting:
@@ -48,8 +48,8 @@ def code_version(script: str | Path) -> str:
                 waiting.append(file)
     for path in _formats(seen, root):
         add(path)
-    for name in sorted(found):
-        digest.update(f"{name}\0{found[name]}\0".encode())
+    for name in sorted(texts):
+        digest.update(f"{name}\0{texts[name]}\0".encode())
     return digest.hexdigest()[:16]
 
 

@@ -91,12 +91,12 @@ def main(arguments: list[str] | None = None) -> None:
     with errors_in_one_line():
         checkpoint = open_model(asked.model, "CausalLM")
         for prompt in texts_of(asked.prompts, sys.stdin and sys.stdin.buffer):
-            found = generate(checkpoint.model, checkpoint.tokenizer, prompt, asked)
+            answer = generate(checkpoint.model, checkpoint.tokenizer, prompt, asked)
             if asked.json:
-                print(json.dumps(found, ensure_ascii=False), flush=True)
+                print(json.dumps(answer, ensure_ascii=False), flush=True)
             else:
-                speed = found["new_tokens"] / found["seconds"]
-                print(f"({found['new_tokens']} tokens, {speed:.1f} per second)", file=sys.stderr)
+                speed = answer["new_tokens"] / answer["seconds"]
+                print(f"({answer['new_tokens']} tokens, {speed:.1f} per second)", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def glue_files(folder: Path, name: str) -> dict[str, Path]:
 
     Raises CompactMindError if there is only one of them, or several for one part.
     """
-    found = {}
+    files = {}
     for part, stems in (("train", ("train",)), ("test", GLUE[name].dev)):
         pattern = re.compile(rf"({'|'.join(stems)})[.-]")
         paths = sorted(path for path in folder.glob("*") if path.suffix in READABLE and pattern.match(path.name))
@@ -62,8 +62,8 @@ def glue_files(folder: Path, name: str) -> dict[str, Path]:
             told = ", ".join(path.name for path in paths)
             raise CompactMindError(f"{folder} holds several files for {stems[-1]} ({told}): join them, or leave one")
         if paths:
-            found[part] = paths[0]
-    if len(found) == 1:
-        missing = "train.tsv" if "test" in found else f"{GLUE[name].dev[-1]}.tsv"
+            files[part] = paths[0]
+    if len(files) == 1:
+        missing = "train.tsv" if "test" in files else f"{GLUE[name].dev[-1]}.tsv"
         raise CompactMindError(f"{folder} holds only half of {name}: add {missing}")
-    return found
+    return files

@@ -89,9 +89,9 @@ def check_parent(directory: Path, option: str, task: str) -> dict[str, Any]:
     """
     manifest = read_manifest(directory)
     architecture, kind = manifest["architecture"], manifest["kind"]
-    found = next((name for name, end in TASKS.items() if architecture.endswith(end)), None)
-    if found != task:
-        what = f"a {found} ({architecture})" if found else f"a {architecture}, a model without a head"
+    actual = next((name for name, end in TASKS.items() if architecture.endswith(end)), None)
+    if actual != task:
+        what = f"a {actual} ({architecture})" if actual else f"a {architecture}, a model without a head"
         raise CompactMindError(f"{directory} is {what}: {option} takes a {task}")
     if is_quantized(kind):
         parent = f", for example {manifest['parent']}" if manifest.get("parent") else ""
@@ -165,8 +165,8 @@ def check_one_dtype(path: Path) -> None:
         except SafetensorError as error:
             raise CompactMindError(f"{file} is damaged ({error}): copy or download it again") from None
     if len(of_dtype) > 1:
-        found = ", ".join(f"{kind} ({name})" for kind, name in sorted(of_dtype.items()))
+        dtypes = ", ".join(f"{kind} ({name})" for kind, name in sorted(of_dtype.items()))
         raise CompactMindError(
-            f"{path} holds weights of several dtypes, {found}: save it in one, for example AutoModelForCausalLM.from_pretrained(..., "
+            f"{path} holds weights of several dtypes, {dtypes}: save it in one, for example AutoModelForCausalLM.from_pretrained(..., "
             "dtype=torch.bfloat16).save_pretrained(...)"
         )

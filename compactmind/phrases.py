@@ -49,16 +49,16 @@ def fragment_finder(texts: Sequence[str]) -> Callable[[str], set[str]]:
         beginning.append(shorter)
 
     def rows_within(text: str) -> set[str]:
-        text, start, found = f"{text} ", 0, set()
+        text, start, matched = f"{text} ", 0, set()
         while start < len(text):
             rest = text[start : start + longest]
             position = bisect.bisect_right(ordered, rest) - 1
             while position >= 0 and not rest.startswith(ordered[position]):
                 position = beginning[position]
-            while position >= 0 and ordered[position] not in found:
-                found.add(ordered[position])
+            while position >= 0 and ordered[position] not in matched:
+                matched.add(ordered[position])
                 position = beginning[position]
             start = text.index(" ", start) + 1
-        return {row[:-1] for row in found}
+        return {row[:-1] for row in matched}
 
     return rows_within

@@ -68,10 +68,10 @@ def machine() -> str:
 def known_durations(results_dir: Path) -> dict[str, dict[str, Any]]:
     """Return what is recorded of earlier runs, nothing if there is no such file or it is damaged."""
     try:
-        found = json.loads((results_dir / DURATIONS).read_text(encoding="utf-8"))
+        durations = json.loads((results_dir / DURATIONS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return durations if isinstance(durations, dict) else {}
 
 
 def note_duration(results_dir: Path, run: str, seconds: float, profile: str) -> None:

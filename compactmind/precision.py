@@ -50,13 +50,13 @@ class _Widened(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(weight)
         spans = _spans(weight)
-        found = x.new_empty(*x.shape[:-1], len(weight)) if len(spans) > 1 else None
+        output = x.new_empty(*x.shape[:-1], len(weight)) if len(spans) > 1 else None
         for rows in spans:
             part = F.linear(x, weight[rows].to(x.dtype), None if bias is None else bias[rows].to(x.dtype))
-            if found is None:
+            if output is None:
                 return part
-            found[..., rows] = part
-        return found
+            output[..., rows] = part
+        return output
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):

@@ -28,10 +28,10 @@ def published_as(path: Path) -> dict[str, Any]:
     for tensor in GGUFReader(path).tensors:
         block, size = GGML_QUANT_SIZES[tensor.tensor_type]
         empty = {"tensors": 0, "weights": 0, "bits_per_weight": 8 * size / block, "block_size": block}
-        found = types.setdefault(tensor.tensor_type.name, empty)
-        found["tensors"] += 1
-        found["weights"] += int(tensor.n_elements)
-    weights, size = sum(found["weights"] for found in types.values()), path.stat().st_size
+        of_type = types.setdefault(tensor.tensor_type.name, empty)
+        of_type["tensors"] += 1
+        of_type["weights"] += int(tensor.n_elements)
+    weights, size = sum(of_type["weights"] for of_type in types.values()), path.stat().st_size
     return {
         "file": path.name, "format": "GGUF", "bytes": size, "sha256": sha256_of(path), "weights": weights,
         "bits_per_weight": 8 * size / weights, "types": dict(sorted(types.items(), key=lambda item: -item[1]["weights"])),

@@ -39,8 +39,8 @@ class Task:
 def read_task(data_dir: Path) -> Task:
     """Return the task of the data in `data_dir` as dataset.json has it, sentiment where it says nothing. Raises CompactMindError."""
     try:
-        found = json.loads((data_dir / DESCRIPTION).read_text(encoding="utf-8")).get("task")
-        return Task(**{**found, "labels": tuple(found["labels"])}) if found else Task()
+        entry = json.loads((data_dir / DESCRIPTION).read_text(encoding="utf-8")).get("task")
+        return Task(**{**entry, "labels": tuple(entry["labels"])}) if entry else Task()
     except FileNotFoundError:
         return Task()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

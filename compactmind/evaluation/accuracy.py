@@ -95,6 +95,6 @@ def holm(p_values: list[float]) -> list[float]:
 
 def correct_for_many(rows: list[dict[str, Any]]) -> None:
     """Give, in place, every row of a report that was compared with the reference its p-value corrected for all of them, `p_holm`."""
-    found = [row["mcnemar_against_reference"] for row in rows if row.get("mcnemar_against_reference")]
-    for comparison, corrected in zip(found, holm([each["p_value"] for each in found]), strict=True):
+    tests = [row["mcnemar_against_reference"] for row in rows if row.get("mcnemar_against_reference")]
+    for comparison, corrected in zip(tests, holm([each["p_value"] for each in tests]), strict=True):
         comparison["p_holm"] = corrected

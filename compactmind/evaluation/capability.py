@@ -50,20 +50,20 @@ def gsm8k(
         task |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": str(file.resolve())}}}
     try:
         with in_the_harness(model, tokenizer, batch_size) as asked:
-            found = lm_eval.simple_evaluate(
+            evaluated = lm_eval.simple_evaluate(
                 asked, tasks=[task], limit=problems or None, bootstrap_iters=0, gen_kwargs={"max_gen_toks": max_new_tokens},
                 task_manager=task_manager(), verbosity="ERROR",
             )  # fmt: skip
     except (OSError, ValueError, KeyError) as error:
         where = file or "the hub's openai/gsm8k (or put test.jsonl into gsm8k_data/)"
         raise CompactMindError(f"GSM8K cannot be read from {where}: {str(error).splitlines()[0]}") from error
-    result, count = found["results"][TASK], found["n-samples"][TASK]["effective"]
+    result, count = evaluated["results"][TASK], evaluated["n-samples"][TASK]["effective"]
     shares = {}
     for name, match in MATCHES.items():
         accuracy = result[f"exact_match,{match}"]
         interval = binomtest(round(accuracy * count), count).proportion_ci(0.95, method="wilson")
         shares[name] = {"accuracy": float(accuracy), "interval": [float(interval.low), float(interval.high)]}
     return {
-        "task": TASK, "version": found["versions"][TASK], "harness": f"lm-eval {lm_eval.__version__}", "problems": count,
+        "task": TASK, "version": evaluated["versions"][TASK], "harness": f"lm-eval {lm_eval.__version__}", "problems": count,
         "max_new_tokens": max_new_tokens, **shares,
     }  # fmt: skip

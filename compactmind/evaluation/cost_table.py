@@ -58,8 +58,8 @@ def measure_table(model: PreTrainedModel, batch_size: int, sequence_length: int,
     shapes |= {("heads", number): ([number], [0]) for number in range(1, most_heads + 1)}
     shapes |= {("neurons", width): ([0], [width]) for width in steps}
     models = {"/".join(map(str, name)): _sharing_tables(of_widths(model, *shape), model).eval() for name, shape in shapes.items()}
-    found = measure_latency({**models, "whole": model.eval()}, batch_size, sequence_length, repeats, reference="whole")
-    ms = {name: each["low_ms"] for name, each in found.items()}  # what else runs on the machine only ever adds to a time
+    timings = measure_latency({**models, "whole": model.eval()}, batch_size, sequence_length, repeats, reference="whole")
+    ms = {name: each["low_ms"] for name, each in timings.items()}  # what else runs on the machine only ever adds to a time
     cost = {
         "heads": [0.0, *(ms[f"heads/{number}"] - ms["layer"] for number in range(1, most_heads + 1))],
         "neurons": [0.0, *(ms[f"neurons/{width}"] - ms["layer"] for width in steps)],

@@ -55,10 +55,10 @@ def _load_library() -> ctypes.CDLL:
     global _library
     if _library is not None:
         return _library
-    found = importlib.util.find_spec(PACKAGE)
-    if found is None:
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None:
         raise CompactMindError("llama.cpp is not installed: `pip install -r requirements-llama_cpp.txt`")
-    lib = ctypes.CDLL(str(next(Path(found.origin).parent.glob(f"{PACKAGE}*.so"))))
+    lib = ctypes.CDLL(str(next(Path(spec.origin).parent.glob(f"{PACKAGE}*.so"))))
     lib.llama_model_default_params.restype = lib.llama_context_default_params.restype = _Opaque
     lib.llama_model_load_from_file.restype = lib.llama_init_from_model.restype = ctypes.c_void_p
     lib.llama_model_load_from_file.argtypes = [ctypes.c_char_p, _Opaque]
@@ -139,5 +139,5 @@ class LlamaCpp:
         if self._lib.llama_decode(self._context, batch):
             raise CompactMindError(f"llama.cpp cannot read {count} tokens behind {start}")
         size = rows * self.config.vocab_size
-        found = np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (size,)).copy()
-        return Output(torch.from_numpy(found).view(1, rows, -1), start + count)
+        logits = np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (size,)).copy()
+        return Output(torch.from_numpy(logits).view(1, rows, -1), start + count)

@@ -30,12 +30,12 @@ def is_repeat(directory: Path) -> bool:
 
 def repeats_of(directory: Path) -> list[Path]:
     """Return the checkpoints of other seeds of the one in `directory`, in the order of their seeds."""
-    found = []
+    repeats = []
     for manifest in directory.parent.glob(f"[!.]*/{MANIFEST}"):
         read = read_json(manifest) or {}
         if read.get(REPEATS) == directory.name:
-            found.append((read["stage"]["config"]["seed"], manifest.parent))
-    return [place for _, place in sorted(found)]
+            repeats.append((read["stage"]["config"]["seed"], manifest.parent))
+    return [place for _, place in sorted(repeats)]
 
 
 def add_seeds(

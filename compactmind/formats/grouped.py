@@ -51,10 +51,10 @@ def load(
 
 def by_bits(quantization: dict[str, Any] | None) -> dict[int, list[str]]:
     """Return the names of the tensors at each width, the narrowest first; empty for a model of another format."""
-    found: dict[int, list[str]] = {}
+    names_of_bits: dict[int, list[str]] = {}
     for name, grid in ((quantization or {}).get("tensors") or {}).items():
-        found.setdefault(grid["bits"], []).append(name)
-    return dict(sorted(found.items()))
+        names_of_bits.setdefault(grid["bits"], []).append(name)
+    return dict(sorted(names_of_bits.items()))
 
 
 def take_grouped(model: PreTrainedModel, state: dict[str, torch.Tensor], grids: dict[str, dict[str, Any]]) -> None:
@@ -63,8 +63,8 @@ def take_grouped(model: PreTrainedModel, state: dict[str, torch.Tensor], grids: 
     What is tied in the configuration is tied. Raises ValueError or KeyError if a tensor is missing or does not fit its grid.
     """
     for name, grid in grids.items():
-        found = {each: state.pop(f"{name}.{each}") for each in TENSORS if f"{name}.{each}" in state}
-        parts, module = (found, Grid(**grid)), model.get_submodule(name)
+        tensors = {each: state.pop(f"{name}.{each}") for each in TENSORS if f"{name}.{each}" in state}
+        parts, module = (tensors, Grid(**grid)), model.get_submodule(name)
         if not isinstance(module, nn.Embedding):
             model.set_submodule(name, GroupedLinear.from_tensors(*parts, state.get(f"{name}.bias")))
             continue

@@ -163,5 +163,5 @@ def weights(module: nn.Module) -> list[tuple[torch.Tensor, int]]:
 
 def kernel(model: PreTrainedModel) -> str:
     """Return the int8 kernels by name, `avx2` as `avx_vnni` where it is that; `simulated` is the right numbers without one."""
-    found = {module.kernel for module in model.modules() if isinstance(module, W8A8Linear)}
-    return ", ".join(sorted(kernels.int8_instructions() if name == "avx2" else name for name in found))
+    names = {module.kernel for module in model.modules() if isinstance(module, W8A8Linear)}
+    return ", ".join(sorted(kernels.int8_instructions() if name == "avx2" else name for name in names))

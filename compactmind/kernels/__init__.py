@@ -54,8 +54,8 @@ def int8_instructions() -> str:
 def compiler() -> list[str] | None:
     """Return the command of a C++ compiler, None if there is none: CXX if that is set, else the first that is found."""
     given = shlex.split(os.environ.get("CXX", ""))
-    found = [given] if given else [["g++"], ["clang++"], ["c++"]]
-    return next((command for command in found if shutil.which(command[0])), None)
+    candidates = [given] if given else [["g++"], ["clang++"], ["c++"]]
+    return next((command for command in candidates if shutil.which(command[0])), None)
 
 
 def reason_against() -> str | None:

@@ -234,12 +234,12 @@ def of_pipeline(steps: Sequence[Any], sizes: Sizes) -> tuple[dict[str, int], int
     A small dense model stays in memory beside the one that is worked on.
     """
     teacher, before, file = sizes.held if sizes.small else 0, sizes.held, sizes.itemsize * sizes.parameters
-    found = {"dense": RUNTIME + before + sizes.measuring}
+    needs = {"dense": RUNTIME + before + sizes.measuring}
     for number, step in enumerate(steps, start=1):
         need = step.method.needs(sizes, step.recipe, before) if step.method.needs else Need(before, before, file, sizes)
         sizes, before, file = need.sizes, need.held, need.file
-        found[f"{step.method.name} (step {number})"] = RUNTIME + teacher + max(need.peak, before + sizes.measuring)
-    return found, file
+        needs[f"{step.method.name} (step {number})"] = RUNTIME + teacher + max(need.peak, before + sizes.measuring)
+    return needs, file
 
 
 def of_pipelines(pipelines: Sequence[Sequence[Any]], sizes: Sizes) -> tuple[dict[str, int], int, int]:

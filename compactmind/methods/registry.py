@@ -153,18 +153,18 @@ class Method:
         Numbers in even steps are asked for as numbers, so that a sampler knows their order; everything else by name; what has one value
         is not asked for.
         """
-        found = {}
+        params = {}
         for name, values in (choices or self.space).items():
             asked, numbers = f"{label or self.name}.{name}", are_numbers(values)
             steps = {round(b - a, 9) for a, b in zip(values, values[1:], strict=False)} if numbers else set()
             if len(steps) == 1 and min(steps) > 0:
                 ask = trial.suggest_int if all(type(value) is int for value in values) else trial.suggest_float
                 wanted = ask(asked, values[0], values[-1], step=steps.pop())
-                found[name] = min(values, key=lambda value: abs(value - wanted))  # 0.30000000000000004 is 0.3
+                params[name] = min(values, key=lambda value: abs(value - wanted))  # 0.30000000000000004 is 0.3
             else:
                 names = {as_choice(value): value for value in values}
-                found[name] = values[0] if len(values) == 1 else names[trial.suggest_categorical(asked, list(names))]
-        return found
+                params[name] = values[0] if len(values) == 1 else names[trial.suggest_categorical(asked, list(names))]
+        return params
 
     def parameters(self, given: dict[str, Any]) -> Any:
         """Return the recipe with the parameters `given`. Raises ValueError on an unknown name or a value outside its range."""

@@ -47,19 +47,19 @@ def row_of_llama_cpp(dense: dict[str, Any], dtype: str, version: str) -> dict[st
 def with_as_shipped(rows: list[dict[str, Any]], reference: str, beside: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows of a report with those that are no models of their own behind the dense language model, `reference`: that of the
     file it was published as, if it was made of one, and those `beside` it."""
-    found = []
+    completed = []
     for row in rows:
         if row["name"] != reference:
-            found.append(row)
+            completed.append(row)
             continue
         try:
             published = read_manifest(Path(row["directory"])).get("published_as")
         except CompactMindError:  # its row says so
             published = None
         dense = {name: value for name, value in row.items() if name != "published_as"}  # an earlier report's may be another
-        found += [dense | {"published_as": published}, row_as_shipped(dense, published)] if published else [dense]
-        found += beside
-    return found
+        completed += [dense | {"published_as": published}, row_as_shipped(dense, published)] if published else [dense]
+        completed += beside
+    return completed
 
 
 def as_shipped(report: dict[str, Any]) -> dict[str, Any] | None:

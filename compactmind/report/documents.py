@@ -51,7 +51,7 @@ def sections(report: dict[str, Any], drawn: dict[str, str]) -> list[Section]:
     checked, file = check_llama_2(report), as_shipped(report)
     languages = [describe_published(file["compared_with"], file["published_as"])] if file else []
     search_figures = [name for name in FIGURES if name.startswith("search_")]
-    found = [
+    all_sections = [
         Section("In short", opening_sentences(report), picture="opening" if "opening" in drawn else None),
         Section("Summary", sentences(report) or ["Nothing has been measured yet: the tables say what to run."]),
         Section("Warnings", warnings(report)),
@@ -73,15 +73,15 @@ def sections(report: dict[str, Any], drawn: dict[str, str]) -> list[Section]:
         Section("Protocols", tables=[tables.protocols_table(report)]),
         Section("How it was made", tables=[tables.environment_table(report), tables.stages_table(report)]),
     ]  # fmt: skip
-    for section in found:
+    for section in all_sections:
         section.tables = [table for table in section.tables if table is not None and table.rows]
         section.figures = [name for name in section.figures if name in drawn]
-    return [section for section in found if section.sentences or section.tables or section.figures or section.picture]
+    return [section for section in all_sections if section.sentences or section.tables or section.figures or section.picture]
 
 
 def escape_tex(text: str) -> str:
     """Return text that TeX prints as it is."""
-    return re.sub(r"[\\&%$#_{}~^<>]", lambda found: TEX[found[0]], text)
+    return re.sub(r"[\\&%$#_{}~^<>]", lambda match: TEX[match[0]], text)
 
 
 def escape_markdown(text: str) -> str:
@@ -103,7 +103,7 @@ def render(name: str, report: dict[str, Any], drawn: dict[str, str], folder: Pat
     )  # fmt: skip
     environment.filters |= {"tex": escape_tex, "md": escape_markdown, "picture": picture, "anchor": anchor}
     models = {track: measured(report, track).values() for track in ("encoder", "llm")}
-    rows = {track: sum(row["kind"] not in OTHERS for row in found) for track, found in models.items()}
+    rows = {track: sum(row["kind"] not in OTHERS for row in of_track) for track, of_track in models.items()}
     return environment.get_template(f"report.{name}.j2").render(
         report=report, sections=sections(report, drawn), captions=drawn, rows=rows, left=tables.LEFT
     )

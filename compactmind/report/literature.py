@@ -122,9 +122,9 @@ def check_llama_2(report: dict[str, Any]) -> str | None:
     dense = _dense(report)
     if dense is None or LLAMA_2_7B.lower() not in dense["model_name"].lower():
         return None
-    found, protocol = dense["perplexity"], dense["protocol"]
-    difference = found - LLAMA_2_7B_PERPLEXITY
-    told = f"{dense['model_name']} has perplexity {found:.3f}, {difference:+.3f} against the published {LLAMA_2_7B_PERPLEXITY}"
+    measured, protocol = dense["perplexity"], dense["protocol"]
+    difference = measured - LLAMA_2_7B_PERPLEXITY
+    told = f"{dense['model_name']} has perplexity {measured:.3f}, {difference:+.3f} against the published {LLAMA_2_7B_PERPLEXITY}"
     reasons = protocol_differences(protocol)
     if report["settings"]["eval_windows"]:
         reasons.append(f"only {protocol['windows']} windows instead of all {LLAMA_2_7B_WINDOWS}")

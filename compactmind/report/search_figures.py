@@ -140,7 +140,7 @@ def front_line(rows: list[dict[str, Any]], key: str = "perplexity") -> list[tupl
 
 def with_interaction(summary: dict[str, Any]) -> dict[Any, dict[str, Any]]:
     """Return the confirmed trials, number -> what was measured, whose losses can be compared with those of their parts."""
-    return {number: found for number, found in summary["confirmed"].items() if found.get("interaction") is not None}
+    return {number: trial for number, trial in summary["confirmed"].items() if trial.get("interaction") is not None}
 
 
 def error_accumulation(summary: dict[str, Any]) -> Figure:
@@ -150,16 +150,16 @@ def error_accumulation(summary: dict[str, Any]) -> Figure:
     if not rows:
         _empty(axes, "no hybrid with a quantization among the best")
         return figure
-    for position, found in enumerate(rows.values()):
-        losses = [row["loss"] for row in found["steps"]]
+    for position, trial in enumerate(rows.values()):
+        losses = [row["loss"] for row in trial["steps"]]
         whole, before = losses[-1] - losses[0], losses[-2] - losses[0]
         axes.barh(position + 0.2, before, height=0.36, color=GREY, label="before quantization" if not position else None)
-        axes.barh(position + 0.2, whole - found["interaction"] - before, left=before, height=0.36, color=BLUE,
+        axes.barh(position + 0.2, whole - trial["interaction"] - before, left=before, height=0.36, color=BLUE,
                   label="quantization alone" if not position else None)  # fmt: skip
         axes.barh(position - 0.2, whole, height=0.36, color=RED, label="measured together" if not position else None)
     axes.set_yticks(
         range(len(rows)),
-        [f"trial {number}\n{' > '.join(row['method'] for row in found['steps'][1:])}" for number, found in rows.items()],
+        [f"trial {number}\n{' > '.join(row['method'] for row in trial['steps'][1:])}" for number, trial in rows.items()],
     )
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=3)
     return figure

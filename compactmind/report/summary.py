@@ -105,14 +105,14 @@ def _of_classifiers(report: dict[str, Any]) -> list[str]:
         best = max(compared, key=lambda row: row["accuracy"])
         small, quick = best, speedup(best, batch)
         times = f", {speed(quick)} at batch {batch.removeprefix('batch_')}" if quick else ""
-        found = [
+        lines = [
             f"{text}; the most accurate of the others is {_accurate(best)}, {best['size_mb']:.1f} MB{times}, {_verdict(best, reference)}."
         ]
     else:
         small = min(smaller, key=lambda row: (row["size_mb"], -row["accuracy"]))
         quick = speedup(small, batch)
         times = f" and is {speed(quick)} at batch {batch.removeprefix('batch_')}" if quick else ""
-        found = [
+        lines = [
             f"The smallest classifier that is no worse than {against} as far as {reference['rows']} test rows can tell is "
             f"{_accurate(small)}, {_verdict(small, reference)}: it takes {small['size_mb']:.1f} MB instead of "
             f"{reference['size_mb']:.1f}{times}."
@@ -122,11 +122,11 @@ def _of_classifiers(report: dict[str, Any]) -> list[str]:
         quick = max(timed, key=lambda row: speedup(row, batch))
         if quick is not small:
             which = "of them" if smaller else f"that is no worse than {reference['name']}"
-            found.append(
+            lines.append(
                 f"The fastest {which} is {_accurate(quick)}: {speed(speedup(quick, batch))} than {reference['name']} at batch "
                 f"{batch.removeprefix('batch_')}, {quick['size_mb']:.1f} MB, {_verdict(quick, reference)}."
             )
-    return found
+    return lines
 
 
 def _accurate(row: dict[str, Any]) -> str:

@@ -196,7 +196,7 @@ def write_findings(
         "best_hybrid": _row(hybrids[0]) if hybrids else None, "best_single": _row(singles[0]) if singles else None,
         "points": [_point(trial, target) for trial in trials.values()],
     }  # fmt: skip
-    reached = [number for number, found in confirmed.items() if found["compression_ratio"] >= target]
+    reached = [number for number, measured in confirmed.items() if measured["compression_ratio"] >= target]
     if reached:
         number = min(reached, key=lambda each: confirmed[each][quality])
         summary["best"] = {**_row(trials[number]), "confirmed": {k: v for k, v in confirmed[number].items() if k != "steps"}}

@@ -48,12 +48,12 @@ class Space:
         Behind one that makes zeros a parameter that keeps them with a single value has that one; where several would, all stay, since a
         study knows one list of values for a name, and the pipeline is refused when it is asked for.
         """
-        kinds, found = [METHODS[name].kind for name in order], []
+        kinds, per_step = [METHODS[name].kind for name in order], []
         for number, name in enumerate(order):
             choices = self.choices[name]
             keeping = _keeping_zeros(METHODS[name], choices) if "sparsify" in kinds[:number] else choices
-            found.append({key: keeping[key] if len(keeping[key]) == 1 else values for key, values in choices.items()})
-        return found
+            per_step.append({key: keeping[key] if len(keeping[key]) == 1 else values for key, values in choices.items()})
+        return per_step
 
     def pipeline(self, point: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the pipeline of a point, the parameters an Optuna trial has."""
@@ -176,14 +176,14 @@ class Space:
 
 def _keeping_zeros(method: Method, choices: dict[str, Sequence[Any]]) -> dict[str, list[Any]]:
     """Return the values of each parameter with which a method leaves zeros, beside some values of the others; none: it never does."""
-    found: dict[str, list[Any]] = {name: [] for name in choices}
+    taken: dict[str, list[Any]] = {name: [] for name in choices}
     for values in itertools.product(*choices.values()):
         chosen = dict(zip(choices, values, strict=True))
         if method.fills_zeros is None or method.fills_zeros(method.parameters(chosen)) is None:
             for name, value in chosen.items():
-                if value not in found[name]:
-                    found[name].append(value)
-    return found
+                if value not in taken[name]:
+                    taken[name].append(value)
+    return taken
 
 
 def _usual(name: str, parameter: str, values: Sequence[Any]) -> Any:

@@ -34,16 +34,16 @@ SST2_VALIDATION_SHARE = 0.08
 
 def sst2_files(folder: Path) -> dict[str, Path] | None:
     """Return the train and dev files of a real SST-2 in `folder`, None if there is none."""
-    found = {}
+    files = {}
     for split, patterns in {"train": ("train*",), "dev": ("dev*", "validation*")}.items():
         if path := only_one([path for pattern in patterns for path in folder.glob(pattern) if path.suffix in READABLE], split):
-            found[split] = path
-    if not found:
+            files[split] = path
+    if not files:
         return None
-    if set(found) != {"train", "dev"}:
-        missing = "dev.tsv" if "train" in found else "train.tsv"
+    if set(files) != {"train", "dev"}:
+        missing = "dev.tsv" if "train" in files else "train.tsv"
         raise CompactMindError(f"{folder} holds only half of SST-2: add {missing} (columns sentence, label)")
-    return found
+    return files
 
 
 def split_sst2(train: list[Sentence], dev: list[Sentence]) -> dict[str, list[Sentence]]:

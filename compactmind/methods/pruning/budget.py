@@ -82,7 +82,7 @@ def choose_masks_within(
 def _choices(
     model: PreTrainedModel, scores: list[LayerScores], masks: list[LayerMask], table: CostTable, round_to: int
 ) -> list[_Choice]:
-    layers, found = encoder_layers(model), []
+    layers, choices = encoder_layers(model), []
     worth = [
         (score.heads * head_parameters(layer), score.neurons * neuron_parameters(layer))
         for layer, score in zip(layers, scores, strict=True)
@@ -105,8 +105,8 @@ def _choices(
                 left -= len(group)
                 losses.append(losses[-1] + values[group].sum().item())
                 costs.append(cost(left))
-            found.append(_Choice(part, groups, losses, costs))
-    return found
+            choices.append(_Choice(part, groups, losses, costs))
+    return choices
 
 
 def _solve(choices: list[_Choice], budget: float) -> list[int]:

@@ -96,5 +96,5 @@ def layer_shapes(model: PreTrainedModel) -> list[dict[str, int]]:
 def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """Return the linears of all blocks by a name for people: `layer 0, query`; those of a part that was pruned away are not there."""
     parts = ("query", "key", "value", "attention_output", "up", "down")
-    found = {f"layer {index}, {part}": getattr(layer, part) for index, layer in enumerate(encoder_layers(model)) for part in parts}
-    return {name: linear for name, linear in found.items() if linear.weight.numel()}
+    linears = {f"layer {index}, {part}": getattr(layer, part) for index, layer in enumerate(encoder_layers(model)) for part in parts}
+    return {name: linear for name, linear in linears.items() if linear.weight.numel()}

@@ -67,12 +67,12 @@ def sparsify_llama(model: PreTrainedModel, calibration: torch.Tensor, recipe: Sp
 
 def wanda_masks(block: LlamaBlock, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return which weights of each linear stay, boolean (out, in), by the mean of x x^T of its input (in, in)."""
-    found = {}
+    masks = {}
     for site, fields in SITES.items():
         norms = moments[site].diagonal().clamp(min=0).sqrt()  # (in,), all divided by one number: it changes no order
         for field in fields:
-            found[field] = keep_two_of_four(getattr(block, field).weight.float().abs() * norms)
-    return found
+            masks[field] = keep_two_of_four(getattr(block, field).weight.float().abs() * norms)
+    return masks
 
 
 def _zero(masks: list[tuple[torch.nn.Linear, torch.Tensor]]) -> None:

@@ -107,12 +107,12 @@ def with_sparse_kernels(model: nn.Module) -> list[str]:
     For inference: such weights are not trained or saved. Everything stays as it is on a CPU and on GPUs before Ampere, and so does a linear
     whose shape or dtype the kernels do not take (float32 among them).
     """
-    found = []
+    converted = []
     for name, module in model.named_modules():
         weight = module.weight if isinstance(module, nn.Linear) else None
         if weight is None or not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < CAPABILITY:
             continue
         if takes_sparse_kernel(weight):
             module.weight = nn.Parameter(to_sparse_semi_structured(weight.detach()), requires_grad=False)
-            found.append(name)
-    return found
+            converted.append(name)
+    return converted

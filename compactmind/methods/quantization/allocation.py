@@ -44,11 +44,11 @@ def allocate(choices: dict[Hashable, list[Choice]], budget_bits: int) -> dict[Ha
     one_each = coo_matrix((np.ones(len(flat)), ([number[name] for name, _ in flat], range(len(flat)))))
     costs, bits = (np.array([getattr(choice, field) for _, choice in flat], dtype=float) for field in ("cost", "bits"))
     unit = max(budget_bits, 1) / 1e4  # HiGHS wants numbers near 1
-    found = milp(
+    solution = milp(
         costs / max(np.median(costs[costs > 0], axis=None) if (costs > 0).any() else 1.0, 1e-30),
         constraints=[LinearConstraint(one_each.tocsr(), 1, 1), LinearConstraint(bits[None] / unit, -np.inf, budget_bits / unit)],
         integrality=np.ones(len(flat)), bounds=Bounds(0, 1), options={"time_limit": SECONDS, "mip_rel_gap": 1e-4},
     )  # fmt: skip
-    if found.x is None:
-        raise CompactMindError(f"no allocation was found in {SECONDS} s ({found.message}): this is a bug, please report it")
-    return {name: choice for (name, choice), taken in zip(flat, found.x, strict=True) if taken > 0.5}
+    if solution.x is None:
+        raise CompactMindError(f"no allocation was found in {SECONDS} s ({solution.message}): this is a bug, please report it")
+    return {name: choice for (name, choice), taken in zip(flat, solution.x, strict=True) if taken > 0.5}

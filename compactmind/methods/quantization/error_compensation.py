@@ -134,7 +134,7 @@ def compensate_rounding(
     for start in range(0, in_features, columns_at_once):
         end = min(start + columns_at_once, in_features)
         parts = (each[:, start:end].t().contiguous() for each in (weight, pinned, sign, scale, decoded_scale))
-        found, errors = _round_columns(*parts, factor[start:end, start:end], levels, boundaries)
-        rounded[:, start:end] = found.t()
+        nearest, errors = _round_columns(*parts, factor[start:end, start:end], levels, boundaries)
+        rounded[:, start:end] = nearest.t()
         weight[:, end:] -= errors.t().contiguous() @ factor[start:end, end:]
     return rounded

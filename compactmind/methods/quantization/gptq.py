@@ -86,10 +86,10 @@ def _round_columns(
     """Return the integers of some columns (columns, out), one after the other, and their errors; changes `block`, in place."""
     q, errors = torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
     for column, wanted in enumerate(block):
-        found = to_integers(wanted, scale, zero, grid)
-        errors[column] = (wanted - from_integers(found, scale, zero, grid)) / factor[column, column]
+        integers = to_integers(wanted, scale, zero, grid)
+        errors[column] = (wanted - from_integers(integers, scale, zero, grid)) / factor[column, column]
         block[column:].addr_(factor[column, column:], errors[column], alpha=-1)
-        q[column] = found
+        q[column] = integers
     return q, errors
 
 

@@ -158,10 +158,10 @@ def tensor_choices(model: PreTrainedModel, windows: torch.Tensor, recipe: GPTQRe
             [model.get_input_embeddings(), model.get_output_embeddings()] if uncounted or len(tables) == 1 else [tables[name]]
         )
         weight = tables[name].weight
-        found = measured_table_cost(model, windows, together, TABLE_REFERENCE)
+        measured = measured_table_cost(model, windows, together, TABLE_REFERENCE)
         grids = TABLE_GRIDS + more
         of_reference, *errors = table_errors(weight, [TABLE_REFERENCE, *grids])
-        choices[name] = _choices(weight, grids, [found * error / max(of_reference, 1e-30) for error in errors])
+        choices[name] = _choices(weight, grids, [measured * error / max(of_reference, 1e-30) for error in errors])
     return choices
 
 

@@ -152,16 +152,16 @@ def fit(
     """
     weight = weight.float()
     importance = torch.ones_like(weight) if importance is None else importance.float().expand_as(weight)
-    found: tuple[torch.Tensor, ...] = ()
+    best: tuple[torch.Tensor, ...] = ()
     for scale, zero in _ranges(weight, grid, ranges or SHRINK[grid.bits]):
         for _ in range(2):  # as tried, then fitted to the integers that gives
             q = to_integers(weight, scale, zero, grid)
             error = ((from_integers(q, scale, zero, grid) - weight).square() * importance).sum(-1, keepdim=True)
             tried = (error, scale, zero)
-            better = error < found[0] if found else None
-            found = tuple(torch.where(better, *pair) for pair in zip(tried, found, strict=True)) if found else tried
+            better = error < best[0] if best else None
+            best = tuple(torch.where(better, *pair) for pair in zip(tried, best, strict=True)) if best else tried
             scale, zero = _least_squares(weight, importance, q, zero, grid)
-    return found[1], found[2]
+    return best[1], best[2]
 
 
 def _ranges(weight: torch.Tensor, grid: Grid, most_steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

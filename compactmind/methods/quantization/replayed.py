@@ -40,12 +40,12 @@ def replayed(function: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[...,
                 device, torch.cuda.graph_pool_handle()
             )  # one recording runs at a time, and what it returned is copied
             with torch.cuda.graph(graph, pool=pools[device]):
-                found = function(*own, *settings)
-            recordings[key] = graph, own, found
-        graph, own, found = recordings[key]
+                output = function(*own, *settings)
+            recordings[key] = graph, own, output
+        graph, own, output = recordings[key]
         for mine, given in zip(own, tensors, strict=True):
             mine.copy_(given)
         graph.replay()
-        return tuple(each.clone() for each in found)
+        return tuple(each.clone() for each in output)
 
     return run

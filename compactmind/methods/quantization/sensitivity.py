@@ -105,8 +105,8 @@ def _backward(block, read, arguments, gradient, energy, rows) -> torch.Tensor:
     for name in LINEARS:
 
         def watch(_, __, output, name=name):
-            def note(found):
-                squared = found[0].square()
+            def note(gradients):
+                squared = gradients[0].square()
                 energy[name].append(squared.mean(dim=-1))
                 rows[name] = rows[name] + squared.sum(dim=0)
 

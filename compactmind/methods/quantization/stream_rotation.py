@@ -120,9 +120,9 @@ def _require_rms_norm(name: str, norm: nn.Module) -> None:
     """Raise CompactMindError unless a norm multiplies x / rms(x) by its weight and does nothing else, on a made-up x."""
     channels = len(norm.weight)
     x = 1 + torch.randn(channels, generator=torch.Generator().manual_seed(0)).to(norm.weight.device)
-    found = norm(x.to(norm.weight.dtype)).float()
+    actual = norm(x.to(norm.weight.dtype)).float()
     wanted = F.rms_norm(x, (channels,), norm.weight.float())
-    if (found - wanted).norm() > 0.02 * wanted.norm():  # bfloat16 is off by 0.004
+    if (actual - wanted).norm() > 0.02 * wanted.norm():  # bfloat16 is off by 0.004
         raise CompactMindError(
             f"{name} is no RMSNorm but a {type(norm).__name__}: its result depends on the basis, so the residual stream cannot be turned; "
             "quantize with rotations while the model runs instead (--stream_rotation False)"

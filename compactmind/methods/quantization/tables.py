@@ -38,10 +38,10 @@ def tables_of(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the embedding table and, where it has a table of its own, the head, by the names they have in a file."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
-    found = {names[id(table)]: table}
+    tables = {names[id(table)]: table}
     if head.weight.data_ptr() != table.weight.data_ptr():
-        found[names[id(head)]] = head
-    return found
+        tables[names[id(head)]] = head
+    return tables
 
 
 @torch.no_grad()

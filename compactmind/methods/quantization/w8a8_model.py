@@ -147,8 +147,8 @@ def output_error(
     for linear in readers_of(block, site):
         wanted = statistics.rows @ linear.weight.float().t()
         weight, weight_scale = quantize_weight(rotate(linear.weight.float() * scale, matrix))
-        found = quantized_rows @ (weight.float() * weight_scale).t()
-        error += ((found - wanted) * token_weights).square().sum().item()
+        actual = quantized_rows @ (weight.float() * weight_scale).t()
+        error += ((actual - wanted) * token_weights).square().sum().item()
         size += (wanted * token_weights).square().sum().item()
     return error / max(size, 1e-30)
 

@@ -58,10 +58,10 @@ class NF4Base:
 
 def _room_like(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return room for tensors in main memory or in a file: empty tensors of their shapes and dtypes."""
-    found = {}
+    views = {}
     for dtype in {tensor.dtype for tensor in tensors.values()}:
         of_dtype = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
         sizes = [tensor.numel() for tensor in of_dtype.values()]
         parts = room_for(sum(sizes), dtype=dtype).split(sizes)
-        found |= {name: part.view_as(tensor) for (name, tensor), part in zip(of_dtype.items(), parts, strict=True)}
-    return found
+        views |= {name: part.view_as(tensor) for (name, tensor), part in zip(of_dtype.items(), parts, strict=True)}
+    return views
