@@ -59,10 +59,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repository", required=True, help="owner/name on the hub")
     parser.add_argument("--push", choices=TRUTH, default="False", help="push it; else say what would be pushed")
     parser.add_argument("--private", choices=TRUTH, default="True", help="whether a new repository is private")
-    asked = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     silence_libraries()
     with errors_in_one_line():
-        publish(asked.model, asked.repository, TRUTH[asked.push], TRUTH[asked.private])
+        publish(args.model, args.repository, TRUTH[args.push], TRUTH[args.private])
 
 
 if __name__ == "__main__":

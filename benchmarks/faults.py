@@ -232,11 +232,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="kills per stage")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--stages", nargs="*", default=None, help="names of scripts, default all")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     for name in dict.fromkeys(name for name, *_ in STAGES):  # imported once, here
         runpy.run_path(str(ROOT / name), run_name="imported")
     with tempfile.TemporaryDirectory() as temporary:
-        place, source = Path(temporary), random.Random(asked.seed)
+        place, source = Path(temporary), random.Random(args.seed)
         workspace = place / "workspace"
         in_child(helpers.make_workspace, workspace)
         print(f"{'stage':<44}{'fault':<24}" + "".join(f"{name:>14}" for name in COLUMNS), flush=True)
@@ -251,7 +251,7 @@ def main() -> None:
             seconds = time.perf_counter() - started
             if status:
                 raise SystemExit(f"{name} fails by itself:\n{output}")
-            if asked.stages is None or stage[0] in asked.stages:
+            if args.stages is None or stage[0] in args.stages:
                 expected = results(workspace)
 
                 def show(fault: str, counts: list[int] | None, name: str = name) -> None:
@@ -262,7 +262,7 @@ def main() -> None:
                     )
                     print(f"{name:<44}{fault:<24}{cells}", flush=True)
 
-                kills = [killed(stage, before, expected, seconds, place, source) for _ in range(asked.kills)]
+                kills = [killed(stage, before, expected, seconds, place, source) for _ in range(args.kills)]
                 if kills:
                     show("killed", summed(kills))
                 show("two at once", two_at_once(stage, before, expected, place))

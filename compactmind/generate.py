@@ -35,16 +35,16 @@ if __name__ == "__main__":
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, prompt: str, asked: argparse.Namespace) -> dict[str, object]:
+def generate(model, tokenizer, prompt: str, args: argparse.Namespace) -> dict[str, object]:
     """Return `prompt`, `text` (what the model says), `new_tokens` and `seconds`; unless --json it is printed as it comes."""
-    if asked.chat:
+    if args.chat:
         if tokenizer.chat_template is None:
-            raise CompactMindError(f"{asked.model} has no chat template: leave --chat out, and it goes on with the text")
+            raise CompactMindError(f"{args.model} has no chat template: leave --chat out, and it goes on with the text")
         message = [{"role": "user", "content": prompt}]
         try:
             inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         except TemplateError as error:
-            raise CompactMindError(f"the chat template of {asked.model} does not take the text: {error}") from None
+            raise CompactMindError(f"the chat template of {args.model} does not take the text: {error}") from None
     else:
         inputs = tokenizer(prompt, return_tensors="pt", verbose=False)
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
@@ -55,16 +55,16 @@ def generate(model, tokenizer, prompt: str, asked: argparse.Namespace) -> dict[s
     longest = positions_of(model) or getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if count >= longest:
         raise CompactMindError(f"the prompt has {count} tokens, and the model was made for {longest} with what it says: shorten it")
-    torch.manual_seed(asked.seed)
+    torch.manual_seed(args.seed)
     sampling = (
-        {"do_sample": True, "temperature": asked.temperature, "top_p": 0.95} if asked.temperature > 0 else {"do_sample": False}
+        {"do_sample": True, "temperature": args.temperature, "top_p": 0.95} if args.temperature > 0 else {"do_sample": False}
     )
     started = time.perf_counter()
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     output = model.generate(
         **inputs, **sampling, past_key_values=cache_for(model), pad_token_id=padding,
-        max_new_tokens=min(asked.max_new_tokens, longest - count),
-        streamer=None if asked.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        max_new_tokens=min(args.max_new_tokens, longest - count),
+        streamer=None if args.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )[0, count:]  # fmt: skip
     seconds = time.perf_counter() - started
     return {
@@ -82,17 +82,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--chat", action="store_true", help="put the text into the model's chat template, as a question to it")
     parser.add_argument("--seed", type=int, default=42, help="of the sampling")
     parser.add_argument("--json", action="store_true", help="print an object per line")
-    asked = parser.parse_args(arguments)
-    if asked.max_new_tokens < 1 or asked.temperature < 0:
-        parser.error(f"max_new_tokens {asked.max_new_tokens} must be at least 1, temperature {asked.temperature} at least 0")
-    if not asked.prompts and (sys.stdin is None or sys.stdin.isatty()):
+    args = parser.parse_args(arguments)
+    if args.max_new_tokens < 1 or args.temperature < 0:
+        parser.error(f"max_new_tokens {args.max_new_tokens} must be at least 1, temperature {args.temperature} at least 0")
+    if not args.prompts and (sys.stdin is None or sys.stdin.isatty()):
         parser.error('no text: give one, or pipe it in, for example "Once upon a time"')
     silence_libraries()
     with errors_in_one_line():
-        checkpoint = open_model(asked.model, "CausalLM")
-        for prompt in texts_of(asked.prompts, sys.stdin and sys.stdin.buffer):
-            answer = generate(checkpoint.model, checkpoint.tokenizer, prompt, asked)
-            if asked.json:
+        checkpoint = open_model(args.model, "CausalLM")
+        for prompt in texts_of(args.prompts, sys.stdin and sys.stdin.buffer):
+            answer = generate(checkpoint.model, checkpoint.tokenizer, prompt, args)
+            if args.json:
                 print(json.dumps(answer, ensure_ascii=False), flush=True)
             else:
                 speed = answer["new_tokens"] / answer["seconds"]

@@ -68,7 +68,7 @@ class Part:
 
 
 def _column(where: str, option: str, names: Sequence[str], columns: Iterable) -> str:
-    """Return the first of `names` that is among the columns `found`. Raises CompactMindError naming those that are."""
+    """Return the first of `names` that is among `columns`. Raises CompactMindError naming those that are."""
     columns = [str(name) for name in columns]
     if column := next((name for name in names if name in columns), None):
         return column

@@ -88,21 +88,21 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--calibration_windows", type=int, default=16)
     parser.add_argument("--bits", type=int, nargs="+", default=sorted(K_GRIDS))
-    asked = parser.parse_args()
+    args = parser.parse_args()
     silence_libraries()
-    held_out = text_windows(asked.model, asked.text, "test", 512, asked.windows)
-    windows = text_windows(asked.model, asked.calibration_text, "validation", 512, asked.calibration_windows)
-    dense = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32).eval()
+    held_out = text_windows(args.model, args.text, "test", 512, args.windows)
+    windows = text_windows(args.model, args.calibration_text, "validation", 512, args.calibration_windows)
+    dense = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     with torch.inference_mode():
         logits = [next_token_logits(dense, window) for window in held_out]
     base = measure_windows({"dense": dense}, held_out, logits)["dense"]
-    importance = importances(asked.model, windows)
+    importance = importances(args.model, windows)
     ways = {
-        "llama.cpp": lambda bits: by_llama_cpp(asked.model, bits, None),
-        "llama.cpp, importance": lambda bits: by_llama_cpp(asked.model, bits, importance),
-        "gptq": lambda bits: by_gptq(asked.model, bits, windows),
+        "llama.cpp": lambda bits: by_llama_cpp(args.model, bits, None),
+        "llama.cpp, importance": lambda bits: by_llama_cpp(args.model, bits, importance),
+        "gptq": lambda bits: by_gptq(args.model, bits, windows),
     }
-    for bits in asked.bits:
+    for bits in args.bits:
         for way, make in ways.items():
             model = make(bits)
             found = measure_windows({"model": model}, held_out, logits)["model"]

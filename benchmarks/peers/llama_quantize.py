@@ -28,14 +28,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="dense GGUF file")
     parser.add_argument("--types", nargs="+", choices=FILE_TYPES, required=True)
     parser.add_argument("--output", type=Path, required=True, help="folder for the files")
-    asked = parser.parse_args()
-    asked.output.mkdir(parents=True, exist_ok=True)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
     lib.llama_backend_init()
-    for name in asked.types:
+    for name in args.types:
         settings = ffi.new("struct llama_model_quantize_params *", lib.llama_model_quantize_default_params())
         settings.ftype = FILE_TYPES[name]
-        target = asked.output / f"{name.lower()}.gguf"
-        if lib.llama_model_quantize(str(asked.model).encode(), str(target).encode(), settings):
+        target = args.output / f"{name.lower()}.gguf"
+        if lib.llama_model_quantize(str(args.model).encode(), str(target).encode(), settings):
             raise SystemExit(f"error: {name} failed")
         print(f"{target} {target.stat().st_size / 1e6:.1f} MB")
 

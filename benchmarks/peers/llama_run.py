@@ -45,11 +45,11 @@ def main() -> None:
     parser.add_argument("--prompt_tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5, help="rounds of the measurement of speed; 0: none")
     parser.add_argument("--output", type=Path, required=True)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     silence_libraries()
-    places = {name: Path(place) for name, place in (each.split("=", 1) for each in asked.models)}
-    windows = torch.tensor(json.loads(asked.tokens.read_text())[: asked.windows]) if asked.tokens else None
-    room = max(asked.prompt_tokens + NEW_TOKENS, windows.shape[1] if windows is not None else 0)
+    places = {name: Path(place) for name, place in (each.split("=", 1) for each in args.models)}
+    windows = torch.tensor(json.loads(args.tokens.read_text())[: args.windows]) if args.tokens else None
+    room = max(args.prompt_tokens + NEW_TOKENS, windows.shape[1] if windows is not None else 0)
 
     def loaded(place: Path):
         if place.suffix != ".gguf":
@@ -62,10 +62,10 @@ def main() -> None:
     found = {name: described(place) for name, place in places.items()}
     if windows is not None:
         for name, each in measure_windows(models, windows, first).items():
-            found[name] |= perplexity_of(each["losses"], windows.shape[1], asked.tokens.name) | {"divergence": each["divergence"]}
+            found[name] |= perplexity_of(each["losses"], windows.shape[1], args.tokens.name) | {"divergence": each["divergence"]}
             found[name]["against_first"] = paired_ratio(found[name]["losses"], found[first]["losses"])
-    if asked.repeats:
-        for name, phases in measure_generation(models, asked.prompt_tokens, asked.repeats, first).items():
+    if args.repeats:
+        for name, phases in measure_generation(models, args.prompt_tokens, args.repeats, first).items():
             found[name]["generation"] = phases
     for name, row in found.items():
         told = f"{name:<24} {row['bytes'] / 1e6:7.1f} MB"
@@ -75,7 +75,7 @@ def main() -> None:
             told += f" | {phase} {times['median_ms']:.1f} ms, {times['speedup']:.2f}x"
         print(told)
     told = {"llama.cpp": installed(), "threads": torch.get_num_threads(), "models": found}
-    asked.output.write_text(json.dumps(told, indent=1))
+    args.output.write_text(json.dumps(told, indent=1))
 
 
 if __name__ == "__main__":

@@ -43,9 +43,9 @@ def by_vllm(folder: str, windows: list[list[int]], dtype: str) -> list[list[floa
     from vllm import LLM, SamplingParams
 
     model = LLM(model=folder, dtype=dtype, enforce_eager=True, max_model_len=max(map(len, windows)) + 8)
-    asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     rows = []
-    for window, answer in zip(windows, model.generate([{"prompt_token_ids": each} for each in windows], asked), strict=True):
+    for window, answer in zip(windows, model.generate([{"prompt_token_ids": each} for each in windows], sampling), strict=True):
         rows.append([seen[token].logprob for token, seen in zip(window[1:], answer.prompt_logprobs[1:], strict=True)])
     return rows
 
@@ -57,20 +57,20 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--expected", type=Path, required=True, help="JSON: written, or read with --by_vllm")
     parser.add_argument("--by_vllm", default="", help="dtype that vLLM computes in: float32 or bfloat16")
-    asked = parser.parse_args()
-    models = dict(each.split("=", 1) for each in asked.models)
-    windows = json.loads(asked.tokens.read_text())[: asked.windows]
-    if not asked.by_vllm:
-        asked.expected.write_text(json.dumps(expected(models, windows)))
+    args = parser.parse_args()
+    models = dict(each.split("=", 1) for each in args.models)
+    windows = json.loads(args.tokens.read_text())[: args.windows]
+    if not args.by_vllm:
+        args.expected.write_text(json.dumps(expected(models, windows)))
         return
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    wanted = json.loads(asked.expected.read_text())
+    wanted = json.loads(args.expected.read_text())
     for name, folder in models.items():
-        found = [value for row in by_vllm(folder, windows, asked.by_vllm) for value in row]
+        found = [value for row in by_vllm(folder, windows, args.by_vllm) for value in row]
         ours = [value for row in wanted[name] for value in row]
         apart = [abs(one - other) for one, other in zip(found, ours, strict=True)]
         print(
-            f"{name} in {asked.by_vllm}: loss {-statistics.mean(found):.5f}, here {-statistics.mean(ours):.5f}; a log-probability differs "
+            f"{name} in {args.by_vllm}: loss {-statistics.mean(found):.5f}, here {-statistics.mean(ours):.5f}; a log-probability differs "
             f"by {statistics.mean(apart):.2g} in the mean, {max(apart):.2g} at most",
             flush=True,
         )
