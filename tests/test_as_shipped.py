@@ -8,7 +8,7 @@ import shutil
 import helpers
 import pytest
 from goals import goals, goals_table
-from test_documents import language_model, report  # noqa: F401  a fixture
+from made_up_report import language_model, report  # noqa: F401  a fixture
 
 from compactmind.checkpoint import save_checkpoint
 from compactmind.data import write_dataset
