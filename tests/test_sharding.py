@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
-from test_causal_lm import STAGE, timeless
+from tiny_retraining import STAGE, timeless
 
 from compactmind.checkpoint import load_checkpoint
 from compactmind.errors import CompactMindError
