@@ -6,16 +6,18 @@ import json
 import os
 import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from filelock import FileLock
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
@@ -529,6 +531,22 @@ def run_script_once(name: str, *arguments, cwd: Path) -> str:
         monkeypatch.setattr(sys, "argv", [str(REPOSITORY / name), "--profile", "smoke", *map(str, arguments)])
         runpy.run_path(str(REPOSITORY / name), run_name="__main__")
     return printed.getvalue()
+
+
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> tuple[Path, object]:
+    """Return a directory that `make` has filled and the JSON it returned, made once for all test files and processes of a run.
+
+    Nobody changes the directory afterwards: what a test changes is a copy.
+    """
+    place = tmp_path_factory.getbasetemp()
+    place = place.parent if "PYTEST_XDIST_WORKER" in os.environ else place  # each process of xdist has a folder in it
+    folder, told = place / name, place / f"{name}.json"
+    with FileLock(place / f"{name}.lock"):
+        if not told.is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+            folder.mkdir()
+            told.write_text(json.dumps(make(folder)), encoding="utf-8")
+    return folder, read_json(told)
 
 
 def read_json(path: Path):
