@@ -412,12 +412,12 @@ def run_pages(pages: list[Path]) -> bool:
 
     What an earlier page has run in just these words is not run again.
     """
-    import helpers
+    import scripts
 
     with TemporaryDirectory() as folder:
         fill(Path(folder))
         filled, seen = Path(folder) / "workspace", set()
-        with closing(helpers.Launcher(Path(folder))) as launcher:
+        with closing(scripts.Launcher(Path(folder))) as launcher:
             well = _run(launcher, [sys.executable, str(ROOT / "run_pipeline.py"), "--profile", "smoke"], filled, "run_pipeline.py")
             for page in pages:
                 text = page.read_text(encoding="utf-8")

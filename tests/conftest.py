@@ -8,6 +8,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"  # the same numbers on every machine; 
 
 import helpers
 import pytest
+import scripts
 import torch
 from accelerate.state import AcceleratorState
 
@@ -80,6 +81,6 @@ def run_here(monkeypatch, capfd):
     """Run a script inside this process: `run_here(name, *arguments, cwd=...)` -> (exit status, output)."""
 
     def run(name, *arguments, cwd):
-        return helpers.run_script_here(name, *arguments, cwd=cwd, monkeypatch=monkeypatch, capfd=capfd)
+        return scripts.run_script_here(name, *arguments, cwd=cwd, monkeypatch=monkeypatch, capfd=capfd)
 
     return run

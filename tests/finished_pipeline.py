@@ -4,6 +4,7 @@ import shutil
 
 import helpers
 import pytest
+import scripts
 
 ROWS = ["teacher", "student_finetuned", "student_distilled", "student_pruned", "student_distilled_nf4", "student_pruned_nf4",
         "student_pruned_w8a8"]  # fmt: skip
@@ -19,11 +20,11 @@ def reported(tmp_path_factory):
         helpers.make_workspace(folder, train_rows=300, dev_rows=50)
         # 3.5 times smaller and still more than the names of its tensors
         helpers.add_llama(folder, hidden_size=64, intermediate_size=128, scale=0.1)
-        result = helpers.run_pipeline(cwd=folder)
+        result = scripts.run_pipeline(cwd=folder)
         assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
         return result.stdout
 
-    return helpers.made_once(tmp_path_factory, "reported", run)
+    return scripts.made_once(tmp_path_factory, "reported", run)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import shutil
 
 import helpers
 import pytest
+import scripts
 
 from compactmind.manifest import read_manifest
 
@@ -16,9 +17,9 @@ def finished(tmp_path_factory):
 
     def run(folder):
         helpers.make_workspace(folder)
-        return dict(zip(names, helpers.run_scripts(*((name,) for name in names), cwd=folder), strict=True))
+        return dict(zip(names, scripts.run_scripts(*((name,) for name in names), cwd=folder), strict=True))
 
-    return helpers.made_once(tmp_path_factory, "finished", run)
+    return scripts.made_once(tmp_path_factory, "finished", run)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """How 5_bayesian_search.py is run inside a test, and which models it has left."""
 
-import helpers
 import pytest
+import scripts
 
 SCRIPT = "5_bayesian_search.py"
 
@@ -13,6 +13,6 @@ def models_in(folder) -> list[str]:
 @pytest.fixture
 def run_here(monkeypatch, capfd, tmp_path):
     def run(*arguments, cwd=tmp_path):
-        return helpers.run_script_here(SCRIPT, *arguments, cwd=cwd, monkeypatch=monkeypatch, capfd=capfd)
+        return scripts.run_script_here(SCRIPT, *arguments, cwd=cwd, monkeypatch=monkeypatch, capfd=capfd)
 
     return run

@@ -6,6 +6,7 @@ import shutil
 
 import helpers
 import pytest
+import scripts
 import search_runs
 import torch
 from search_runs import SCRIPT, models_in
@@ -27,7 +28,7 @@ def finished(tmp_path_factory):
     """Return a directory in which the stage has run once with its default pipeline, and what it printed."""
     folder = tmp_path_factory.mktemp("search")
     helpers.add_llama(folder)
-    done = helpers.run_script(SCRIPT, "--strategy", "fixed", cwd=folder)
+    done = scripts.run_script(SCRIPT, "--strategy", "fixed", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 

@@ -6,8 +6,8 @@ import shutil
 import signal
 
 import finished_stages
-import helpers
 import pytest
+import scripts
 from finished_stages import digest, history_without_times, leftovers
 
 import compactmind.room
@@ -32,7 +32,7 @@ def test_a_killed_distillation_goes_on_and_ends_as_an_uninterrupted_one(copy, tm
     assert status == 0, output
 
     old = {name: digest(copy, name) for name in ("student_finetuned", "student_distilled")}
-    status, output = helpers.run_script_until(
+    status, output = scripts.run_script_until(
         "student_finetuned  epoch 3/12", signal.SIGKILL, "1_distill.py", *LONG_DISTILL, "--force", True, cwd=copy
     )
     assert status == -signal.SIGKILL, output
@@ -41,7 +41,7 @@ def test_a_killed_distillation_goes_on_and_ends_as_an_uninterrupted_one(copy, tm
     status, output = run_here("1_distill.py", cwd=copy)
     assert status == 0 and output.count("up to date") == 3
 
-    status, output = helpers.run_script_until(
+    status, output = scripts.run_script_until(
         "student_distilled  epoch 5/12", signal.SIGKILL, "1_distill.py", *LONG_DISTILL, cwd=copy
     )
     assert status == -signal.SIGKILL, output
@@ -67,14 +67,14 @@ def test_a_killed_pruning_goes_on_and_ends_as_an_uninterrupted_one(copy, tmp_pat
     assert status == 0, output
 
     old = digest(copy, "student_pruned")
-    status, output = helpers.run_script_until(
+    status, output = scripts.run_script_until(
         "epoch 2/9 pruning", signal.SIGKILL, "2_prune_finetune.py", *LONG_PRUNE, "--force", True, cwd=copy
     )
     assert status == -signal.SIGKILL, output
     assert digest(copy, "student_pruned") == old
     load_checkpoint(copy / "models" / "student_pruned")
 
-    status, output = helpers.run_script_until(
+    status, output = scripts.run_script_until(
         "epoch 7/9 recovery", signal.SIGKILL, "2_prune_finetune.py", *LONG_PRUNE, cwd=copy
     )
     assert status == -signal.SIGKILL, output
@@ -91,7 +91,7 @@ def test_a_killed_pruning_goes_on_and_ends_as_an_uninterrupted_one(copy, tmp_pat
 
 def test_ctrl_c_says_that_nothing_is_lost(copy):
     old = digest(copy, "student_pruned")
-    status, output = helpers.run_script_until("epoch 2/9 pruning", signal.SIGINT, "2_prune_finetune.py", *LONG_PRUNE, cwd=copy)
+    status, output = scripts.run_script_until("epoch 2/9 pruning", signal.SIGINT, "2_prune_finetune.py", *LONG_PRUNE, cwd=copy)
     assert status == 1, output
     assert "stopped. Finished checkpoints are whole; `python 2_prune_finetune.py` goes on where this run was." in output
     assert "Traceback" not in output

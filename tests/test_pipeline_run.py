@@ -6,6 +6,7 @@ import shutil
 
 import finished_pipeline
 import helpers
+import scripts
 from finished_pipeline import LANGUAGE_ROWS, ROWS
 
 from compactmind.manifest import MADE_BY, read_manifest
@@ -43,7 +44,7 @@ def test_the_command_of_every_fixed_row_is_what_the_pipeline_runs():
 
 def test_a_second_pipeline_skips_what_is_finished(copy):
     before = {name: read_manifest(copy / "models" / name)["created"] for name in ROWS}
-    result = helpers.run_pipeline("--only", "1_distill.py", "2_prune_finetune.py", "3_quantize.py", cwd=copy)
+    result = scripts.run_pipeline("--only", "1_distill.py", "2_prune_finetune.py", "3_quantize.py", cwd=copy)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("is up to date: skipped") == len(ROWS)
     assert {name: read_manifest(copy / "models" / name)["created"] for name in ROWS} == before
@@ -51,7 +52,7 @@ def test_a_second_pipeline_skips_what_is_finished(copy):
 
 def test_the_pipeline_stops_at_a_failing_stage_and_says_how_to_go_on(copy):
     (copy / "sst2_data" / "train.jsonl").unlink()
-    result = helpers.run_script("run_pipeline.py", "--only", "3_quantize.py", "6_evaluate_report.py", cwd=copy)
+    result = scripts.run_script("run_pipeline.py", "--only", "3_quantize.py", "6_evaluate_report.py", cwd=copy)
     assert result.returncode != 0
     assert "3_quantize.py failed" in result.stderr and "train.jsonl" in result.stderr
     assert "6_evaluate_report.py," not in result.stdout and "Traceback" not in result.stderr

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import helpers
 import pytest
 import rows_workspace
+import scripts
 from goals import goals as project_goals
 from rows_workspace import save_classifier
 
@@ -44,7 +45,7 @@ def run(folder, *arguments, **patches) -> tuple[int, str, dict]:
                 if hasattr(module, name):
                     patch.setattr(module, name, value)
         quiet = SimpleNamespace(readouterr=lambda: SimpleNamespace(out="", err=""))
-        status, message = helpers.run_script_here(
+        status, message = scripts.run_script_here(
             "6_evaluate_report.py", *arguments, cwd=folder, monkeypatch=patch, capfd=quiet
         )
     rows = {row["name"]: row for row in helpers.read_json(folder / "results" / "final_report.json")["models"]}

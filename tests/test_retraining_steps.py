@@ -4,6 +4,7 @@ import math
 
 import helpers
 import pytest
+import scripts
 import torch
 from accelerate import Accelerator
 from helpers import REPOSITORY
@@ -57,11 +58,11 @@ def retrain_with(batch_size: int, accelerator: Accelerator | None = None):
 def test_two_processes_with_half_the_windows_each_are_one_with_all(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    ended = helpers.run_python(script, REPOSITORY, REPOSITORY / "tests", tmp_path, cwd=tmp_path, processes=2)
+    ended = scripts.run_python(script, REPOSITORY, REPOSITORY / "tests", tmp_path, cwd=tmp_path, processes=2)
     assert ended.returncode == 0, ended.stderr
     with helpers.training_batches() as seen:
         model, alone = retrain_with(batch_size=2)
-    helpers.assert_shared_out(helpers.batches_seen(tmp_path), seen)
+    scripts.assert_shared_out(scripts.batches_seen(tmp_path), seen)
     together, weights = helpers.read_json(tmp_path / "result.json"), load_file(tmp_path / "weights.safetensors")
     assert alone["kept_step"] == together["kept_step"] == 8 and alone["tokens_seen"] == together["tokens_seen"]
     for ours, theirs in zip(alone["history"], together["history"], strict=True):

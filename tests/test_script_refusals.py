@@ -5,6 +5,7 @@ import shutil
 import finished_stages
 import helpers
 import pytest
+import scripts
 from finished_stages import digest, expect_error, leftovers
 
 from compactmind.methods.pruning.importance import CRITERIA
@@ -118,7 +119,7 @@ def wrong_parents(finished, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wrong") / "copy"
     shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns("hf_home"))
     helpers.add_llama(folder)
-    helpers.run_script_once("3_quantize.py", cwd=folder)
+    scripts.run_script_once("3_quantize.py", cwd=folder)
     return folder
 
 
@@ -191,7 +192,7 @@ def test_an_unknown_criterion_names_the_known_ones(copy, run_here):
 
 
 def test_a_shell_sees_the_message_and_nothing_else(copy):
-    result = helpers.run_script("2_prune_finetune.py", "--target_sparsity", "1.2", cwd=copy)
+    result = scripts.run_script("2_prune_finetune.py", "--target_sparsity", "1.2", cwd=copy)
     assert result.returncode == 1
     assert result.stderr == "error: target_sparsity 1.2 is not in [0, 1): for example --target_sparsity 0.42\n"
 

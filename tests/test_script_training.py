@@ -9,6 +9,7 @@ import signal
 import finished_stages
 import helpers
 import pytest
+import scripts
 import torch
 from finished_stages import digest, expect_error, history_without_times, leftovers
 from safetensors.torch import load_file
@@ -91,8 +92,8 @@ def test_two_processes_with_half_the_sentences_each_are_one_with_all(copy, run_h
     assert status == 0, output
     names = ("teacher", "student_finetuned", "student_distilled")
     alone = {name: comparable(copy, name) for name in names}
-    distilled, seen_together = helpers.run_script_watched("1_distill.py", *two, *teacher, cwd=copy)
-    helpers.assert_shared_out(seen_together, seen)
+    distilled, seen_together = scripts.run_script_watched("1_distill.py", *two, *teacher, cwd=copy)
+    scripts.assert_shared_out(seen_together, seen)
     assert distilled.stdout.count("saved to models/student_distilled") == 1
     assert "up to date" not in distilled.stdout  # what two processes made is another result, and says so
     together = {name: comparable(copy, name) for name in names}
@@ -110,8 +111,8 @@ def test_two_processes_with_half_the_sentences_each_are_one_with_all(copy, run_h
     with helpers.training_batches() as seen:
         status, output = run_here("2_prune_finetune.py", *one, *arguments, "--output_dir", "alone", cwd=copy)
     assert status == 0, output
-    pruned, seen_together = helpers.run_script_watched("2_prune_finetune.py", *two, *arguments, cwd=copy)
-    helpers.assert_shared_out(seen_together, seen)
+    pruned, seen_together = scripts.run_script_watched("2_prune_finetune.py", *two, *arguments, cwd=copy)
+    scripts.assert_shared_out(seen_together, seen)
     assert re.search(r"student_pruned +step +12/12 ", pruned.stdout)
     together, alone = comparable(copy, "student_pruned"), comparable(copy, "alone")
     assert_one_training(together, alone, load_file(copy / "models" / "student_distilled" / "model.safetensors"))
@@ -121,9 +122,9 @@ def test_two_processes_with_half_the_sentences_each_are_one_with_all(copy, run_h
 
 def test_a_run_killed_as_one_process_starts_anew_as_two(copy):
     epochs = ("--student_epochs", 12, "--students", "student_finetuned", "--force", True)
-    status, output = helpers.run_script_until("student_finetuned  epoch 3/12", signal.SIGKILL, "1_distill.py", *epochs, cwd=copy)
+    status, output = scripts.run_script_until("student_finetuned  epoch 3/12", signal.SIGKILL, "1_distill.py", *epochs, cwd=copy)
     assert status == -signal.SIGKILL, output
-    ended = helpers.run_script("1_distill.py", *epochs[:-2], cwd=copy, processes=2)  # the teacher is of one process, too
+    ended = scripts.run_script("1_distill.py", *epochs[:-2], cwd=copy, processes=2)  # the teacher is of one process, too
     assert ended.returncode == 0, ended.stderr
     assert "models/teacher is made again: it was made with another config.effective_batch, config.num_processes" in ended.stdout
     assert ".student_finetuned.training.pt is of another run (effective_batch " in ended.stdout

@@ -5,6 +5,7 @@ import json
 import helpers
 import optuna
 import pytest
+import scripts
 import search_runs
 from search_runs import SCRIPT, models_in
 
@@ -29,8 +30,8 @@ def test_two_processes_with_half_the_windows_each_are_one_with_all_and_one_write
         status, output = run_here(*fixed, prune_and_retrain(2), "--output", "models/alone")
     assert status == 0, output
     two = (*fixed, prune_and_retrain(1), "--output", "models/together")
-    ended, seen_together = helpers.run_script_watched(SCRIPT, *two, cwd=tmp_path)
-    helpers.assert_shared_out(seen_together, seen)
+    ended, seen_together = scripts.run_script_watched(SCRIPT, *two, cwd=tmp_path)
+    scripts.assert_shared_out(seen_together, seen)
     for line in ("# 5_bayesian_search.py", "windows of 32 tokens", "prune {", "retrain {", "saved to models/together"):
         assert ended.stdout.count(line) == 1
     assert "error" not in ended.stderr
@@ -63,7 +64,7 @@ def test_a_trial_is_replayed_by_two_processes_and_searched_by_workers_of_one(tmp
     assert status == 0, output
     study = optuna.load_study(study_name="llama-bayesian", storage=f"sqlite:///{tmp_path}/results/search/study.db")
     trained = next(each.number for each in study.trials if len(each.user_attrs.get("pipeline", ())) == 2)
-    ended = helpers.run_script(SCRIPT, *settings, "--replay", trained, cwd=tmp_path, processes=2)
+    ended = scripts.run_script(SCRIPT, *settings, "--replay", trained, cwd=tmp_path, processes=2)
     assert ended.returncode == 0 and ended.stdout.count(f"saved to models/llama_trial_{trained}") == 1, ended.stderr
     config = read_manifest(tmp_path / "models" / f"llama_trial_{trained}")["stage"]["config"]
     assert config["study"]["trial"] == trained and config["retraining"][0]["num_processes"] == 2
@@ -88,6 +89,6 @@ def test_a_process_that_fails_ends_the_others(tmp_path, rank):
     script = tmp_path / "broken.py"
     script.write_text(BROKEN)
     arguments = (helpers.REPOSITORY / SCRIPT, "--profile", "smoke", "--strategy", "fixed")
-    ended = helpers.run_python(script, rank, *arguments, cwd=tmp_path, processes=2)  # it waits for both
+    ended = scripts.run_python(script, rank, *arguments, cwd=tmp_path, processes=2)  # it waits for both
     assert ended.returncode == 1 and f"ValueError: no memory left in process {rank}" in ended.stderr
     assert models_in(tmp_path) == ["llama"]

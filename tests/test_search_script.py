@@ -8,6 +8,7 @@ import shutil
 import helpers
 import optuna
 import pytest
+import scripts
 import search_runs
 import torch
 from safetensors.torch import load_file
@@ -44,7 +45,7 @@ def searched(tmp_path_factory):
     """Return a directory in which a search has run once, and what it printed."""
     folder = tmp_path_factory.mktemp("searched")
     helpers.add_llama(folder)
-    return folder, helpers.run_script_once(SCRIPT, "--n_trials", 7, "--target_compression", 1.05, "--final_tokens", 0, cwd=folder)
+    return folder, scripts.run_script_once(SCRIPT, "--n_trials", 7, "--target_compression", 1.05, "--final_tokens", 0, cwd=folder)
 
 
 def test_a_search_saves_the_best_pipeline_that_reaches_the_target_and_everything_it_found(searched):
@@ -110,7 +111,7 @@ def two_studies(searched, tmp_path_factory):
     """Return a directory in which a second study with another target has run after the first, and what it printed."""
     folder = tmp_path_factory.mktemp("two") / "copy"
     shutil.copytree(searched[0], folder)
-    return folder, helpers.run_script_once(SCRIPT, *NARROW, cwd=folder)
+    return folder, scripts.run_script_once(SCRIPT, *NARROW, cwd=folder)
 
 
 def state_of(folder) -> dict[str, bytes]:

@@ -11,6 +11,7 @@ import helpers
 import optuna
 import psutil
 import pytest
+import scripts
 from optuna.trial import TrialState
 
 from compactmind.devices import WORKER
@@ -112,7 +113,7 @@ except KeyboardInterrupt:
 def test_however_the_first_process_ends_its_workers_end_and_each_once(tmp_path, how):
     code = PARENT.format(repository=str(helpers.REPOSITORY), folder=str(tmp_path))
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, preexec_fn=helpers._heed_interrupts
+        [sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, preexec_fn=scripts._heed_interrupts
     ) as parent:
         works = 0
         for line in parent.stdout:
@@ -245,7 +246,7 @@ def test_a_kind_says_what_a_time_depends_on(monkeypatch):
 @pytest.fixture
 def run_here(monkeypatch, capfd, tmp_path):
     def run(*arguments):
-        return helpers.run_script_here(SCRIPT, *arguments, cwd=tmp_path, monkeypatch=monkeypatch, capfd=capfd)
+        return scripts.run_script_here(SCRIPT, *arguments, cwd=tmp_path, monkeypatch=monkeypatch, capfd=capfd)
 
     return run
 
@@ -289,9 +290,9 @@ def test_what_several_workers_need_together_must_be_there(tmp_path, run_here, mo
 @pytest.mark.slow
 def test_two_workers_search_one_is_killed_and_the_first_process_finishes(tmp_path):
     helpers.add_llama(tmp_path)
-    command = helpers._command(SCRIPT, ("--n_trials", 8, "--target_compression", 1.05, "--workers", 2))
+    command = scripts._command(SCRIPT, ("--n_trials", 8, "--target_compression", 1.05, "--workers", 2))
     with subprocess.Popen(
-        command, cwd=tmp_path, env=helpers.environment(tmp_path), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        command, cwd=tmp_path, env=scripts.environment(tmp_path), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
     ) as process:  # fmt: skip
         lines, killed = [], None
@@ -319,7 +320,7 @@ def test_two_workers_search_one_is_killed_and_the_first_process_finishes(tmp_pat
 def test_ctrl_c_ends_all_and_the_same_command_goes_on(tmp_path, run_here):
     helpers.add_llama(tmp_path)
     arguments = ("--n_trials", 6, "--target_compression", 1.05, "--workers", 2)
-    status, output = helpers.run_script_until("to go", signal.SIGINT, SCRIPT, *arguments, cwd=tmp_path)
+    status, output = scripts.run_script_until("to go", signal.SIGINT, SCRIPT, *arguments, cwd=tmp_path)
     assert status == 1 and "ending 2 workers" in output and "goes on where this run was" in output and "Traceback" not in output, output
     study = optuna.load_study(study_name="llama-bayesian", storage=f"sqlite:///{tmp_path / 'results/search/study.db'}")
     assert not any(trial.state == TrialState.RUNNING and "runs" in trial.user_attrs for trial in study.trials)
