@@ -7,9 +7,12 @@ from types import SimpleNamespace
 
 import helpers
 import pytest
+import readme_runs
 import scripts
 
-check = SimpleNamespace(**runpy.run_path(str(helpers.REPOSITORY / "benchmarks" / "check_readme.py")))
+check = SimpleNamespace(**runpy.run_path(str(helpers.REPOSITORY / "benchmarks" / "check_readme.py")), **{
+    name: getattr(readme_runs, name) for name in ("runnable", "PAIR_MODEL", "input_of", "code_of")
+})  # fmt: skip
 
 
 @pytest.mark.parametrize("page", check.PAGES, ids=[page.name for page in check.PAGES])
