@@ -16,13 +16,7 @@ import ast
 import importlib
 import json
 import re
-import runpy
-import shlex
-import shutil
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,33 +24,18 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from readme_commands import CONFIGS, PIPELINE, blocks, call_of, commands, simple_commands  # noqa: E402
+from readme_runs import run_pages  # noqa: E402
+
 from common import StageConfig, parse_command_line, run_stage  # noqa: E402
 from compactmind.errors import CompactMindError  # noqa: E402
 from compactmind.settings import setting_problem  # noqa: E402
 from compactmind.settings_file import read_settings  # noqa: E402
-from export_gguf import GGUFConfig  # noqa: E402
-from export_onnx import ExportConfig  # noqa: E402
 from profiles import PROFILES  # noqa: E402
 
-PIPELINE = runpy.run_path(str(ROOT / "run_pipeline.py"))
-CONFIGS: dict[str, type[StageConfig]] = {
-    **PIPELINE["CONFIGS"],
-    "run_pipeline.py": PIPELINE["PipelineConfig"],
-    "export_onnx.py": ExportConfig,
-    "export_gguf.py": GGUFConfig,
-}
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "peers" / "README.md")
-OTHER_PROGRAMS = (
-    "pip", "mkdir", "cp", "source", "deactivate", "cd", "git", "optuna-dashboard", "py", "cat", "ls", "curl", "apt-get", "export",
-
-)  # fmt: skip
-"""What is not of this project and is believed."""
-LAUNCHERS = {"accelerate": ("--mixed_precision", "--config_file", "--num_processes", "--num_machines", "--machine_rank",
-                            "--main_process_ip"), "torchrun": ("--nproc_per_node",)}  # fmt: skip
-"""Program -> its options, each with a value, before the script."""
 EXAMPLE_METHODS = ("magnitude",)
 """Methods that a page makes itself."""
-OPERATORS = re.compile(r"[;&|]+")
 
 
 @dataclass(frozen=True)
@@ -68,84 +47,6 @@ class CheckConfig(StageConfig):
 
 
 CONFIG = CheckConfig()
-
-
-# ---------------------------------------------------------------------------------------------------------------- reading
-def blocks(text: str) -> Iterator[tuple[str, str]]:
-    """Return language and content of every fenced block of a page."""
-    for found in re.finditer(r"^```([\w.+-]*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
-        yield found.group(1), found.group(2)
-
-
-def commands(text: str) -> Iterator[str]:
-    """Return the commands of a page, each on one line: of its blocks, and those in its text that begin with python."""
-    for language, content in blocks(text):
-        if language in ("bash", "powershell", "sh"):
-            waiting = ""
-            for line in content.splitlines():
-                waiting += line.removesuffix("\\") + ("" if line.endswith("\\") else "\n")
-                try:
-                    whole = not line.endswith("\\") and shlex.split(waiting, comments=True) is not None
-                except ValueError:  # a quotation that goes on in the next line
-                    continue
-                if whole and waiting.strip():
-                    yield waiting.strip()
-                if whole:
-                    waiting = ""
-            if waiting.strip():
-                yield waiting.strip()
-    plain = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    for found in re.finditer(r"`((?:\.venv/bin/)?python [^`]+)`", plain):
-        command = " ".join(found.group(1).split())
-        if "..." not in command and "<" not in command:
-            yield command
-
-
-def simple_commands(command: str) -> Iterator[list[str]]:
-    """Return the words of every program call in a command: those before and behind `&&`, `|` and `;`, without redirections."""
-    lexer = shlex.shlex(command, posix=True, punctuation_chars="&|;<>")
-    lexer.whitespace_split, lexer.commenters = True, "#"
-    words: list[str] = []
-    for word in [*lexer, ";"]:
-        if OPERATORS.fullmatch(word):
-            if words:
-                yield words
-            words = []
-        else:
-            words.append(word)
-
-
-def call_of(words: list[str]) -> tuple[str, list[str]] | None:
-    """Return the script of this project that a call runs and what it is given; None for another program. Raises ValueError."""
-    words = list(words)
-    for sign in ("<", ">"):
-        while sign in words:
-            del words[words.index(sign) : words.index(sign) + 2]
-    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-        words.pop(0)
-    if not words:
-        return None
-    program, *rest = words
-    if program in ("./run.sh", "./test.sh"):
-        return program.removeprefix("./"), rest
-    if program in LAUNCHERS:
-        rest = rest[1:] if program == "accelerate" else rest
-        while rest and rest[0].startswith("--"):
-            if rest[0] not in LAUNCHERS[program]:
-                raise ValueError(f"{program} has no option {rest[0]} that is known here")
-            rest = rest[2:]
-        return rest[0], rest[1:]
-    if program in ("python", "python3", ".venv/bin/python"):
-        if not rest:
-            return None
-        if rest[0] == "-m":
-            if rest[1].startswith("compactmind"):
-                return "/".join(rest[1].split(".")) + ".py", rest[2:]
-            return None
-        return (rest[0], rest[1:]) if rest[0].endswith(".py") else None
-    if program.startswith((".venv", ".peers/")) or program in OTHER_PROGRAMS:
-        return None
-    raise ValueError(f"unknown program {program!r}")
 
 
 # --------------------------------------------------------------------------------------------------------------- checking
@@ -316,134 +217,6 @@ def problems_of_page(page: Path, text: str | None = None) -> list[str]:
                 except CompactMindError as error:
                     found.append(str(error).replace(f"{folder}/", ""))
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------------- running
-SMALLER = {
-    "n_trials": ["2"], "eval_windows": ["2"], "calibration_windows": ["4"], "target_compression": ["1.2"], "save_front": ["1.1", "1.2"],
-    "gsm8k_problems": ["0"], "seq_len": ["32"], "student_layers": ["2"], "latency_repeats": ["1"],
-}  # fmt: skip
-"""Options whose values are for a real model -> what the tiny one gets."""
-PLACES = {"/path/to/model": "models/llama", "/path/to/a/llama": "models/llama", "/path/to/folder": "models/student_distilled"}
-NOT_HERE = ("--storage", "--workers", "--replay", "--profile", "--gsm8k_problems", "--zero_shot", "--track", "magnitude", "hub", "gguf")
-"""A command with one of these wants a database, a hub, another profile, a package, what is not there yet, or real weights: it is only
-read."""
-OF_PAIRS = ("--pair ", "pairs.tsv")
-"""A command with one of these wants a model of pairs: it is run when the page has made one."""
-PAIR_MODEL = "own_data/pairs_models/student_distilled"
-CODE_PAGES = ("README.md", "python.md", "checkpoints.md")
-"""Pages whose code a newcomer can run as it stands."""
-
-
-def runnable(command: str) -> list[str] | None:
-    """Return what is run in place of a command of the documentation; None where it is only read."""
-    words = next(simple_commands(command))
-    call = None if any(word in command for word in NOT_HERE) else call_of(words)
-    if call is None or not (call[0] in CONFIGS or Path(call[0]).stem in ("classify", "generate")) or words[0] in LAUNCHERS:
-        return None
-    script, given = call
-    found, name = [], None
-    for word in given:
-        if word == "--chat":  # the tiny tokenizer has no template for it
-            continue
-        if word.startswith("--"):
-            name = word.removeprefix("--")
-            found += [word, *SMALLER.get(name, [])]
-        elif name not in SMALLER:
-            word = next((word.replace(long, short) for long, short in PLACES.items() if long in word), word)
-            word = re.sub(r'"target_compression": [\d.]+', '"target_compression": 1.2', word)
-            found.append(re.sub(r'"tokens": \d+', '"tokens": 256', word))
-    if any(sign in command for sign in OF_PAIRS):
-        found = [PAIR_MODEL if word == "models/student_distilled" else word for word in found]
-    profile = ["--profile", "smoke"] if script in CONFIGS else []
-    if script.startswith("compactmind/"):
-        return [sys.executable, "-m", f"compactmind.{Path(script).stem}", *found]
-    return [sys.executable, str(ROOT / script), *profile, *found]
-
-
-def input_of(command: str) -> str:
-    """Return the file that a command reads from its standard input."""
-    found = re.search(r"<\s*(\w+\.\w+)", command)
-    return found.group(1) if found else "reviews.txt"
-
-
-def code_of(text: str) -> str:
-    """Return the Python of a page as one program, with a model and a size that are there."""
-    content = "\n".join(content for language, content in blocks(text) if language == "python")
-    for long, short in PLACES.items():
-        content = content.replace(long, short)
-    content = re.sub(r"target_compression=[\d.]+", "target_compression=1.2, seq_len=32, eval_windows=2", content)
-    return 'sentences = ["a lovely film", "a dull film"]\n' + content
-
-
-def fill(folder: Path) -> Path:
-    """Make what a newcomer has before the first command: tiny models and text of every kind that the pages name."""
-    import helpers
-
-    from compactmind.checkpoint import silence_libraries
-
-    silence_libraries()
-    workspace = helpers.make_workspace(folder / "workspace", train_rows=300, dev_rows=50)
-    helpers.add_llama(workspace, hidden_size=64, intermediate_size=128, scale=0.1)
-    roberta = workspace / "local_assets" / "roberta-base"
-    helpers.make_encoder("roberta", max_position_embeddings=66, vocab_size=400).save_pretrained(roberta)
-    helpers.make_byte_bpe(roberta).save_pretrained(roberta)
-    rows = [(each.text, ("dull", "lovely")[each.label]) for each in helpers.make_sentences(360, seed=11)]
-    texts = {
-        "reviews.txt": "a lovely film\n", "pairs.tsv": "a lovely film\ta dull film\n", "my_text.txt": "\n".join(text for text, _ in rows),
-        "my.yaml": "2_prune_finetune:\n  target_sparsity: 0.3\n",
-    }  # fmt: skip
-    parts = {"train": rows[:280], "validation": rows[280:320], "test": rows[320:]}
-    for split, part in parts.items():
-        columns = {"topic": "text,topic", "pairs": "headline,sentence,match"}
-        for task, head in columns.items():
-            lines = [",".join([text, *([text[::-1]] if task == "pairs" else []), label]) for text, label in part]
-            texts[f"own_data/{task}_{split}.csv"] = "\n".join([head, *lines]) + "\n"
-        mine = "\n".join(["text,review,label,topic", *(f"{text},{text},{label},{label}" for text, label in part)]) + "\n"
-        texts |= {"train": {"my.csv": mine}, "test": {"my_test.csv": mine}}.get(split, {})
-    for name, text in texts.items():
-        (workspace / name).parent.mkdir(parents=True, exist_ok=True)
-        (workspace / name).write_text(text, encoding="utf-8")
-    return workspace
-
-
-def run_pages(pages: list[Path]) -> bool:
-    """Run what can be run, each page in a copy of a workspace that run_pipeline.py has filled; tell whether all went well.
-
-    What an earlier page has run in just these words is not run again.
-    """
-    import helpers
-
-    with TemporaryDirectory() as folder:
-        fill(Path(folder))
-        filled, seen = Path(folder) / "workspace", set()
-        with closing(helpers.Launcher(Path(folder))) as launcher:
-            well = _run(launcher, [sys.executable, str(ROOT / "run_pipeline.py"), "--profile", "smoke"], filled, "run_pipeline.py")
-            for page in pages:
-                text = page.read_text(encoding="utf-8")
-                found = [(command, words) for command in commands(text) if (words := runnable(command)) and tuple(words) not in seen]
-                found.sort(key=lambda each: any(sign in each[0] for sign in OF_PAIRS))
-                workspace = shutil.copytree(filled, Path(folder) / page.stem)
-                if "--dump_config my.yaml" in text:
-                    (workspace / "my.yaml").unlink()
-                for command, words in found:
-                    if tuple(words) not in seen:
-                        seen.add(tuple(words))
-                        well &= _run(launcher, words, workspace, f"{page.name}: {command.splitlines()[0]}", input_of(command))
-                if page.name in CODE_PAGES:
-                    (workspace / "page.py").write_text(code_of(text), encoding="utf-8")
-                    well &= _run(launcher, [sys.executable, "page.py"], workspace, f"{page.name}: its code")
-                shutil.rmtree(workspace)
-    return well
-
-
-def _run(launcher, words: list[str], folder: Path, name: str, told: str = "reviews.txt") -> bool:
-    started, output = time.perf_counter(), folder / "said.txt"
-    code = launcher.run(words, folder, folder / told, output)
-    print(f"{'FAILED' if code else 'ran':<7}{time.perf_counter() - started:6.0f} s  {name[:110]}", flush=True)
-    if code:
-        print("        " + (output.read_text(encoding="utf-8").strip().splitlines() or ["without a word"])[-1], flush=True)
-    return not code
 
 
 def main(config: CheckConfig) -> None:

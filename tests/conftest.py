@@ -8,6 +8,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"  # the same numbers on every machine; 
 
 import helpers
 import pytest
+import scripts
 import torch
 from accelerate.state import AcceleratorState
 
@@ -17,8 +18,10 @@ torch.set_num_threads(1)
 
 
 LONG_FILES = ("test_report.py", "test_large_models.py", "test_paper_profile.py", "test_search_script.py", "test_killed_workers.py",
-              "test_workers.py", "test_scripts.py", "test_onnx_export.py", "test_sharding.py", "test_kernels.py")  # fmt: skip
-"""Files that take half a minute and more, the longest first."""
+              "test_workers.py", "test_scripts.py", "test_onnx_export.py", "test_sharding.py", "test_script_training.py",
+              "test_fixed_pipeline.py", "test_killed_scripts.py", "test_kernels.py", "test_search_processes.py",
+              "test_script_refusals.py", "test_pipeline_run.py")  # fmt: skip
+"""Files that take half a minute and more, the longest first; those that begin with the same `made_once` apart from each other."""
 
 
 @pytest.hookimpl(trylast=True)
@@ -80,6 +83,6 @@ def run_here(monkeypatch, capfd):
     """Run a script inside this process: `run_here(name, *arguments, cwd=...)` -> (exit status, output)."""
 
     def run(name, *arguments, cwd):
-        return helpers.run_script_here(name, *arguments, cwd=cwd, monkeypatch=monkeypatch, capfd=capfd)
+        return scripts.run_script_here(name, *arguments, cwd=cwd, monkeypatch=monkeypatch, capfd=capfd)
 
     return run

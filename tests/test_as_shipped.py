@@ -8,7 +8,7 @@ import shutil
 import helpers
 import pytest
 from goals import goals, goals_table
-from test_documents import language_model, report  # noqa: F401  a fixture
+from made_up_report import language_model, report  # noqa: F401  a fixture
 
 from compactmind.checkpoint import save_checkpoint
 from compactmind.data import write_dataset
@@ -29,7 +29,7 @@ PUBLISHED = {
 
 @pytest.fixture
 def shipped(report):  # noqa: F811
-    """The report of test_documents, its llama made of a file of 98.4 MB."""
+    """The report of made_up_report, its llama made of a file of 98.4 MB."""
     report["models"] = [row for row in report["models"] if not row["name"].startswith("llama_gptq")]  # what follows counts rows
     dense = report["models"][3]
     dense |= {"size_mb": 269.1, "measured_with": {}, "not_measured": {"peak_memory_mb": "no memory"}, "peak_memory_mb": None}

@@ -7,8 +7,12 @@ from types import SimpleNamespace
 
 import helpers
 import pytest
+import readme_runs
+import scripts
 
-check = SimpleNamespace(**runpy.run_path(str(helpers.REPOSITORY / "benchmarks" / "check_readme.py")))
+check = SimpleNamespace(**runpy.run_path(str(helpers.REPOSITORY / "benchmarks" / "check_readme.py")), **{
+    name: getattr(readme_runs, name) for name in ("runnable", "PAIR_MODEL", "input_of", "code_of")
+})  # fmt: skip
 
 
 @pytest.mark.parametrize("page", check.PAGES, ids=[page.name for page in check.PAGES])
@@ -84,7 +88,7 @@ def test_commands_run_as_forks_end_and_speak_as_they_would_alone(tmp_path):
     (tmp_path / "told.txt").write_text("a line\n", encoding="utf-8")
     (tmp_path / "echo.py").write_text("import os, sys\nprint(input(), os.getcwd(), sys.argv[1:])\nsys.exit('no more')", encoding="utf-8")
     said = tmp_path / "said.txt"
-    with closing(helpers.Launcher(tmp_path)) as launcher:
+    with closing(scripts.Launcher(tmp_path)) as launcher:
         script = [sys.executable, str(tmp_path / "echo.py"), "--a", "b"]
         assert launcher.run(script, tmp_path, tmp_path / "told.txt", said) == 1
         assert said.read_text(encoding="utf-8") == f"a line {tmp_path} ['--a', 'b']\nno more\n"

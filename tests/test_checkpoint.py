@@ -9,6 +9,7 @@ import sys
 
 import helpers
 import pytest
+import scripts
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
@@ -149,7 +150,7 @@ def test_a_pruned_checkpoint_loads_without_this_project(tmp_path, tokenizer, arc
     torch.save(helpers.example_batch(), tmp_path / "batch.pt")
     result = subprocess.run(
         [sys.executable, "-c", PLAIN_LOAD, str(directory), str(tmp_path / "batch.pt"), str(tmp_path / "logits.pt")],
-        cwd=tmp_path, env=helpers.environment(tmp_path), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        cwd=tmp_path, env=scripts.environment(tmp_path), stdin=subprocess.DEVNULL, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [type(model).__name__]

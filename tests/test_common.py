@@ -9,6 +9,7 @@ import typing
 
 import helpers
 import pytest
+import scripts
 
 import common
 from common import DistillConfig, DownloadConfig, PruneConfig, StageConfig, parse_command_line
@@ -131,7 +132,7 @@ def test_relevant_returns_plain_values():
 
 
 def run_python(code: str, tmp_path, **variables) -> subprocess.CompletedProcess:
-    environment = helpers.environment(tmp_path) | {"PYTHONPATH": str(helpers.REPOSITORY)} | variables
+    environment = scripts.environment(tmp_path) | {"PYTHONPATH": str(helpers.REPOSITORY)} | variables
     return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
 
 

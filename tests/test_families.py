@@ -6,6 +6,7 @@ import shutil
 
 import helpers
 import pytest
+import scripts
 import torch
 from test_onnx_export import difference, needs_onnx
 from transformers import AutoModelForSequenceClassification
@@ -237,7 +238,7 @@ GFLOPS = ("--target_gflops", 0.3, 0.7, "--batch_size", 32, "--prune_every", 1)
 def finished(tmp_path_factory):
     """A directory with a student of three layers."""
     folder = helpers.make_workspace(tmp_path_factory.mktemp("finished"), 200, 40)
-    helpers.run_scripts(("download_model.py",), ("1_distill.py", "--student_layers", 3, "--student_epochs", 1), cwd=folder)
+    scripts.run_scripts(("download_model.py",), ("1_distill.py", "--student_layers", 3, "--student_epochs", 1), cwd=folder)
     return folder
 
 

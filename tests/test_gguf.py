@@ -6,6 +6,7 @@ import gguf
 import helpers
 import numpy
 import pytest
+import scripts
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
@@ -378,9 +379,9 @@ def test_a_name_that_another_model_has_is_not_taken(tmp_path):
 def test_scripts_take_and_make_them(tmp_path):
     settings = {"kind": "dense", "parent": None, "stage": {}, "dtype": "bfloat16"}
     save_checkpoint(tmp_path / "models" / "tiny", llama(), byte_level(), **settings)
-    done = helpers.run_script("export_gguf.py", "--model", "models/tiny", "--output", "out.gguf", cwd=tmp_path)
+    done = scripts.run_script("export_gguf.py", "--model", "models/tiny", "--output", "out.gguf", cwd=tmp_path)
     assert "out.gguf 0.2 MB with tokenizer" in done.stdout and "15 BF16, 5 F32" in done.stdout
-    text = helpers.run_python(
+    text = scripts.run_python(
         helpers.REPOSITORY / "generate.py", "--model", "out.gguf", "--max_new_tokens", "3", "--json", "abc", cwd=tmp_path
     )
     assert json.loads(text.stdout)["new_tokens"] <= 3 and "is that file in another format" in text.stderr

@@ -5,6 +5,7 @@ import json
 
 import helpers
 import pytest
+import scripts
 import torch
 
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
@@ -146,7 +147,7 @@ def reported(tmp_path_factory):
     """A directory in which run_pipeline.py has run every stage on the GPU, and what it printed."""
     folder = helpers.make_workspace(tmp_path_factory.mktemp("gpu"), train_rows=300, dev_rows=50)
     helpers.add_llama(folder, hidden_size=64, intermediate_size=128, scale=0.1)
-    result = helpers.run_script("run_pipeline.py", cwd=folder, gpu=True)
+    result = scripts.run_script("run_pipeline.py", cwd=folder, gpu=True)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return folder, result.stdout
 
@@ -159,7 +160,7 @@ def test_every_stage_runs_on_a_gpu_and_every_row_is_measured(reported):
 
 
 def test_a_second_run_on_a_gpu_has_nothing_to_do(reported):
-    again = helpers.run_script("run_pipeline.py", cwd=reported[0], gpu=True)
+    again = scripts.run_script("run_pipeline.py", cwd=reported[0], gpu=True)
     assert again.returncode == 0 and "fetching" not in again.stdout
     for stage in ("1_distill.py", "2_prune_finetune.py", "4_smoothquant_llama.py", "5_bayesian_search.py"):
         assert stage in again.stdout

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import helpers
 import pytest
+import scripts
 import torch
 from packaging.requirements import Requirement
 from test_formats import CASES, outputs_of, quantized
@@ -110,7 +111,7 @@ def test_the_installed_package_loads_every_kind_with_torch_transformers_and_safe
         expected[directory.name] = outputs_of(load_checkpoint(directory).model).flatten()
 
     alone = link(needed_by("torch", "transformers", "safetensors").values(), tmp_path / "alone")
-    environment = {**helpers.environment(tmp_path), "PYTHONPATH": os.pathsep.join(map(str, (installed, alone)))}
+    environment = {**scripts.environment(tmp_path), "PYTHONPATH": os.pathsep.join(map(str, (installed, alone)))}
     (tmp_path / "service.py").write_text(SERVICE, encoding="utf-8")
     command = [sys.executable, "-S", "service.py"]  # -S: no site-packages
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -133,7 +134,7 @@ def test_what_is_missing_is_named_with_the_command_of_a_clone_or_of_an_installed
     asked = "import compactmind\ntry:\n    compactmind.compress\nexcept compactmind.CompactMindError as error:\n    print(error)"
     expected = {helpers.REPOSITORY: "pip install '.[train]', in the folder of the clone", installed: "pip install 'compactmind[train]'"}
     for place, command in expected.items():
-        environment = {**helpers.environment(tmp_path), "PYTHONPATH": os.pathsep.join(map(str, (place, alone)))}
+        environment = {**scripts.environment(tmp_path), "PYTHONPATH": os.pathsep.join(map(str, (place, alone)))}
         ended = subprocess.run([sys.executable, "-S", "-c", asked], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert ended.stdout.strip().endswith(f" is not installed: {command}"), ended.stderr
 

@@ -5,6 +5,7 @@ import sys
 
 import helpers
 import pytest
+import scripts
 
 SHARE = 3.0
 """Bytes that a stage may hold beyond what the libraries take, as a multiple of the weight file; pages of files can be dropped."""
@@ -53,7 +54,7 @@ def workspace(tmp_path_factory):
     """A workspace whose Llama takes 90 MB in bf16: more than anything else in memory."""
     folder = tmp_path_factory.mktemp("large")
     helpers.make_workspace(folder)
-    helpers.run_script_once("download_model.py", cwd=folder)
+    scripts.run_script_once("download_model.py", cwd=folder)
     helpers.add_llama(folder, hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12, num_key_value_heads=4)
     return folder
 
@@ -62,7 +63,7 @@ def run_limited(name: str, folder, share: float, small: int):
     command = [str(helpers.REPOSITORY / name), "--profile", "smoke", *STAGES[name]]
     runner = folder / "limited.py"
     runner.write_text(LIMITED, encoding="utf-8")
-    return helpers.run_python(runner, json.dumps([share, small, command]), cwd=folder)
+    return scripts.run_python(runner, json.dumps([share, small, command]), cwd=folder)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import helpers
 import pytest
 import torch
-from test_llama_pruning import OTHERS, logits_of, make, make_other
+from llamas import OTHERS, logits_of, make, make_other
 
 from compactmind.methods.llama import llama_blocks
 from compactmind.methods.pruning.llama_compensation import BlockByBlock, DenseStates, refit

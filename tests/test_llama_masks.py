@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import helpers
 import pytest
 import torch
-from test_llama_pruning import logits_of, make, make_other
+from llamas import logits_of, make, make_other
 
 from compactmind.errors import CompactMindError
 from compactmind.methods.pruning import llama_pruning

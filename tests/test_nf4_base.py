@@ -5,7 +5,7 @@ import copy
 import helpers
 import pytest
 import torch
-from test_causal_lm import (
+from tiny_retraining import (
     SEVEN,
     STAGE,
     assert_equal_weights,

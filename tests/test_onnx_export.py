@@ -8,6 +8,7 @@ from pathlib import Path
 
 import helpers
 import pytest
+import scripts
 import torch
 
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
@@ -132,7 +133,7 @@ def test_a_file_that_fails_its_check_never_takes_the_place_of_another(tmp_path, 
 @pytest.fixture
 def folder(tmp_path):
     helpers.write_sst2(tmp_path / "sst2_data" / "glue" / "sst2", 60, 20)
-    helpers.run_script_once("download_model.py", cwd=helpers.make_workspace(tmp_path, 60, 20))
+    scripts.run_script_once("download_model.py", cwd=helpers.make_workspace(tmp_path, 60, 20))
     tokenizer = helpers.make_tokenizer(tmp_path / "vocabulary")
     dense = helpers.make_distilbert(max_position_embeddings=128, n_layers=1)
     save_checkpoint(tmp_path / "models" / "student_distilled", dense, tokenizer, kind="dense", parent=None, stage={})

@@ -5,6 +5,7 @@ import json
 import helpers
 import pandas
 import pytest
+import scripts
 import torch
 from transformers import BertForMaskedLM, DistilBertForMaskedLM
 
@@ -62,7 +63,7 @@ def ran(tmp_path_factory):
         text = "".join(f" = Article {n} = \n {s.text} . \n\n" for n, s in enumerate(helpers.make_sentences(400, seed=seed)))
         (folder / "wikitext_data" / f"wiki.{name}.raw").write_text(text, encoding="utf-8")
 
-    output = helpers.run_scripts(*((name, "--profile", "paper", *arguments) for name, *arguments in RUNS), cwd=folder)
+    output = scripts.run_scripts(*((name, "--profile", "paper", *arguments) for name, *arguments in RUNS), cwd=folder)
     for (name, *_), printed in zip(RUNS, output, strict=True):
         assert f"# {name}, profile paper" in printed
     return folder, output
@@ -109,7 +110,7 @@ def test_every_row_is_measured_with_the_protocol_of_the_papers(ran):
 
 def test_the_check_reads_a_real_report_and_is_not_fooled_by_a_name(ran):
     folder, _ = ran
-    done = helpers.run_script("benchmarks/paper_check.py", cwd=folder)
+    done = scripts.run_script("benchmarks/paper_check.py", cwd=folder)
     assert done.returncode == 1, done.stderr
     for name in ("llama", "llama_w8a8", "llama_nf4"):
         (line,) = (line for line in done.stdout.splitlines() if line.startswith(f"{name} "))

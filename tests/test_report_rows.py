@@ -2,118 +2,30 @@
 
 import contextlib
 import csv
-import gc
 import html
 import io
 import json
 import shutil
-import weakref
-from functools import partial
 from types import SimpleNamespace
 
 import helpers
 import pytest
-import torch
+import rows_workspace
+import scripts
 from goals import goals as project_goals
-from transformers import (
-    BertForMaskedLM,
-    DebertaV2Config,
-    DebertaV2ForSequenceClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    OPTConfig,
-    OPTForCausalLM,
-)
+from rows_workspace import save_classifier
 
-from compactmind import checkpoint
-from compactmind.checkpoint import load_checkpoint, save_checkpoint
-from compactmind.data import write_dataset
 from compactmind.errors import CompactMindError
 from compactmind.evaluation import classifiers, language
-from compactmind.evaluation.cost import measure_generation, measure_latency
-from compactmind.evaluation.loaded import Checkpoints
-from compactmind.forward import predict_logits
-from compactmind.manifest import identity_of
 from compactmind.report.documents import write_documents
 from compactmind.report.figures import latency, model_comparison, perplexity_against_size
 from compactmind.report.sentences import sentences, warnings
 from compactmind.report.tables import divergence, encoder_table
 
-WORDS = len(helpers.VOCABULARY)
+workspace = rows_workspace.workspace
+
 ENCODERS = ("deberta", "short", "three", "unpadded", "masked", "strange", "empty")
 LANGUAGES = ("my-other", "tiny-opt")
-
-
-def gpt2_config(**changes) -> GPT2Config:
-    return GPT2Config(n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1, **changes)
-
-
-def make_foreign(folder, tokenizer) -> None:
-    """Write folders that somebody might name in --models, each with something that stops a measurement."""
-    deberta = DebertaV2Config(
-        vocab_size=WORDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, type_vocab_size=0,
-        max_position_embeddings=64, relative_attention=True, pos_att_type=["c2p", "p2c"], pad_token_id=0,
-    )  # fmt: skip
-    opt = OPTConfig(
-        vocab_size=helpers.LLAMA_VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, ffn_dim=32, word_embed_proj_dim=32,
-        max_position_embeddings=24,
-    )  # fmt: skip
-    models = {
-        "deberta": DebertaV2ForSequenceClassification(deberta),
-        "short": helpers.make_bert(max_position_embeddings=8),
-        "three": helpers.make_bert(num_labels=3),
-        "unpadded": GPT2ForSequenceClassification(gpt2_config(vocab_size=WORDS)),
-        "masked": BertForMaskedLM(helpers.bert_config()),
-        "strange": helpers.make_bert(vocab_size=20),
-        "empty": helpers.make_bert(),
-    }
-    for name, model in models.items():
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    (folder / "empty" / "model.safetensors").unlink()
-    for name, model in {
-        "my-other": helpers.released_llama(helpers.make_llama(seed=5, intermediate_size=96)),
-        "tiny-opt": OPTForCausalLM(opt),
-    }.items():
-        model.save_pretrained(folder / name)
-        helpers.make_byte_tokenizer().save_pretrained(folder / name)
-
-
-def save_classifier(folder, name: str, tokenizer, parent: str | None = None, **changes) -> None:
-    inputs = {parent: identity_of(folder / parent)} if parent else {}
-    stage = {"script": "1_distill.py", "config": {}, "inputs": inputs}
-    save_checkpoint(folder / name, helpers.make_distilbert(**changes), tokenizer, kind="dense", parent=parent, stage=stage)
-
-
-def save_language(folder, name: str, parent: str, identity: str) -> None:
-    stage = {"script": "5_bayesian_search.py", "config": {}, "inputs": {"model": identity}}
-    model = helpers.released_llama(helpers.make_llama(seed=len(name), tie_word_embeddings=True, intermediate_size=24))
-    save_checkpoint(
-        folder / name, model, helpers.make_byte_tokenizer(), kind="dense", parent=parent, stage=stage, dtype="bfloat16"
-    )
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory, tokenizer):
-    """Models of every kind of trouble beside sound ones; nothing is measured yet."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("rows")
-    sentences = helpers.make_sentences(60)
-    write_dataset(
-        folder / "sst2_data",
-        {"train": sentences[:20], "validation": sentences[20:30], "test": sentences[30:]},
-        {"source": "made up"},
-    )
-    helpers.add_llama(folder)
-    models = folder / "models"
-    for name, parent in (("student_distilled", None), ("student_finetuned", None), ("student_pruned", "student_finetuned")):
-        save_classifier(models, name, tokenizer, parent, seed=len(name))
-    make_foreign(folder / "elsewhere", tokenizer)
-    save_language(models, "llama_nf4", "llama", identity_of(models / "llama"))
-    save_language(models, "llama_w8a8", "other", "the hash of a model that is not here")
-    save_language(models, "llama_pruned", "my-other", identity_of(folder / "elsewhere" / "my-other"))
-    save_language(models, "llama_searched", "llama", "the hash of an earlier llama")
-    return folder
 
 
 def faked_memory(directory, batch_size, sequence_length) -> float:
@@ -133,7 +45,7 @@ def run(folder, *arguments, **patches) -> tuple[int, str, dict]:
                 if hasattr(module, name):
                     patch.setattr(module, name, value)
         quiet = SimpleNamespace(readouterr=lambda: SimpleNamespace(out="", err=""))
-        status, message = helpers.run_script_here(
+        status, message = scripts.run_script_here(
             "6_evaluate_report.py", *arguments, cwd=folder, monkeypatch=patch, capfd=quiet
         )
     rows = {row["name"]: row for row in helpers.read_json(folder / "results" / "final_report.json")["models"]}
@@ -246,31 +158,6 @@ def test_without_a_reference_the_others_are_compared_with_nothing(workspace, tmp
     assert "student_distilled, the classifier that the others are compared with, was not measured" in output
 
 
-def test_a_model_that_dies_in_its_turn_costs_the_others_nothing(workspace):
-    def dying(after: int):
-        model, calls = helpers.make_distilbert(), iter(range(100))
-
-        def hook(*_):
-            if next(calls) >= after:
-                raise RuntimeError("out of memory")
-
-        model.register_forward_pre_hook(hook)
-        return model
-
-    sound = helpers.make_distilbert()
-    for after in (0, 3):
-        errors: dict[str, Exception] = {}
-        times = measure_latency({"dying": dying(after), "sound": sound}, 1, 4, repeats=3, reference="dying", errors=errors)
-        assert list(times) == ["sound"] and times["sound"]["speedup"] is None and times["sound"]["median_ms"] > 0
-        assert list(errors) == ["dying"] and str(errors["dying"]) == "out of memory"
-    with pytest.raises(RuntimeError, match="out of memory"):
-        measure_latency({"dying": dying(1), "sound": sound}, 1, 4, repeats=3, reference="sound")
-    errors = {}
-    models = {"no language model": sound, "llama": helpers.make_llama()}
-    assert list(measure_generation(models, 4, 2, {"llama": "llama"}, errors=errors)) == ["llama"] == [*models][1:]
-    assert list(errors) == ["no language model"]
-
-
 def test_what_is_measured_survives_what_comes_after_it(workspace, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(workspace, folder, ignore=shutil.ignore_patterns("results", "elsewhere", "*_nf4", "*.onnx"))
@@ -287,134 +174,6 @@ def test_what_is_measured_survives_what_comes_after_it(workspace, tmp_path):
     status, output, rows = run(folder)
     assert status == 0 and rows["llama"]["status"] == "measured", output
     assert "student_finetuned        accuracy" not in output  # it is as it was
-
-
-def test_gsm8k_that_cannot_be_asked_costs_its_own_cell_only(monkeypatch):
-    def gsm8k(model, *_, **__):
-        if model == "dying":
-            raise RuntimeError("out of memory")
-        return {"problems": 3}
-
-    monkeypatch.setattr(language, "gsm8k", gsm8k)
-    rows = [{"name": name, "status": "measured"} for name in ("dying", "sound")] + [{"name": "absent", "status": "failed"}]
-    language.measure_gsm8k(rows, {name: SimpleNamespace(model=name, tokenizer=None) for name in ("dying", "sound")}, 3, None)
-    assert rows[0]["gsm8k"] is None and rows[0]["not_measured"] == {"gsm8k": "RuntimeError: out of memory"}
-    assert rows[1]["gsm8k"] == {"problems": 3} and "gsm8k" not in rows[2]
-
-
-def language_rows(models: dict, tokenizer, folder) -> tuple[list[dict], dict, dict]:
-    """Return rows of language models, all made from `dense`, their checkpoints and their bases."""
-    rows = [{"name": name, "status": "measured", "directory": str(folder), "kind": "dense"} for name in models]
-    checkpoints = {name: SimpleNamespace(model=model, tokenizer=tokenizer) for name, model in models.items()}
-    return rows, checkpoints, dict.fromkeys(models, rows[0])
-
-
-def measure_quality(rows: list[dict], checkpoints: dict, bases: dict, windows=None) -> None:
-    windows = helpers.example_windows() if windows is None else windows
-    language._measure_quality(rows, checkpoints, lambda name: windows, "made up", "first", bases)
-
-
-def test_the_dense_model_runs_once_for_all_that_were_made_from_it(workspace):
-    calls = []
-    models = {name: helpers.make_llama(seed=seed) for seed, name in enumerate(("dense", "a", "b"))}
-    for name, model in models.items():
-        model.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
-    rows, checkpoints, bases = language_rows(models, None, workspace / "models" / "llama")
-    measure_quality(rows, checkpoints, bases)
-    assert calls == ["dense"] * 3 + ["a"] * 3 + ["b"] * 3 and all(row["divergence"] for row in rows)
-    calls.clear()
-    measure_quality(rows[1:2], checkpoints, bases)  # dense was measured earlier and runs along
-    assert calls == ["dense"] * 3 + ["a"] * 3
-
-
-def test_a_language_model_that_dies_in_its_turn_costs_the_others_nothing(workspace, capsys):
-    models = {name: helpers.make_llama(seed=seed) for seed, name in enumerate(("dense", "dying", "damaged", "sound"))}
-    with torch.no_grad():
-        models["damaged"].model.norm.weight.fill_(torch.nan)
-    models["dying"].forward = None
-    rows, checkpoints, bases = language_rows(models, None, workspace / "models" / "llama")
-    measure_quality(rows, checkpoints, bases)
-    assert [row["status"] for row in rows] == ["measured", "failed", "failed", "measured"]
-    assert "TypeError" in rows[1]["error"] and "the model is damaged" in rows[2]["error"] and rows[3]["divergence"]["mean"] > 0
-    models["dense"].forward = None  # of an earlier measurement: what is compared with it has a perplexity all the same
-    sound = {name: rows[3][name] for name in ("name", "status", "directory", "kind")}
-    measure_quality([sound], checkpoints, bases)
-    assert sound["status"] == "measured" and sound["perplexity"] == rows[3]["perplexity"] and sound["divergence"] is None
-    assert "TypeError" in sound["not_measured"]["divergence"]
-
-
-def test_a_text_is_tokenized_once_for_all_models_with_one_tokenizer(workspace, monkeypatch):
-    asked = []
-
-    def windows_for(tokenizer) -> torch.Tensor:
-        asked.append(tokenizer)
-        return helpers.example_windows()
-
-    models = {name: helpers.make_llama(seed=seed) for seed, name in enumerate(("dense", "a", "b"))}
-    rows, checkpoints, bases = language_rows(models, None, workspace / "models" / "llama")
-    for each in checkpoints.values():
-        each.tokenizer = helpers.make_byte_tokenizer()
-    checkpoints["b"].tokenizer = helpers.make_tokenizer(workspace / "t")
-    checkpoints = kept(checkpoints)
-    monkeypatch.setattr(language, "measure_load_time", lambda *_: 0.1)
-    monkeypatch.setattr(language, "measure_generation", lambda *_, **__: {})
-    monkeypatch.setattr(language, "peak_memory", lambda *_: 1.0)
-    language.measure_language_models(
-        rows, checkpoints, windows_for, "made up", "spread", reference=rows[0], bases=bases, prompt_tokens=4, repeats=1
-    )
-    assert asked == [checkpoints[name].tokenizer for name in ("dense", "b")]
-    assert {row["protocol"]["windows_from"] for row in rows} == {"spread"}
-
-
-def kept(checkpoints: dict) -> Checkpoints:
-    """Return checkpoints that are in memory already as those of a report."""
-    return Checkpoints({name: lambda each=each: each for name, each in checkpoints.items()})
-
-
-def test_of_large_models_one_is_in_memory_at_a_time_and_the_numbers_are_those_of_small_ones(workspace, monkeypatch):
-    folder, there, most = workspace / "models" / "llama", weakref.WeakSet(), []
-
-    def load(name: str, seed: int):
-        model, path = helpers.make_llama(seed=seed), workspace / "large" / name
-        save_checkpoint(path, model, helpers.make_byte_tokenizer(), kind="dense", parent=None, stage={})
-        del model
-        loaded = load_checkpoint(path)
-        there.add(loaded.model)
-        gc.collect()
-        most.append(len(there))
-        return loaded
-
-    def measured() -> list[dict]:
-        most.clear()
-        rows, _, bases = language_rows({"dense": None, "a": None, "b": None}, None, folder)
-        checkpoints = Checkpoints({name: partial(load, name, seed) for seed, name in enumerate(("dense", "a", "b"))})
-        language.measure_language_models(
-            rows, checkpoints, lambda _: helpers.example_windows(), "made up", "first", reference=rows[0], bases=bases,
-            prompt_tokens=4, repeats=2,
-        )  # fmt: skip
-        return rows
-
-    monkeypatch.setattr(language, "peak_memory", lambda *_: 1.0)
-    monkeypatch.setattr(language, "load_any", lambda *_: None)
-    small, in_memory = measured(), max(most)
-    monkeypatch.setattr(checkpoint, "SMALL_BYTES", 0)
-    large, one = measured(), max(most)
-    assert (in_memory, one) == (3, 1)
-    for a, b in zip(small, large, strict=True):
-        assert (a["losses"], a["divergence"], a["against_dense"]) == (b["losses"], b["divergence"], b["against_dense"])
-        assert b["generation"]["prefill"]["speedup"] > 0 and b["load_seconds"] >= 0 and "not_measured" not in b
-    assert large[0]["generation"]["decode"]["speedup"] == 1
-
-
-def test_a_diverged_classifier_is_no_row_of_numbers(workspace, monkeypatch):
-    row = {"name": "mine", "status": "measured", "directory": str(workspace / "models" / "student_distilled")}
-    monkeypatch.setattr(classifiers, "predict_logits", lambda *given: predict_logits(*given) * torch.nan)
-    checkpoint = SimpleNamespace(model=helpers.make_distilbert(), tokenizer=helpers.make_tokenizer(workspace / "t"))
-    classifiers.measure_classifiers(
-        [row], {"mine": checkpoint}, helpers.make_sentences(4), reference=row, max_length=8, eval_batch_size=2, cost_length=4,
-        latency_batches=(1,), latency_repeats=1,
-    )  # fmt: skip
-    assert row["status"] == "failed" and "logits are not numbers" in row["error"] and "accuracy" not in row
 
 
 # --------------------------------------------------------------------------------------------------------- whose child it is

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import helpers
 import pytest
+import scripts
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
-from test_causal_lm import STAGE, timeless
+from tiny_retraining import STAGE, timeless
 
 from compactmind.checkpoint import load_checkpoint
 from compactmind.errors import CompactMindError
@@ -122,7 +123,7 @@ def trained(tmp_path_factory):
     """Return what two processes have printed, where their files are, and for every case the result, the weights and what each held."""
     folder = tmp_path_factory.mktemp("sharding")
     (folder / "two.py").write_text(SCRIPT)
-    ended = helpers.run_python(folder / "two.py", helpers.REPOSITORY, helpers.REPOSITORY / "tests", folder, cwd=folder, processes=2)
+    ended = scripts.run_python(folder / "two.py", helpers.REPOSITORY, helpers.REPOSITORY / "tests", folder, cwd=folder, processes=2)
     assert ended.returncode == 0, ended.stderr
 
     def of(name: str):
@@ -234,8 +235,8 @@ def launched(folder, *arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(helpers.REPOSITORY / "configs" / "fsdp.yaml")]
     command += ["--main_process_port", "0", str(helpers.REPOSITORY / "5_bayesian_search.py"), "--profile", "smoke", "--strategy", "fixed"]
     return subprocess.run(
-        [*command, *arguments], cwd=folder, env=helpers.environment(folder), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=helpers.PATIENCE,
+        [*command, *arguments], cwd=folder, env=scripts.environment(folder), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        timeout=scripts.PATIENCE,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import json
 
 import helpers
 import pytest
+import scripts
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
@@ -37,7 +38,7 @@ def finished(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("smoothquant")
     helpers.add_text(folder)
     make_source(folder)
-    done = helpers.run_script("4_smoothquant_llama.py", "--model_path", "their_llama", "--save_smoothed", True, cwd=folder)
+    done = scripts.run_script("4_smoothquant_llama.py", "--model_path", "their_llama", "--save_smoothed", True, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -45,7 +46,7 @@ def finished(tmp_path_factory, request):
 @pytest.fixture
 def run_here(monkeypatch, capfd, tmp_path):
     def run(*arguments, cwd=tmp_path):
-        return helpers.run_script_here(
+        return scripts.run_script_here(
             "4_smoothquant_llama.py", "--model_path", "their_llama", *arguments, cwd=cwd, monkeypatch=monkeypatch, capfd=capfd
         )
 

@@ -4,6 +4,7 @@ import copy
 
 import helpers
 import pytest
+import scripts
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -183,11 +184,11 @@ def test_the_control_is_an_ordinary_folder_with_the_same_function(tmp_path, monk
     settings = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capfd": capfd}
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     for dtype, bound in (("float32", 1e-5), ("as_released", 0.05)):
-        status, printed = helpers.run_script_here(*run, "--dtype", dtype, **settings)
+        status, printed = scripts.run_script_here(*run, "--dtype", dtype, **settings)
         assert status == 0, printed
         turned = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
         assert turned.dtype == {"float32": torch.float32, "as_released": torch.bfloat16}[dtype]
         assert (logits_of(turned.float()) - logits_of(dense)).norm() < bound * logits_of(dense).norm()
         assert not torch.allclose(turned.model.layers[0].mlp.up_proj.weight, dense.model.layers[0].mlp.up_proj.weight, atol=0.1)
-    status, printed = helpers.run_script_here(*run[:3], "--output", source, **settings)
+    status, printed = scripts.run_script_here(*run[:3], "--output", source, **settings)
     assert status == 1 and "it is the model that is read" in printed

@@ -1,6 +1,7 @@
 """Several processes of which one runs the pipeline and the others help it to retrain."""
 
 import helpers
+import scripts
 import torch
 
 from compactmind.methods.pruning.modeling_pruned_llama import PrunedLlamaForCausalLM
@@ -57,6 +58,6 @@ def what_differs(received: dict) -> list[str]:
 def test_what_the_main_process_sends_arrives_as_it_was(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(SENT_AND_RECEIVED)
-    ended = helpers.run_python(script, helpers.REPOSITORY, helpers.REPOSITORY / "tests", tmp_path, cwd=tmp_path, processes=2)
+    ended = scripts.run_python(script, helpers.REPOSITORY, helpers.REPOSITORY / "tests", tmp_path, cwd=tmp_path, processes=2)
     assert ended.returncode == 0, ended.stderr
     assert helpers.read_json(tmp_path / "found.json") == []

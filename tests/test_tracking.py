@@ -8,7 +8,7 @@ import helpers
 import pytest
 import test_loop
 import torch
-from test_causal_lm import make_recipe, pattern_windows
+from tiny_retraining import make_recipe, pattern_windows
 
 from common import DistillConfig, PruneConfig, SearchConfig
 from compactmind.command_line import shown_settings

@@ -8,6 +8,7 @@ import sys
 
 import helpers
 import pytest
+import scripts
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
@@ -319,7 +320,7 @@ def test_a_text_without_tokens_is_refused(run, tmp_path, tokenizer):
 def test_a_reader_that_has_seen_enough_is_no_error(folder):
     command = [sys.executable, str(helpers.REPOSITORY / "classify.py"), "--batch_size", "1", *["good"] * 500]
     with subprocess.Popen(
-        command, cwd=folder, env=helpers.environment(folder), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        command, cwd=folder, env=scripts.environment(folder), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stdout.readline().endswith("\tgood\n")

@@ -2,23 +2,21 @@
 runs it."""
 
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
-import filelock
 import helpers
 import optuna
 import psutil
 import pytest
+import scripts
 from optuna.trial import TrialState
 
 from compactmind.devices import WORKER
 from compactmind.errors import CompactMindError
 from compactmind.search import engine, machine, workers
-from compactmind.search import storage as storage_module
 from compactmind.search.engine import counted_trials, is_counted, open_study, retry_interrupted, sampler_seed, search
 from compactmind.search.machine import machine_kind, recording_machine_kind, require_kind, this_worker, worker_is_alive
 from compactmind.search.space import make_space
@@ -115,7 +113,7 @@ except KeyboardInterrupt:
 def test_however_the_first_process_ends_its_workers_end_and_each_once(tmp_path, how):
     code = PARENT.format(repository=str(helpers.REPOSITORY), folder=str(tmp_path))
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, preexec_fn=helpers._heed_interrupts
+        [sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, preexec_fn=scripts._heed_interrupts
     ) as parent:
         works = 0
         for line in parent.stdout:
@@ -244,85 +242,11 @@ def test_a_kind_says_what_a_time_depends_on(monkeypatch):
     assert machine_kind("cuda") == "NVIDIA X"
 
 
-# ------------------------------------------------------------------------------------------------------------- bad storages
-def test_a_database_of_another_optuna_names_both_versions_and_the_command(tmp_path):
-    place = f"sqlite:///{tmp_path / 'study.db'}"
-    open_study("x", place, DESCRIBED)
-    with sqlite3.connect(tmp_path / "study.db") as database:
-        database.execute("UPDATE version_info SET library_version = '2.10.0'")
-        database.execute("UPDATE alembic_version SET version_num = 'v2.6.0.a'")
-    wanted = f"made by Optuna 2.10.0 and this is {optuna.__version__}: `optuna storage upgrade --storage {place}`"
-    with pytest.raises(CompactMindError) as error:
-        open_study("x", place, DESCRIBED)
-    assert wanted in str(error.value) and "\n" not in str(error.value)
-    with sqlite3.connect(tmp_path / "study.db") as database:
-        database.execute("UPDATE alembic_version SET version_num = 'v99.0.0.a'")
-    with pytest.raises(CompactMindError, match=f"is of a newer Optuna than this one, {optuna.__version__}"):
-        open_study("x", place, DESCRIBED)
-
-
-def test_a_study_of_another_space_is_refused_by_what_differs(tmp_path):
-    orders = [f"prune > {number}" for number in range(30)]
-    described = {"space": {"orders": orders, "choices": {"prune": {"sparsity": [0.1, 0.2], "round_to": [8]}}}}
-    changed = {"space": {"orders": [*orders[1:], "new"], "choices": {"prune": {"sparsity": [0.1, 0.3], "round_to": [8]}}}}
-    place = f"sqlite:///{tmp_path / 'study.db'}"
-    open_study("x", place, described)
-    with pytest.raises(CompactMindError) as error:
-        open_study("x", place, changed)
-    said = str(error.value)
-    assert "space.choices.prune.sparsity: [0.1, 0.2] there, [0.1, 0.3] here" in said and "round_to" not in said
-    assert "space.orders: 30 there, 30 here; among those only there ['prune > 0'], only here ['new']" in said
-    assert "choose another --study_name" in said and "\n" not in said
-
-
-def test_a_driver_that_is_not_installed_is_named_with_its_command(monkeypatch):
-    for driver in ("psycopg", "pg8000"):
-        monkeypatch.setitem(sys.modules, driver, None)
-    with pytest.raises(CompactMindError, match="pip install -r requirements-postgres.txt") as error:
-        open_study("x", "postgresql://me:secret@127.0.0.1:1/none", DESCRIBED)
-    assert "\n" not in str(error.value) and "secret" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("installed", "wanted"), [("pg8000", "postgresql+pg8000"), ("psycopg", "postgresql"), ("both", "postgresql"), ("none", "postgresql")]
-)
-def test_an_address_that_names_no_driver_gets_the_one_that_is_there(monkeypatch, installed, wanted):
-    monkeypatch.setattr(storage_module, "find_spec", lambda name: installed in (name, "both") or None)
-    assert storage_module._with_driver("postgresql://me:secret@here/db?x=1") == f"{wanted}://me:secret@here/db?x=1"
-    assert storage_module._with_driver("postgresql+psycopg2://me@here/db") == "postgresql+psycopg2://me@here/db"
-
-
-HOLDER = """
-import sys
-sys.path.insert(0, {repository!r})
-from compactmind.search.storage import LockOfProcess
-lock = LockOfProcess("folder/study.log")
-lock.acquire()
-print("has it", flush=True)
-sys.stdin.read()
-"""
-
-
-@posix
-def test_the_lock_of_a_journal_ends_with_its_process(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    code = HOLDER.format(repository=str(helpers.REPOSITORY))
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "has it\n"
-        lock = storage_module.LockOfProcess("folder/study.log")
-        with pytest.raises(filelock.Timeout):
-            lock.lock.acquire(timeout=0.05)
-        holder.kill()
-    assert lock.acquire()
-    lock.release()
-
-
 # --------------------------------------------------------------------------------------------------------------- the script
 @pytest.fixture
 def run_here(monkeypatch, capfd, tmp_path):
     def run(*arguments):
-        return helpers.run_script_here(SCRIPT, *arguments, cwd=tmp_path, monkeypatch=monkeypatch, capfd=capfd)
+        return scripts.run_script_here(SCRIPT, *arguments, cwd=tmp_path, monkeypatch=monkeypatch, capfd=capfd)
 
     return run
 
@@ -366,9 +290,9 @@ def test_what_several_workers_need_together_must_be_there(tmp_path, run_here, mo
 @pytest.mark.slow
 def test_two_workers_search_one_is_killed_and_the_first_process_finishes(tmp_path):
     helpers.add_llama(tmp_path)
-    command = helpers._command(SCRIPT, ("--n_trials", 8, "--target_compression", 1.05, "--workers", 2))
+    command = scripts._command(SCRIPT, ("--n_trials", 8, "--target_compression", 1.05, "--workers", 2))
     with subprocess.Popen(
-        command, cwd=tmp_path, env=helpers.environment(tmp_path), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        command, cwd=tmp_path, env=scripts.environment(tmp_path), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
     ) as process:  # fmt: skip
         lines, killed = [], None
@@ -396,7 +320,7 @@ def test_two_workers_search_one_is_killed_and_the_first_process_finishes(tmp_pat
 def test_ctrl_c_ends_all_and_the_same_command_goes_on(tmp_path, run_here):
     helpers.add_llama(tmp_path)
     arguments = ("--n_trials", 6, "--target_compression", 1.05, "--workers", 2)
-    status, output = helpers.run_script_until("to go", signal.SIGINT, SCRIPT, *arguments, cwd=tmp_path)
+    status, output = scripts.run_script_until("to go", signal.SIGINT, SCRIPT, *arguments, cwd=tmp_path)
     assert status == 1 and "ending 2 workers" in output and "goes on where this run was" in output and "Traceback" not in output, output
     study = optuna.load_study(study_name="llama-bayesian", storage=f"sqlite:///{tmp_path / 'results/search/study.db'}")
     assert not any(trial.state == TrialState.RUNNING and "runs" in trial.user_attrs for trial in study.trials)

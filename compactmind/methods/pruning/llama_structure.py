@@ -1,6 +1,6 @@
 """What can be removed from a Llama whole: FFN channels, key-value groups, blocks; and how the smaller model is built.
 
-The couplings, which `tests/test_llama_pruning.py` checks against the same model with those parts silenced:
+The couplings, which `tests/test_llama_structure.py` checks against the same model with those parts silenced:
 
 channel j of a block's FFN     row j of gate_proj and of up_proj, column j of down_proj
 group g of its attention       key-value head g (its rows of k_proj and v_proj) and all query heads that read it (their rows of

@@ -1,0 +1,68 @@
+"""Searches and pipelines that make no sense are refused in clear words and leave nothing behind."""
+
+import helpers
+import pytest
+import search_runs
+from search_runs import models_in
+
+run_here = search_runs.run_here
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--n_trials", 0), ("n_trials 0", "[1, inf)")),
+        (("--target_compression", 0), ("target_compression 0", "2.5")),
+        (("--methods", "retrain", "--choices", "{}"), ("no legal pipeline",)),
+        (("--methods", "prune", "--mode", "hybrid", "--choices", "{}"), ("no legal pipeline", "hybrid")),
+        (("--choices", "{"), ("choices are no JSON",)),
+        (("--choices", "[1]"), ("are no object",)),
+        (("--choices", '{"prune.sparsity": [7]}'), ("sparsity 7",)),
+        (("--storage", "sqlite:////nowhere/at/all/study.db"), ("cannot be opened",)),
+        (("--objectives", "perplexity", "perplexity"), ("name each once",)),
+        (("--objectives", "kl", "perplexity"), ("name one of kl and perplexity", "for example kl bytes")),
+        (("--objectives", "bytes"), ("objectives bytes: name one of kl and perplexity",)),
+        (("--save_front", 2, 3), ("save_front 2 3 wants models of several sizes", "--objectives kl bytes")),
+        (("--save_front", 2, 2, "--objectives", "kl", "bytes"), ("save_front 2 2: name each ratio once",)),
+        (("--save_front", 0.5, "--objectives", "kl", "bytes"), ("save_front 0.5 is not in (1, inf)",)),
+        (("--strategy", "fixed", "--objectives", "kl", "bytes"), ("strategy fixed runs one pipeline and has no front",)),
+        (("--study_name", "a/b"), ("study_name 'a/b'", "for example --study_name narrow")),
+        (("--study_name", ".."), ("study_name '..'",)),
+        (("--study_name", "cache"), ("study_name 'cache'",)),
+        (("--study_name", "summary.json"), ("study_name 'summary.json'",)),
+        (("--output", "models/llama"), ("it is the model that is read",)),
+    ],
+    ids=str,
+)
+def test_a_search_that_makes_no_sense_is_refused(tmp_path, run_here, arguments, expected):
+    helpers.add_llama(tmp_path)
+    status, output = run_here(*arguments)
+    assert status == 1 and all(part in output for part in expected), output
+    assert "Traceback" not in output
+    assert models_in(tmp_path) == ["llama"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--pipeline", "["), ("no JSON", "for example")),
+        (("--pipeline", '[{"method": "shrink"}]'), ("unknown method 'shrink'", "prune, sparse24, retrain, smooth, w8a8, nf4")),
+        (("--pipeline", '[{"method": "w8a8"}, {"method": "prune"}]'), ("comes after a quantization",)),
+        (("--pipeline", '[{"method": "prune", "params": {"sparsity": 0.99, "round_to": 8}}]'), ("0.99 cannot be met",)),
+        (("--pipeline", '[{"method": "prune", "params": {"round_to": 64}}]'), ("round_to 64", "48")),
+        (("--seq_len", 4096), ("less than one window of 4096",)),
+        (("--calibration_windows", 0), ("calibration_windows 0", "[1, inf)")),
+        (("--model_path", "nowhere"), ("nowhere", "python download_model.py")),
+        (("--output", "models"), ("models cannot be written to",)),
+        (("--output", "."), ("cannot be written to",)),
+        (("--output", "models/llama"), ("models/llama cannot be written to", "it is the model that is read")),
+    ],
+    ids=str,
+)
+def test_bad_input_is_named_and_leaves_nothing_behind(tmp_path, run_here, arguments, expected):
+    helpers.add_llama(tmp_path)
+    status, output = run_here("--strategy", "fixed", *arguments)
+    assert status == 1 and all(part in output for part in expected), output
+    assert "Traceback" not in output
+    assert models_in(tmp_path) == ["llama"]
+    assert not (tmp_path / "results").exists() or not list((tmp_path / "results").iterdir())

@@ -1,0 +1,79 @@
+"""The storage of a study: a hiccup costs nothing, and one that stays away ends the search in one line."""
+
+import made_up_search
+import optuna
+import pytest
+from made_up_search import cost, fresh, run
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+
+from compactmind.errors import CompactMindError
+from compactmind.search import storage as storage_module
+
+space = made_up_search.space
+
+
+def failing(monkeypatch, name, error, times):
+    """Let a method of the database fail so many times; return the list of the moments when it did."""
+    original, failed = getattr(RDBStorage, name), []
+
+    def method(self, *arguments, **options):
+        if len(failed) < times:
+            failed.append(arguments)
+            raise error
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(RDBStorage, name, method)
+    return failed
+
+
+AWAY = optuna.exceptions.StorageInternalError("the database system is starting up\nand more")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["_create_new_trial", "set_trial_user_attr", "set_trial_state_values", "_get_trials", "_set_trial_param", "get_trial"],
+)
+def test_a_hiccup_of_the_storage_costs_nothing(tmp_path, space, monkeypatch, name):
+    study, evaluated = fresh(tmp_path), []
+    monkeypatch.setattr(storage_module, "WAITS", (0, 0, 0))
+    hiccups = []
+
+    def evaluate(notes, steps):
+        evaluated.append(steps)
+        if len(evaluated) == 2:  # a result is about to be told
+            hiccups.append(failing(monkeypatch, name, AWAY, 3))
+        return [cost(steps)]
+
+    trials = run(study, space, 4, evaluate)
+    assert len(trials) == len(study.trials) == len(evaluated) == 4 and len(hiccups[0]) == 3
+    assert [trial.value for trial in trials] == [cost(steps) for steps in evaluated]
+
+
+def test_a_result_that_was_written_before_the_connection_broke_is_not_told_twice(tmp_path, space, monkeypatch):
+    study, original, broken = fresh(tmp_path), RDBStorage.set_trial_state_values, []
+    monkeypatch.setattr(storage_module, "WAITS", (0, 0))
+
+    def done_but_not_answered(self, trial_id, state, values=None):
+        found = original(self, trial_id, state, values)
+        if state == TrialState.COMPLETE and not broken:
+            broken.append(trial_id)
+            raise AWAY
+        return found
+
+    monkeypatch.setattr(RDBStorage, "set_trial_state_values", done_but_not_answered)
+    trials = run(study, space, 3)
+    assert broken and len(study.trials) == 3 and all(trial.state == TrialState.COMPLETE for trial in trials)
+
+
+def test_a_storage_that_stays_away_ends_the_search_in_one_line(tmp_path, space, monkeypatch):
+    study = fresh(tmp_path)
+    monkeypatch.setattr(storage_module, "WAITS", (0, 0))
+    failing(monkeypatch, "set_trial_state_values", AWAY, 10**6)
+    with pytest.raises(CompactMindError, match="has not answered for .*starting up.*the same command goes on") as error:
+        run(study, space, 3)
+    assert "\n" not in str(error.value)
+
+
+def test_the_waits_of_the_storage_grow_and_last_for_minutes():
+    assert list(storage_module.WAITS) == sorted(storage_module.WAITS) and 120 < sum(storage_module.WAITS) < 600
