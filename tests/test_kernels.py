@@ -350,3 +350,12 @@ def test_products_with_bf16_weights_are_those_of_the_same_numbers_in_float32(ops
         ops.bfloat16_linear(x, weight.float())
     with pytest.raises(RuntimeError, match="1 to 4"):
         ops.bfloat16_linear(torch.cat([x] * 5), weight)
+
+
+def test_a_changed_header_is_another_library(tmp_path, monkeypatch):
+    for path in kernels.SOURCE.parent.glob("*.[ch]*"):
+        (tmp_path / path.name).write_text(path.read_text())
+    monkeypatch.setattr(kernels, "SOURCE", tmp_path / kernels.SOURCE.name)
+    before = kernels.library()
+    (tmp_path / "grouped.h").write_text((tmp_path / "grouped.h").read_text() + "// changed\n")
+    assert kernels.library() != before

@@ -25,7 +25,7 @@ from compactmind.errors import CompactMindError
 SOURCE = Path(__file__).with_name("avx2.cpp")
 OPTIONS = ["-std=c++20", "-O3", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=off", "-fopenmp", "-fPIC", "-Wall"]
 FEW_ROWS = 4
-"""So many rows `grouped_linear`, `levels_linear` and `bfloat16_linear` take (FEW of avx2.cpp)."""
+"""So many rows `grouped_linear`, `levels_linear` and `bfloat16_linear` take (FEW of floats.h)."""
 BUILD_SECONDS = 300
 KERNEL_VARIABLE = "COMPACTMIND_KERNEL"
 """Environment variable that may say `simulated`: none of these, and no int8 instructions; empty or unset: whatever the machine has."""
@@ -71,9 +71,10 @@ def reason_against() -> str | None:
 
 def library() -> Path:
     """Return where the built kernels are, or will be."""
-    told = f"{SOURCE.read_text()} {torch.__version__} {OPTIONS}"
+    sources = "".join(path.read_text() for path in [SOURCE, *sorted(SOURCE.parent.glob("*.h"))])
+    identity = f"{sources} {torch.__version__} {OPTIONS}"
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    return Path(root) / "compactmind" / f"avx2-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
+    return Path(root) / "compactmind" / f"avx2-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
 
 
 @functools.cache

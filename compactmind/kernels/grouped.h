@@ -1,0 +1,245 @@
+// Float32 times integers of 2 to 8 bits in groups.
+#pragma once
+#include "floats.h"
+
+namespace {
+
+// The 8 integers q of BITS bits that begin at a byte, as float32 q - 2^(BITS - 1). Reads 8 bytes (BEHIND) from there on.
+constexpr int64_t BEHIND = 8;
+
+template <int BITS>
+struct Eight {
+  static constexpr int up = 32 - BITS;
+  const __m256i sign = _mm256_set1_epi32(INT32_MIN);
+  const __m256i shifts = BITS <= 4 ? _mm256_setr_epi32(up, up - BITS, up - 2 * BITS, up - 3 * BITS, up - 4 * BITS, up - 5 * BITS, up - 6 * BITS, up - 7 * BITS)
+                                   : _mm256_setr_epi32(up, up - BITS, up - 2 * BITS, up - 3 * BITS, up, up - BITS, up - 2 * BITS, up - 3 * BITS);
+  __m256 operator()(const uint8_t* p) const {
+    if constexpr (BITS == 8) {
+      const __m128i flipped = _mm_xor_si128(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(-128));
+      return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(flipped));
+    } else {
+      __m256i words;
+      if constexpr (BITS <= 4) {
+        int32_t v;
+        std::memcpy(&v, p, sizeof v);
+        words = _mm256_set1_epi32(v);
+      } else {
+        uint64_t v;
+        std::memcpy(&v, p, sizeof v);
+        const __m128i low = _mm_set1_epi32(static_cast<int32_t>(v)), high = _mm_set1_epi32(static_cast<int32_t>(v >> (4 * BITS)));
+        words = _mm256_set_m128i(high, low);
+      }
+      // each to the top of its word, its highest bit flipped: a number with a sign
+      return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_xor_si256(_mm256_sllv_epi32(words, shifts), sign), up));
+    }
+  }
+};
+
+// The first `count` of `eight`, zeros behind them.
+__m256 first_of(__m256 eight, int64_t count) {
+  const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_and_ps(eight, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(count)), places)));
+}
+
+struct Grouped {
+  const uint8_t* packed;
+  const uint16_t *scale, *minimum;  // fp16; either a minimum or
+  const uint8_t* zero;              // a zero point
+  int64_t rows, width, bytes, groups, size;
+  float half;  // what Eight leaves out
+
+  // The integers of a row; those of the last one in `copy`, since behind them nothing may be read.
+  const uint8_t* row(int64_t j, std::vector<uint8_t>& copy) const {
+    if (j < rows - 1 && bytes >= BEHIND) return packed + j * bytes;
+    copy.assign(bytes + BEHIND, 0);
+    std::memcpy(copy.data(), packed + j * bytes, bytes);
+    return copy.data();
+  }
+};
+
+// What the weights of a row are made of its integers by, eight groups at a time: weight = step * (q - half) + offset.
+struct Steps {
+  std::vector<float> step, offset;
+  explicit Steps(const Grouped& g) : step((g.groups + 7) / 8 * 8), offset(step.size()) {}
+
+  // What is behind the last group of a row is another row's: it meets sums of 0.
+  void read(const Grouped& g, int64_t row) {
+    const __m256 half = _mm256_set1_ps(g.half);
+    for (int64_t group = 0; group < g.groups; group += 8) {
+      const int64_t at = row * g.groups + group, left = g.rows * g.groups - at;
+      const __m256 scale = _mm256_cvtph_ps(eight_of(g.scale + at, left));
+      _mm256_storeu_ps(step.data() + group, scale);
+      __m256 beside;
+      if (g.minimum) {
+        beside = _mm256_fmadd_ps(half, scale, _mm256_cvtph_ps(eight_of(g.minimum + at, left)));
+      } else {
+        uint64_t zeros = 0;
+        if (left >= 8)
+          std::memcpy(&zeros, g.zero + at, sizeof zeros);
+        else
+          std::memcpy(&zeros, g.zero + at, left);
+        const __m256 zero = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(zeros))));
+        beside = _mm256_mul_ps(_mm256_sub_ps(half, zero), scale);
+      }
+      _mm256_storeu_ps(offset.data() + group, beside);
+    }
+  }
+
+ private:
+  static __m128i eight_of(const uint16_t* from, int64_t left) {
+    if (left >= 8) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    alignas(16) uint16_t some[8] = {};
+    std::memcpy(some, from, left * sizeof(uint16_t));
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(some));
+  }
+};
+
+// x (ROWS, stride) float32 with zeros behind the width, `sums` (ROWS, groups, filled up to whole eights) of it: the channels from n0 to n1 of
+// out (ROWS, rows).
+template <int BITS, int ROWS>
+void few_rows_grouped(const Grouped& g, const float* x, int64_t stride, const float* sums, float* out, int64_t n0, int64_t n1) {
+  constexpr int CHAINS = ROWS == 1 ? 4 : 2;  // sums that do not wait for each other
+  const Eight<BITS> eight;
+  std::vector<uint8_t> copy;
+  Steps steps(g);
+  const auto padded = static_cast<int64_t>(steps.step.size());
+  for (int64_t j = n0; j < n1; ++j) {
+    const uint8_t* row = g.row(j, copy);
+    steps.read(g, j);
+    __m256 total[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+      total[r] = _mm256_setzero_ps();
+      for (int64_t group = 0; group < padded; group += 8)
+        total[r] = _mm256_fmadd_ps(_mm256_loadu_ps(steps.offset.data() + group), _mm256_loadu_ps(sums + r * padded + group), total[r]);
+    }
+    for (int64_t group = 0; group < g.groups; ++group) {
+      const int64_t first = group * g.size, last = std::min(first + g.size, g.width);
+      __m256 acc[ROWS][CHAINS];
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < CHAINS; ++c) acc[r][c] = _mm256_setzero_ps();
+      const uint8_t* p = row + first / 8 * BITS;
+      int64_t i = first;
+      for (; i + 8 * CHAINS <= last; i += 8 * CHAINS, p += CHAINS * BITS)
+#pragma GCC unroll 4
+        for (int c = 0; c < CHAINS; ++c) {
+          const __m256 a = eight(p + c * BITS);
+#pragma GCC unroll 4
+          for (int r = 0; r < ROWS; ++r) acc[r][c] = _mm256_fmadd_ps(a, _mm256_loadu_ps(x + r * stride + i + 8 * c), acc[r][c]);
+        }
+      for (; i < last; i += 8, p += BITS) {
+        const __m256 all = eight(p), a = i + 8 <= last ? all : first_of(all, last - i);
+        for (int r = 0; r < ROWS; ++r) acc[r][0] = _mm256_fmadd_ps(a, _mm256_loadu_ps(x + r * stride + i), acc[r][0]);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int c = 1; c < CHAINS; ++c) acc[r][0] = _mm256_add_ps(acc[r][0], acc[r][c]);
+      const __m256 step = _mm256_set1_ps(steps.step[group]);
+      for (int r = 0; r < ROWS; ++r) total[r] = _mm256_fmadd_ps(acc[r][0], step, total[r]);
+    }
+    for (int r = 0; r < ROWS; ++r) out[r * g.rows + j] = sum_of(total[r]);
+  }
+}
+
+template <int BITS>
+void dequantize_rows(const Grouped& g, float* out, int64_t first_row, int64_t last_row) {
+  const Eight<BITS> eight;
+  std::vector<uint8_t> copy;
+  for (int64_t j = first_row; j < last_row; ++j) {
+    const uint8_t* row = g.row(j, copy);
+    float* to = out + j * g.width;
+    for (int64_t group = 0; group < g.groups; ++group) {
+      const int64_t first = group * g.size, last = std::min(first + g.size, g.width), at = j * g.groups + group;
+      const float step = _cvtsh_ss(g.scale[at]);
+      const __m256 scale = _mm256_set1_ps(step), half = _mm256_set1_ps(g.half);
+      const __m256 zero = _mm256_set1_ps(g.minimum ? _cvtsh_ss(g.minimum[at]) : g.zero[at] - g.half);
+      const auto weights = [&](__m256 q) {
+        return g.minimum ? _mm256_fmadd_ps(_mm256_add_ps(q, half), scale, zero) : _mm256_mul_ps(_mm256_sub_ps(q, zero), scale);
+      };
+      const uint8_t* p = row + first / 8 * BITS;
+      int64_t i = first;
+      for (; i + 8 <= last; i += 8, p += BITS) _mm256_storeu_ps(to + i, weights(eight(p)));
+      if (i < last) {
+        float rest[8];
+        _mm256_storeu_ps(rest, weights(eight(p)));
+        std::memcpy(to + i, rest, (last - i) * sizeof(float));
+      }
+    }
+  }
+}
+
+Grouped grouped(const Tensor& packed, const Tensor& scale, const Tensor& zero, int64_t bits, int64_t size, int64_t width) {
+  Grouped g{};
+  g.half = static_cast<float>(1 << (bits - 1));
+  g.rows = packed.size(0), g.width = width, g.bytes = packed.size(1) * 4, g.groups = scale.size(1), g.size = size;
+  const bool fits = packed.is_contiguous() && packed.scalar_type() == at::kInt && scale.is_contiguous() && scale.scalar_type() == at::kHalf &&
+                    zero.is_contiguous() && zero.sizes() == scale.sizes() && scale.size(0) == g.rows && g.bytes * 8 >= width * bits &&
+                    (g.groups - 1) * size < width && g.groups * size >= width && (g.groups == 1 || size % 8 == 0);
+  TORCH_CHECK(fits, "not a weight of ", g.rows, " x ", width, " in integers of ", bits, " bits in groups of ", size);
+  g.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
+  g.scale = static_cast<const uint16_t*>(scale.const_data_ptr());
+  if (zero.scalar_type() == at::kHalf) {
+    g.minimum = static_cast<const uint16_t*>(zero.const_data_ptr());
+  } else {
+    g.zero = zero.const_data_ptr<uint8_t>();
+  }
+  return g;
+}
+
+// Calls f with a std::integral_constant of the number of bits.
+template <class F>
+void with_bits(int64_t bits, F f) {
+  switch (bits) {
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 5: return f(std::integral_constant<int, 5>{});
+    case 6: return f(std::integral_constant<int, 6>{});
+    case 8: return f(std::integral_constant<int, 8>{});
+  }
+  TORCH_CHECK(false, "integers of ", bits, " bits");
+}
+
+Tensor grouped_dequantize(const Tensor& packed, const Tensor& scale, const Tensor& zero, int64_t bits, int64_t size, int64_t width) {
+  const Grouped g = grouped(packed, scale, zero, bits, size, width);
+  Tensor out = at::empty({g.rows, width}, scale.options().dtype(at::kFloat));
+  auto* to = out.mutable_data_ptr<float>();
+  with_bits(bits, [&](auto b) {
+    at::parallel_for(0, g.rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1)),
+                     [&](int64_t first, int64_t last) { dequantize_rows<b>(g, to, first, last); });
+  });
+  return out;
+}
+
+// out (m, rows) = x (m, width) times the weights^T, m from 1 to FEW.
+void few_grouped(const Grouped& g, int64_t bits, const float* x, int64_t m, float* out) {
+  const int64_t stride = (g.width + 7) / 8 * 8, groups = (g.groups + 7) / 8 * 8;
+  std::vector<float> padded(m * stride, 0.0f), sums(m * groups, 0.0f);
+  for (int64_t r = 0; r < m; ++r) {
+    std::memcpy(padded.data() + r * stride, x + r * g.width, g.width * sizeof(float));
+    for (int64_t group = 0; group < g.groups; ++group) {
+      const int64_t first = group * g.size, last = std::min(first + g.size, g.width);
+      float sum = 0;
+      for (int64_t i = first; i < last; ++i) sum += padded[r * stride + i];
+      sums[r * groups + group] = sum;
+    }
+  }
+  with_bits(bits, [&](auto b) {
+    const auto run = m == 1 ? few_rows_grouped<b, 1> : m == 2 ? few_rows_grouped<b, 2> : m == 3 ? few_rows_grouped<b, 3> : few_rows_grouped<b, 4>;
+    at::parallel_for(0, g.rows, std::max<int64_t>(16, 32768 / g.width),
+                     [&](int64_t n0, int64_t n1) { run(g, padded.data(), stride, sums.data(), out, n0, n1); });
+  });
+}
+
+Tensor grouped_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& zero, int64_t bits, int64_t size) {
+  TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == at::kFloat && 1 <= x.size(0) && x.size(0) <= FEW,
+              "x: contiguous float32 (1 to ", FEW, ", in)");
+  const Grouped g = grouped(packed, scale, zero, bits, size, x.size(1));
+  Tensor out = at::empty({x.size(0), g.rows}, x.options());
+  few_grouped(g, bits, x.const_data_ptr<float>(), x.size(0), out.mutable_data_ptr<float>());
+  return out;
+}
+
+}  // namespace
