@@ -14,9 +14,10 @@ from compactmind import kernels
 from compactmind.formats import w8a8
 from compactmind.kernels import KERNEL_VARIABLE
 from compactmind.methods.quantization.gptq import round_nearest
-from compactmind.methods.quantization.grid import BITS, ZEROS, Grid
+from compactmind.methods.quantization.grid import BITS, K_TYPES, ZEROS, Grid, fit, from_integers, to_integers
 from compactmind.methods.quantization.grouped import GroupedEmbedding, GroupedLinear, TiedHead, pack
 from compactmind.methods.quantization.rotation import hadamard, rotate
+from compactmind.methods.quantization.superblocks import fit_groups
 from compactmind.methods.quantization.w8a8_linear import (
     ACTIVATIONS,
     W8A8Linear,
@@ -350,6 +351,40 @@ def test_products_with_bf16_weights_are_those_of_the_same_numbers_in_float32(ops
         ops.bfloat16_linear(x, weight.float())
     with pytest.raises(RuntimeError, match="1 to 4"):
         ops.bfloat16_linear(torch.cat([x] * 5), weight)
+
+
+@needs_kernels
+@pytest.mark.parametrize("zero", ZEROS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("size", [8, 32, 37, 576])
+def test_scales_of_groups_are_those_of_torch_and_leave_no_more_error(size, bits, zero, monkeypatch):
+    weight, counts, grid = drawn(60, 3, size), drawn(3, size, seed=1).abs() + 0.01, Grid(bits, size, zero)
+    weight[0] = 0
+    weight[1, 1] = 3.0  # all alike
+
+    def errors(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        back = from_integers(to_integers(weight, scale, zero, grid), scale, zero, grid)
+        return ((back - weight).square() * counts).sum(-1)
+
+    for importance in (None, counts):
+        fitted = fit(weight, grid, importance)
+        with monkeypatch.context() as patch:
+            patch.setenv(KERNEL_VARIABLE, "simulated")
+            expected = fit(weight, grid, importance)
+        same = (fitted[0] == expected[0]) & (fitted[1] == expected[1])
+        assert fitted[0].shape == expected[0].shape == (60, 3, 1) and same.float().mean() > 0.98
+    assert errors(*fitted).sum() <= 1.001 * errors(*expected).sum()
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", K_TYPES)
+def test_scales_of_super_blocks_are_those_of_torch(bits, monkeypatch):
+    size, zero, scale_bits = K_TYPES[bits]
+    weight, grid = drawn(40, 2, 256 // size, size), Grid(bits, size, zero, scale_bits)
+    fitted = fit_groups(weight, grid)
+    monkeypatch.setenv(KERNEL_VARIABLE, "simulated")
+    expected = fit_groups(weight, grid)
+    assert all((one == other).float().mean() > 0.98 for one, other in zip(fitted, expected, strict=True))
 
 
 def test_a_changed_header_is_another_library(tmp_path, monkeypatch):

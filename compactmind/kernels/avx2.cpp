@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "decode.h"
+#include "fit.h"
 
 TORCH_LIBRARY(compactmind, m) {
   m.def("quantize_rows(Tensor x, Tensor? norm, float eps, bool gate, int rotation) -> (Tensor, Tensor)");
@@ -14,6 +15,7 @@ TORCH_LIBRARY(compactmind, m) {
   m.def("levels_linear(Tensor x, Tensor packed, Tensor scale, Tensor levels) -> Tensor");
   m.def("decode(Tensor hidden, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] linears, int[] kinds, Tensor(a!)[] keys, Tensor(b!)[] values, "
         "float eps, float scaling) -> Tensor");
+  m.def("fit(Tensor weight, Tensor counts, int bits, int zero, int ranges, bool one_sided) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(compactmind, CPU, m) {
@@ -25,4 +27,5 @@ TORCH_LIBRARY_IMPL(compactmind, CPU, m) {
   m.impl("bfloat16_linear", &bfloat16_linear);
   m.impl("levels_linear", &levels_linear);
   m.impl("decode", &decode);
+  m.impl("fit", &fit);
 }

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from compactmind import kernels
+
 BITS = (2, 3, 4, 5, 6, 8)
 ZEROS = ("symmetric", "integer", "float")
 SHRINK = {2: 16, 3: 12, 4: 10, 5: 6, 6: 4, 8: 2}
@@ -150,10 +152,12 @@ def fit(
     Zero is the integer zero point, or the minimum in fp16 with a float zero. Of the ranges tried the one with the smallest squared error,
     each weight's counted by its `importance` (broadcasts; None: all alike). `ranges`: how many are tried at most (None: see SHRINK).
     """
-    weight = weight.float()
+    weight, ranges = weight.float(), min(SHRINK[grid.bits], ranges or SHRINK[grid.bits])
+    if weight.numel() and kernels.usable_on(weight.device):
+        return _fit_by_kernel(weight, grid, importance, ranges)
     importance = torch.ones_like(weight) if importance is None else importance.float().expand_as(weight)
     best: tuple[torch.Tensor, ...] = ()
-    for scale, zero in _ranges(weight, grid, ranges or SHRINK[grid.bits]):
+    for scale, zero in _ranges(weight, grid, ranges):
         for _ in range(2):  # as tried, then fitted to the integers that gives
             q = to_integers(weight, scale, zero, grid)
             error = ((from_integers(q, scale, zero, grid) - weight).square() * importance).sum(-1, keepdim=True)
@@ -164,14 +168,29 @@ def fit(
     return best[1], best[2]
 
 
-def _ranges(weight: torch.Tensor, grid: Grid, most_steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _fit_by_kernel(
+    weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None, ranges: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `fit` does, by kernels/fit.h, whose sums are in another order: of ranges as good as each other it may take another."""
+    size = weight.shape[-1]
+    counts = torch.ones(1, size) if importance is None else importance.float()
+    if counts.shape != weight.shape[weight.dim() - counts.dim() :]:
+        counts = counts.expand_as(weight)
+    fitted = torch.ops.compactmind.fit(
+        weight.detach().reshape(-1, size).contiguous(), counts.reshape(-1, size).contiguous(), grid.bits, ZEROS.index(grid.zero),
+        ranges, grid.superblocks and grid.zero == "float",
+    )  # fmt: skip
+    return tuple(each.view(*weight.shape[:-1], 1) for each in fitted)
+
+
+def _ranges(weight: torch.Tensor, grid: Grid, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield scale and zero, (..., 1) each, of ranges to try for groups (..., size), the extremes first."""
     top, half = grid.levels - 1, grid.levels // 2
     low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
     if grid.superblocks and grid.zero == "float":
         low, high = low.clamp(max=0), high.clamp(min=0)  # no minimum is positive there, no scale negative
     longer = torch.where(high > -low, high, low)
-    for step in range(min(SHRINK[grid.bits], most_steps)):
+    for step in range(steps):
         share = 1 - step / 20
         if grid.zero == "symmetric":
             for reach in (-half, half - 1):  # -half has an integer of its own, half has none
