@@ -103,7 +103,7 @@ def test_what_there_is_to_beat_in_one_sentence(shipped):
 
 def test_other_models_are_told_beside_it(shipped):
     line = next(line for line in sentences(shipped) if line.startswith("llama_w8a8:"))
-    assert "1.60x smaller than llama dequantized (1.63 times the bytes of llama_as_shipped), perplexity +2.0%" in line
+    assert "1.60x smaller than llama dequantized (1.63 times the bytes of llama_as_shipped), perplexity +2.00%" in line
     assert not any("as released" in line for line in sentences(shipped))
 
 

@@ -26,7 +26,7 @@ def test_a_pruned_classifier_in_one_sentence(report):
 
 def test_a_language_model_in_one_sentence(report):
     found = next(line for line in sentences(report) if line.startswith("llama_w8a8:"))
-    assert "1.60x smaller than llama as released, perplexity +2.0% [+1.0%, +3.0%] (40.80 and 40.00 on 16 windows)" in found
+    assert "1.60x smaller than llama as released, perplexity +2.00% [+1.00%, +3.00%] (40.80 and 40.00 on 16 windows)" in found
     assert "; KL 0.02 nats a token, 1.8 at the worst of 1000, same top token at 95.1%; next to" in found
     assert found.endswith("; next to the dense model in float32 it reads a prompt 1.90x faster and generates 1.20x faster.")
     report["models"][4]["against_dense"] = {"ratio": 1.001, "interval": [0.999, 1.003]}
@@ -35,7 +35,7 @@ def test_a_language_model_in_one_sentence(report):
 
 def test_the_bits_of_a_model_in_one_sentence(report):
     found = [line for line in sentences(report) if line.startswith("llama_gptq_2.5x:")]
-    assert found[0].startswith("llama_gptq_2.5x: 2.50x smaller than llama as released, perplexity +5.0%")
+    assert found[0].startswith("llama_gptq_2.5x: 2.50x smaller than llama as released, perplexity +5.00%")
     assert found[1:] == [
         "llama_gptq_2.5x: 4.00 bits a weight, all of the file counted (tensors: 4 of 3 bits, 4 of 4 bits, 4 of 5 bits, 1 of 6 bits, "
         "2 of 8 bits); 2.5x smaller was asked for, 2.504x reached; KL 0.012 nats a token expected from calibration text, 0.05 measured."

@@ -160,7 +160,7 @@ def language_sentence(row: dict[str, Any], dense: dict[str, Any], file: dict[str
         than = f"{dense['name']} dequantized ({times_file:.2f} times the bytes of {file['name']})"
     return (
         f"{row['name']}: {row['compression_ratio']:.2f}x smaller than {than}, perplexity "
-        f"{against['ratio'] - 1:+.1%} [{low - 1:+.1%}, {high - 1:+.1%}]{sure} ({row['perplexity']:.2f} and "
+        f"{against['ratio'] - 1:+.2%} [{low - 1:+.2%}, {high - 1:+.2%}]{sure} ({row['perplexity']:.2f} and "
         f"{dense['perplexity']:.2f} on {row['protocol']['windows']} windows){far}{times}."
     )
 
