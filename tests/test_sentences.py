@@ -30,7 +30,7 @@ def test_a_language_model_in_one_sentence(report):
     assert "; KL 0.02 nats a token, 1.8 at the worst of 1000, same top token at 95.1%; next to" in found
     assert found.endswith("; next to the dense model in float32 it reads a prompt 1.90x faster and generates 1.20x faster.")
     report["models"][4]["against_dense"] = {"ratio": 1.001, "interval": [0.999, 1.003]}
-    assert "[-0.1%, +0.3%], not distinguishable from 0" in sentences(report)[1]
+    assert "[-0.10%, +0.30%], not distinguishable from 0" in sentences(report)[1]
 
 
 def test_the_bits_of_a_model_in_one_sentence(report):
