@@ -10,9 +10,8 @@ import pytest
 import rows_workspace
 import torch
 
-from compactmind import checkpoint
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
-from compactmind.evaluation import classifiers, language
+from compactmind.evaluation import classifiers, language, loaded
 from compactmind.evaluation.cost import measure_generation, measure_latency
 from compactmind.evaluation.loaded import Checkpoints
 from compactmind.forward import predict_logits
@@ -153,7 +152,7 @@ def test_of_large_models_one_is_in_memory_at_a_time_and_the_numbers_are_those_of
     monkeypatch.setattr(language, "peak_memory", lambda *_: 1.0)
     monkeypatch.setattr(language, "load_any", lambda *_: None)
     small, in_memory = measured(), max(most)
-    monkeypatch.setattr(checkpoint, "SMALL_BYTES", 0)
+    monkeypatch.setattr(loaded, "SMALL_BYTES", 0)
     large, one = measured(), max(most)
     assert (in_memory, one) == (3, 1)
     for a, b in zip(small, large, strict=True):
