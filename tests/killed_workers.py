@@ -104,7 +104,8 @@ def assert_nothing_is_lost_or_double(storage, n_trials, begun, name="shared"):
     # of each that was interrupted there is a second trial, and its pipeline has a result or still waits
     again = {trial.user_attrs["retry_of"] for trial in everything if "retry_of" in trial.user_attrs}
     assert {trial.number for trial in interrupted} <= again
-    # a point that was queued, and whose worker lost the server before it took it, waits too: it was never run
+    # what waits is such a second trial, or a point that was queued and that nobody has begun
+    assert all("retry_of" in trial.user_attrs or not trial.user_attrs for trial in everything if trial.state.name == "WAITING")
     waiting = {trial.user_attrs.get("retry_of") for trial in everything if trial.state.name == "WAITING"}
     known = set(keys) | {trial.user_attrs["key"] for trial in interrupted if trial.number in waiting and "key" in trial.user_attrs}
     times = Counter(Path(begun).read_text().split("\n")[:-1])

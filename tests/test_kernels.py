@@ -361,6 +361,7 @@ def test_scales_of_groups_are_those_of_torch_and_leave_no_more_error(size, bits,
     weight, counts, grid = drawn(60, 3, size), drawn(3, size, seed=1).abs() + 0.01, Grid(bits, size, zero)
     weight[0] = 0
     weight[1, 1] = 3.0  # all alike
+    weight[2, 0] *= 1e25  # whose squared error is infinite
 
     def errors(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         back = from_integers(to_integers(weight, scale, zero, grid), scale, zero, grid)
@@ -373,7 +374,9 @@ def test_scales_of_groups_are_those_of_torch_and_leave_no_more_error(size, bits,
             expected = fit(weight, grid, importance)
         same = (fitted[0] == expected[0]) & (fitted[1] == expected[1])
         assert fitted[0].shape == expected[0].shape == (60, 3, 1) and same.float().mean() > 0.98
-    assert errors(*fitted).sum() <= 1.001 * errors(*expected).sum()
+    assert same[2, 0].all()
+    finite = errors(*expected).isfinite()
+    assert errors(*fitted)[finite].sum() <= 1.001 * errors(*expected)[finite].sum()
 
 
 @needs_kernels

@@ -39,7 +39,7 @@ class Group {
 
   // Tries `ranges` of them, from the extremes down.
   void fit(int64_t ranges, float* scale, float* zero) {
-    best_error_ = std::numeric_limits<float>::infinity();
+    tried_ = false;
     const float longer = high_ > -low_ ? high_ : low_;
     for (int64_t step = 0; step < ranges; ++step) {
       const float share = static_cast<float>(1 - static_cast<double>(step) / 20);
@@ -102,7 +102,9 @@ class Group {
       const __m256 off = _mm256_sub_ps(back, w);
       error = _mm256_fmadd_ps(_mm256_mul_ps(off, off), _mm256_loadu_ps(&counts_[i]), error);
     }
-    if (const float sum = sum_of(error); sum < best_error_) best_error_ = sum, best_scale_ = scale, best_zero_ = zero;
+    const float sum = sum_of(error);
+    if (!tried_ || sum < best_error_) best_error_ = sum, best_scale_ = scale, best_zero_ = zero;  // the first, also if it is no number
+    tried_ = true;
   }
 
   // Adds up what `parts` returns of weights, counts and integers, two sums.
@@ -121,7 +123,8 @@ class Group {
   const Zero zero_;
   const bool one_sided_;
   std::vector<float> weight_, counts_, q_;
-  float low_ = 0, high_ = 0, total_ = 0, mean_ = 0, best_error_ = 0, best_scale_ = LEAST_HALF, best_zero_ = 0;
+  float low_ = 0, high_ = 0, total_ = 0, mean_ = 0, best_error_ = 0, best_scale_ = 0, best_zero_ = 0;
+  bool tried_ = false;
 };
 
 // weight (groups, size) float32, counts (some, size) float32, which group number i has i % some of -> scale and zero (groups, 1).
