@@ -100,8 +100,8 @@ def main() -> None:
             )  # fmt: skip
             seconds = time.perf_counter() - started + known["seconds"]
             size = stored(model, released.dtype, uncounted)
-            found = measure_windows({"model": model}, held_out, dense=logits)["model"]
-            of_model, kl = perplexity_of(found["losses"], given.seq_len, "raw"), found["divergence"]
+            measured = measure_windows({"model": model}, held_out, dense=logits)["model"]
+            of_model, kl = perplexity_of(measured["losses"], given.seq_len, "raw"), measured["divergence"]
             ratio = paired_ratio(of_model["losses"], of_dense["losses"])
             rows.append(
                 {"base": given.base, "target": target, "tuning_tokens": tokens, "bytes": size, "ratio": released_bytes / size,

@@ -94,8 +94,8 @@ def problems_of_settings(script: str, given: list[str]) -> list[str]:
     profile = (values.get("profile") or ["embedded"])[0]
     if profile not in PROFILES:
         return [f"unknown profile {profile!r}"]
-    found = [problem] if (problem := setting_problem(config.for_profile(profile, **edits))) else []
-    return found + [problem for name in ("pipeline",) if name in edits for problem in problems_of_pipeline(edits[name])]
+    problems = [problem] if (problem := setting_problem(config.for_profile(profile, **edits))) else []
+    return problems + [problem for name in ("pipeline",) if name in edits for problem in problems_of_pipeline(edits[name])]
 
 
 def _typed(config: type[StageConfig], field, words: list[str]) -> object:
@@ -132,14 +132,14 @@ def problems_of_pipeline(text: str) -> list[str]:
 
 
 def problems_of_pip(words: list[str]) -> list[str]:
-    found = []
+    problems = []
     for before, word in zip(words, words[1:], strict=False):
         if before == "-r" and not (ROOT / word).is_file():
-            found.append(f"there is no {word}")
+            problems.append(f"there is no {word}")
         if extra := re.fullmatch(r"(?:\.|compactmind)\[(.*)\]", word):
             known = re.findall(r'^    "(\w+)": ', (ROOT / "setup.py").read_text(encoding="utf-8"), flags=re.MULTILINE)
-            found += [f"there is no extra {name}" for name in extra.group(1).split(",") if name.strip() not in known]
-    return found
+            problems += [f"there is no extra {name}" for name in extra.group(1).split(",") if name.strip() not in known]
+    return problems
 
 
 def problems_of_code(content: str) -> list[str]:
@@ -148,16 +148,16 @@ def problems_of_code(content: str) -> list[str]:
         tree = ast.parse(content)
     except SyntaxError as error:
         return [f"line {error.lineno} of the code: {error.msg}"]
-    found = []
+    problems = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "compactmind":
             try:
                 module = importlib.import_module(node.module)
             except ImportError as error:
-                found.append(str(error))
+                problems.append(str(error))
                 continue
-            found += [f"{node.module} has no {alias.name}" for alias in node.names if not hasattr(module, alias.name)]
-    return found
+            problems += [f"{node.module} has no {alias.name}" for alias in node.names if not hasattr(module, alias.name)]
+    return problems
 
 
 def anchors(text: str) -> set[str]:
@@ -168,7 +168,7 @@ def anchors(text: str) -> set[str]:
 
 
 def problems_of_links(page: Path, text: str) -> list[str]:
-    found = []
+    problems = []
     plain = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", plain):
         if re.match(r"[a-z]+:", target):
@@ -176,15 +176,15 @@ def problems_of_links(page: Path, text: str) -> list[str]:
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
         if not file.exists():
-            found.append(f"a link leads to {target}, which is not there")
+            problems.append(f"a link leads to {target}, which is not there")
         elif anchor and file.suffix == ".md" and anchor not in anchors(file.read_text(encoding="utf-8")):
-            found.append(f"a link leads to {target}: {file.name} has no such heading")
-    return found
+            problems.append(f"a link leads to {target}: {file.name} has no such heading")
+    return problems
 
 
 def problems_of_layout(text: str) -> list[str]:
     """Return commands in a block that says no language, where nothing reads them, and tables that a blank line has cut."""
-    found = [
+    problems = [
         f"a block of commands says no language: {content.splitlines()[0]}"
         for language, content in blocks(text)
         if not language and re.match(r"(python|pip|\./\w+\.sh) ", content)
@@ -192,22 +192,23 @@ def problems_of_layout(text: str) -> list[str]:
     plain = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL).splitlines()
     for before, line, after in zip(["", *plain], plain, [*plain[1:], ""], strict=False):
         if line.startswith("|") and not before.startswith("|") and not re.fullmatch(r"\|[ :|-]+\|", after):
-            found.append(f"a row of a table stands alone: {line[:60]}")
-    return found
+            problems.append(f"a row of a table stands alone: {line[:60]}")
+    return problems
 
 
 def problems_of_page(page: Path, text: str | None = None) -> list[str]:
     """Return everything that is wrong with a page."""
     text = page.read_text(encoding="utf-8") if text is None else text
-    found = problems_of_links(page, text) + problems_of_layout(text)
+    problems = problems_of_links(page, text) + problems_of_layout(text)
     for command in commands(text):
         try:
-            found += [f"{command.splitlines()[0]}: {problem}" for words in simple_commands(command) for problem in problems_of_call(words)]
+            called = [problem for words in simple_commands(command) for problem in problems_of_call(words)]
+            problems += [f"{command.splitlines()[0]}: {problem}" for problem in called]
         except ValueError as error:
-            found.append(f"{command.splitlines()[0]}: {error}")
+            problems.append(f"{command.splitlines()[0]}: {error}")
     for language, content in blocks(text):
         if language == "python":
-            found += problems_of_code(content)
+            problems += problems_of_code(content)
         elif language == "yaml":
             with TemporaryDirectory() as folder:
                 file = Path(folder) / "settings.yaml"
@@ -215,20 +216,20 @@ def problems_of_page(page: Path, text: str | None = None) -> list[str]:
                 try:
                     read_settings(file, PIPELINE["SECTIONS"], {"profile": PIPELINE["OWN"]})
                 except CompactMindError as error:
-                    found.append(str(error).replace(f"{folder}/", ""))
-    return found
+                    problems.append(str(error).replace(f"{folder}/", ""))
+    return problems
 
 
 def main(config: CheckConfig) -> None:
     pages = [ROOT / name for name in config.pages] or list(PAGES)
-    found = {page: problems_of_page(page) for page in pages}
-    for page, problems in found.items():
-        for problem in problems:
+    problems = {page: problems_of_page(page) for page in pages}
+    for page, of_page in problems.items():
+        for problem in of_page:
             print(f"{page.relative_to(ROOT)}: {problem}")
     count = sum(len(list(commands(page.read_text(encoding="utf-8")))) for page in pages)
-    print(f"{len(pages)} pages, {count} commands read: {sum(map(len, found.values())) or 'nothing'} wrong")
+    print(f"{len(pages)} pages, {count} commands read: {sum(map(len, problems.values())) or 'nothing'} wrong")
     well = run_pages(pages) if config.run else True
-    if any(found.values()) or not well:
+    if any(problems.values()) or not well:
         raise SystemExit(1)
 
 

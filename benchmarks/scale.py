@@ -137,17 +137,17 @@ class AnonymousMemory(threading.Thread):
 
 def speed_of(model) -> dict[str, float]:
     """Return the medians in ms of reading a prompt and of a token after it."""
-    found = measure_generation({"model": model}, prompt_tokens=512, repeats=5, reference="model")["model"]
-    return {phase: each["median_ms"] for phase, each in found.items()}
+    measured = measure_generation({"model": model}, prompt_tokens=512, repeats=5, reference="model")["model"]
+    return {phase: each["median_ms"] for phase, each in measured.items()}
 
 
 def run_step(config: ScaleConfig, step: str, device: str) -> dict[str, Any]:
     """Do what a stage does for one step; return the speeds, if they are wanted."""
     source = folder_of(config)
     model, _ = load_as_released(source)
-    vocabulary, released, found = model.config.vocab_size, model.dtype, {}
+    vocabulary, released, measured = model.config.vocab_size, model.dtype, {}
     if config.speed:
-        found["dense_ms"] = speed_of(model.to(device))
+        measured["dense_ms"] = speed_of(model.to(device))
     del model
     windows = torch.randint(0, vocabulary, (config.windows, config.seq_len), generator=torch.Generator().manual_seed(0))
     if step == "report":
@@ -159,7 +159,7 @@ def run_step(config: ScaleConfig, step: str, device: str) -> dict[str, Any]:
         for row in rows:
             if row["status"] != "measured" or "not_measured" in row:
                 raise CompactMindError(f"the report could not be measured: {row.get('error') or row['not_measured']}")
-        return found
+        return measured
     resources = Resources(
         windows, windows, windows[:2], lambda: work_in_float32(load_as_released(source)[0].to(device)), released,
         weight_bytes(source), device,
@@ -174,8 +174,8 @@ def run_step(config: ScaleConfig, step: str, device: str) -> dict[str, Any]:
 
     made = run_pipeline(read_pipeline(PIPELINES[step]), resources, Measure("loss", measure))
     if config.speed:
-        found["result_ms"] = speed_of(made.model)
-    return found
+        measured["result_ms"] = speed_of(made.model)
+    return measured
 
 
 def predicted(config: ScaleConfig, step: str) -> int:
@@ -197,12 +197,12 @@ def measure(config: ScaleConfig) -> dict:
     anonymous = AnonymousMemory()
     anonymous.start()
     started = time.perf_counter()
-    found = run_step(config, step, device)
+    measured = run_step(config, step, device)
     synchronize(torch.device(device))
     return {
         "step": step, "device": device, "seconds": time.perf_counter() - started,
         "needed": torch.cuda.max_memory_allocated() if device == "cuda" else anonymous.peak or None,
-        "resident": resident_bytes()[1] - before, **found,
+        "resident": resident_bytes()[1] - before, **measured,
     }  # fmt: skip
 
 

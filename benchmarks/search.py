@@ -117,35 +117,35 @@ def make_runner(config: BenchmarkConfig, stage: SearchConfig, cache: PrefixCache
 def run_grid(space: Space, runner: TrialRunner, path: Path, context: dict) -> dict[str, dict]:
     """Return what every point gives, by `key_of`; points of an earlier run with the same context are taken over."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found = known.get("points", {}) if known.get("context") == context else {}
+    points = known.get("points", {}) if known.get("context") == context else {}
     points, begun = list(space.points()), time.perf_counter()
     for number, point in enumerate(points, start=1):
         steps = read_pipeline(space.pipeline(point))
-        if key_of(steps) in found:
+        if key_of(steps) in points:
             continue
         expected = runner.expected_ratio(steps)
         row = {"pipeline": pipeline_name(steps), "point": point, "expected_ratio": expected}
         row |= runner.measure(runner.run(steps))
-        found[key_of(steps)] = row
-        write_json_atomically(path, {"context": context, "points": found})
+        points[key_of(steps)] = row
+        write_json_atomically(path, {"context": context, "points": points})
         print(
             f"{number:>4}/{len(points)} {row['pipeline']:<20}{row['kl']:>12.4f}{row['compression_ratio']:>7.2f}x"
             f"{(time.perf_counter() - begun) / 60:>8.1f} min",
             flush=True,
         )
-    return found
+    return points
 
 
-def search_in_table(space: Space, found: dict[str, dict], config: BenchmarkConfig, strategy: str, seed: int) -> float:
+def search_in_table(space: Space, points: dict[str, dict], config: BenchmarkConfig, strategy: str, seed: int) -> float:
     """Return the lowest KL that reaches the target after `budget` trials looked up in the table."""
 
     def look_up(trial, steps):
-        row = found[key_of(steps)]
+        row = points[key_of(steps)]
         trial.set_constraint("compression", config.target_compression - row["compression_ratio"])
         return [row["kl"]]
 
     def expected(steps) -> float:
-        return found[key_of(steps)]["expected_ratio"]
+        return points[key_of(steps)]["expected_ratio"]
 
     with TemporaryDirectory() as folder:
         study = open_study("table", f"sqlite:///{folder}/study.db", {})
@@ -165,18 +165,18 @@ def quality(config: BenchmarkConfig, stage: SearchConfig) -> dict:
     }  # fmt: skip
     cache = PrefixCache(config.results_dir / "search" / "cache", context | {"benchmark": True}, int(4e9))
     runner = make_runner(config, stage, cache)
-    found = run_grid(space, runner, config.results_dir / "benchmark_search_grid.json", json.loads(json.dumps(context)))
-    best = min(row["kl"] for row in found.values() if row["compression_ratio"] >= config.target_compression)
+    points = run_grid(space, runner, config.results_dir / "benchmark_search_grid.json", json.loads(json.dumps(context)))
+    best = min(row["kl"] for row in points.values() if row["compression_ratio"] >= config.target_compression)
     gaps = {
-        strategy: [search_in_table(space, found, config, strategy, seed) / best - 1 for seed in range(config.seeds)]
+        strategy: [search_in_table(space, points, config, strategy, seed) / best - 1 for seed in range(config.seeds)]
         for strategy in ("bayesian", "evolution", "random")
     }
     print(
-        f"\n{len(found)} points, best at {config.target_compression:g} times smaller KL {best:.4f}; gap after {config.budget} trials"
+        f"\n{len(points)} points, best at {config.target_compression:g} times smaller KL {best:.4f}; gap after {config.budget} trials"
     )
     for strategy, values in gaps.items():
         print(f"{strategy:<12} median {statistics.median(values):+.2%}   " + " ".join(f"{value:+.2%}" for value in values))
-    return {"points": len(found), "best": best, "gaps": gaps, "budget": config.budget}
+    return {"points": len(points), "best": best, "gaps": gaps, "budget": config.budget}
 
 
 # ----------------------------------------------------------------------------------------------------------------- speed
@@ -196,9 +196,9 @@ def speed(config: BenchmarkConfig, stage: SearchConfig) -> dict:
     windows, choose, looks = make_windows(config, stage), random.Random(config.seed), []
 
     def look(model) -> dict:
-        begun, found = time.perf_counter(), perplexity(model, windows, "")
+        begun, value = time.perf_counter(), perplexity(model, windows, "")
         looks.append(time.perf_counter() - begun)
-        return found
+        return value
 
     rows = []
     for what, trials, size in (("run", run, config.sample), ("not run", list(not_run.values()), config.sample_not_run)):
@@ -217,7 +217,7 @@ def speed(config: BenchmarkConfig, stage: SearchConfig) -> dict:
                 flush=True,
             )
     print(f"\n{len(run)} pipelines run by the search in {searched:.0f} s, {len(not_run)} more told to be too large and not run")
-    found = {"run": len(run), "not_run": len(not_run), "search_seconds": searched, "rows": rows, "times": {}}
+    report = {"run": len(run), "not_run": len(not_run), "search_seconds": searched, "rows": rows, "times": {}}
     for measured in ("every step", "at the end"):
         each, others = ([row[measured] for row in rows if row["what"] == what] for what in ("run", "not run"))
         of_all = statistics.mean(each) * len(run) + statistics.mean(others or [0.0]) * len(not_run)
@@ -226,13 +226,13 @@ def speed(config: BenchmarkConfig, stage: SearchConfig) -> dict:
             "interval": ratio_interval(each, len(run) / searched, config.seed),
             "all it looked at": of_all / searched,
         }
-        found["times"][measured] = times
+        report["times"][measured] = times
         print(
             f"times as many as from scratch, all windows, measured {measured}: {times['those it ran']:.2f} "
             "[{:.2f}, {:.2f}]".format(*times["interval"])
             + f"; with those it need not run {times['all it looked at']:.2f}"
         )
-    return found
+    return report
 
 
 def ratio_interval(seconds: list[float], per_second: float, seed: int, draws: int = 10_000) -> tuple[float, float]:

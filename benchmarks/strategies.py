@@ -62,10 +62,10 @@ def measure_table(space: Space, config: Any, stage: SearchConfig, path: Path) ->
     source, device = config.models_dir / "llama", default_device()
     context = {"seq_len": SEQ_LEN, "windows": [CALIBRATION, VALIDATION, TEST], "bytes": weight_bytes(source), "blocks": config.blocks}
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found = known.get("points", {}) if known.get("context") == context else {}
+    points = known.get("points", {}) if known.get("context") == context else {}
     pipelines = {key_of(steps): steps for steps in (read_pipeline(space.pipeline(point)) for point in space.points())}
-    if not pipelines.keys() - found.keys():
-        return {key: found[key] for key in pipelines}
+    if not pipelines.keys() - points.keys():
+        return {key: points[key] for key in pipelines}
     model, tokenizer = load_as_released(source)
 
     def windows(split: str, count: int) -> torch.Tensor:
@@ -87,7 +87,7 @@ def measure_table(space: Space, config: Any, stage: SearchConfig, path: Path) ->
 
     nothing = Measure("nothing", lambda _: {})
     for number, (key, steps) in enumerate(pipelines.items(), start=1):
-        if key in found:
+        if key in points:
             continue
         begun = time.process_time()
         made = run_pipeline(steps, resources, nothing, show=False)
@@ -97,14 +97,14 @@ def measure_table(space: Space, config: Any, stage: SearchConfig, path: Path) ->
             "pipeline": [step.described() for step in steps], "seconds": seconds, "bytes": size,
             "compression_ratio": size_of_dense / size, "validation": validation, "test": measured(made.model, "test"),
         }  # fmt: skip
-        found[key] = row
-        write_json_atomically(path, {"context": context, "points": found})
+        points[key] = row
+        write_json_atomically(path, {"context": context, "points": points})
         print(
             f"{number:>4}/{len(pipelines)} {pipeline_name(steps):<16} KL {validation['kl']:.4f} {row['compression_ratio']:.2f}x "
             f"{seconds:.1f} s",
             flush=True,
         )
-    return found
+    return points
 
 
 def first_blocks(model: PreTrainedModel, count: int) -> PreTrainedModel:
@@ -128,15 +128,15 @@ STRATEGIES = ("bayesian", "evolution", "random")
 COLOURS = dict(zip(STRATEGIES, ("#1f5fa8", "#2e8b57", "#8a8a8a"), strict=True))
 
 
-def look_up(found: dict[str, dict], space: Space, config: Any, strategy: str, seed: int, guesses: bool, objectives: int) -> list[dict]:
+def look_up(points: dict[str, dict], space: Space, config: Any, strategy: str, seed: int, guesses: bool, objectives: int) -> list[dict]:
     """Return the rows of the table that a search looked up, in the order in which it did."""
     rows: list[dict] = []
 
     def ratio_of(pipeline: list[dict]) -> float:
-        return found[key_of(read_pipeline(pipeline))]["compression_ratio"]
+        return points[key_of(read_pipeline(pipeline))]["compression_ratio"]
 
     def evaluate(_, steps) -> list[float]:
-        rows.append(found[key_of(steps)])
+        rows.append(points[key_of(steps)])
         return [rows[-1]["validation"]["kl"], rows[-1]["bytes"]][:objectives]
 
     target = config.target_compression if objectives == 1 else 1.0
@@ -144,7 +144,7 @@ def look_up(found: dict[str, dict], space: Space, config: Any, strategy: str, se
     search(
         study, space, config.budget, evaluate, strategy=strategy, seed=1000 * seed,
         first=space.first_guesses(ratio_of, target) if guesses else (),
-        excess=lambda steps: target - found[key_of(steps)]["compression_ratio"],
+        excess=lambda steps: target - points[key_of(steps)]["compression_ratio"],
     )  # fmt: skip
     assert len(counted_trials(study)) == len(rows)
     return rows
@@ -194,22 +194,22 @@ def compared(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
 def strategies(config: Any, stage: SearchConfig) -> dict[str, Any]:
     """Measure the table if that is still to be done, search in it and print who was ahead."""
     space = table_space(config.alphas)
-    found = measure_table(space, config, stage, config.results_dir / "benchmark_search_table.json")
-    small = [row for row in found.values() if row["compression_ratio"] >= config.target_compression]
+    points = measure_table(space, config, stage, config.results_dir / "benchmark_search_table.json")
+    small = [row for row in points.values() if row["compression_ratio"] >= config.target_compression]
     best = {text: min(small, key=lambda row: row["validation"]["kl"])[text]["kl"] for text in ("validation", "test")}
-    seconds = [row["seconds"] for row in found.values()]
+    seconds = [row["seconds"] for row in points.values()]
     print(
-        f"{len(found)} pipelines, {len(small)} of them at least {config.target_compression:g} times smaller, {sum(seconds):.0f} s in all; "
+        f"{len(points)} pipelines, {len(small)} of them at least {config.target_compression:g} times smaller, {sum(seconds):.0f} s in all; "
         f"the best of these: KL {best['validation']:.4f} on validation text, {best['test']:.4f} on test text"
     )
     reference = tuple(max(math.log(value) for value in values) + 0.01 for values in (
-        [row["bytes"] for row in found.values()], [row[text]["kl"] for row in found.values() for text in ("validation", "test")],
+        [row["bytes"] for row in points.values()], [row[text]["kl"] for row in points.values() for text in ("validation", "test")],
     ))  # fmt: skip
-    whole = {text: volumes(list(found.values()), text, reference)[-1] for text in ("validation", "test")}
-    report: dict[str, Any] = {"pipelines": len(found), "best": best, "budget": config.budget, "seeds": config.seeds}
+    whole = {text: volumes(list(points.values()), text, reference)[-1] for text in ("validation", "test")}
+    report: dict[str, Any] = {"pipelines": len(points), "best": best, "budget": config.budget, "seeds": config.seeds}
     for guesses in (True, False):
-        runs = {s: [look_up(found, space, config, s, seed, guesses, 1) for seed in range(config.seeds)] for s in STRATEGIES}
-        fronts = {s: [look_up(found, space, config, s, seed, guesses, 2) for seed in range(config.seeds)] for s in STRATEGIES}
+        runs = {s: [look_up(points, space, config, s, seed, guesses, 1) for seed in range(config.seeds)] for s in STRATEGIES}
+        fronts = {s: [look_up(points, space, config, s, seed, guesses, 2) for seed in range(config.seeds)] for s in STRATEGIES}
         moments = np.linspace(0, min(sum(row["seconds"] for row in rows) for each in runs.values() for rows in each), 200)
 
         def regrets(rows: Sequence[dict], text: str) -> list[float]:

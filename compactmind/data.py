@@ -267,10 +267,10 @@ def data_fingerprint(data_dir: Path) -> str:
     Those of sentiment are left out.
     """
     description = read_dataset_description(data_dir)
-    told = "".join(description["splits"][name]["sha256"] for name in SPLITS)
+    content = "".join(description["splits"][name]["sha256"] for name in SPLITS)
     if "task" in description:
-        told += json.dumps(description["task"]["labels"])
-    return hashlib.sha256(told.encode()).hexdigest()
+        content += json.dumps(description["task"]["labels"])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def load_split(data_dir: Path, split: str) -> list[Sentence]:
@@ -380,7 +380,7 @@ def require_same_texts(model: PreTrainedModel, sentences: EncodedSentences) -> N
     """Raise CompactMindError if a model was trained on pairs of texts and these are single, or the other way round; some do not say."""
     wanted = getattr(model.config, "sentence_pairs", None)
     if wanted is not None and wanted != sentences.pairs:
-        told = ("pairs of texts and was given single ones", "single texts and was given pairs")[not wanted]
+        trained_on = ("pairs of texts and was given single ones", "single texts and was given pairs")[not wanted]
         raise CompactMindError(
-            f"the model was trained on {told}: use the data it was trained on (--pair_column of download_model.py)"
+            f"the model was trained on {trained_on}: use the data it was trained on (--pair_column of download_model.py)"
         )

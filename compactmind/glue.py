@@ -59,8 +59,8 @@ def glue_files(folder: Path, name: str) -> dict[str, Path]:
         pattern = re.compile(rf"({'|'.join(stems)})[.-]")
         paths = sorted(path for path in folder.glob("*") if path.suffix in READABLE and pattern.match(path.name))
         if len(paths) > 1:
-            told = ", ".join(path.name for path in paths)
-            raise CompactMindError(f"{folder} holds several files for {stems[-1]} ({told}): join them, or leave one")
+            names = ", ".join(path.name for path in paths)
+            raise CompactMindError(f"{folder} holds several files for {stems[-1]} ({names}): join them, or leave one")
         if paths:
             files[part] = paths[0]
     if len(files) == 1:

@@ -51,9 +51,9 @@ def main_type(published: dict[str, Any]) -> str:
 def describe_published(name: str, published: dict[str, Any]) -> str:
     """Return what the model `name` was published as, and what that means for quantizers that are tried on it, in two sentences."""
     types = published["types"]
-    told = ", ".join(f"{each['tensors']} in {kind} at {each['bits_per_weight']:g}" for kind, each in types.items())
-    told = f"tensors and bits per weight: {told}"
-    origin = f"{name} was published as {published['file']} ({published['format']}, {published['bytes'] / 1e6:.1f} MB; {told})"
+    grids = ", ".join(f"{each['tensors']} in {kind} at {each['bits_per_weight']:g}" for kind, each in types.items())
+    grids = f"tensors and bits per weight: {grids}"
+    origin = f"{name} was published as {published['file']} ({published['format']}, {published['bytes'] / 1e6:.1f} MB; {grids})"
     if not is_rounded(published):
         return f"{origin} and is that file in another format."
     kind = main_type(published)

@@ -17,25 +17,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
-    found = arguments(__doc__, bits=4, group_size=128, symmetric=True, iters=50, samples=24, batch_size=8)
-    windows = calibration_windows(found.calibration, found.samples)
-    batches = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in windows.split(found.batch_size)]
+    args = arguments(__doc__, bits=4, group_size=128, symmetric=True, iters=50, samples=24, batch_size=8)
+    windows = calibration_windows(args.calibration, args.samples)
+    batches = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in windows.split(args.batch_size)]
     taken = Taken()
-    model = AutoModelForCausalLM.from_pretrained(found.model, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     rounding = AutoRound(
-        model, AutoTokenizer.from_pretrained(found.model), scheme="W4A16", bits=found.bits, group_size=found.group_size,
-        sym=found.symmetric, iters=found.iters, nsamples=found.samples, seqlen=windows.shape[1], batch_size=found.batch_size,
+        model, AutoTokenizer.from_pretrained(args.model), scheme="W4A16", bits=args.bits, group_size=args.group_size,
+        sym=args.symmetric, iters=args.iters, nsamples=args.samples, seqlen=windows.shape[1], batch_size=args.batch_size,
         dataset=batches, device_map="cpu", enable_torch_compile=False, low_cpu_mem_usage=False,
     )  # fmt: skip
     model = rounding.quantize()[0]
     weights = {f"{name}.weight": module.weight.detach().float().clone() for name, module in model.named_modules()
                if name.rpartition(".")[2] in LINEARS}  # fmt: skip
-    written = found.output / WRITTEN
+    written = args.output / WRITTEN
     # with a zero point 0.16.1 would write AWQ's layout, and fails at it; GPTQ's has the same bytes
-    rounding.save_quantized(str(written), format="auto_round" if found.symmetric else "auto_gptq")
+    rounding.save_quantized(str(written), format="auto_round" if args.symmetric else "auto_gptq")
     cost = taken.stop()
     version = importlib.metadata.version("auto-round")
-    write_result(found, weights, "AutoRound", version, cost, written_bytes(written), table_bytes(written))
+    write_result(args, weights, "AutoRound", version, cost, written_bytes(written), table_bytes(written))
 
 
 if __name__ == "__main__":

@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
 def main() -> None:
-    found = arguments(__doc__, double_quantization=True, quant_type="nf4")
+    args = arguments(__doc__, double_quantization=True, quant_type="nf4")
     taken = Taken()
     how = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=found.quant_type, bnb_4bit_use_double_quant=found.double_quantization,
+        load_in_4bit=True, bnb_4bit_quant_type=args.quant_type, bnb_4bit_use_double_quant=args.double_quantization,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(
-        found.model, quantization_config=how, dtype=torch.bfloat16, device_map={"": "cpu"}
+        args.model, quantization_config=how, dtype=torch.bfloat16, device_map={"": "cpu"}
     )
-    written = found.output / WRITTEN
+    written = args.output / WRITTEN
     model.save_pretrained(written)
     cost = taken.stop()
     weights = {
@@ -32,7 +32,7 @@ def main() -> None:
         if isinstance(module, Linear4bit)
     }
     version = importlib.metadata.version("bitsandbytes")
-    write_result(found, weights, "bitsandbytes", version, cost, written_bytes(written), table_bytes(written))
+    write_result(args, weights, "bitsandbytes", version, cost, written_bytes(written), table_bytes(written))
 
 
 if __name__ == "__main__":

@@ -76,8 +76,8 @@ def by_gptq(folder: Path, bits: int, windows: torch.Tensor):
 
 def weights_of(model, bits: int) -> dict[str, torch.Tensor]:
     """Return the weights of a float32 model whose rows super-blocks fill, by name; they are changed in place."""
-    found = {f"{block.name}.{path}": getattr(block, field) for block in llama_blocks(model) for field, path in LINEARS.items()}
-    return {name: linear.weight.data for name, linear in found.items() if K_GRIDS[bits].fits(linear.in_features)}
+    linears = {f"{block.name}.{path}": getattr(block, field) for block in llama_blocks(model) for field, path in LINEARS.items()}
+    return {name: linear.weight.data for name, linear in linears.items() if K_GRIDS[bits].fits(linear.in_features)}
 
 
 def main() -> None:
@@ -105,10 +105,10 @@ def main() -> None:
     for bits in args.bits:
         for way, make in ways.items():
             model = make(bits)
-            found = measure_windows({"model": model}, held_out, logits)["model"]
-            ratio = paired_ratio(found["losses"].tolist(), base["losses"].tolist())["ratio"]
-            told = f"{K_GRIDS[bits].gguf_type}, {len(weights_of(model, bits))} linears, {way}"
-            print(f"{told:<48} perplexity {ratio - 1:+.2%}, KL {found['divergence']['mean']:.5f}", flush=True)
+            measured = measure_windows({"model": model}, held_out, logits)["model"]
+            ratio = paired_ratio(measured["losses"].tolist(), base["losses"].tolist())["ratio"]
+            label = f"{K_GRIDS[bits].gguf_type}, {len(weights_of(model, bits))} linears, {way}"
+            print(f"{label:<48} perplexity {ratio - 1:+.2%}, KL {measured['divergence']['mean']:.5f}", flush=True)
 
 
 if __name__ == "__main__":

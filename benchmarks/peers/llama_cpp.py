@@ -164,18 +164,18 @@ def mean_squares(folder: Path, windows: torch.Tensor) -> dict[str, torch.Tensor]
 
 
 def main() -> None:
-    found = arguments(__doc__, type="Q4_K_M", importance=False, samples=24, as_tied=False, q3_k_instead="Q4_0")
-    if found.type not in FILE_TYPES:
-        raise SystemExit(f"error: --type {found.type!r}: choose one of {', '.join(FILE_TYPES)}")
-    config = json.loads((found.model / "config.json").read_text(encoding="utf-8"))
-    base = read_weights(found.model)
-    target = found.output / WRITTEN / f"{found.type}.gguf"
+    args = arguments(__doc__, type="Q4_K_M", importance=False, samples=24, as_tied=False, q3_k_instead="Q4_0")
+    if args.type not in FILE_TYPES:
+        raise SystemExit(f"error: --type {args.type!r}: choose one of {', '.join(FILE_TYPES)}")
+    config = json.loads((args.model / "config.json").read_text(encoding="utf-8"))
+    base = read_weights(args.model)
+    target = args.output / WRITTEN / f"{args.type}.gguf"
     target.parent.mkdir(parents=True)
     taken = Taken()
-    importance = mean_squares(found.model, calibration_windows(found.calibration, found.samples)) if found.importance else {}
-    as_taken = config | ({"tie_word_embeddings": True} if found.as_tied else {})
-    instead = INSTEAD | {Type.Q3_K: Type[found.q3_k_instead]}
-    write_gguf(base, as_taken, target, found.type, importance, instead)
+    importance = mean_squares(args.model, calibration_windows(args.calibration, args.samples)) if args.importance else {}
+    as_taken = config | ({"tie_word_embeddings": True} if args.as_tied else {})
+    instead = INSTEAD | {Type.Q3_K: Type[args.q3_k_instead]}
+    write_gguf(base, as_taken, target, args.type, importance, instead)
     cost = taken.stop()
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(target).tensors}
     weights = {}
@@ -185,7 +185,7 @@ def main() -> None:
         weights[name] = unpair(dense, heads_of(name, config)) if heads_of(name, config) else dense
     tables = {name: int(tensors[OUTSIDE[name]].n_bytes) for name in (EMBEDDING, HEAD) if OUTSIDE[name] in tensors}
     version = f"in xllamacpp {importlib.metadata.version('xllamacpp')}"
-    write_result(found, weights, "llama.cpp", version, cost, target.stat().st_size, tables)
+    write_result(args, weights, "llama.cpp", version, cost, target.stat().st_size, tables)
 
 
 if __name__ == "__main__":

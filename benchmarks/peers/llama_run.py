@@ -59,23 +59,23 @@ def main() -> None:
 
     models = {name: loaded(place) for name, place in places.items()}
     first = next(iter(models))
-    found = {name: described(place) for name, place in places.items()}
+    rows = {name: described(place) for name, place in places.items()}
     if windows is not None:
         for name, each in measure_windows(models, windows, first).items():
-            found[name] |= perplexity_of(each["losses"], windows.shape[1], args.tokens.name) | {"divergence": each["divergence"]}
-            found[name]["against_first"] = paired_ratio(found[name]["losses"], found[first]["losses"])
+            rows[name] |= perplexity_of(each["losses"], windows.shape[1], args.tokens.name) | {"divergence": each["divergence"]}
+            rows[name]["against_first"] = paired_ratio(rows[name]["losses"], rows[first]["losses"])
     if args.repeats:
         for name, phases in measure_generation(models, args.prompt_tokens, args.repeats, first).items():
-            found[name]["generation"] = phases
-    for name, row in found.items():
-        told = f"{name:<24} {row['bytes'] / 1e6:7.1f} MB"
+            rows[name]["generation"] = phases
+    for name, row in rows.items():
+        line = f"{name:<24} {row['bytes'] / 1e6:7.1f} MB"
         if "perplexity" in row:
-            told += f" | perplexity {row['perplexity']:.3f} ({row['against_first']['ratio'] - 1:+.2%}), KL {row['divergence']['mean']:.4f}"
+            line += f" | perplexity {row['perplexity']:.3f} ({row['against_first']['ratio'] - 1:+.2%}), KL {row['divergence']['mean']:.4f}"
         for phase, times in row.get("generation", {}).items():
-            told += f" | {phase} {times['median_ms']:.1f} ms, {times['speedup']:.2f}x"
-        print(told)
-    told = {"llama.cpp": installed(), "threads": torch.get_num_threads(), "models": found}
-    args.output.write_text(json.dumps(told, indent=1))
+            line += f" | {phase} {times['median_ms']:.1f} ms, {times['speedup']:.2f}x"
+        print(line)
+    record = {"llama.cpp": installed(), "threads": torch.get_num_threads(), "models": rows}
+    args.output.write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

@@ -22,19 +22,19 @@ METHODS = {"gptq": GPTQModifier, "awq": AWQModifier}
 
 
 def main() -> None:
-    found = arguments(__doc__, method="gptq", bits=4, group_size=64, symmetric=True, samples=24)
-    windows = calibration_windows(found.calibration, found.samples)
+    args = arguments(__doc__, method="gptq", bits=4, group_size=64, symmetric=True, samples=24)
+    windows = calibration_windows(args.calibration, args.samples)
     rows = Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()})
-    integers = QuantizationArgs(num_bits=found.bits, strategy="group", group_size=found.group_size, symmetric=found.symmetric)
+    integers = QuantizationArgs(num_bits=args.bits, strategy="group", group_size=args.group_size, symmetric=args.symmetric)
     scheme = QuantizationScheme(targets=["Linear"], weights=integers)
     taken = Taken()
-    model = AutoModelForCausalLM.from_pretrained(found.model, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     oneshot(
-        model=model, tokenizer=AutoTokenizer.from_pretrained(found.model), dataset=rows, max_seq_length=windows.shape[1],
+        model=model, tokenizer=AutoTokenizer.from_pretrained(args.model), dataset=rows, max_seq_length=windows.shape[1],
         num_calibration_samples=len(windows), shuffle_calibration_samples=False,
-        recipe=METHODS[found.method](config_groups={"all": scheme}, ignore=["lm_head"]),
+        recipe=METHODS[args.method](config_groups={"all": scheme}, ignore=["lm_head"]),
     )  # fmt: skip
-    written = found.output / WRITTEN
+    written = args.output / WRITTEN
     model.save_pretrained(written, save_compressed=True)
     cost = taken.stop()
     model = AutoModelForCausalLM.from_pretrained(
@@ -42,11 +42,11 @@ def main() -> None:
     )
     weights = {f"{name}.weight": module.weight.detach() for name, module in model.named_modules()
                if name.rpartition(".")[2] in LINEARS}  # fmt: skip
-    if found.method == "awq":  # it moves scales into the norms, too
+    if args.method == "awq":  # it moves scales into the norms, too
         weights |= {name: tensor for name, tensor in read_weights(written).items() if name.endswith("norm.weight")}
     version = importlib.metadata.version("llmcompressor")
-    peer = f"llm-compressor {found.method.upper()}"
-    write_result(found, weights, peer, version, cost, written_bytes(written), table_bytes(written))
+    peer = f"llm-compressor {args.method.upper()}"
+    write_result(args, weights, peer, version, cost, written_bytes(written), table_bytes(written))
 
 
 if __name__ == "__main__":

@@ -78,13 +78,13 @@ class Reference:
 
     def compare(self, model: PreTrainedModel) -> dict:
         """Return perplexity, its ratio to the dense one minus 1 with a paired interval, and the divergence of a model."""
-        found = measure_windows({"model": model}, self.windows, list(self.logits))["model"]
-        against = paired_ratio(found["losses"].tolist(), self.losses)
+        measured = measure_windows({"model": model}, self.windows, list(self.logits))["model"]
+        against = paired_ratio(measured["losses"].tolist(), self.losses)
         return {
-            "perplexity": math.exp(found["losses"].mean()),
+            "perplexity": math.exp(measured["losses"].mean()),
             "against_dense": against["ratio"] - 1,
             "against_dense_interval": [edge - 1 for edge in against["interval"]],
-            "divergence": found["divergence"],
+            "divergence": measured["divergence"],
         }
 
 
@@ -106,8 +106,8 @@ def measured_before(output: Path, protocol: dict) -> dict[tuple[str, float], dic
     """Return the rows of an earlier output of the same protocol by name and the peer's seconds, which never come twice."""
     if not output.is_file():
         return {}
-    found = json.loads(output.read_text(encoding="utf-8"))
-    return {(row["name"], row["seconds"]): row for row in found["rows"] if found["protocol"] == protocol and "seconds" in row}
+    earlier = json.loads(output.read_text(encoding="utf-8"))
+    return {(row["name"], row["seconds"]): row for row in earlier["rows"] if earlier["protocol"] == protocol and "seconds" in row}
 
 
 def round_tables(model: PreTrainedModel) -> None:

@@ -35,12 +35,12 @@ def arguments(description: str, **options) -> argparse.Namespace:
     for name, default in options.items():
         kind = _true_or_false if isinstance(default, bool) else type(default)
         parser.add_argument(f"--{name}", type=kind, default=default, help=" ")
-    found = parser.parse_args()
-    if not (found.model / "config.json").is_file():
-        raise SystemExit(f"error: {found.model} holds no model (no config.json): run `python download_model.py` first")
-    if found.output.exists():
-        raise SystemExit(f"error: {found.output} is there already: remove it, or choose another --output")
-    return found
+    args = parser.parse_args()
+    if not (args.model / "config.json").is_file():
+        raise SystemExit(f"error: {args.model} holds no model (no config.json): run `python download_model.py` first")
+    if args.output.exists():
+        raise SystemExit(f"error: {args.output} is there already: remove it, or choose another --output")
+    return args
 
 
 def _true_or_false(word: str) -> bool:
@@ -49,9 +49,9 @@ def _true_or_false(word: str) -> bool:
     return word == "True"
 
 
-def settings(found: argparse.Namespace) -> dict:
+def settings(args: argparse.Namespace) -> dict:
     """Return the options of a command line that say how a peer quantizes."""
-    return {name: value for name, value in vars(found).items() if name not in ("model", "output", "calibration")}
+    return {name: value for name, value in vars(args).items() if name not in ("model", "output", "calibration")}
 
 
 def calibration_windows(path: Path | None, count: int) -> torch.Tensor:
@@ -73,13 +73,13 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def table_bytes(folder: Path) -> dict[str, int]:
     """Return the bytes that input embeddings and head take in the safetensors files of a folder; a tied table stands there once."""
-    found = {}
+    sizes = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in {EMBEDDING, HEAD} & set(opened.keys()):
                 tensor = opened.get_tensor(name)
-                found[name] = tensor.numel() * tensor.element_size()
-    return found
+                sizes[name] = tensor.numel() * tensor.element_size()
+    return sizes
 
 
 def peak_memory() -> int:
@@ -102,7 +102,7 @@ class Taken:
 
 
 def write_result(
-    found: argparse.Namespace, weights: dict[str, torch.Tensor], peer: str, version: str, taken: dict,
+    args: argparse.Namespace, weights: dict[str, torch.Tensor], peer: str, version: str, taken: dict,
     bytes_written: int, tables: dict[str, int],
 ) -> None:  # fmt: skip
     """Write the dequantized model and peer.json beside what the peer has written.
@@ -110,7 +110,7 @@ def write_result(
     `weights` replaces tensors of the base by name; those it lacks are the base's. `tables`: bytes of the tables in the peer's files.
     SystemExit on a tensor that the base does not have, one of another shape, and linears that did not change.
     """
-    base = read_weights(found.model)
+    base = read_weights(args.model)
     state = {name: tensor.float() for name, tensor in base.items()}
     for name, tensor in weights.items():
         if name == HEAD and HEAD not in base:
@@ -121,24 +121,24 @@ def write_result(
     untouched = [name for name in state if name.split(".")[-2] in LINEARS and torch.equal(state[name], base[name].float())]
     if untouched:
         raise SystemExit(f"error: {peer} left {len(untouched)} linears as they were, {untouched[0]} among them")
-    found.output.mkdir(parents=True, exist_ok=True)
-    for file in found.model.iterdir():
+    args.output.mkdir(parents=True, exist_ok=True)
+    for file in args.model.iterdir():
         if file.is_file() and file.suffix in (".json", ".jinja", ".model") and not file.name.startswith(("model", "manifest")):
-            shutil.copy(file, found.output)
-    config = json.loads((found.output / "config.json").read_text(encoding="utf-8"))
+            shutil.copy(file, args.output)
+    config = json.loads((args.output / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
-    (found.output / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=1), encoding="utf-8")
-    save_file(state, found.output / "model.safetensors", metadata={"format": "pt"})
+    (args.output / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=1), encoding="utf-8")
+    save_file(state, args.output / "model.safetensors", metadata={"format": "pt"})
     report = {
         "peer": peer,
         "version": version,
-        "settings": settings(found),
+        "settings": settings(args),
         **taken,
         "bytes": bytes_written,
         "table_bytes": tables,
     }
-    (found.output / "peer.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    print(f"{found.output}: {peer} {version}, {bytes_written / 1e6:.1f} MB, {taken['seconds']:.0f} s")
+    (args.output / "peer.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    print(f"{args.output}: {peer} {version}, {bytes_written / 1e6:.1f} MB, {taken['seconds']:.0f} s")
 
 
 def written_bytes(folder: Path) -> int:

@@ -10,17 +10,17 @@ from peer import EMBEDDING, HEAD, LINEARS, Taken, arguments, read_weights, round
 
 
 def main() -> None:
-    found = arguments(__doc__, bits=4, group_size=32, symmetric=False)
+    args = arguments(__doc__, bits=4, group_size=32, symmetric=False)
     taken, rounded, total = Taken(), {}, 0
-    base = read_weights(found.model)
+    base = read_weights(args.model)
     for name, weight in base.items():
         if name.split(".")[-2] in LINEARS:
-            rounded[name] = round_to_nearest(weight, found.bits, found.group_size, found.symmetric)
-            total += rounded_bytes(weight.shape, found.bits, found.group_size, found.symmetric)
+            rounded[name] = round_to_nearest(weight, args.bits, args.group_size, args.symmetric)
+            total += rounded_bytes(weight.shape, args.bits, args.group_size, args.symmetric)
         else:
             total += 2 * weight.numel()
     tables = {name: 2 * base[name].numel() for name in (EMBEDDING, HEAD) if name in base}
-    write_result(found, rounded, "round to nearest", "of this folder", taken.stop(), total, tables)
+    write_result(args, rounded, "round to nearest", "of this folder", taken.stop(), total, tables)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def expected(models: dict[str, str], windows: list[list[int]]) -> dict[str, list
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from compactmind.checkpoint import load_any
 
-    found = {}
+    theirs = {}
     for name, folder in models.items():
         model, rows = load_any(Path(folder)).model, []
         for window in windows:
@@ -34,8 +34,8 @@ def expected(models: dict[str, str], windows: list[list[int]]) -> dict[str, list
             with torch.inference_mode():
                 logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
             rows.append(logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist())
-        found[name] = rows
-    return found
+        theirs[name] = rows
+    return theirs
 
 
 def by_vllm(folder: str, windows: list[list[int]], dtype: str) -> list[list[float]]:
@@ -66,11 +66,11 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     wanted = json.loads(args.expected.read_text())
     for name, folder in models.items():
-        found = [value for row in by_vllm(folder, windows, args.by_vllm) for value in row]
+        theirs = [value for row in by_vllm(folder, windows, args.by_vllm) for value in row]
         ours = [value for row in wanted[name] for value in row]
-        apart = [abs(one - other) for one, other in zip(found, ours, strict=True)]
+        apart = [abs(one - other) for one, other in zip(theirs, ours, strict=True)]
         print(
-            f"{name} in {args.by_vllm}: loss {-statistics.mean(found):.5f}, here {-statistics.mean(ours):.5f}; a log-probability differs "
+            f"{name} in {args.by_vllm}: loss {-statistics.mean(theirs):.5f}, here {-statistics.mean(ours):.5f}; a log-probability differs "
             f"by {statistics.mean(apart):.2g} in the mean, {max(apart):.2g} at most",
             flush=True,
         )

@@ -16,10 +16,10 @@ LONGEST = 300
 
 def reason_of(error: Exception) -> str:
     """Return what an exception says in one line; the kind of error goes before it unless it was written to be read."""
-    told = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     if not isinstance(error, CompactMindError):
-        told = f"{type(error).__name__}: {told}".removesuffix(": ")
-    return told if len(told) <= LONGEST else f"{told[: LONGEST - 3]}..."
+        message = f"{type(error).__name__}: {message}".removesuffix(": ")
+    return message if len(message) <= LONGEST else f"{message[: LONGEST - 3]}..."
 
 
 def fail(row: dict[str, Any], error: Exception) -> None:

@@ -92,9 +92,9 @@ def available() -> bool:
             build(path)
         torch.ops.load_library(path)
     except (OSError, subprocess.SubprocessError) as error:
-        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [type(error).__name__]
+        message = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [type(error).__name__]
         print(
-            f"compactmind: no kernels for quantized models, they run slower: building {path} failed: {told[-1]}",
+            f"compactmind: no kernels for quantized models, they run slower: building {path} failed: {message[-1]}",
             file=sys.stderr,
         )
         return False

@@ -124,12 +124,12 @@ def check_llama_2(report: dict[str, Any]) -> str | None:
         return None
     measured, protocol = dense["perplexity"], dense["protocol"]
     difference = measured - LLAMA_2_7B_PERPLEXITY
-    told = f"{dense['model_name']} has perplexity {measured:.3f}, {difference:+.3f} against the published {LLAMA_2_7B_PERPLEXITY}"
+    compared = f"{dense['model_name']} has perplexity {measured:.3f}, {difference:+.3f} against the published {LLAMA_2_7B_PERPLEXITY}"
     reasons = protocol_differences(protocol)
     if report["settings"]["eval_windows"]:
         reasons.append(f"only {protocol['windows']} windows instead of all {LLAMA_2_7B_WINDOWS}")
     if abs(difference) <= TOLERANCE and not reasons:
-        return f"{told}: reproduced."
+        return f"{compared}: reproduced."
     if not reasons:
         reasons.append(f"the protocol is the same, so what is left is the arithmetic ({dense['kernel']}) or other weights")
-    return f"{told}: {'; '.join(reasons)}."
+    return f"{compared}: {'; '.join(reasons)}."

@@ -107,7 +107,7 @@ def run_workers(planned: Sequence[Share], command: Sequence[str] = ()) -> list[i
 
     `command` is this very one unless it is given. An interrupt, or a signal to end, ends all of them first and is passed on then.
     """
-    command, running, told, threads = list(command) or [sys.executable, *sys.argv], [], threading.Event(), []
+    command, running, ending, threads = list(command) or [sys.executable, *sys.argv], [], threading.Event(), []
     with _signals_as_interrupts():
         try:
             for number, share in enumerate(planned, start=1):
@@ -115,10 +115,10 @@ def run_workers(planned: Sequence[Share], command: Sequence[str] = ()) -> list[i
                 print(f"worker {name}: {share}", flush=True)
                 environment = os.environ | share.environment() | {WORKER: name, "PYTHONUNBUFFERED": "1"}
                 running.append(_start(command, environment))
-                threads.append(_pass_on(number, running[-1].stdout, told))
+                threads.append(_pass_on(number, running[-1].stdout, ending))
             codes = _watch(running)
         except BaseException:
-            told.set()
+            ending.set()
             _end(running)
             raise
     for thread in threads:
@@ -133,12 +133,12 @@ def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def _pass_on(number: int, lines: IO[str], told: threading.Event) -> threading.Thread:
+def _pass_on(number: int, lines: IO[str], ending: threading.Event) -> threading.Thread:
     """Print the lines of a worker with its number before each, until all are told to end."""
 
     def read() -> None:
         for line in lines:
-            if not told.is_set():
+            if not ending.is_set():
                 print(f"[{number}] {line.rstrip()}\n", end="", flush=True)  # one call: lines of several workers do not mix
 
     thread = threading.Thread(target=read, daemon=True)

@@ -84,8 +84,8 @@ def from_main_process(value: Any = None) -> Any:
     if is_main_process():
         pickler = _WithoutTensors(file)
         pickler.dump(value)
-        told = [(each.dtype, each.shape, isinstance(each, nn.Parameter), each.requires_grad) for each in pickler.tensors]
-        dist.broadcast_object_list([file.getvalue(), told], group=connection)
+        described = [(each.dtype, each.shape, isinstance(each, nn.Parameter), each.requires_grad) for each in pickler.tensors]
+        dist.broadcast_object_list([file.getvalue(), described], group=connection)
         for tensor in pickler.tensors:
             if tensor.numel():
                 dist.broadcast(_as_bytes(tensor.detach().cpu().contiguous()), 0, group=connection)
