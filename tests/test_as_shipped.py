@@ -38,8 +38,8 @@ def shipped(report):  # noqa: F811
     return report
 
 
-def by_name(found: dict) -> dict[str, dict]:
-    return {row["name"]: row for row in found["models"]}
+def by_name(rows: dict) -> dict[str, dict]:
+    return {row["name"]: row for row in rows["models"]}
 
 
 def test_what_llama_cpp_makes_is_a_row_and_a_point_and_none_of_our_models(shipped, tmp_path):
@@ -50,8 +50,8 @@ def test_what_llama_cpp_makes_is_a_row_and_a_point_and_none_of_our_models(shippe
     shipped["models"].insert(5, row | {"status": "measured", "size_mb": 90.0, "compression_ratio": 2.99})
     assert compressed(shipped, as_shipped(shipped)) == before
     assert [line[0] for line in tables.language_table(shipped).rows].count("llama.cpp Q4_0") == 1
-    told = [each for each in sentences(shipped) if each.startswith("llama.cpp Q4_0")]
-    assert len(told) == 1 and not any("llama.cpp Q4_0 is" in each for each in warnings(shipped))
+    message = [each for each in sentences(shipped) if each.startswith("llama.cpp Q4_0")]
+    assert len(message) == 1 and not any("llama.cpp Q4_0 is" in each for each in warnings(shipped))
     labels = [text.get_text() for text in perplexity_against_size(shipped).legends[0].get_texts()]
     assert any(label.startswith("llama.cpp Q4_0") for label in labels)
     assert all(path.stat().st_size for path in write_documents(shipped, tmp_path))
@@ -69,7 +69,7 @@ def test_the_row_has_the_bytes_of_the_file_and_the_quality_of_the_model(shipped)
 
 
 @pytest.mark.parametrize(
-    ("status", "given", "found"),
+    ("status", "given", "expected"),
     [
         ("not run", {"command": "python 6_evaluate_report.py"}, {"command": "python 6_evaluate_report.py"}),
         ("failed", {"error": "too large"}, {"error": "it has the quality of llama: too large"}),
@@ -77,27 +77,27 @@ def test_the_row_has_the_bytes_of_the_file_and_the_quality_of_the_model(shipped)
          {"error": "it has the quality of llama: cut", "command": "python download_model.py"}),
     ],
 )  # fmt: skip
-def test_without_the_models_numbers_the_row_has_none(shipped, tmp_path, status, given, found):
+def test_without_the_models_numbers_the_row_has_none(shipped, tmp_path, status, given, expected):
     dense = {"name": "llama", "track": "llm", "directory": "models/llama", "status": status, **given}
     row = row_as_shipped(dense, PUBLISHED)
-    assert row["status"] == status and {name: row[name] for name in found} == found and "size_mb" not in row
+    assert row["status"] == status and {name: row[name] for name in expected} == expected and "size_mb" not in row
     shipped["models"][3:5] = [dense, row]
     assert as_shipped(shipped) is None and not any("dominated" in line for line in warnings(shipped))
     write_documents(shipped, tmp_path)
-    told = found.get("command") or found["error"]
-    assert [line for line in tables.language_table(shipped).rows if line[0] == "llama_as_shipped" and told in line[1]]
+    text = expected.get("command") or expected["error"]
+    assert [line for line in tables.language_table(shipped).rows if line[0] == "llama_as_shipped" and text in line[1]]
 
 
 # ------------------------------------------------------------------------------------------------------------- in words
 def test_what_there_is_to_beat_in_one_sentence(shipped):
-    told = "llama_as_shipped is what every compressed model has to beat: 98.4 MB, 2.74x smaller than llama at no loss"
-    assert f"{told}; of 1 made from llama none is smaller and none is better." in sentences(shipped)
+    text = "llama_as_shipped is what every compressed model has to beat: 98.4 MB, 2.74x smaller than llama at no loss"
+    assert f"{text}; of 1 made from llama none is smaller and none is better." in sentences(shipped)
     shipped["models"] += [language_model("small", 1.3, size_mb=90.0), language_model("tiny", 1.5, size_mb=40.0)]
     shipped["models"] += [language_model("better", 0.9), language_model("perhaps", 0.995)]
     shipped["models"] += [language_model("of-another", 1.1, size_mb=9.0, compared_with="other")]
-    assert f"{told}; of 5 made from llama 2 (small, tiny) are smaller and 1 (better) is better." in sentences(shipped)
+    assert f"{text}; of 5 made from llama 2 (small, tiny) are smaller and 1 (better) is better." in sentences(shipped)
     shipped["models"][5:] = []
-    assert f"{told}." in sentences(shipped)
+    assert f"{text}." in sentences(shipped)
     assert not any(line.startswith("llama_as_shipped:") for line in sentences(shipped))
 
 
@@ -108,10 +108,10 @@ def test_other_models_are_told_beside_it(shipped):
 
 
 def test_a_search_for_less_than_the_file_has_is_told(shipped):
-    told = " llama_as_shipped is 2.74x smaller at no loss."
-    assert next(line for line in sentences(shipped) if "pipelines tried" in line).endswith(f"at 2.60x.{told}")
+    text = " llama_as_shipped is 2.74x smaller at no loss."
+    assert next(line for line in sentences(shipped) if "pipelines tried" in line).endswith(f"at 2.60x.{text}")
     shipped["search"]["best"]["measured"]["compression_ratio"] = 2.8
-    assert not any(told in line for line in sentences(shipped))
+    assert not any(text in line for line in sentences(shipped))
 
 
 def test_whoever_is_neither_smaller_nor_better_is_dominated(shipped):
@@ -119,18 +119,18 @@ def test_whoever_is_neither_smaller_nor_better_is_dominated(shipped):
         language_model("small", 1.3, size_mb=90.0), language_model("better", 0.9), language_model("perhaps", 0.995),
         language_model("slow", 1.3, size_mb=98.5, generation=None), language_model("of-another", 1.1, compared_with="other"),
     ]  # fmt: skip
-    found = [line for line in warnings(shipped) if "dominated" in line]
-    assert [line.split()[0] for line in found] == ["llama_w8a8", "perhaps", "slow"]
-    assert found[0] == (
+    result = [line for line in warnings(shipped) if "dominated" in line]
+    assert [line.split()[0] for line in result] == ["llama_w8a8", "perhaps", "slow"]
+    assert result[0] == (
         "llama_w8a8 is dominated: llama_as_shipped has 98.4 MB instead of 160.0 and a perplexity of 40.00 instead of 40.80; its speed is "
         "left (prefill 1.90x, decode 1.20x against llama; the file's was not measured)."
     )
-    assert found[2].endswith("instead of 98.5 and a perplexity of 40.00 instead of 52.00.")
+    assert result[2].endswith("instead of 98.5 and a perplexity of 40.00 instead of 52.00.")
 
 
 def test_the_row_itself_is_warned_of_in_no_way(shipped):
-    told = [line for line in warnings(shipped) if line.startswith("llama_as_shipped")]
-    assert told == [] and any(line.startswith("llama was measured on another machine") for line in warnings(shipped))
+    text = [line for line in warnings(shipped) if line.startswith("llama_as_shipped")]
+    assert text == [] and any(line.startswith("llama was measured on another machine") for line in warnings(shipped))
 
 
 def test_a_goal_that_the_file_reaches_without_work_says_so(shipped):

@@ -9,8 +9,8 @@ from compactmind.methods.llama import llama_blocks
 
 
 def state_of(model) -> dict:
-    found = {name: (each, each.data_ptr(), each.dtype, each.requires_grad) for name, each in model.named_parameters()}
-    return found | {"hooks": sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())}
+    result = {name: (each, each.data_ptr(), each.dtype, each.requires_grad) for name, each in model.named_parameters()}
+    return result | {"hooks": sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())}
 
 
 @pytest.mark.parametrize("biases", [False, True])
@@ -24,8 +24,8 @@ def test_blocks_one_after_the_other_are_the_model(biases, tied):
     with torch.no_grad():
         for block, others in zip(llama_blocks(model), arguments, strict=True):
             states = [run_block(block.module, each, others) for each in states]
-        found = model.lm_head(model.model.norm(torch.cat(states)))
-        assert torch.allclose(found, model(windows).logits, atol=1e-5)
+        result = model.lm_head(model.model.norm(torch.cat(states)))
+        assert torch.allclose(result, model(windows).logits, atol=1e-5)
 
 
 def test_a_model_in_bf16_is_read_in_float32_and_stays_in_bf16():
@@ -37,12 +37,12 @@ def test_a_model_in_bf16_is_read_in_float32_and_stays_in_bf16():
         assert {each.dtype for each in block.parameters()} == {torch.float32} and not any(
             p.requires_grad for p in block.parameters()
         )
-        found = run_block(block, states[0], arguments[0])
-    assert state_of(model) == before and found.dtype == torch.float32
+        result = run_block(block, states[0], arguments[0])
+    assert state_of(model) == before and result.dtype == torch.float32
     expected, others = block_inputs(model.float(), windows)
     assert torch.equal(states[1], expected[1])
     with torch.no_grad():
-        assert torch.allclose(found, run_block(llama_blocks(model)[0].module, expected[0], others[0]), atol=1e-5)
+        assert torch.allclose(result, run_block(llama_blocks(model)[0].module, expected[0], others[0]), atol=1e-5)
 
 
 @pytest.mark.parametrize("where", ["model.layers.1.mlp", "model.norm", "model.embed_tokens"])

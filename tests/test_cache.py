@@ -22,15 +22,15 @@ windows = trial_runs.windows
 @pytest.fixture
 def calls(monkeypatch):
     """A list that grows by the name of every method that really runs."""
-    found = []
+    result = []
     for method in (METHODS["prune"], METHODS["retrain"]):
 
         def apply(*arguments, method=method):
-            found.append(method.name)
+            result.append(method.name)
             return method.apply(*arguments)
 
         monkeypatch.setitem(METHODS, method.name, replace(method, apply=apply))
-    return found
+    return result
 
 
 @pytest.mark.parametrize("scope", ["uniform", "global"])
@@ -89,11 +89,11 @@ def test_a_model_from_the_cache_is_measured_anew_on_another_text(windows, tmp_pa
         return {"loss": perplexity(model, windows[3:], "x")["loss"]}
 
     measure = Measure("another text", other)
-    found = run_pipeline(steps, runner.resources, measure, cache=runner.cache, show=False)
+    result = run_pipeline(steps, runner.resources, measure, cache=runner.cache, show=False)
     fresh = run_pipeline(steps, runner.resources, measure, show=False)
     assert calls == ["prune", "retrain"] * 2
-    assert [row["loss"] for row in found.steps] == [row["loss"] for row in fresh.steps]
-    assert "perplexity" not in found.steps[1]  # that was of the first text
+    assert [row["loss"] for row in result.steps] == [row["loss"] for row in fresh.steps]
+    assert "perplexity" not in result.steps[1]  # that was of the first text
     before = len(names)
     run_pipeline(steps, runner.resources, measure, cache=runner.cache, show=False)
     assert len(names) == before  # known by now
@@ -137,7 +137,7 @@ def test_the_cache_stays_within_its_limit_and_forgets_what_was_used_longest_ago(
 def test_a_full_disk_costs_the_search_its_cache_and_one_line(windows, tmp_path, monkeypatch, capsys):
     runner, wanted = make_runner(windows, tmp_path), make_runner(windows).run(read_pipeline([PRUNE, RETRAIN]))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
-    found = runner.run(read_pipeline([PRUNE, RETRAIN]))
-    assert [row["loss"] for row in found.steps] == [row["loss"] for row in wanted.steps]
+    result = runner.run(read_pipeline([PRUNE, RETRAIN]))
+    assert [row["loss"] for row in result.steps] == [row["loss"] for row in wanted.steps]
     output = capsys.readouterr().out
     assert output.count("was not kept") == 1 and "not enough disk space" in output

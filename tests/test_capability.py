@@ -43,13 +43,13 @@ def test_solved_is_the_right_number_in_the_right_place_or_the_last_one_anywhere(
         )
 
     monkeypatch.setattr(model, "generate", generate)
-    found = gsm8k(model, tokenizer, 3, file=file, batch_size=2)
-    assert found["problems"] == len(prompts) == 3
+    result = gsm8k(model, tokenizer, 3, file=file, batch_size=2)
+    assert result["problems"] == len(prompts) == 3
     assert prompts[0].count("Q: ") == 9  # eight worked examples
-    assert found["strict"]["accuracy"] == pytest.approx(1 / 3) and found["flexible"]["accuracy"] == pytest.approx(2 / 3)
-    low, high = found["strict"]["interval"]
+    assert result["strict"]["accuracy"] == pytest.approx(1 / 3) and result["flexible"]["accuracy"] == pytest.approx(2 / 3)
+    low, high = result["strict"]["interval"]
     assert low == pytest.approx(0.0615, abs=1e-3) and high == pytest.approx(0.7923, abs=1e-3)  # Wilson, 1 of 3
-    table = gsm8k_table({"models": [{"name": "mine", "gsm8k": found}, {"name": "other"}]})
+    table = gsm8k_table({"models": [{"name": "mine", "gsm8k": result}, {"name": "other"}]})
     assert "3 problems" in table.caption and [row[0] for row in table.rows] == ["mine"]
     assert "33.3% [6.1%, 79.2%]" in table.as_text()
     assert gsm8k_table({"models": [{"name": "other"}]}) is None
@@ -60,8 +60,8 @@ def test_an_int8_model_is_asked_too_and_stays_as_it_was(file):
     tokenizer.eos_token = tokenizer.bos_token
     quantize_llama(model, calibrate_llama(model, helpers.example_windows()), W8A8Recipe())
     model.config.quantization_config = config = {"quant_method": "compressed-tensors"}  # as it is loaded
-    found = gsm8k(model, tokenizer, 1, file=file, max_new_tokens=2)
-    assert found["problems"] == 1 and found["strict"]["accuracy"] in (0, 1)
+    result = gsm8k(model, tokenizer, 1, file=file, max_new_tokens=2)
+    assert result["problems"] == 1 and result["strict"]["accuracy"] in (0, 1)
     assert model.config.quantization_config is config
 
 

@@ -256,6 +256,6 @@ def test_retraining_with_remembered_states_is_the_same_retraining():
     recipe, states, losses = RetrainRecipe(tokens=72, evaluations=1), TeacherStates(), []
     for remembered in (None, states, states):
         model = helpers.make_llama(seed=3)
-        found = retrain_causal_lm(model, windows, windows[:2], recipe, teacher=teacher, teacher_states=remembered)
-        losses.append(found["history"][-1]["loss"])
+        result = retrain_causal_lm(model, windows, windows[:2], recipe, teacher=teacher, teacher_states=remembered)
+        losses.append(result["history"][-1]["loss"])
     assert states.kept and losses == pytest.approx([losses[0]] * 3, rel=1e-6)

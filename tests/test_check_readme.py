@@ -55,8 +55,8 @@ def test_the_readme_can_be_read_in_ten_minutes_and_every_page_is_in_the_index():
     ],
 )
 def test_what_a_newcomer_could_not_do_is_found(text, said):
-    found = check.problems_of_page(helpers.REPOSITORY / "README.md", text)
-    assert len(found) == 1 and said in found[0]
+    result = check.problems_of_page(helpers.REPOSITORY / "README.md", text)
+    assert len(result) == 1 and said in result[0]
 
 
 def test_commands_are_run_with_what_a_tiny_model_can_take():

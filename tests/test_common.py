@@ -156,21 +156,21 @@ def test_the_profile_can_come_from_the_environment(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------- ranges
 def number_fields() -> list[tuple[type, dataclasses.Field]]:
     """Return every field of every config that is a number or holds numbers."""
-    found = []
+    result = []
     for config in CONFIGS:
         for field in dataclasses.fields(config):
             values = field.default if isinstance(field.default, tuple) else (field.default,)
             words, types = settings.allowed_values(typing.get_type_hints(config)[field.name])
             if set(types) & {int, float} or any(type(value) in (int, float) for value in values):
-                found.append((config, field))
-    return found
+                result.append((config, field))
+    return result
 
 
 def outside(interval: str) -> list[float]:
     """Return numbers just outside an interval, and what is no number at all."""
     low, high = (float(bound) for bound in interval[1:-1].split(","))
-    found = [low - 1 if interval[0] == "[" else low, math.nan, math.inf]
-    return found + ([] if high == math.inf else [high + 1 if interval[-1] == "]" else high])
+    result = [low - 1 if interval[0] == "[" else low, math.nan, math.inf]
+    return result + ([] if high == math.inf else [high + 1 if interval[-1] == "]" else high])
 
 
 def test_every_number_of_every_config_has_a_range_and_is_held_to_it():

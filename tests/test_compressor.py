@@ -92,31 +92,31 @@ def test_the_table_of_methods_names_itself():
 # --------------------------------------------------------------------------------------------------------------- running
 def test_every_step_is_measured_and_errors_add_up_but_for_the_interaction(resources, measure, windows):
     steps = read_pipeline([PRUNE, W8A8])
-    found = run_pipeline(steps, resources, measure)
-    assert [row["method"] for row in found.steps] == ["dense", "prune", "w8a8"] and found.kind == "w8a8"
-    assert found.steps[0]["loss"] == pytest.approx(perplexity(helpers.make_llama(), windows, "x")["loss"])
+    result = run_pipeline(steps, resources, measure)
+    assert [row["method"] for row in result.steps] == ["dense", "prune", "w8a8"] and result.kind == "w8a8"
+    assert result.steps[0]["loss"] == pytest.approx(perplexity(helpers.make_llama(), windows, "x")["loss"])
     alone = run_pipeline(read_pipeline([W8A8]), resources, measure)
-    dense, pruned, whole = (row["loss"] for row in found.steps)
+    dense, pruned, whole = (row["loss"] for row in result.steps)
     expected = (whole - dense) - (pruned - dense) - (alone.steps[1]["loss"] - dense)
-    assert interaction(steps, resources, measure, found.steps) == pytest.approx(expected, abs=1e-9)
-    assert interaction(steps[:1], resources, measure, found.steps[:2]) is None
-    assert found.steps[1]["done"]["sparsity"] == pytest.approx(0.3, abs=0.01)
-    assert found.quantization["method"] == "smoothquant"
+    assert interaction(steps, resources, measure, result.steps) == pytest.approx(expected, abs=1e-9)
+    assert interaction(steps[:1], resources, measure, result.steps[:2]) is None
+    assert result.steps[1]["done"]["sparsity"] == pytest.approx(0.3, abs=0.01)
+    assert result.quantization["method"] == "smoothquant"
 
 
 @pytest.mark.parametrize("order", [[SMOOTH, PRUNE, NF4], [PRUNE, SMOOTH, NF4], [PRUNE, RETRAIN, SMOOTH, W8A8]], ids=str)
 def test_smoothing_changes_nothing_by_itself_wherever_it_stands(resources, measure, order):
-    found = run_pipeline(read_pipeline(order), resources, measure)
-    at = [row["method"] for row in found.steps].index("smooth")
-    assert found.steps[at]["loss"] == pytest.approx(found.steps[at - 1]["loss"], abs=1e-4)
-    assert found.kind == order[-1]["method"]
+    result = run_pipeline(read_pipeline(order), resources, measure)
+    at = [row["method"] for row in result.steps].index("smooth")
+    assert result.steps[at]["loss"] == pytest.approx(result.steps[at - 1]["loss"], abs=1e-4)
+    assert result.kind == order[-1]["method"]
 
 
 def test_a_stream_is_turned_for_the_step_that_wants_it_alone(resources, measure):
     turned = {"method": "w8a8", "params": {"alpha": 0.5, "rotations": ["o"], "stream_rotation": True}}
-    plain, found, again = (run_pipeline(read_pipeline([step]), resources, measure) for step in (W8A8, turned, W8A8))
-    assert found.quantization["stream_rotation"] and not plain.quantization["stream_rotation"]
-    assert abs(found.steps[1]["loss"] - found.steps[0]["loss"]) < 0.05 and found.steps[1]["loss"] != plain.steps[1]["loss"]
+    plain, result, again = (run_pipeline(read_pipeline([step]), resources, measure) for step in (W8A8, turned, W8A8))
+    assert result.quantization["stream_rotation"] and not plain.quantization["stream_rotation"]
+    assert abs(result.steps[1]["loss"] - result.steps[0]["loss"]) < 0.05 and result.steps[1]["loss"] != plain.steps[1]["loss"]
     assert again.steps[1]["loss"] == plain.steps[1]["loss"]
 
 
@@ -145,16 +145,16 @@ def test_what_is_measured_is_what_is_saved(resources, windows, measure, last, sc
         "params": {"sparsity": 0.3, "round_to": 16, "scope": scope, "structures": ["channels", "groups"]},
     }
     prune["params"]["round_to"] = 8 if scope == "uniform" else 4
-    found = run_pipeline(read_pipeline([prune, *last]), resources, measure)
-    size = stored_bytes(found, resources.released)
-    with store_as_released(found, resources.released):
-        assert size == bytes_to_save(found.model)
+    result = run_pipeline(read_pipeline([prune, *last]), resources, measure)
+    size = stored_bytes(result, resources.released)
+    with store_as_released(result, resources.released):
+        assert size == bytes_to_save(result.model)
         save_checkpoint(
-            tmp_path / "small", found.model, helpers.make_byte_tokenizer(), kind=found.kind, parent="x",
-            stage={"script": "x", "config": {}, "inputs": {}}, quantization=found.quantization,
+            tmp_path / "small", result.model, helpers.make_byte_tokenizer(), kind=result.kind, parent="x",
+            stage={"script": "x", "config": {}, "inputs": {}}, quantization=result.quantization,
         )  # fmt: skip
     again = load_checkpoint(tmp_path / "small")
-    assert perplexity(again.model, windows, "x")["loss"] == pytest.approx(found.steps[-1]["loss"], rel=1e-5)
+    assert perplexity(again.model, windows, "x")["loss"] == pytest.approx(result.steps[-1]["loss"], rel=1e-5)
     widths = {shape["intermediate_size"] for shape in again.manifest["layers"]}
     assert max(widths) <= 48 and again.manifest["layers"] == llama_shapes(again.model)
     assert any(isinstance(module, W8A8Linear) for module in again.model.modules()) == (last == [W8A8])
@@ -183,14 +183,14 @@ def check_that_the_file_holds_what_is_measured(steps, resources, windows, folder
             return model(windows).logits
 
     look = Measure("logits", lambda model: measured.append(logits_of(model)) or {})
-    found = run_pipeline(steps, resources, look, show=False)
-    with store_as_released(found, resources.released):
+    result = run_pipeline(steps, resources, look, show=False)
+    with store_as_released(result, resources.released):
         save_checkpoint(
-            folder, found.model, helpers.make_byte_tokenizer(), kind=found.kind, parent="x", quantization=found.quantization,
+            folder, result.model, helpers.make_byte_tokenizer(), kind=result.kind, parent="x", quantization=result.quantization,
             stage={"script": "x", "config": {}, "inputs": {}},
         )  # fmt: skip
     assert torch.equal(logits_of(load_checkpoint(folder).model), measured[-1])
-    assert torch.equal(logits_of(found.model), measured[-1])  # and what is in memory is as it was
+    assert torch.equal(logits_of(result.model), measured[-1])  # and what is in memory is as it was
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -214,9 +214,9 @@ def test_the_file_of_every_w8a8_gives_the_very_logits_that_were_measured(windows
 
 
 def test_retraining_is_given_the_dense_model_and_never_makes_it_worse(resources, measure):
-    found = run_pipeline(read_pipeline([PRUNE, RETRAIN]), resources, measure)
-    done = found.steps[2]["done"]
-    assert found.kind == "pruned" and done["tokens_seen"] >= 96
+    result = run_pipeline(read_pipeline([PRUNE, RETRAIN]), resources, measure)
+    done = result.steps[2]["done"]
+    assert result.kind == "pruned" and done["tokens_seen"] >= 96
     assert done["loss_after"] <= done["loss_before"]
 
 

@@ -206,11 +206,11 @@ def test_the_percentiles_are_as_far_from_both_ends(rounds):
     """The times mirrored are the same times: 10th and 90th percentile mirror each other, whatever the number of rounds."""
     times = [0.001 * (1 + round_index**2) for round_index in range(rounds)]
     mirrored = [-value for value in times]
-    found, turned = (summaries({"a": values}, {})["a"] for values in (times, mirrored))
-    assert found["low_ms"] == pytest.approx(-turned["high_ms"]) and found["high_ms"] == pytest.approx(-turned["low_ms"])
-    assert found["median_ms"] == pytest.approx(-turned["median_ms"])
+    result, turned = (summaries({"a": values}, {})["a"] for values in (times, mirrored))
+    assert result["low_ms"] == pytest.approx(-turned["high_ms"]) and result["high_ms"] == pytest.approx(-turned["low_ms"])
+    assert result["median_ms"] == pytest.approx(-turned["median_ms"])
 
 
 def test_the_percentiles_of_six_rounds_lie_between_ranks():
-    found = summaries({"a": [0.001, 0.002, 0.003, 0.004, 0.005, 0.006]}, {})["a"]
-    assert (found["low_ms"], found["high_ms"]) == (pytest.approx(1.5), pytest.approx(5.5))
+    result = summaries({"a": [0.001, 0.002, 0.003, 0.004, 0.005, 0.006]}, {})["a"]
+    assert (result["low_ms"], result["high_ms"]) == (pytest.approx(1.5), pytest.approx(5.5))

@@ -42,14 +42,14 @@ def test_a_gpu_that_is_too_old_for_this_pytorch_is_named_with_the_way_out(monkey
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "compute_120"])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100")
     monkeypatch.delenv(USE_CPU, raising=False)
-    told = "Tesla P100 has compute capability 6.1, and this PyTorch has kernels from 7.5: set ACCELERATE_USE_CPU=true to use the CPU"
-    assert device_problem() is None if usable else device_problem().startswith(told)
+    text = "Tesla P100 has compute capability 6.1, and this PyTorch has kernels from 7.5: set ACCELERATE_USE_CPU=true to use the CPU"
+    assert device_problem() is None if usable else device_problem().startswith(text)
     monkeypatch.setenv(USE_CPU, "true")
     assert device_problem() is None
 
 
 @pytest.mark.parametrize(
-    ("told", "number", "count"),
+    ("variables", "number", "count"),
     [
         ({}, 0, 1),
         ({"RANK": "0", "WORLD_SIZE": "1"}, 0, 1),
@@ -57,9 +57,9 @@ def test_a_gpu_that_is_too_old_for_this_pytorch_is_named_with_the_way_out(monkey
         ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, 1, 2),
     ],
 )
-def test_one_process_of_all_machines_is_the_main_one(monkeypatch, told, number, count):
+def test_one_process_of_all_machines_is_the_main_one(monkeypatch, variables, number, count):
     for name in (*RANK, *SIZE):
         monkeypatch.delenv(name, raising=False)
-    for name, value in told.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert (process_number(), number_of_processes(), is_main_process()) == (number, count, number == 0)

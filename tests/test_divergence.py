@@ -42,14 +42,14 @@ def counted(model, calls: list, name: str):
 
 # ----------------------------------------------------------------------------------------------------------- the number
 def test_it_is_the_divergence_of_two_distributions_over_the_vocabulary(dense, other, windows):
-    found = divergence(dense, other, windows)
+    result = divergence(dense, other, windows)
     expected = torch.distributions.kl_divergence(categoricals(dense, windows), categoricals(other, windows))  # dense first
-    assert found["mean"] == pytest.approx(expected.mean().item(), rel=1e-5)
-    assert found["divergences"] == pytest.approx(expected.mean(dim=1).tolist(), rel=1e-5)
-    assert found["p999"] == pytest.approx(np.quantile(expected.numpy(), 0.999), rel=1e-5)
-    assert found["interval"] == pytest.approx([bound.item() for bound in mean_interval(expected.mean(dim=1))], rel=1e-4)
+    assert result["mean"] == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert result["divergences"] == pytest.approx(expected.mean(dim=1).tolist(), rel=1e-5)
+    assert result["p999"] == pytest.approx(np.quantile(expected.numpy(), 0.999), rel=1e-5)
+    assert result["interval"] == pytest.approx([bound.item() for bound in mean_interval(expected.mean(dim=1))], rel=1e-4)
     backwards = divergence(other, dense, windows)
-    assert abs(backwards["mean"] / found["mean"] - 1) > 1e-3
+    assert abs(backwards["mean"] / result["mean"] - 1) > 1e-3
 
 
 def test_the_top_tokens_are_counted(dense, other, windows):
@@ -63,10 +63,10 @@ def test_the_top_tokens_are_counted(dense, other, windows):
 
 
 def test_the_dense_model_is_no_step_from_itself(dense, windows):
-    found = divergence(dense, dense, windows)
-    assert (found["mean"], found["interval"], found["p999"], found["same_top"]) == (0.0, (0.0, 0.0), 0.0, 1.0)
-    assert found["divergences"] == [0.0] * 5
-    assert json.loads(json.dumps(found))["mean"] == 0
+    result = divergence(dense, dense, windows)
+    assert (result["mean"], result["interval"], result["p999"], result["same_top"]) == (0.0, (0.0, 0.0), 0.0, 1.0)
+    assert result["divergences"] == [0.0] * 5
+    assert json.loads(json.dumps(result))["mean"] == 0
 
 
 def test_it_grows_with_the_error_and_never_falls_below_zero(dense, windows):
@@ -76,9 +76,9 @@ def test_it_grows_with_the_error_and_never_falls_below_zero(dense, windows):
         with torch.no_grad():
             noise = torch.randn(noisy.lm_head.weight.shape, generator=torch.Generator().manual_seed(2))
             noisy.lm_head.weight.add_(size * noise)
-        found = divergence(dense, noisy, windows)
-        assert 0 <= found["interval"][0] <= found["mean"] <= found["interval"][1] and found["mean"] <= found["p999"]
-        means.append(found["mean"])
+        result = divergence(dense, noisy, windows)
+        assert 0 <= result["interval"][0] <= result["mean"] <= result["interval"][1] and result["mean"] <= result["p999"]
+        means.append(result["mean"])
     assert means == sorted(means) and means[0] < 1e-6 < 1e-4 < means[-1]
 
 
@@ -106,11 +106,11 @@ def test_predictions_in_half_precision_are_compared_in_float32():
 
 # ------------------------------------------------------------------------------------------------------------- one pass
 def test_losses_are_those_of_perplexity(dense, other, windows):
-    found = measure_windows({"other": other, "dense": dense}, windows, "dense")
+    result = measure_windows({"other": other, "dense": dense}, windows, "dense")
     for name, model in (("dense", dense), ("other", other)):
-        assert torch.equal(found[name]["losses"], window_losses(model, windows))
-    assert found["other"]["divergence"] == divergence(dense, other, windows)
-    assert found["dense"]["divergence"]["mean"] == 0
+        assert torch.equal(result[name]["losses"], window_losses(model, windows))
+    assert result["other"]["divergence"] == divergence(dense, other, windows)
+    assert result["dense"]["divergence"]["mean"] == 0
     assert measure_windows({"other": other}, windows, None)["other"]["divergence"] is None
 
 
@@ -128,8 +128,8 @@ def test_logits_at_hand_are_as_good_as_the_model(dense, other, windows):
 
 def test_another_vocabulary_is_not_compared(dense, windows):
     larger = helpers.make_llama(vocab_size=helpers.LLAMA_VOCABULARY + 8)
-    found = measure_windows({"dense": dense, "larger": larger}, windows, "dense")
-    assert found["larger"]["divergence"] is None and len(found["larger"]["losses"]) == 5
+    result = measure_windows({"dense": dense, "larger": larger}, windows, "dense")
+    assert result["larger"]["divergence"] is None and len(result["larger"]["losses"]) == 5
     with pytest.raises(ValueError, match="vocabularies of 264 and 272"):
         divergence(dense, larger, windows)
     with pytest.raises(ValueError, match=r"shapes \(2, 3\) and \(2, 4\): the vocabularies differ"):
@@ -152,10 +152,10 @@ def test_a_model_that_raises_is_left_out_and_the_others_go_on(dense, windows, wi
     with pytest.raises(RuntimeError, match="out of memory"):
         measure_windows({**models, "dying": dying(1)}, windows, "dense")
     errors: dict[str, Exception] = {}
-    found = measure_windows(models, windows, "dense", errors)
-    assert list(found) == ["dense", "sound"] and str(errors["dying"]) == "out of memory"
-    assert found["sound"]["divergence"] == divergence(dense, models["sound"], windows)
+    result = measure_windows(models, windows, "dense", errors)
+    assert list(result) == ["dense", "sound"] and str(errors["dying"]) == "out of memory"
+    assert result["sound"]["divergence"] == divergence(dense, models["sound"], windows)
     errors = {}
-    found = measure_windows({"dense": dying(0), "sound": models["sound"]}, windows, "dense", errors)  # nothing to compare with
-    assert list(errors) == ["dense"] and list(found) == ["sound"]
-    assert found["sound"]["divergence"] is None and len(found["sound"]["losses"]) == len(windows)
+    result = measure_windows({"dense": dying(0), "sound": models["sound"]}, windows, "dense", errors)  # nothing to compare with
+    assert list(errors) == ["dense"] and list(result) == ["sound"]
+    assert result["sound"]["divergence"] is None and len(result["sound"]["losses"]) == len(windows)

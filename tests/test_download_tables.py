@@ -105,8 +105,8 @@ def test_glue_by_name_from_a_folder_and_from_the_hub(workspace, monkeypatch, cap
     write_table(folder / f"{task.dev[-1]}.tsv", glue_rows(name, 24))
     write_table(folder / "test.tsv", [row | {"label": -1} for row in glue_rows(name, 5)])
     download(dataset=name)
-    found = read_task(workspace / "sst2_data")
-    assert found == Task(task.labels, bool(task.columns.pair), f"GLUE {name}", task.metric)
+    result = read_task(workspace / "sst2_data")
+    assert result == Task(task.labels, bool(task.columns.pair), f"GLUE {name}", task.metric)
     local = {split_name: load_split(workspace / "sst2_data", split_name) for split_name in SPLITS}
     assert [s.label for s in local["test"]] == [row["label"] for row in glue_rows(name, 24)]
 
@@ -123,7 +123,7 @@ def test_glue_by_name_from_a_folder_and_from_the_hub(workspace, monkeypatch, cap
     download_model.download_labelled(settings, record)
     assert asked[0][0]["source"] == f"hub nyu-mll/glue {name}" and asked[0][1] == name
     assert {split_name: load_split(workspace / "sst2_data", split_name) for split_name in SPLITS} == local
-    assert read_task(workspace / "sst2_data") == found
+    assert read_task(workspace / "sst2_data") == result
 
 
 def test_cola_in_its_own_files_has_no_header(workspace):
@@ -161,7 +161,7 @@ def test_names_of_the_hub_s_classes_are_kept_and_a_hidden_test_is_not_used():
     hidden = [{"text": f"hidden {number}", "label": -1} for number in range(9)]
     parts = {"train": rows, "validation": [row | {"text": f"val {row['text']}"} for row in rows[:30]], "test": hidden}
     dataset = datasets.DatasetDict({name: datasets.Dataset.from_list(part).cast_column("label", label) for name, part in parts.items()})
-    found, names = parts_of(dataset, "x/news", Columns())
-    assert names == ("world", "sports", "business") and set(found) == {"train", "test"}
-    assert found["test"].rows[0] == ("val row 0", None, "0")
-    assert [s.label for s in to_sentences(found["test"], names, numbers=True)][:4] == [0, 1, 2, 0]
+    result, names = parts_of(dataset, "x/news", Columns())
+    assert names == ("world", "sports", "business") and set(result) == {"train", "test"}
+    assert result["test"].rows[0] == ("val row 0", None, "0")
+    assert [s.label for s in to_sentences(result["test"], names, numbers=True)][:4] == [0, 1, 2, 0]

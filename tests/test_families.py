@@ -87,11 +87,11 @@ def test_it_is_saved_and_loaded_strictly_and_by_transformers_alone(model, tokeni
     assert torch.equal(helpers.logits_of(loaded.model), helpers.logits_of(smaller))
     assert loaded.manifest["layers"] == layer_shapes(smaller)
     assert loaded.manifest["parameters"] == sum(p.numel() for p in smaller.parameters())
-    plain, found = AutoModelForSequenceClassification.from_pretrained(
+    plain, result = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "m", trust_remote_code=True, output_loading_info=True
     )
     assert torch.equal(helpers.logits_of(plain), helpers.logits_of(smaller))
-    assert not any(found.values()), found
+    assert not any(result.values()), result
 
 
 @needs_onnx
@@ -132,7 +132,7 @@ def test_the_choice_is_the_best_of_all_that_fit(budget):
     scores = helpers.random_scores(model, seed=int(budget))
     masks = choose_masks_within(model, scores, full_masks(model), TABLE, budget, round_to=16)
     assert TABLE.of_masks(masks) <= budget
-    best, found = max(range(2), key=lambda index: scores[index].heads.max()), []
+    best, result = max(range(2), key=lambda index: scores[index].heads.max()), []
     for heads, groups in itertools.product(itertools.product(range(5), repeat=2), itertools.product(range(5), repeat=2)):
         if heads[best] == 0 or (cost := TABLE.of(list(heads), [16 * each for each in groups])) > budget:
             continue
@@ -140,9 +140,9 @@ def test_the_choice_is_the_best_of_all_that_fit(budget):
         for mask, score, kept, wide in zip(trial, scores, heads, groups, strict=True):
             mask.heads[score.heads.argsort()[: 4 - kept]] = False
             mask.neurons[score.neurons.argsort()[: 64 - 16 * wide]] = False
-        found.append((removed_importance(model, scores, trial), cost))
-    least = min(found)[0]
-    nearly = min(loss for loss, cost in found if cost <= budget * (1 - 4 / BUCKETS))  # each of four costs is rounded up to a bucket
+        result.append((removed_importance(model, scores, trial), cost))
+    least = min(result)[0]
+    nearly = min(loss for loss, cost in result if cost <= budget * (1 - 4 / BUCKETS))  # each of four costs is rounded up to a bucket
     assert least * (1 - 1e-6) <= removed_importance(model, scores, masks) <= nearly * (1 + 1e-6)
 
 
@@ -192,10 +192,10 @@ def test_a_table_of_times_fits_the_whole_model_and_is_measured_once(model, tmp_p
 
 def test_a_table_is_stretched_to_what_the_whole_model_takes(distilbert, tmp_path, monkeypatch):
     def clock(models, *protocol, **names):
-        found = fake_clock(models, *protocol, **names)
-        found["whole"]["low_ms"] += 7.0
-        found["neurons/24"]["low_ms"] = found["neurons/16"]["low_ms"] - 0.001  # noise: wider and faster
-        return found
+        result = fake_clock(models, *protocol, **names)
+        result["whole"]["low_ms"] += 7.0
+        result["neurons/24"]["low_ms"] = result["neurons/16"]["low_ms"] - 0.001  # noise: wider and faster
+        return result
 
     monkeypatch.setattr(compactmind.evaluation.cost_table, "measure_latency", clock)
     table = latency_table(distilbert, 2, 16, 1, tmp_path)

@@ -51,16 +51,16 @@ def test_the_default_pipeline_prunes_and_retrains(finished):
 
 
 def test_logits_of_the_dense_model_that_are_kept_change_no_number(monkeypatch):
-    windows, found = helpers.example_windows(count=3, length=12), []
+    windows, result = helpers.example_windows(count=3, length=12), []
     stage = runpy.run_path(str(helpers.REPOSITORY / SCRIPT), run_name="stage")
     for kept in (2**31, 0):
         monkeypatch.setattr(forward, "LOGITS_TO_KEEP", kept)
         resources = Resources(windows, windows, windows, helpers.make_llama)
         inputs = stage["PipelineInputs"](None, None, resources, windows, windows, "text", "first", "")
         assert (inputs.dense_on_test.head is None) == bool(kept)
-        found.append([inputs.on_test.of(model) for model in (resources.teacher(), helpers.make_llama(seed=1))])
-    assert found[0] == found[1]
-    assert found[0][0]["divergence"]["mean"] == 0 < found[0][1]["divergence"]["mean"]
+        result.append([inputs.on_test.of(model) for model in (resources.teacher(), helpers.make_llama(seed=1))])
+    assert result[0] == result[1]
+    assert result[0][0]["divergence"]["mean"] == 0 < result[0][1]["divergence"]["mean"]
 
 
 def test_a_second_run_has_nothing_to_do(finished, run_here):
@@ -143,12 +143,12 @@ def test_a_quantization_alone_is_a_pipeline(tmp_path, run_here):
     size, whole = (each.manifest["files"]["model.safetensors"]["bytes"] for each in (checkpoint, dense))
     assert whole / size >= 1.6
     windows = token_windows(helpers.make_byte_tokenizer(), load_documents(tmp_path / "wikitext_data", "test"), 32, 4, "spread")
-    found = divergence(dense.model, checkpoint.model, windows)
+    result = divergence(dense.model, checkpoint.model, windows)
     losses = [perplexity(each.model, windows, "")["losses"] for each in (checkpoint, dense)]
     before, row = manifest["pipeline"]
     assert before["divergence"]["mean"] == 0 and before["against_dense"]["ratio"] == 1
-    assert row["divergence"]["mean"] == pytest.approx(found["mean"], rel=1e-3)
-    assert row["divergence"]["same_top"] == found["same_top"]
+    assert row["divergence"]["mean"] == pytest.approx(result["mean"], rel=1e-3)
+    assert row["divergence"]["same_top"] == result["same_top"]
     assert row["against_dense"]["ratio"] == pytest.approx(paired_ratio(*losses)["ratio"], rel=1e-4)
     assert helpers.read_json(tmp_path / "results" / "pipeline_llama_1.6x.json")["pipeline"] == manifest["pipeline"]
     status, output = run_here(*settings, pipeline)

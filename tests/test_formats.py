@@ -185,8 +185,8 @@ def same_count_once_packed(model, pack, folder, kind: str, tokenizer) -> None:
     description = pack(model)
     assert parameters_of(model) == expected
     save_checkpoint(folder, model, tokenizer, kind=kind, parent=None, stage={}, quantization=description)
-    found = load_checkpoint(folder)
-    assert found.manifest["parameters"] == parameters_of(found.model) == expected
+    result = load_checkpoint(folder)
+    assert result.manifest["parameters"] == parameters_of(result.model) == expected
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)

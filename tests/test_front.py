@@ -34,9 +34,9 @@ def test_the_front_is_what_nothing_beats_in_both():
     assert [each.number for each in front(random.Random(1).sample(TRIALS, 7), "kl")] == [0, 1, 4, 3]
     assert knee(front(TRIALS, "kl"), "kl").number == 4  # 4/5 of the way to the smallest, 1/6 of the way to the farthest
     assert knee(front(TRIALS[:2], "kl"), "kl") is None
-    found = described(TRIALS, "kl", {4: {"kl": 0.26}})
-    assert [point["on_all_windows"] for point in found["points"]] == [None, None, 0.26, None] and found["knee"] == 4
-    lines = table(json.loads(json.dumps(found))).splitlines()
+    result = described(TRIALS, "kl", {4: {"kl": 0.26}})
+    assert [point["on_all_windows"] for point in result["points"]] == [None, None, 0.26, None] and result["knee"] == 4
+    lines = table(json.loads(json.dumps(result))).splitlines()
     assert [line.endswith("<- the knee") for line in lines[2:]] == [False, False, True, False]
     assert "0.26" in lines[4] and "nan" in lines[5]
     assert front_problem(2) is None and "1 point" in front_problem(1)
@@ -69,10 +69,10 @@ def test_objectives_that_contradict_what_is_asked_for_say_so(arguments, expected
 
 # --------------------------------------------------------------------------------------------------------------- ablation
 def test_what_a_step_is_worth_is_the_whole_without_it_and_the_step_alone():
-    found = {"prune > nf4": 1.0, "smooth > nf4": 0.25, "prune > smooth > nf4": 0.9, "nf4": 0.3, "prune": 0.5}
+    result = {"prune > nf4": 1.0, "smooth > nf4": 0.25, "prune > smooth > nf4": 0.9, "nf4": 0.3, "prune": 0.5}
 
     def run(steps):
-        return SimpleNamespace(steps=[{"kl": 0.0}, {"kl": found[" > ".join(step.method.name for step in steps)]}])
+        return SimpleNamespace(steps=[{"kl": 0.0}, {"kl": result[" > ".join(step.method.name for step in steps)]}])
 
     steps = read_pipeline([{"method": name} for name in ("prune", "smooth", "nf4")])
     prune, smooth, nf4 = ablation(steps, run, "kl", [{"kl": 0.0}, {"kl": 0.9}])
@@ -186,9 +186,9 @@ def chooser(kl, learns="retrain"):
 def test_what_is_retrained_long_is_saved_only_if_it_is_better():
     steps = read_pipeline([{"method": "prune"}, {"method": "retrain", "params": {"tokens": 100}}])
     for kl, kept in ((0.4, True), (0.6, False)):
-        found, record = choosing.retrain_longer(steps, {"kl": 0.5}, chooser(kl), 300)
+        result, record = choosing.retrain_longer(steps, {"kl": 0.5}, chooser(kl), 300)
         assert record == {"tokens": 300, "seconds": 2.0, "searched": 0.5, "final": kl, "kept": kept}
-        assert found[1].recipe.tokens == (300 if kept else 100)
+        assert result[1].recipe.tokens == (300 if kept else 100)
     for few in (0, 100):
         assert choosing.retrain_longer(steps, {"kl": 0.5}, chooser(0.1), few) == (steps, None)
     assert choosing.retrain_longer(steps[:1], {"kl": 0.5}, chooser(0.1), 300) == (steps[:1], None)
@@ -197,15 +197,15 @@ def test_what_is_retrained_long_is_saved_only_if_it_is_better():
 def test_integers_that_cost_something_learn_after_rounding_before_they_are_saved(monkeypatch):
     steps = read_pipeline([{"method": "prune"}, {"method": "gptq", "params": {"target_compression": 4}}])
     for kl, kept in ((0.4, True), (0.6, False)):
-        found, record = choosing.retrain_longer(steps, {"kl": 0.5}, chooser(kl, "gptq"), 300)
+        result, record = choosing.retrain_longer(steps, {"kl": 0.5}, chooser(kl, "gptq"), 300)
         assert record == {"tokens": 300, "seconds": 2.0, "searched": 0.5, "final": kl, "kept": kept}
-        assert found[1].recipe.tuning_tokens == (300 if kept else 0) and found[1].recipe.target_compression == 4
+        assert result[1].recipe.tuning_tokens == (300 if kept else 0) and result[1].recipe.target_compression == 4
     assert choosing.retrain_longer(steps, {"kl": choosing.AS_GOOD}, chooser(0.0), 300) == (steps, None)  # nothing to win
     monkeypatch.setattr(choosing, "is_small", lambda _: False)  # no room for gradients of all its weights
     assert choosing.retrain_longer(steps, {"kl": 0.5}, chooser(0.1), 300) == (steps, None)
     both = read_pipeline([{"method": "prune"}, {"method": "retrain", "params": {"tokens": 100}}, {"method": "gptq"}])
-    found, _ = choosing.retrain_longer(both, {"kl": 0.5}, chooser(0.1), 300)
-    assert found[1].recipe.tokens == 300 and found[2].recipe.tuning_tokens == 0
+    result, _ = choosing.retrain_longer(both, {"kl": 0.5}, chooser(0.1), 300)
+    assert result[1].recipe.tokens == 300 and result[2].recipe.tuning_tokens == 0
 
 
 def test_a_stopped_trial_is_none_of_the_measured_ones():

@@ -35,8 +35,8 @@ def test_a_layer_holds_what_a_dynamic_one_does_and_copies_only_to_grow():
     grown, wanted, places = GrowingLayer(), DynamicCache().layer_class_to_replicate(), set()
     for seed, tokens in enumerate([5, *[1] * 200, 70, 1]):
         new = states(2, tokens, seed)
-        for found, expected in zip(grown.update(*new), wanted.update(*new), strict=True):
-            assert torch.equal(found, expected)
+        for result, expected in zip(grown.update(*new), wanted.update(*new), strict=True):
+            assert torch.equal(result, expected)
         assert grown.get_seq_length() == wanted.get_seq_length() and grown.get_mask_sizes(1) == wanted.get_mask_sizes(1)
         places.add(grown.keys.data_ptr())
     assert len(places) <= 5
@@ -61,8 +61,8 @@ def test_a_layer_goes_on_after_what_a_search_does_to_it(change):
     for seed in (1, 2):
         batch = wanted.keys.shape[0] if wanted.is_initialized and wanted.get_seq_length() else 2
         new = states(batch, 2, seed)
-        for found, expected in zip(grown.update(*new), wanted.update(*new), strict=True):
-            assert torch.equal(found, expected)
+        for result, expected in zip(grown.update(*new), wanted.update(*new), strict=True):
+            assert torch.equal(result, expected)
 
 
 def test_layers_with_a_sliding_window_stay_what_they_are():
@@ -109,11 +109,11 @@ def one_by_one(model, windows: torch.Tensor, cache) -> torch.Tensor:
     """Return the logits of the last tokens of windows (1, tokens), read one by one behind the first five."""
     with torch.inference_mode():
         output = model(input_ids=windows[:, :5], past_key_values=cache, use_cache=True)
-        found = []
+        result = []
         for token in windows[0, 5:]:
             output = model(input_ids=token[None, None], past_key_values=output.past_key_values)
-            found.append(output.logits[0, -1])
-    return torch.stack(found)
+            result.append(output.logits[0, -1])
+    return torch.stack(result)
 
 
 @needs_kernels
@@ -127,10 +127,10 @@ def test_a_token_is_what_the_blocks_make_of_it_one_after_the_other(make, monkeyp
     assert cache.plan is not None and isinstance(model.model, DecodesByPlan)
     calls, decode = [], cache.plan.__class__.__call__
     monkeypatch.setattr(generation.Plan, "__call__", lambda *parts: calls.append(1) or decode(*parts))
-    found = one_by_one(model, windows, cache)
+    result = one_by_one(model, windows, cache)
     assert len(calls) == 85 and cache.get_seq_length() == 90
     # rounding an input to int8 may fall the other way where the sums before it are added up in another order
-    assert (found - wanted).norm() / wanted.norm() < (2e-2 if "Int8" in repr(model) or "W8A8" in repr(model) else 1e-5)
+    assert (result - wanted).norm() / wanted.norm() < (2e-2 if "Int8" in repr(model) or "W8A8" in repr(model) else 1e-5)
     assert torch.equal(one_by_one(model, windows, None), wanted)  # without the cache nothing has changed
 
 
@@ -166,11 +166,11 @@ def test_what_it_cannot_compute_goes_the_usual_way(monkeypatch, asked):
         caches = growing_cache(model), DynamicCache(config=model.config)
         for cache in caches:
             model(input_ids=windows[:, :first], past_key_values=cache, attention_mask=None if mask is None else mask[:, :first])
-        found, wanted = (
+        result, wanted = (
             model(input_ids=windows[:, first:], past_key_values=cache, attention_mask=mask, **more) for cache in caches
         )
-    assert torch.allclose(found.logits, wanted.logits, rtol=1e-5, atol=1e-6)
-    assert (found.hidden_states is not None) == (asked == "hidden states")
+    assert torch.allclose(result.logits, wanted.logits, rtol=1e-5, atol=1e-6)
+    assert (result.hidden_states is not None) == (asked == "hidden states")
 
 
 def biased():
@@ -226,9 +226,9 @@ def test_weights_that_are_bf16_numbers_are_read_as_bf16_and_give_the_same_logits
         cache = growing_cache(first)
         for each, past in ((first, cache), (wanted, DynamicCache(config=model.config))):
             each(input_ids=ids, past_key_values=past)
-            each.found = each(input_ids=ids[:, :1], past_key_values=past).logits
+            each.logits = each(input_ids=ids[:, :1], past_key_values=past).logits
     assert type(first.lm_head) is generation.Bf16Head and {each.dtype for each in cache.plan.linears} == {torch.bfloat16}
-    torch.testing.assert_close(first.found, wanted.found, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first.logits, wanted.logits, rtol=1e-4, atol=1e-5)
 
 
 @needs_kernels

@@ -56,8 +56,8 @@ def tensors(path) -> dict:
 
 
 def values(path) -> dict:
-    found = gguf.GGUFReader(path).fields
-    return {name: field.contents() for name, field in found.items()}
+    result = gguf.GGUFReader(path).fields
+    return {name: field.contents() for name, field in result.items()}
 
 
 @torch.no_grad()
@@ -69,8 +69,8 @@ def logits_of(model) -> torch.Tensor:
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_blocks_are_the_weights_they_stand_for(grid):
     """Read by the gguf package, an independent writing of the layouts."""
-    found = round_nearest(torch.randn(5, 192, generator=torch.Generator().manual_seed(0)) + 0.2, grid)
-    weight = GroupedWeight.of(found.q, found.scale, found.zero, grid)
+    result = round_nearest(torch.randn(5, 192, generator=torch.Generator().manual_seed(0)) + 0.2, grid)
+    weight = GroupedWeight.of(result.q, result.scale, result.zero, grid)
     if grid.gguf_type is None:
         assert grid.zero == "integer" or (grid.zero == "float" and grid.bits > 5)
         with pytest.raises(ValueError, match="no GGUF type holds rows of 192 weights in"):
@@ -88,9 +88,9 @@ def test_blocks_are_the_weights_they_stand_for(grid):
 
 
 def test_a_row_that_is_no_multiple_of_a_block_is_refused():
-    found = round_nearest(torch.randn(5, 72), Grid(4, 32))
+    result = round_nearest(torch.randn(5, 72), Grid(4, 32))
     with pytest.raises(ValueError, match="rows of 72 weights"):
-        encoded(GroupedWeight.of(found.q, found.scale, found.zero, found.grid))
+        encoded(GroupedWeight.of(result.q, result.scale, result.zero, result.grid))
 
 
 def test_the_halves_of_a_head_take_turns():
@@ -150,7 +150,7 @@ def test_the_file_says_how_to_run_it(tmp_path):
     model = llama(num_key_value_heads=2)
     model.config.rms_norm_eps = 1e-5
     export(model, tmp_path / "x.gguf", tokenizer)
-    told = values(tmp_path / "x.gguf")
+    text = values(tmp_path / "x.gguf")
     config = model.config
     expected = {
         "general.architecture": "llama", "general.name": "tiny", "llama.block_count": 2, "llama.embedding_length": 64,
@@ -161,9 +161,9 @@ def test_the_file_says_how_to_run_it(tmp_path):
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.bos_token_id": 256, "tokenizer.ggml.add_bos_token": True,
         "tokenizer.chat_template": "{{ messages }}", "general.file_type": gguf.LlamaFileType.MOSTLY_BF16,
     }  # fmt: skip
-    assert {name: told[name] for name in expected} == expected
-    assert told["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
-    tokens, types = told["tokenizer.ggml.tokens"], told["tokenizer.ggml.token_type"]
+    assert {name: text[name] for name in expected} == expected
+    assert text["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
+    tokens, types = text["tokenizer.ggml.tokens"], text["tokenizer.ggml.token_type"]
     assert len(tokens) == len(types) == config.vocab_size and tokens[256] == "<s>" and types[256] == gguf.TokenType.CONTROL
     assert tokens[260] == "[PAD260]" and types[260] == gguf.TokenType.UNUSED and types[65] == gguf.TokenType.NORMAL
 
@@ -245,12 +245,12 @@ def pieces() -> PreTrainedTokenizerFast:
 
 def test_pieces_of_sentencepiece_have_scores_and_bytes(tmp_path):
     export(llama(), tmp_path / "x.gguf", pieces())
-    told = values(tmp_path / "x.gguf")
-    assert told["tokenizer.ggml.model"] == "llama" and told["tokenizer.ggml.add_space_prefix"] is True
-    types, scores = told["tokenizer.ggml.token_type"], told["tokenizer.ggml.scores"]
+    text = values(tmp_path / "x.gguf")
+    assert text["tokenizer.ggml.model"] == "llama" and text["tokenizer.ggml.add_space_prefix"] is True
+    types, scores = text["tokenizer.ggml.token_type"], text["tokenizer.ggml.scores"]
     assert types[:4] == [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL, gguf.TokenType.BYTE]
     assert types[259] == gguf.TokenType.NORMAL and scores == sorted(scores, reverse=True)
-    assert "tokenizer.ggml.merges" not in told and told["tokenizer.ggml.eos_token_id"] == 2
+    assert "tokenizer.ggml.merges" not in text and text["tokenizer.ggml.eos_token_id"] == 2
 
 
 # --------------------------------------------------------------------------------------------------------------- bad input

@@ -87,8 +87,8 @@ def by_name(report: dict) -> dict[str, dict]:
     ],
 )
 def test_a_goal_is_measured_where_its_rows_are(report, name, measured, met):
-    found = by_name(report)[name]
-    assert found["measured"] == (None if measured is None else pytest.approx(measured)) and found["met"] is met
+    result = by_name(report)[name]
+    assert result["measured"] == (None if measured is None else pytest.approx(measured)) and result["met"] is met
 
 
 def test_real_sst2_has_goals_of_its_own(report):
@@ -111,10 +111,10 @@ def test_benchmarks_and_the_search_have_goals_once_they_have_run(report):
         "int8": {"rows": [{"name": "CompactMind W8A8, compiled", "prefill": {"against_float32": 2.2}}]},
     }
     report["search"] = {"best_hybrid": {"measured": {"perplexity": 60.0}}, "best_single": {"measured": {"perplexity": 75.0}}}
-    found = by_name(report)
-    assert found["training throughput (see benchmarks/)"]["measured"] == 11.4
-    assert found["... compiled (see benchmarks/)"]["met"] is False
-    assert found["best hybrid's perplexity against best single's"]["measured"] == pytest.approx(0.8)
+    result = by_name(report)
+    assert result["training throughput (see benchmarks/)"]["measured"] == 11.4
+    assert result["... compiled (see benchmarks/)"]["met"] is False
+    assert result["best hybrid's perplexity against best single's"]["measured"] == pytest.approx(0.8)
     report["search"]["best_single"] = None
     assert not any("hybrid" in name for name in by_name(report))
 
@@ -122,8 +122,8 @@ def test_benchmarks_and_the_search_have_goals_once_they_have_run(report):
 def test_without_its_own_reference_or_retraining_a_goal_is_not_measured(report):
     report["references"]["encoder"] = "teacher"
     report["models"][8]["pipeline"] = report["models"][8]["pipeline"][:1]
-    found = by_name(report)
-    assert found["pruned speed-up at batch 32"]["met"] is None and found["llama_pruned retraining"]["met"] is None
+    result = by_name(report)
+    assert result["pruned speed-up at batch 32"]["met"] is None and result["llama_pruned retraining"]["met"] is None
 
 
 def test_a_row_is_compared_with_what_it_was_made_from_whatever_that_is_called(report):
@@ -131,20 +131,20 @@ def test_a_row_is_compared_with_what_it_was_made_from_whatever_that_is_called(re
     rows["student_pruned"]["made_from"] = "student_finetuned"  # --parent student_finetuned
     rows["student_finetuned"]["gflops"] = 4.0
     rows["student_pruned_nf4"]["made_from"] = None  # an earlier student_pruned, which is gone
-    found = by_name(report)
-    assert found["GFLOPs removed by pruning"]["measured"] == pytest.approx(0.7)
+    result = by_name(report)
+    assert result["GFLOPs removed by pruning"]["measured"] == pytest.approx(0.7)
     for name in ("pruned minus distilled accuracy", "pruned speed-up at batch 32", "student_pruned_nf4 minus parent accuracy",
                  "student_pruned_nf4 times smaller"):  # fmt: skip
-        assert found[name]["measured"] is None and found[name]["met"] is None, name
-    assert found["student_pruned_w8a8 minus parent accuracy"]["measured"] == pytest.approx(-0.002)
+        assert result[name]["measured"] is None and result[name]["met"] is None, name
+    assert result["student_pruned_w8a8 minus parent accuracy"]["measured"] == pytest.approx(-0.002)
 
 
 def test_what_could_not_be_measured_meets_no_goal_and_misses_none(report):
     for row in report["models"]:
         row |= {"gflops": None, "latency": {}} if row["track"] == "encoder" else {"generation": None, "against_dense": None}
         row["compression_ratio"] = None
-    found = by_name(report)
-    assert {name for name, goal in found.items() if goal["met"] is not None} == {
+    result = by_name(report)
+    assert {name for name, goal in result.items() if goal["met"] is not None} == {
         "teacher accuracy", "distilled student accuracy", "distilled minus control accuracy", "pruned minus distilled accuracy",
         "student_pruned_nf4 minus parent accuracy", "student_pruned_nf4 times smaller", "student_pruned_w8a8 minus parent accuracy",
         "llama_pruned retraining",

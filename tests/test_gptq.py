@@ -37,10 +37,10 @@ def textbook(weight, moment, grid, damping, scales, zeros, order) -> torch.Tenso
         inverse = torch.linalg.inv(hessian[left][:, left])
         group = 0 if size == -1 else column // size
         scale, zero = scales[:, group].double(), zeros[:, group].double()
-        found = to_integers(weight[:, column].clone(), scale, zero, grid)
-        error = (weight[:, column] - from_integers(found, scale, zero, grid)) / inverse[0, 0]
+        result = to_integers(weight[:, column].clone(), scale, zero, grid)
+        error = (weight[:, column] - from_integers(result, scale, zero, grid)) / inverse[0, 0]
         weight[:, left] -= error[:, None] * inverse[0]
-        q[:, column] = found.to(torch.uint8)
+        q[:, column] = result.to(torch.uint8)
     return q
 
 
@@ -59,12 +59,12 @@ def output_error(weight: torch.Tensor, rounded, inputs: torch.Tensor) -> float:
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_it_rounds_as_the_textbook_does(grid, ordered, width):
     weight, _, moment = example(width=width)
-    found = compensated_by(weight, moment, grid, 0.02, ordered=ordered)
+    result = compensated_by(weight, moment, grid, 0.02, ordered=ordered)
     order = columns_in_order(moment, grid, "activation" if ordered else "index")
-    expected = textbook(weight, moment, grid, 0.02, found.scale, found.zero, order.tolist())
-    same = (found.q == expected).all(1)  # of a row that lies on the border of two levels once all that follows is another
+    expected = textbook(weight, moment, grid, 0.02, result.scale, result.zero, order.tolist())
+    same = (result.q == expected).all(1)  # of a row that lies on the border of two levels once all that follows is another
     assert same.sum() >= len(same) - 1
-    assert found.q.dtype == torch.uint8 and found.scale.shape == found.zero.shape == (12, len(grid.groups(width)))
+    assert result.q.dtype == torch.uint8 and result.scale.shape == result.zero.shape == (12, len(grid.groups(width)))
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["index", "activation"])
@@ -80,11 +80,11 @@ def test_outputs_are_nearer_than_with_every_weight_at_its_nearest_level(grid, or
 def test_uncorrelated_inputs_leave_nothing_to_make_up_for(ordered):
     weight, _, _ = example()
     moment, grid = torch.diag(torch.linspace(0.1, 3, 72)), Grid(4, 32)
-    found, nearest = (
+    result, nearest = (
         compensated_by(weight, moment, grid, ordered=ordered),
         round_nearest(weight, grid, damped(moment, 0.01).diagonal()),
     )
-    assert (found.q == nearest.q).float().mean() > 0.999 and torch.allclose(found.scale, nearest.scale, rtol=1e-2)
+    assert (result.q == nearest.q).float().mean() > 0.999 and torch.allclose(result.scale, nearest.scale, rtol=1e-2)
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["index", "activation"])
@@ -94,8 +94,8 @@ def test_a_weight_on_its_grid_stays_there(ordered):
     q[..., 5], q[..., 9] = 0, 15
     weight = (q * 0.125 - 1.5).flatten(1)[:, :72]
     weight[:, 64], weight[:, 71] = -1.5, 0.375  # the shorter last group has both ends too
-    found = compensated_by(weight, moment, Grid(4, 32, "float"), ordered=ordered)
-    assert torch.equal(found.weight(), weight)
+    result = compensated_by(weight, moment, Grid(4, 32, "float"), ordered=ordered)
+    assert torch.equal(result.weight(), weight)
 
 
 # -------------------------------------------------------------------------------------------------------- the inverse of H
@@ -112,9 +112,9 @@ def test_the_factor_is_that_of_the_damped_inverse(damping):
 def test_fewer_tokens_than_inputs_are_enough_to_invert():
     inputs = correlated(5, 72)
     weight, moment = example()[0], inputs.t() @ inputs / 5
-    found = compensated_by(weight, moment, Grid(3, 32), 0.01)
-    assert torch.isfinite(found.weight()).all()
-    assert output_error(weight, found, inputs) < 0.05 * output_error(weight, round_nearest(weight, Grid(3, 32)), inputs)
+    result = compensated_by(weight, moment, Grid(3, 32), 0.01)
+    assert torch.isfinite(result.weight()).all()
+    assert output_error(weight, result, inputs) < 0.05 * output_error(weight, round_nearest(weight, Grid(3, 32)), inputs)
 
 
 def test_damping_holds_weights_to_their_nearest_levels():
@@ -150,17 +150,17 @@ def test_inputs_that_are_always_zero_are_rounded_and_shift_nothing(ordered):
     weight, _, moment = example()
     moment[32:64] = moment[:, 32:64] = 0
     grid = Grid(4, 32)
-    found = compensated_by(weight, moment, grid, ordered=ordered)
-    assert torch.equal(found.weight()[:, 32:64], round_nearest(weight[:, 32:64], grid).weight())
+    result = compensated_by(weight, moment, grid, ordered=ordered)
+    assert torch.equal(result.weight()[:, 32:64], round_nearest(weight[:, 32:64], grid).weight())
     other = weight.clone()
     other[:, 32:64] *= 3
     again = compensated_by(other, moment, grid, ordered=ordered)
     alive = [*range(32), *range(64, 72)]
-    assert torch.equal(found.q[:, alive], again.q[:, alive]) and not torch.equal(found.weight(), again.weight())
+    assert torch.equal(result.q[:, alive], again.q[:, alive]) and not torch.equal(result.weight(), again.weight())
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["index", "activation"])
 def test_without_any_input_it_is_rounding(ordered):
     weight, _, _ = example()
-    found = compensated_by(weight, torch.zeros(72, 72), Grid(4, 32), ordered=ordered)
-    assert torch.equal(found.weight(), round_nearest(weight, Grid(4, 32)).weight())
+    result = compensated_by(weight, torch.zeros(72, 72), Grid(4, 32), ordered=ordered)
+    assert torch.equal(result.weight(), round_nearest(weight, Grid(4, 32)).weight())

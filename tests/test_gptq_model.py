@@ -62,9 +62,9 @@ def test_the_file_keeps_to_the_target_and_wastes_nothing(tmp_path, tied, embeddi
     whole = dense_bytes(tmp_path / "dense", model)
     recipe = GPTQRecipe(target_compression=ratio, embeddings=embeddings, compensation=False)
     description = quantize_gptq(model, helpers.example_windows(4, 64), recipe, released_bytes=whole)
-    found = save(tmp_path / "m", model, description)
+    result = save(tmp_path / "m", model, description)
     target = int(whole / ratio)
-    assert 0.995 * target <= found <= target
+    assert 0.995 * target <= result <= target
     assert description["target_compression"] == ratio and description["tensors"].keys() == quantized_modules(model)
 
 
@@ -75,8 +75,8 @@ def test_what_stays_as_it_is_counts_in_the_dtype_it_is_stored_in(tmp_path, relea
     whole = sum(each.numel() * released.itemsize for each in model.parameters())
     recipe = GPTQRecipe(target_compression=2.5 if released == torch.bfloat16 else 4.5, compensation=False)
     description = quantize_gptq(model, helpers.example_windows(4, 64), recipe, released=released)
-    found = save(tmp_path / "m", helpers.cast_parameters(model, released), description)
-    assert 0.995 * whole / recipe.target_compression <= found <= whole / recipe.target_compression
+    result = save(tmp_path / "m", helpers.cast_parameters(model, released), description)
+    assert 0.995 * whole / recipe.target_compression <= result <= whole / recipe.target_compression
 
 
 def test_a_target_larger_than_everything_takes_the_widest_and_a_smaller_one_costs_more():
@@ -116,8 +116,8 @@ def test_a_file_reloads_with_equal_logits_in_every_width(tmp_path, bits, tied):
         )
         save(tmp_path / zero, model, quantize_gptq(model, WINDOWS, recipe))
         expected = logits_of(model.float())
-        found = load_checkpoint(tmp_path / zero).model
-        assert torch.equal(logits_of(found), expected) and quantized_modules(found) == quantized_modules(model)
+        result = load_checkpoint(tmp_path / zero).model
+        assert torch.equal(logits_of(result), expected) and quantized_modules(result) == quantized_modules(model)
         in_bf16 = load_checkpoint(tmp_path / zero, dtype=torch.bfloat16).model
         assert (logits_of(in_bf16) - expected).norm() < 0.1 * expected.norm()
 
@@ -152,10 +152,10 @@ def test_biases_stay_and_are_computed_with(tmp_path, tied):
     model = release(tied, attention_bias=True, mlp_bias=True)
     dense = logits_of(copy.deepcopy(model).float())
     save(tmp_path / "m", model, quantize_gptq(model, WINDOWS, GPTQRecipe(bits=8)))
-    found = load_checkpoint(tmp_path / "m").model
-    assert all(getattr(block, field).bias is not None for block in llama_blocks(found) for field in LINEARS)
-    assert torch.equal(logits_of(found), logits_of(model.float()))
-    assert (logits_of(found) - dense).norm() < 0.1 * dense.norm()
+    result = load_checkpoint(tmp_path / "m").model
+    assert all(getattr(block, field).bias is not None for block in llama_blocks(result) for field in LINEARS)
+    assert torch.equal(logits_of(result), logits_of(model.float()))
+    assert (logits_of(result) - dense).norm() < 0.1 * dense.norm()
 
 
 # ------------------------------------------------------------------------------------------------------------------ quality
@@ -186,12 +186,12 @@ def test_more_bits_are_nearer_to_the_dense_model():
 
 
 def test_the_same_model_and_text_make_the_same_integers():
-    found = []
+    result = []
     for _ in range(2):
         model = release()
         description = quantize_gptq(model, WINDOWS, GPTQRecipe(target_compression=3))
-        found.append((description, model.state_dict()))
-    assert found[0][0] == found[1][0] and all(torch.equal(each, found[1][1][name]) for name, each in found[0][1].items())
+        result.append((description, model.state_dict()))
+    assert result[0][0] == result[1][0] and all(torch.equal(each, result[1][1][name]) for name, each in result[0][1].items())
 
 
 def test_channels_that_are_always_zero_are_no_reason_to_refuse():
@@ -225,8 +225,8 @@ def test_a_turned_stream_has_no_outliers_to_round(tmp_path, tied):
     dense, turned = logits_of(copy.deepcopy(model)), copy.deepcopy(model)
     quantize_gptq(model, WINDOWS, GPTQRecipe(bits=4))
     description = quantize_gptq(turned, WINDOWS, GPTQRecipe(bits=4, stream_rotation=True))
-    plain, found = ((logits_of(each) - dense).norm() / dense.norm() for each in (model, turned))
-    assert found < 0.5 * plain and description["stream_rotation"] and set(description["tensors"]) >= {"lm_head"}
+    plain, result = ((logits_of(each) - dense).norm() / dense.norm() for each in (model, turned))
+    assert result < 0.5 * plain and description["stream_rotation"] and set(description["tensors"]) >= {"lm_head"}
     save(tmp_path / "m", turned, description)
     assert torch.equal(logits_of(load_checkpoint(tmp_path / "m").model), logits_of(turned))
 
@@ -240,14 +240,14 @@ def test_pruned_retrained_and_then_quantized(tmp_path, params):
         {"method": "prune", "params": {"sparsity": 0.3, "round_to": 8}}, {"method": "retrain", "params": {"tokens": 96}},
         {"method": "gptq", "params": params},
     ])  # fmt: skip
-    found = run_pipeline(steps, resources, Measure("nothing", lambda model: {}), show=False)
-    assert found.kind == "grouped" and [row["method"] for row in found.steps] == ["dense", "prune", "retrain", "gptq"]
-    expected = logits_of(found.model)
-    with store_as_released(found, torch.bfloat16):
-        size = save(tmp_path / "m", found.model, found.quantization)
-    assert 0 < size - stored_bytes(found, torch.bfloat16) < 10_000  # the head of the file
+    result = run_pipeline(steps, resources, Measure("nothing", lambda model: {}), show=False)
+    assert result.kind == "grouped" and [row["method"] for row in result.steps] == ["dense", "prune", "retrain", "gptq"]
+    expected = logits_of(result.model)
+    with store_as_released(result, torch.bfloat16):
+        size = save(tmp_path / "m", result.model, result.quantization)
+    assert 0 < size - stored_bytes(result, torch.bfloat16) < 10_000  # the head of the file
     again = load_checkpoint(tmp_path / "m")
-    assert torch.equal(logits_of(again.model), expected) and again.manifest["quantization"] == found.quantization
+    assert torch.equal(logits_of(again.model), expected) and again.manifest["quantization"] == result.quantization
     assert again.model.config.intermediate_size < 48
 
 

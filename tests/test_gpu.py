@@ -34,8 +34,8 @@ def logits_of(model) -> torch.Tensor:
     return model(helpers.example_windows().to(model.device)).logits.float().cpu()
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+def relative(actual: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((actual - wanted).norm() / wanted.norm())
 
 
 def example_moment(width: int) -> torch.Tensor:
@@ -55,9 +55,9 @@ def test_columns_are_rounded_as_on_a_cpu(grid):
     for seed in range(3):
         weight = torch.randn(48, 96, generator=torch.Generator().manual_seed(seed))
         wanted = round_compensated(weight, factor, order, grid)
-        found = round_compensated(weight.cuda(), factor.cuda(), order.cuda(), grid)
-        assert (found.q.cpu() == wanted.q).float().mean() > 0.99  # a weight in the middle between two levels may go either way
-        assert relative(found.scale.cpu(), wanted.scale) < 1e-2
+        result = round_compensated(weight.cuda(), factor.cuda(), order.cuda(), grid)
+        assert (result.q.cpu() == wanted.q).float().mean() > 0.99  # a weight in the middle between two levels may go either way
+        assert relative(result.scale.cpu(), wanted.scale) < 1e-2
         near = round_nearest(weight, grid)
         assert (round_nearest(weight.cuda(), grid).q.cpu() == near.q).float().mean() > 0.999
 
@@ -68,8 +68,8 @@ def test_nf4_columns_are_rounded_as_on_a_cpu():
         weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(seed))
         scale = weight.unflatten(1, (-1, 64)).abs().amax(-1, keepdim=True).expand(-1, -1, 64).flatten(1)
         arguments = weight, example_moment(128), levels, scale, scale
-        wanted, found = compensate_rounding(*arguments), compensate_rounding(*(each.cuda() for each in arguments)).cpu()
-        assert (found == wanted).float().mean() > 0.99
+        wanted, result = compensate_rounding(*arguments), compensate_rounding(*(each.cuda() for each in arguments)).cpu()
+        assert (result == wanted).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
@@ -111,16 +111,16 @@ def test_a_quantized_llama_computes_what_it_does_on_a_cpu_and_reloads(on_gpu, tm
     METHODS[method](of_cpu, windows)
     description = METHODS[method](of_gpu, windows)
     assert of_gpu.device.type == "cuda"
-    wanted, found = logits_of(of_cpu), logits_of(of_gpu)
-    assert relative(found, dense) < 1.5 * relative(wanted, dense) + 0.02
+    wanted, result = logits_of(of_cpu), logits_of(of_gpu)
+    assert relative(result, dense) < 1.5 * relative(wanted, dense) + 0.02
     kind = {"nf4": "nf4", "w8a8": "w8a8"}.get(method, "grouped")
     stage = {"script": "test", "config": {}, "inputs": {}}
     save_checkpoint(
         tmp_path / "saved", of_gpu, helpers.make_byte_tokenizer(), kind=kind, parent=None, stage=stage, dtype="bfloat16",
         quantization=description,
     )  # fmt: skip
-    assert relative(logits_of(load_checkpoint(tmp_path / "saved", "cuda").model), found) < 1e-2
-    assert relative(logits_of(load_checkpoint(tmp_path / "saved", "cpu").model), found) < 3e-2
+    assert relative(logits_of(load_checkpoint(tmp_path / "saved", "cuda").model), result) < 1e-2
+    assert relative(logits_of(load_checkpoint(tmp_path / "saved", "cpu").model), result) < 3e-2
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
@@ -129,8 +129,8 @@ def test_a_quantized_classifier_computes_what_it_does_on_a_cpu(bert, method):
     dense = helpers.logits_of(bert, batch)
     moved = copy.deepcopy(bert).cuda()
     quantize_model(moved, method, embeddings="fp16")
-    found = helpers.logits_of(moved, {name: each.cuda() for name, each in batch.items()}).float().cpu()
-    assert relative(found, dense) < 0.2
+    result = helpers.logits_of(moved, {name: each.cuda() for name, each in batch.items()}).float().cpu()
+    assert relative(result, dense) < 0.2
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])

@@ -53,19 +53,19 @@ def test_integers_are_in_range_and_what_is_stored_is_what_is_meant(grid, group_s
     assert (
         all(columns.stop - columns.start == size for columns in groups[:-1]) and 0 < groups[-1].stop - groups[-1].start <= size
     )
-    found = round_nearest(weight, grid)
-    assert found.q.dtype == torch.uint8 and found.q.shape == weight.shape and int(found.q.max()) < grid.levels == 2**bits
-    assert found.scale.shape == found.zero.shape == (4, len(groups)) and is_fp16(found.scale) and (found.scale != 0).all()
+    result = round_nearest(weight, grid)
+    assert result.q.dtype == torch.uint8 and result.q.shape == weight.shape and int(result.q.max()) < grid.levels == 2**bits
+    assert result.scale.shape == result.zero.shape == (4, len(groups)) and is_fp16(result.scale) and (result.scale != 0).all()
     if zero == "float":
-        assert is_fp16(found.zero)
+        assert is_fp16(result.zero)
     else:
-        assert torch.equal(found.zero, found.zero.round()) and found.zero.min() >= 0 and found.zero.max() < grid.levels
+        assert torch.equal(result.zero, result.zero.round()) and result.zero.min() >= 0 and result.zero.max() < grid.levels
     if zero == "symmetric":
-        assert (found.zero == 2 ** (bits - 1)).all()
+        assert (result.zero == 2 ** (bits - 1)).all()
     group = torch.arange(width) // size
-    scales, zeros = found.scale[:, group], found.zero[:, group]
-    by_hand = found.q * scales + zeros if zero == "float" else (found.q - zeros) * scales
-    assert torch.allclose(found.weight(), by_hand, rtol=1e-6, atol=1e-7)
+    scales, zeros = result.scale[:, group], result.zero[:, group]
+    by_hand = result.q * scales + zeros if zero == "float" else (result.q - zeros) * scales
+    assert torch.allclose(result.weight(), by_hand, rtol=1e-6, atol=1e-7)
 
 
 @every_grid
@@ -74,16 +74,16 @@ def test_every_weight_gets_its_nearest_level(grid):
     scale, zero = fit(weight, grid)
     levels = from_integers(torch.arange(grid.levels).float().expand(16, 1, -1), scale[..., None], zero[..., None], grid)
     nearest = (weight[..., None] - levels).abs().amin(-1)
-    found = from_integers(to_integers(weight, scale, zero, grid), scale, zero, grid)
-    assert torch.allclose((weight - found).abs(), nearest, atol=1e-5 * float(weight.abs().max()))
+    result = from_integers(to_integers(weight, scale, zero, grid), scale, zero, grid)
+    assert torch.allclose((weight - result).abs(), nearest, atol=1e-5 * float(weight.abs().max()))
 
 
 # ----------------------------------------------------------------------------------------------------------------- errors
 @every_grid
 def test_no_group_is_worse_than_between_its_extremes(grid):
     weight = example(200)
-    found = (round_nearest(weight, grid).weight() - weight).square().sum(1)
-    assert (found <= (plain(weight, grid) - weight).square().sum(1) * (1 + 1e-5)).all()
+    result = (round_nearest(weight, grid).weight() - weight).square().sum(1)
+    assert (result <= (plain(weight, grid) - weight).square().sum(1) * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize("zero", ZEROS)
@@ -100,7 +100,7 @@ def test_more_bits_and_smaller_groups_leave_smaller_errors(zero, group_size):
 def test_errors_count_as_much_as_they_matter(grid):
     weight, importance = example(64), torch.logspace(-3, 3, 32)
     asked, even = (round_nearest(weight, grid, each).weight() for each in (importance, None))
-    share = [((found - weight).square() * importance).sum(1) / (weight.square() * importance).sum(1) for found in (asked, even)]
+    share = [((result - weight).square() * importance).sum(1) / (weight.square() * importance).sum(1) for result in (asked, even)]
     assert share[0].mean() < 0.9 * share[1].mean()
     assert torch.equal(round_nearest(weight, grid, torch.full((32,), 3.0)).weight(), even)
 
@@ -136,25 +136,25 @@ def test_a_weight_published_as_q4_1_is_found_again_exactly(importance):
 def test_groups_of_zeros_and_of_one_value_stay_what_they_are(grid):
     weight = torch.zeros(4, 40)  # the second group of a row has 8 weights
     weight[1], weight[2], weight[3, :32] = 0.3, -0.7, 1e-2
-    found = round_nearest(weight, grid).weight()
-    assert torch.equal(found[0], weight[0]) and torch.equal(found[3, 32:], weight[3, 32:])
-    assert torch.allclose(found, weight, rtol=2**-10, atol=1e-7)
+    result = round_nearest(weight, grid).weight()
+    assert torch.equal(result[0], weight[0]) and torch.equal(result[3, 32:], weight[3, 32:])
+    assert torch.allclose(result, weight, rtol=2**-10, atol=1e-7)
 
 
 @pytest.mark.parametrize("size", [6e4, 1e-6, 1e-9, 1e-30])
 @every_grid
 def test_huge_and_tiny_weights_stay_numbers_and_near(grid, size):
     weight = (torch.rand(16, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1) * size
-    found = round_nearest(weight, grid)
-    assert is_fp16(found.scale) and torch.isfinite(found.weight()).all()
+    result = round_nearest(weight, grid)
+    assert is_fp16(result.scale) and torch.isfinite(result.weight()).all()
     step = 2 * size / (grid.levels - 1)
     least = 2.0**-24  # of fp16: a scale is a multiple of it
-    assert (found.weight() - weight).abs().max() <= 1.01 * step + 2.0**-11 * size + grid.levels * least
+    assert (result.weight() - weight).abs().max() <= 1.01 * step + 2.0**-11 * size + grid.levels * least
 
 
 def test_beyond_fp16_the_nearest_that_can_be_stored_is_taken():
-    found = round_nearest(torch.tensor([[1e9, -1e9] * 16]), Grid(4, 32))
-    assert torch.isfinite(found.weight()).all() and found.weight().abs().min() >= 65504 * 7
+    result = round_nearest(torch.tensor([[1e9, -1e9] * 16]), Grid(4, 32))
+    assert torch.isfinite(result.weight()).all() and result.weight().abs().min() >= 65504 * 7
 
 
 # ------------------------------------------------------------------------------------------------------------------- bytes

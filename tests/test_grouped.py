@@ -36,8 +36,8 @@ def example(rows: int = 6, width: int = 72, seed: int = 0) -> torch.Tensor:
 
 
 def make(kind: type, grid: Grid, weight: torch.Tensor | None = None, *others) -> GroupedWeight:
-    found = round_nearest(example() if weight is None else weight, grid)
-    return kind.of(found.q, found.scale, found.zero, grid, *others)
+    result = round_nearest(example() if weight is None else weight, grid)
+    return kind.of(result.q, result.scale, result.zero, grid, *others)
 
 
 def bits_of(words: list[int]) -> list[int]:
@@ -242,14 +242,14 @@ def test_config_json_says_what_compressed_tensors_has_to_know(tmp_path, bits, gr
     }  # fmt: skip
     state = load_file(tmp_path / "m" / "model.safetensors")
     name, groups = "model.layers.1.mlp.down_proj", 3 if group_size == 32 else 1
-    found = {
+    result = {
         key.removeprefix(f"{name}."): (each.dtype, tuple(each.shape)) for key, each in state.items() if key.startswith(name)
     }
     expected = {
         "weight_packed": (torch.int32, (64, 96 * bits // 32)), "weight_scale": (torch.float16, (64, groups)),
         "weight_shape": (torch.int64, (2,)), "weight_zero_point": (torch.int32, (64 * bits // 32, groups)),
     }  # fmt: skip
-    assert found == {key: each for key, each in expected.items() if zero == "integer" or key != "weight_zero_point"}
+    assert result == {key: each for key, each in expected.items() if zero == "integer" or key != "weight_zero_point"}
     assert "model.embed_tokens.weight" in state and "lm_head.weight" not in state
     card = (tmp_path / "m" / "README.md").read_text()
     assert ("With transformers and compressed-tensors:" in card) == (zero == "symmetric")

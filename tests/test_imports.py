@@ -24,14 +24,14 @@ def layer_of(module: str) -> int:
 
 def imports_of(text: str) -> set[str]:
     """Return the modules a program text imports anywhere, and what may be modules: `a` and `a.b` for `from a import b`."""
-    found = set()
+    result = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            result |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
-            found |= {"." * node.level + module, *(f"{'.' * node.level}{module}.{alias.name}" for alias in node.names)}
-    return found
+            result |= {"." * node.level + module, *(f"{'.' * node.level}{module}.{alias.name}" for alias in node.names)}
+    return result
 
 
 def wrong_arrows(files: dict[str, str]) -> list[str]:

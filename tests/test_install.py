@@ -33,16 +33,16 @@ from compactmind.checkpoint import load_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.formats.table import kernel_of
 
-found, inputs = {}, torch.load("inputs.pt")
+results, inputs = {}, torch.load("inputs.pt")
 for directory in sorted(path.parent for path in Path("models").glob("*/manifest.json")):
     try:
         checkpoint = load_checkpoint(directory)
     except CompactMindError as error:
-        found[directory.name] = str(error)
+        results[directory.name] = str(error)
         continue
     with torch.no_grad():
         logits = checkpoint.model(**inputs["llama" if "llama" in directory.name else "bert"]).logits
-    found[directory.name] = [kernel_of(checkpoint.model, checkpoint.manifest["kind"]), logits.flatten().tolist()]
+    results[directory.name] = [kernel_of(checkpoint.model, checkpoint.manifest["kind"]), logits.flatten().tolist()]
 
 said = {}
 for name, arguments in (("classify", ["--model", "models/w8a8_bert", "--json", "the film is good"]),
@@ -57,18 +57,18 @@ print(json.dumps({"file": compactmind.__file__, "cheap": cheap, "models": found,
 
 def needed_by(*names: str) -> dict[str, importlib.metadata.Distribution]:
     """Return the installed distributions of some names and all that they require, without extras."""
-    found, waiting = {}, list(names)
+    result, waiting = {}, list(names)
     while waiting:
         name = waiting.pop().lower().replace("_", "-")
-        if name in found:
+        if name in result:
             continue
         try:
-            found[name] = importlib.metadata.distribution(name)
+            result[name] = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
             continue  # of another platform
-        requirements = map(Requirement, found[name].requires or [])
+        requirements = map(Requirement, result[name].requires or [])
         waiting += [each.name for each in requirements if each.marker is None or each.marker.evaluate({"extra": ""})]
-    return found
+    return result
 
 
 def link(distributions, folder: Path) -> Path:
@@ -116,17 +116,17 @@ def test_the_installed_package_loads_every_kind_with_torch_transformers_and_safe
     command = [sys.executable, "-S", "service.py"]  # -S: no site-packages
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    found = json.loads(ended.stdout.splitlines()[-1])
+    result = json.loads(ended.stdout.splitlines()[-1])
 
-    assert Path(found["file"]).is_relative_to(installed) and found["cheap"] == []
-    assert not {"common", "pandas", "bitsandbytes", "accelerate", "optuna", "scipy", "psutil"} & set(found["modules"])
-    assert found["models"].keys() == expected.keys()
-    for name, got in found["models"].items():
+    assert Path(result["file"]).is_relative_to(installed) and result["cheap"] == []
+    assert not {"common", "pandas", "bitsandbytes", "accelerate", "optuna", "scipy", "psutil"} & set(result["modules"])
+    assert result["models"].keys() == expected.keys()
+    for name, got in result["models"].items():
         if extra := EXTRAS.get(name.partition("_")[0]):
             assert got == f"bitsandbytes is not installed: pip install 'compactmind[{extra}]'"
         else:
             torch.testing.assert_close(torch.tensor(got[1]), expected[name], rtol=1e-5, atol=1e-5)
-    assert found["said"]["classify"]["text"] == "the film is good" and found["said"]["generate"]["new_tokens"] == 3
+    assert result["said"]["classify"]["text"] == "the film is good" and result["said"]["generate"]["new_tokens"] == 3
 
 
 def test_what_is_missing_is_named_with_the_command_of_a_clone_or_of_an_installed_package(tmp_path, installed):

@@ -59,9 +59,9 @@ def test_products_of_int8_are_exact_and_scaled_in_a_known_order(ops, rows, width
     if rows:
         q[0], weight[0], weight[-1] = 127, 127, -127
     row, channel, added = drawn(rows, 1).abs(), drawn(channels, seed=1).abs(), drawn(channels, seed=2)
-    found = ops.int8_linear(q, row, weight, channel, added if bias else None, vnni)
+    result = ops.int8_linear(q, row, weight, channel, added if bias else None, vnni)
     expected = (q.long() @ weight.long().t()).to(torch.int32) * channel * row
-    assert torch.equal(found, expected + added if bias else expected)
+    assert torch.equal(result, expected + added if bias else expected)
 
 
 @needs_kernels
@@ -71,8 +71,8 @@ def test_the_largest_sums_do_not_overflow_or_saturate(ops, vnni):
         for sign in (-1, 1):
             q = torch.full((rows, width), 127, dtype=torch.int8)
             weight = torch.full((5, width), sign * 127, dtype=torch.int8)
-            found = ops.int8_linear(q, torch.ones(rows, 1), weight, torch.ones(5), None, vnni)
-            assert torch.equal(found, torch.full((rows, 5), float(sign * width * 127 * 127)))
+            result = ops.int8_linear(q, torch.ones(rows, 1), weight, torch.ones(5), None, vnni)
+            assert torch.equal(result, torch.full((rows, 5), float(sign * width * 127 * 127)))
     with pytest.raises(RuntimeError, match="do not fit into 32 bits"):
         wide = torch.zeros(1, 140000, dtype=torch.int8)
         ops.int8_linear(wide, torch.ones(1, 1), wide, torch.ones(1), None)
@@ -85,8 +85,8 @@ def test_the_largest_sums_do_not_overflow_or_saturate(ops, vnni):
 def test_products_of_another_kernel_are_scaled_in_the_same_order(ops, rows, channels, bias):
     product = torch.randint(-(2**30), 2**30, (rows, channels), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     row, channel, added = drawn(rows, 1).abs(), drawn(1, channels, seed=1).abs(), drawn(channels, seed=2)
-    found = ops.scale_product(product, row, channel, added if bias else None)
-    assert torch.equal(found, product * channel * row + added if bias else product * channel * row)
+    result = ops.scale_product(product, row, channel, added if bias else None)
+    assert torch.equal(result, product * channel * row + added if bias else product * channel * row)
 
 
 @needs_kernels
@@ -108,12 +108,12 @@ def test_they_do_what_is_around_the_products_of_torch(ops, monkeypatch, shape, r
     linear = torch.nn.Linear(64, 24).requires_grad_(False)
     layer, x = W8A8Linear.from_linear(linear, rotation=rotation), drawn(*shape)
     assert layer.kernel == "int_mm" and layer.parts.around
-    found = layer(x)
+    result = layer(x)
     layer.around = False
     expected = layer(x)
-    assert found.shape == (*shape[:-1], 24) and torch.allclose(found, expected, atol=0.02 * float(expected.std()))
+    assert result.shape == (*shape[:-1], 24) and torch.allclose(result, expected, atol=0.02 * float(expected.std()))
     if not rotation:
-        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(result, expected, rtol=1e-5, atol=1e-6)
 
 
 @needs_kernels
@@ -152,8 +152,8 @@ def test_a_row_that_is_not_finite_does_not_come_out_finite(ops, place, value):
     x = drawn(3, 34)
     x[1, place] = value
     q, scale = ops.quantize_rows(x, None, 0.0, False, 0)
-    found = ops.int8_linear(q, scale, integers(5, 34), torch.ones(5), None)
-    assert not found[1].isfinite().any() and found[[0, 2]].isfinite().all()
+    result = ops.int8_linear(q, scale, integers(5, 34), torch.ones(5), None)
+    assert not result[1].isfinite().any() and result[[0, 2]].isfinite().all()
 
 
 @needs_kernels
@@ -166,17 +166,17 @@ def test_a_layer_gives_the_same_numbers_with_and_without_them(monkeypatch, activ
     layer = W8A8Linear.from_linear(linear, activations, 1.9)
     assert layer.kernel == "avx2"
     x = drawn(2, rows, 100)
-    found = layer(x)
+    result = layer(x)
     layer.kernel = "simulated"
-    assert torch.allclose(found, layer(x), rtol=1e-6, atol=1e-6) and found.shape == (2, rows, 33)
-    assert torch.equal(found[0], found[:1][0])
+    assert torch.allclose(result, layer(x), rtol=1e-6, atol=1e-6) and result.shape == (2, rows, 33)
+    assert torch.equal(result[0], result[:1][0])
 
 
 # ---------------------------------------------------------------------------------------------------------------- in groups
 def rounded(grid: Grid, rows: int, width: int) -> tuple[GroupedLinear, torch.Tensor]:
     """Return a layer and the weights its integers stand for, by torch alone."""
-    found = round_nearest(drawn(rows, width) + 0.3, grid)
-    return GroupedLinear.of(found.q, found.scale, found.zero, grid), found.weight()
+    result = round_nearest(drawn(rows, width) + 0.3, grid)
+    return GroupedLinear.of(result.q, result.scale, result.zero, grid), result.weight()
 
 
 @needs_kernels
@@ -195,12 +195,12 @@ def test_packed_integers_are_the_weights_they_stand_for(grid, width):
 
 @needs_kernels
 def test_a_table_and_its_head_read_the_packed_integers():
-    found = round_nearest(drawn(50, 64), Grid(6, 32))
-    table = GroupedEmbedding.of(found.q, found.scale, found.zero, found.grid)
+    result = round_nearest(drawn(50, 64), Grid(6, 32))
+    table = GroupedEmbedding.of(result.q, result.scale, result.zero, result.grid)
     ids = torch.tensor([[3, 49, 0]])
-    assert torch.equal(table(ids), found.weight()[ids]) and table.unpacked is None
+    assert torch.equal(table(ids), result.weight()[ids]) and table.unpacked is None
     x = drawn(1, 1, 64)
-    assert torch.allclose(TiedHead(table)(x), x @ found.weight().t(), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(TiedHead(table)(x), x @ result.weight().t(), rtol=1e-5, atol=1e-5)
 
 
 @needs_kernels
@@ -325,8 +325,8 @@ def test_a_machine_that_cannot_build_them_goes_on_without_and_says_why(tmp_path)
         "building .* failed: .*Not a directory|building .* failed: .*File exists",
     )  # fmt: skip
     for reason, (output, errors) in zip(reasons, loaded(*(environment | each for each in changes)), strict=True):
-        told = [line for line in errors.splitlines() if "no kernels" in line]
-        assert output == "False False\n" and len(told) == 1 and re.search(reason, told[0])
+        text = [line for line in errors.splitlines() if "no kernels" in line]
+        assert output == "False False\n" and len(text) == 1 and re.search(reason, text[0])
     assert not list(tmp_path.rglob("*.so"))
 
 

@@ -121,11 +121,11 @@ def test_a_decoder_finds_the_end_of_every_row_whatever_is_said_of_padding(tmp_pa
     known = {"the model's": 0, "both, another one": 1, "both, the same": 0}.get(padding)
     model = helpers.randomize(make(pad_token_id=known), scale=0.3)
     encoded = EncodedSentences(tokenizer, sentences[:12], 64)
-    found = predict_logits(model, encoded, 8)
+    result = predict_logits(model, encoded, 8)
     for row, ids in enumerate(encoded.input_ids):
         alone = model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long)).logits[0]
-        torch.testing.assert_close(found[row], alone, atol=1e-4, rtol=1e-4)
-    assert found.std(dim=0).min() > 0.01
+        torch.testing.assert_close(result[row], alone, atol=1e-4, rtol=1e-4)
+    assert result.std(dim=0).min() > 0.01
 
 
 def test_an_encoder_needs_no_padding_token(tmp_path, distilbert, encoded, sentences):

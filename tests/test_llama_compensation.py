@@ -31,14 +31,14 @@ def test_the_refitted_weight_is_the_least_squares_solution(damping):
     x = torch.randn(300, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
     weight, keep = torch.randn(5, 12, generator=generator), torch.tensor([True] * 8 + [False] * 4)
     wanted = x @ weight.t() + 0.5 * torch.randn(300, 5, generator=generator)
-    found = refit(weight, x.t() @ x / len(x), wanted.t() @ x / len(x), keep, damping)
+    result = refit(weight, x.t() @ x / len(x), wanted.t() @ x / len(x), keep, damping)
     # The damping as rows of its own: as much of every kept input alone, and the old weight as what is wanted there.
     pull = (damping * x.square().mean(dim=0).median() * len(x)).sqrt() * torch.eye(8)
     rows, aims = torch.cat([x[:, keep], pull]), torch.cat([wanted, pull @ weight[:, keep].t()])
     expected = torch.linalg.lstsq(rows.double(), aims.double()).solution.t().float()
-    assert torch.allclose(found[:, keep], expected, atol=1e-3) and found[:, ~keep].eq(0).all()
+    assert torch.allclose(result[:, keep], expected, atol=1e-3) and result[:, ~keep].eq(0).all()
     loss = lambda candidate: (x @ candidate.t() - wanted).square().sum()  # noqa: E731
-    assert loss(found) < 0.9 * loss(weight * keep)
+    assert loss(result) < 0.9 * loss(weight * keep)
 
 
 def test_an_outlier_channel_does_not_keep_the_others_from_being_refitted():
@@ -46,11 +46,11 @@ def test_an_outlier_channel_does_not_keep_the_others_from_being_refitted():
     x = torch.randn(400, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
     weight, keep = torch.randn(5, 12, generator=generator), torch.tensor([True] * 8 + [False] * 4)
     wanted = x @ weight.t()
-    loss = lambda x, found: (x @ found.t() - wanted).square().sum().item()  # noqa: E731
+    loss = lambda x, fitted: (x @ fitted.t() - wanted).square().sum().item()  # noqa: E731
     # the same function: what goes in at one channel a thousand times as large, its weights as much smaller
     x[:, 0], weight[:, 0] = 1000 * x[:, 0], weight[:, 0] / 1000
-    found = refit(weight, x.t() @ x / len(x), wanted.t() @ x / len(x), keep, 0.01)
-    assert loss(x, found) < 0.8 * loss(x, weight * keep)
+    fitted = refit(weight, x.t() @ x / len(x), wanted.t() @ x / len(x), keep, 0.01)
+    assert loss(x, fitted) < 0.8 * loss(x, weight * keep)
 
 
 def test_few_tokens_and_mostly_silent_channels_do_not_throw_the_weights_off():
@@ -58,8 +58,8 @@ def test_few_tokens_and_mostly_silent_channels_do_not_throw_the_weights_off():
     x, weight = torch.randn(3, 12, generator=generator), torch.randn(5, 12, generator=generator)
     x[:, :7] = 0
     wanted = torch.randn(3, 5, generator=generator)
-    found = refit(weight, x.t() @ x / 3, wanted.t() @ x / 3, torch.ones(12, dtype=torch.bool), 1.0)
-    assert torch.equal(found[:, :7], weight[:, :7]) and (found - weight).abs().max() < 5
+    result = refit(weight, x.t() @ x / 3, wanted.t() @ x / 3, torch.ones(12, dtype=torch.bool), 1.0)
+    assert torch.equal(result[:, :7], weight[:, :7]) and (result - weight).abs().max() < 5
 
 
 def test_with_nothing_gone_and_no_error_so_far_refitting_changes_nothing(windows):

@@ -51,8 +51,8 @@ def test_it_computes_what_pytorch_does(tmp_path):
     windows = helpers.example_windows()
     with torch.no_grad():
         wanted = model.float()(windows[:1]).logits
-    found = run(input_ids=windows[:1])
-    assert torch.allclose(found.logits, wanted, atol=0.02 * float(wanted.std()))
+    result = run(input_ids=windows[:1])
+    assert torch.allclose(result.logits, wanted, atol=0.02 * float(wanted.std()))
     first = run(input_ids=windows[:1, :5], logits_to_keep=1)  # a token at a time, from the beginning again
     assert first.logits.shape == (1, 1, model.config.vocab_size) and first.past_key_values == 5
     for place in range(5, windows.shape[1]):

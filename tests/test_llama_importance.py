@@ -48,8 +48,8 @@ def test_taylor_predicts_what_removing_a_little_does(windows):
             silent[:, index] = 0
             changes.append((model(windows[:1], labels=windows[:1]).loss.double() - loss).abs().item())
             silent[:, index] = kept
-    order, found = channel.argsort(descending=True)[:12], torch.tensor(changes)
-    assert found[order].mean() > 1.5 * found.mean()  # the channels it ranks first are those whose loss shows
+    order, result = channel.argsort(descending=True)[:12], torch.tensor(changes)
+    assert result[order].mean() > 1.5 * result.mean()  # the channels it ranks first are those whose loss shows
 
 
 def test_taylor_leaves_no_trace(windows):
@@ -86,23 +86,23 @@ def test_activation_and_variance_are_weight_times_what_goes_in(windows, aggregat
     model(windows)
     for hook in hooks:
         hook.remove()
-    found = {criterion: score(model, criterion, windows, aggregate=aggregate)[2] for criterion in ("activation", "variance")}
+    result = {criterion: score(model, criterion, windows, aggregate=aggregate)[2] for criterion in ("activation", "variance")}
     join = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax}[aggregate]
     wanda = lambda name: inputs[name].norm(dim=0) * getattr(block, name).weight.norm(dim=0)  # noqa: E731
-    assert torch.allclose(found["activation"].channels, wanda("down"), rtol=1e-4)
-    assert torch.allclose(found["activation"].groups, join(wanda("o").view(2, 16), 1), rtol=1e-4)
+    assert torch.allclose(result["activation"].channels, wanda("down"), rtol=1e-4)
+    assert torch.allclose(result["activation"].groups, join(wanda("o").view(2, 16), 1), rtol=1e-4)
     flap = inputs["down"].var(dim=0, unbiased=False) * block.down.weight.norm(dim=0).square()
-    assert torch.allclose(found["variance"].channels, flap, rtol=1e-3)
+    assert torch.allclose(result["variance"].channels, flap, rtol=1e-3)
 
 
 @torch.no_grad()
 def test_l2_is_the_norm_of_every_matrix_a_structure_has_a_part_of():
     model = make()
-    block, found = llama_blocks(model)[0], score(model, "l2")[0]
+    block, result = llama_blocks(model)[0], score(model, "l2")[0]
     expected = block.gate.weight[7].norm() + block.up.weight[7].norm() + block.down.weight[:, 7].norm()
-    assert found.channels[7].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert result.channels[7].item() == pytest.approx(expected.item(), rel=1e-5)
     parts = [block.q.weight[16:], block.k.weight[8:], block.v.weight[8:], block.o.weight[:, 16:]]
-    assert found.groups[1].item() == pytest.approx(sum(part.norm() for part in parts).item(), rel=1e-5)
+    assert result.groups[1].item() == pytest.approx(sum(part.norm() for part in parts).item(), rel=1e-5)
 
 
 def test_random_is_the_same_for_one_seed_and_another_for_another():

@@ -57,8 +57,8 @@ def test_the_best_channels_are_the_ones_that_stay(windows):
     model = make()
     scores = score(model, "taylor", windows)
     masks = choose_masks(model, scores, PruneRecipe(0.3, round_to=1))
-    for found, mask in zip(scores, masks, strict=True):
-        assert found.channels[mask.channels].min() >= found.channels[~mask.channels].max()
+    for result, mask in zip(scores, masks, strict=True):
+        assert result.channels[mask.channels].min() >= result.channels[~mask.channels].max()
 
 
 # --------------------------------------------------------------------------------------------------------------- bad input

@@ -173,8 +173,8 @@ def test_what_each_block_is_by_its_number_stays_with_it_when_others_go(kind, ind
     again = reloaded(small, tmp_path / "small")
     assert type(again) is type(model) and torch.equal(logits_of(again), logits_of(small))
     if hasattr(model.config, "max_window_layers"):  # who does not read layer_types derives them from this
-        told = {name: value for name, value in again.config.to_dict().items() if name != "layer_types"}
-        assert type(again.config)(**told).layer_types == again.config.layer_types
+        text = {name: value for name, value in again.config.to_dict().items() if name != "layer_types"}
+        assert type(again.config)(**text).layer_types == again.config.layer_types
 
 
 def test_a_process_without_this_package_reloads_every_type_with_unequal_widths(tmp_path):

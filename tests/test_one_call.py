@@ -27,13 +27,13 @@ def here(tmp_path, monkeypatch):
 
 
 def test_a_llama_of_a_given_size_is_saved_measured_and_not_made_twice(here, monkeypatch):
-    found = compress("models/llama", 1.6, **FEW)
-    assert found.manifest["kind"] == "grouped" and found.manifest["parent"] == "llama"
+    result = compress("models/llama", 1.6, **FEW)
+    assert result.manifest["kind"] == "grouped" and result.manifest["parent"] == "llama"
     saved = load_checkpoint(here / "models" / "llama_gptq_1.6x")
-    assert torch.equal(*(each.model(helpers.example_windows()).logits for each in (found, saved)))
+    assert torch.equal(*(each.model(helpers.example_windows()).logits for each in (result, saved)))
     sizes = [(here / "models" / name / "model.safetensors").stat().st_size for name in ("llama", "llama_gptq_1.6x")]
     assert sizes[0] / sizes[1] > 1.5  # the head of the file is not counted, and is large here
-    dense, last = found.manifest["pipeline"]
+    dense, last = result.manifest["pipeline"]
     assert dense["method"] == "dense" and last["method"] == "gptq" and last["params"]["target_compression"] == 1.6
     assert last["divergence"]["mean"] > 0 and last["protocol"]["windows"] == 3
     assert last["against_dense"]["ratio"] == pytest.approx(last["perplexity"] / dense["perplexity"])
@@ -42,7 +42,7 @@ def test_a_llama_of_a_given_size_is_saved_measured_and_not_made_twice(here, monk
         raise AssertionError("made again")
 
     monkeypatch.setattr(one_call, "run_pipeline", stop)
-    assert compress("models/llama", 1.6, **FEW).manifest == found.manifest
+    assert compress("models/llama", 1.6, **FEW).manifest == result.manifest
     for change in ({"text": TEXT[1:]}, {"eval_windows": 2}, {"force": True}, {"bits_of_what": 1}):
         with pytest.raises((AssertionError, CompactMindError), match="made again|no parameter 'bits_of_what'"):
             compress("models/llama", 1.6, **{**FEW, **change})
@@ -51,9 +51,9 @@ def test_a_llama_of_a_given_size_is_saved_measured_and_not_made_twice(here, monk
 def test_a_method_by_name_and_a_pipeline(here):
     steps = [{"method": "prune", "params": {"sparsity": 0.2, "round_to": 8}}, {"method": "w8a8"}]
     folder_of_text = {"text": "wikitext_data", "seq_len": 32, "calibration_windows": 4, "eval_windows": 4}
-    found = compress("models/llama", output="models/small", pipeline=steps, **folder_of_text)
-    assert [row["method"] for row in found.manifest["pipeline"]] == ["dense", "prune", "w8a8"]
-    assert found.manifest["kind"] == "w8a8" and found.manifest["pipeline"][-1]["protocol"]["text"] == "made up, test"
+    result = compress("models/llama", output="models/small", pipeline=steps, **folder_of_text)
+    assert [row["method"] for row in result.manifest["pipeline"]] == ["dense", "prune", "w8a8"]
+    assert result.manifest["kind"] == "w8a8" and result.manifest["pipeline"][-1]["protocol"]["text"] == "made up, test"
     (here / "some.txt").write_text("\n".join(TEXT), encoding="utf-8")
     again = compress("models/llama", method="nf4", double_quantization=False, **{**FEW, "text": "some.txt"})
     assert again.manifest["quantization"]["double_quantization"] is False
@@ -66,9 +66,9 @@ def test_text_of_one_part_is_divided_and_no_window_is_in_two(windows, parts):
     length = 16
     text = _read_text([("abcdefghijklmnopqrs" * windows)[: windows * length - 1]])  # and a begin-of-text token
     ids = tokenizer(text.parts["all"][0])["input_ids"]
-    found = _windows(text, tokenizer, length, 8)
-    assert tuple(map(len, found)) == parts
-    assert torch.cat(found).flatten().tolist() == ids
+    result = _windows(text, tokenizer, length, 8)
+    assert tuple(map(len, result)) == parts
+    assert torch.cat(result).flatten().tolist() == ids
     with pytest.raises(CompactMindError, match="has 2 window.s. of .* and three are needed"):
         _windows(text, tokenizer, len(ids) // 2, 8)
 
@@ -76,11 +76,11 @@ def test_text_of_one_part_is_divided_and_no_window_is_in_two(windows, parts):
 def test_a_classifier(tmp_path, monkeypatch, tokenizer):
     monkeypatch.chdir(tmp_path)
     save_checkpoint("models/big", helpers.make_distilbert(), tokenizer, kind="dense", parent=None, stage={"script": "x.py"})
-    found = compress("models/big")
-    assert found.manifest["kind"] == "w8a8" and (tmp_path / "models" / "big_w8a8").is_dir()
-    plain, told = (compress("models/big", method="nf4", output=f"models/{n}", text=text) for n, text in (("a", None), ("b", TEXT)))
+    result = compress("models/big")
+    assert result.manifest["kind"] == "w8a8" and (tmp_path / "models" / "big_w8a8").is_dir()
+    plain, message = (compress("models/big", method="nf4", output=f"models/{n}", text=text) for n, text in (("a", None), ("b", TEXT)))
     batch = helpers.example_batch()
-    assert not torch.equal(helpers.logits_of(plain.model, batch), helpers.logits_of(told.model, batch))  # rounding was compensated
+    assert not torch.equal(helpers.logits_of(plain.model, batch), helpers.logits_of(message.model, batch))  # rounding was compensated
     for change, said in (
         ({"method": "gptq"}, "unknown method 'gptq' for a classifier: choose from w8a8, nf4, int8"),
         ({"target_compression": 3}, "has no parameter 'target_compression'"),
@@ -172,9 +172,9 @@ def test_the_method_of_the_documentation_is_one_file_and_one_row(here, monkeypat
     names = {"Method": Method, "__name__": "builtins"}  # a module that is there, for dataclasses to look at
     exec(file, names)
     monkeypatch.setitem(METHODS, "magnitude", eval(row, names))
-    found = compress("models/llama", method="magnitude", sparsity=0.25, output="models/small", **FEW)
-    weight = found.model.model.layers[0].mlp.up_proj.weight
+    result = compress("models/llama", method="magnitude", sparsity=0.25, output="models/small", **FEW)
+    weight = result.model.model.layers[0].mlp.up_proj.weight
     assert ((weight == 0).sum(dim=1) == weight.shape[1] // 4).all()
-    assert found.manifest["pipeline"][-1]["done"] == {"zeros": 0.25}
+    assert result.manifest["pipeline"][-1]["done"] == {"zeros": 0.25}
     with pytest.raises(CompactMindError, match=r"sparsity 1 is not in \[0, 1\)"):
         compress("models/llama", method="magnitude", sparsity=1, output="models/small", **FEW)

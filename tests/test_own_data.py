@@ -68,7 +68,7 @@ def test_a_pair_is_own_exactly_where_headline_and_sentence_are_of_one_article(wh
         assert headline.topic == sentence.topic, "the topic would give the answer away"
         if row["match"] == "other":
             others[sentence.headline].add(row["headline"])
-    assert {len(found) for found in others.values()} == {2}, "two sentences of an article have two other headlines"
+    assert {len(result) for result in others.values()} == {2}, "two sentences of an article have two other headlines"
     assert len({(row["headline"], row["sentence"]) for row in rows}) == len(rows)
     assert pair_rows(articles[:1]) == [], "there is no other headline"
 

@@ -25,12 +25,12 @@ def test_rounding_is_within_half_a_step_of_the_weight_also_in_a_shorter_last_gro
     rounded = peer.round_to_nearest(weight, 4, group_size, symmetric)
     assert rounded.shape == weight.shape
     for start in range(0, 160, group_size):
-        group, found = weight[:, start : start + group_size], rounded[:, start : start + group_size]
+        group, result = weight[:, start : start + group_size], rounded[:, start : start + group_size]
         largest = group.abs().amax(1) / 7 if symmetric else (group.amax(1) - group.amin(1)) / 15
         # the step is a float16 and an asymmetric zero point is rounded, too: the ends may lie another half step outside
         allowed = largest * (0.51 if symmetric else 1.01)
-        assert ((found - group).abs().amax(1) <= allowed).all()
-        assert all(len(row.unique()) <= 16 for row in found)
+        assert ((result - group).abs().amax(1) <= allowed).all()
+        assert all(len(row.unique()) <= 16 for row in result)
 
 
 def test_more_bits_are_nearer():
@@ -160,10 +160,10 @@ def test_a_peer_beside_the_dense_model(tmp_path, monkeypatch, tied):
         output=tmp_path / "peers.json",
     )  # fmt: skip
     measure.main(wanted)
-    found = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))
-    dense, rounded = found["rows"]
+    result = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))
+    dense, rounded = result["rows"]
     once = 0 if tied else tables
-    assert found["protocol"]["base_bytes"] == dense["bytes"] == 2 * sum(each.numel() for each in model.parameters()) - once
+    assert result["protocol"]["base_bytes"] == dense["bytes"] == 2 * sum(each.numel() for each in model.parameters()) - once
     assert dense["against_dense"] == 0 and dense["divergence"]["mean"] == 0 and dense["divergence"]["same_top"] == 1
     written = json.loads((output / "peer.json").read_text(encoding="utf-8"))
     assert rounded["bytes"] == written["bytes"] - once
@@ -174,4 +174,4 @@ def test_a_peer_beside_the_dense_model(tmp_path, monkeypatch, tied):
     monkeypatch.setattr(measure, "load", lambda folder, load=measure.load: loaded.append(folder) or load(folder))
     measure.main(wanted)
     assert loaded == [base]  # the row is there already
-    assert json.loads((tmp_path / "peers.json").read_text(encoding="utf-8")) == found
+    assert json.loads((tmp_path / "peers.json").read_text(encoding="utf-8")) == result

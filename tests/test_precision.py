@@ -60,10 +60,10 @@ def test_a_matrix_is_widened_some_rows_at_a_time(monkeypatch):
     x, y = (torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
     linear = widen(model).requires_grad_(False).model.layers[0].self_attn.q_proj
     y.data.copy_(x.data)
-    found, wanted = linear(x), wide.model.layers[0].self_attn.q_proj(y)
-    found.square().sum().backward()
+    result, wanted = linear(x), wide.model.layers[0].self_attn.q_proj(y)
+    result.square().sum().backward()
     wanted.square().sum().backward()
-    assert torch.allclose(found, wanted, atol=1e-6) and torch.allclose(x.grad, y.grad, atol=1e-5)
+    assert torch.allclose(result, wanted, atol=1e-6) and torch.allclose(x.grad, y.grad, atol=1e-5)
     assert x.grad.abs().max() > 0.1
 
 
@@ -85,18 +85,18 @@ def test_only_large_models_are_widened(monkeypatch):
 @pytest.mark.parametrize("criterion", ["taylor", "activation", "variance", "l2"])
 def test_a_widened_model_is_scored_as_in_float32(criterion):
     model, wide = held_in(torch.bfloat16, helpers.make_llama())
-    for found, wanted in zip(score(widen(model), criterion, WINDOWS), score(wide, criterion, WINDOWS), strict=True):
-        assert torch.allclose(found.channels, wanted.channels, rtol=1e-5) and torch.allclose(found.groups, wanted.groups, rtol=1e-5)
+    for result, wanted in zip(score(widen(model), criterion, WINDOWS), score(wide, criterion, WINDOWS), strict=True):
+        assert torch.allclose(result.channels, wanted.channels, rtol=1e-5) and torch.allclose(result.groups, wanted.groups, rtol=1e-5)
 
 
 @pytest.mark.parametrize("structures", [("channels",), ("channels", "groups")])
 def test_a_widened_model_is_pruned_as_in_float32_but_for_the_rounding_of_what_is_refitted(structures):
     model, wide = held_in(torch.bfloat16, helpers.make_llama())
     recipe = PruneRecipe(sparsity=0.3, round_to=8, structures=structures, scope="global")
-    (found, done), (wanted, also) = prune_llama(widen(model), recipe, WINDOWS), prune_llama(wide, recipe, WINDOWS)
-    assert done == also and is_widened(found)
-    assert found.model.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
-    far = next_token_logits(found, WINDOWS[0]) - next_token_logits(wanted, WINDOWS[0])
+    (result, done), (wanted, also) = prune_llama(widen(model), recipe, WINDOWS), prune_llama(wide, recipe, WINDOWS)
+    assert done == also and is_widened(result)
+    assert result.model.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
+    far = next_token_logits(result, WINDOWS[0]) - next_token_logits(wanted, WINDOWS[0])
     assert 0 < far.norm() < 0.02 * next_token_logits(wanted, WINDOWS[0]).norm()
 
 
@@ -107,9 +107,9 @@ def test_a_large_checkpoint_is_held_as_its_file_and_gives_the_same_logits_and_to
     wanted, logits = generated(wide), next_token_logits(wide, WINDOWS[0])
     for load in (load_checkpoint, load_any):
         monkeypatch.setattr(precision, "SMALL_BYTES", 0)
-        found = load(tmp_path / "llama").model
-        assert found.lm_head.weight.dtype == getattr(torch, dtype) and kernel_of(found, "dense") == "float32"
-        assert torch.equal(next_token_logits(found, WINDOWS[0]), logits) and torch.equal(generated(found), wanted)
+        result = load(tmp_path / "llama").model
+        assert result.lm_head.weight.dtype == getattr(torch, dtype) and kernel_of(result, "dense") == "float32"
+        assert torch.equal(next_token_logits(result, WINDOWS[0]), logits) and torch.equal(generated(result), wanted)
         (tmp_path / "llama" / MANIFEST).unlink(missing_ok=True)  # the second time it is a folder of somebody else
     monkeypatch.undo()
     assert load_any(tmp_path / "llama").model.lm_head.weight.dtype == torch.float32
@@ -129,17 +129,17 @@ def recipe_for(**changes) -> RetrainRecipe:
 
 def test_adapters_beside_weights_of_bf16_are_trained_as_beside_float32():
     teacher = helpers.make_llama(seed=1)
-    found = {}
+    result = {}
     for name, model in zip(("held", "wide"), held_in(torch.bfloat16, helpers.make_llama()), strict=True):
         if name == "held":
             widen(model)
         done = retrain_causal_lm(model, WINDOWS, WINDOWS[:2], recipe_for(), teacher=teacher)
         assert done["kept_step"] and not any("lora" in each for each, _ in model.named_parameters())
-        found[name] = (done, model)
-    held, wide = (found[name][0] for name in ("held", "wide"))
+        result[name] = (done, model)
+    held, wide = (result[name][0] for name in ("held", "wide"))
     assert held["loss_before"] == wide["loss_before"] > held["loss_after"] + 0.1
     assert held["loss_after"] == pytest.approx(wide["loss_after"], abs=0.01)  # its adapters start rounded
-    held, wide = (found[name][1].model.layers[0].mlp.down_proj.weight for name in ("held", "wide"))
+    held, wide = (result[name][1].model.layers[0].mlp.down_proj.weight for name in ("held", "wide"))
     before = helpers.make_llama().model.layers[0].mlp.down_proj.weight.bfloat16()
     assert held.dtype == torch.bfloat16 and not torch.equal(held, before)
     assert (held.float() - wide).norm() < 0.1 * (wide - before.float()).norm()
@@ -192,8 +192,8 @@ def test_a_large_model_is_smoothed_in_the_dtype_it_is_held_in_and_says_the_same(
     model, _ = METHODS["smooth"].apply(dense, resources, METHODS["smooth"].parameters({"alpha": 0.7}))
     after = model.model.layers[0].mlp.down_proj.weight
     assert matrices_of(model) == {torch.bfloat16} and not torch.equal(before, after)
-    found = model(WINDOWS).logits
-    assert (found - wanted).norm() < 0.02 * wanted.norm()  # what bfloat16 rounds
+    result = model(WINDOWS).logits
+    assert (result - wanted).norm() < 0.02 * wanted.norm()  # what bfloat16 rounds
 
 
 # ------------------------------------------------------------------------------------------------------------ dense logits
@@ -204,16 +204,16 @@ def test_logits_are_the_same_whether_they_are_kept_or_made_again_in_memory_or_in
     for logits, memory in ((2**31, 2**28), (0, 2**28), (0, 0)):
         monkeypatch.setattr(forward, "LOGITS_TO_KEEP", logits)
         monkeypatch.setattr(forward, "MEMORY_TO_KEEP", memory)
-        found = LogitsOf(model, WINDOWS)
-        assert len(found) == len(WINDOWS) and all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-        assert (found.head is None) == (logits > 0 or name == "granite")
+        result = LogitsOf(model, WINDOWS)
+        assert len(result) == len(WINDOWS) and all(torch.equal(a, b) for a, b in zip(result, wanted, strict=True))
+        assert (result.head is None) == (logits > 0 or name == "granite")
 
 
 def test_the_dense_model_is_measured_of_its_logits_as_by_running_it():
     model = helpers.make_llama()
-    found, wanted = measure_logits(LogitsOf(model, WINDOWS), WINDOWS), measure_windows({"": model}, WINDOWS, "")[""]
-    assert torch.equal(found["losses"], wanted["losses"])
-    assert found["divergence"]["mean"] == 0 and found["divergence"]["same_top"] == 1
+    result, wanted = measure_logits(LogitsOf(model, WINDOWS), WINDOWS), measure_windows({"": model}, WINDOWS, "")[""]
+    assert torch.equal(result["losses"], wanted["losses"])
+    assert result["divergence"]["mean"] == 0 and result["divergence"]["same_top"] == 1
 
 
 def test_a_widened_linear_follows_autocast():

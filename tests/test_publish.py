@@ -15,8 +15,8 @@ def pushed(monkeypatch):
     """What reaches the hub, which is not there."""
     calls = []
     api = SimpleNamespace(
-        create_repo=lambda name, **told: calls.append(("create", name, told)),
-        upload_folder=lambda **told: calls.append(("upload", told["repo_id"], sorted(told["allow_patterns"]))) or "https://hub/x",
+        create_repo=lambda name, **options: calls.append(("create", name, options)),
+        upload_folder=lambda **options: calls.append(("upload", options["repo_id"], sorted(options["allow_patterns"]))) or "https://hub/x",
     )
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
     return calls

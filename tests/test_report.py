@@ -105,7 +105,7 @@ def test_the_plots_are_pictures(reported):
     names += ("training_curves", "alpha_curve")
     summary = helpers.read_json(folder / "results" / "search" / "llama-bayesian-front" / "summary.json")
     empty = {"importance": not summary["importances"], "retraining_gain": not summary["retraining"]}
-    empty["error_accumulation"] = all(found.get("interaction") is None for found in summary["confirmed"].values())
+    empty["error_accumulation"] = all(result.get("interaction") is None for result in summary["confirmed"].values())
     for name in (*names, *(f"search_{name}" for name in SEARCH_FIGURES if not empty.get(name))):
         picture = matplotlib.image.imread(folder / "results" / f"{name}.png")
         assert picture.shape[0] > 300 and picture.shape[1] > 300 and math.isfinite(picture.std()) and picture.std() > 0.01
@@ -126,9 +126,9 @@ def test_language_models_are_measured_on_the_same_windows_and_against_the_dense_
         assert row["status"] == "measured" and row["protocol"]["seq_len"] == 32 and row["protocol"]["windows"] == 4
         model = load_checkpoint(folder / "models" / name).model
         assert row["perplexity"] == pytest.approx(perplexity(model, windows, "")["perplexity"], rel=1e-4)
-        found = divergence(load_checkpoint(folder / "models" / "llama").model, model, windows)
-        assert row["divergence"]["mean"] == pytest.approx(found["mean"], rel=1e-3, abs=1e-6)
-        assert row["divergence"]["same_top"] == pytest.approx(found["same_top"]) and len(row["divergence"]["divergences"]) == 4
+        result = divergence(load_checkpoint(folder / "models" / "llama").model, model, windows)
+        assert row["divergence"]["mean"] == pytest.approx(result["mean"], rel=1e-3, abs=1e-6)
+        assert row["divergence"]["same_top"] == pytest.approx(result["same_top"]) and len(row["divergence"]["divergences"]) == 4
         assert (row["divergence"]["mean"] == 0) == (name == "llama") and row["protocol"]["windows_from"] == "spread"
         assert row["against_dense"]["ratio"] == pytest.approx(row["perplexity"] / dense["perplexity"])
         assert row["compression_ratio"] == pytest.approx(dense["size_mb"] / row["size_mb"])

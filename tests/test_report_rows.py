@@ -36,8 +36,8 @@ def faked_memory(directory, batch_size, sequence_length) -> float:
 
 def run(folder, *arguments, **patches) -> tuple[int, str, dict]:
     """Run the report in this process, memory not really measured: (exit status, output, rows by name)."""
-    told = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(told):
+    text = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(text):
         for module in (classifiers, language):
             patch.setattr(module, "peak_memory", faked_memory)
         for name, value in patches.items():
@@ -49,7 +49,7 @@ def run(folder, *arguments, **patches) -> tuple[int, str, dict]:
             "6_evaluate_report.py", *arguments, cwd=folder, monkeypatch=patch, capfd=quiet
         )
     rows = {row["name"]: row for row in helpers.read_json(folder / "results" / "final_report.json")["models"]}
-    return status, told.getvalue() + message, rows
+    return status, text.getvalue() + message, rows
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +99,12 @@ def test_a_cost_that_cannot_be_measured_leaves_a_measured_row(reported, name, mi
     folder, output, rows = reported
     row = rows[name]
     assert row["status"] == "measured" and row.get("accuracy", row.get("perplexity")) > 0 and row["size_mb"] > 0
-    found = row["not_measured"]
-    assert found.keys() == missing
-    assert all(reason in told for told in found.values())
-    for told in found.values():
-        assert told in output
-    assert all(row[key] is None for key in found if key in ("gflops", "gmacs_thop", "peak_memory_mb"))
+    result = row["not_measured"]
+    assert result.keys() == missing
+    assert all(reason in text for text in result.values())
+    for text in result.values():
+        assert text in output
+    assert all(row[key] is None for key in result if key in ("gflops", "gmacs_thop", "peak_memory_mb"))
 
 
 def test_what_is_left_of_a_row_is_there(reported):
@@ -117,8 +117,8 @@ def test_what_is_left_of_a_row_is_there(reported):
         assert rows[name]["latency"]["batch_32"]["speedup"] > 0 and rows[name]["gflops"] > 0 and "error" not in rows[name]
     assert rows["student_pruned"]["mcnemar_against_reference"]["p_value"] <= 1
     report = helpers.read_json(folder / "results" / "final_report.json")
-    told = warnings(report)
-    assert any(line.startswith("short has positions for 8 tokens: its sentences were cut there") for line in told)
+    text = warnings(report)
+    assert any(line.startswith("short has positions for 8 tokens: its sentences were cut there") for line in text)
     assert not any("three" in line or "strange" in line for line in sentences(report))
     assert any(line.startswith("short: ") and "GFLOPs" not in line and "batch" not in line for line in sentences(report))
     assert "student_pruned" in (folder / "models" / "student_pruned" / "README.md").read_text()
@@ -180,11 +180,11 @@ def test_what_is_measured_survives_what_comes_after_it(workspace, tmp_path):
 def test_a_language_model_is_compared_with_what_it_was_made_from_or_with_nothing(reported):
     folder, output, rows = reported
     names = ("llama", "llama_nf4", "llama_w8a8", "llama_pruned", "llama_searched", "my-other")
-    found = {name: rows[name]["compared_with"] for name in names}
-    assert found == {
+    result = {name: rows[name]["compared_with"] for name in names}
+    assert result == {
         "llama": "llama", "llama_nf4": "llama", "llama_w8a8": None, "llama_pruned": "my-other", "llama_searched": None, "my-other": None,
     }  # fmt: skip
-    for name, base in found.items():
+    for name, base in result.items():
         row, generation = rows[name], rows[name]["generation"]
         assert row["status"] == "measured"
         if base is None:
@@ -199,9 +199,9 @@ def test_a_language_model_is_compared_with_what_it_was_made_from_or_with_nothing
     assert "llama_searched is compared with nothing: it was made from a model called llama whose weights" in output
     assert "my-other is compared with nothing: a folder of others" in output
     report = helpers.read_json(folder / "results" / "final_report.json")
-    told = [line for line in sentences(report) if "smaller than" in line]
-    assert len(told) == 2 and told[0].startswith("llama_nf4: ") and "than llama as released" in told[0]
-    assert told[1].startswith("llama_pruned: ") and "than my-other as released" in told[1]
+    text = [line for line in sentences(report) if "smaller than" in line]
+    assert len(text) == 2 and text[0].startswith("llama_nf4: ") and "than llama as released" in text[0]
+    assert text[1].startswith("llama_pruned: ") and "than my-other as released" in text[1]
     assert "% of my-other" not in output and "] of my-other" in output  # the table says whose ratio it is
 
 

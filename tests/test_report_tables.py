@@ -60,11 +60,11 @@ def test_of_many_classes_the_most_frequent_errors_are_shown(report):
 
 
 @pytest.mark.parametrize(
-    ("name", "metric", "told"), [("GLUE cola", "mcc", "by MCC"), ("GLUE mrpc", "f1", "by F1"), ("GLUE rte", "accuracy", "by accuracy")]
+    ("name", "metric", "expected"), [("GLUE cola", "mcc", "by MCC"), ("GLUE mrpc", "f1", "by F1"), ("GLUE rte", "accuracy", "by accuracy")]
 )
-def test_glue_is_judged_by_its_own_metric(report, name, metric, told):
+def test_glue_is_judged_by_its_own_metric(report, name, metric, expected):
     table = tables.encoder_table(of_classes(report, ("no", "yes"), name=name, metric=metric))
-    assert ("MCC" in table.header) == (metric == "mcc") and table.note.endswith(f"F1 is of yes; the task is usually judged {told}.")
+    assert ("MCC" in table.header) == (metric == "mcc") and table.note.endswith(f"F1 is of yes; the task is usually judged {expected}.")
     line = dict(zip(table.header, table.rows[0], strict=True))
     assert line["F1"] == "0.701" and line.get("MCC", "0.602") == "0.602"
 
@@ -88,9 +88,9 @@ def test_cut_rows_and_a_large_majority_are_warned_of(report):
     for row in report["models"][:2]:
         row["cut"] = {"rows": 87, "share": 0.1, "length_of_99": 180}
         row["per_class"][0]["rows"] = 900.0
-    told = warnings(report)
-    assert "student, pruned: of 10.0% of the test rows only the first 64 tokens were read; at --max_length 180 it would be 1%." in told
-    assert "90.0% of the test rows are ham: always saying that is as accurate; look at macro-F1." in told
+    text = warnings(report)
+    assert "student, pruned: of 10.0% of the test rows only the first 64 tokens were read; at --max_length 180 it would be 1%." in text
+    assert "90.0% of the test rows are ham: always saying that is as accurate; look at macro-F1." in text
 
 
 # ------------------------------------------------------------------------------------------------- pipelines, bits of tensors
@@ -113,9 +113,9 @@ def test_the_picture_of_bits_has_a_panel_per_model_and_a_cell_per_tensor(report)
     assert titles == ["llama_gptq_2.5x: 65.0 MB, 4.00 bits a weight", "untied: 65.0 MB, 4.00 bits a weight"]
     names = [[label.get_text() for label in axes.get_yticklabels()] for axes in figure.axes]
     assert names == [[*LINEARS, "table"], [*LINEARS, "table", "head"]]
-    told = {(round(text.get_position()[0], 1), text.get_position()[1]): text.get_text() for text in figure.axes[1].texts}
-    assert [told[place] for place in ((0, 0), (1, 1), (1, 6), (2, 5), (1, 7), (1, 8))] == ["3", "3", "8", "4", "6", "8"]
-    assert len(told) == 2 * 7 + 1 + 2  # a block that lacks six linears leaves them empty
+    cells = {(round(text.get_position()[0], 1), text.get_position()[1]): text.get_text() for text in figure.axes[1].texts}
+    assert [cells[place] for place in ((0, 0), (1, 1), (1, 6), (2, 5), (1, 7), (1, 8))] == ["3", "3", "8", "4", "6", "8"]
+    assert len(cells) == 2 * 7 + 1 + 2  # a block that lacks six linears leaves them empty
     image = figure.axes[1].images[0]
     assert image.cmap.colors[int(image.get_array()[6, 1])] == WIDTHS[8]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["3 bits", "4 bits", "5 bits", "6 bits", "8 bits"]

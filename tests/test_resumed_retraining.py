@@ -44,14 +44,14 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, capsys, set
 
 
 def test_moments_in_8_bits_take_a_quarter_and_lead_nearly_where_whole_ones_lead(tmp_path):
-    found = {}
+    result = {}
     for name in ("adamw", "adamw_8bit"):
         model, resume = helpers.make_llama(seed=1, vocab_size=2000, intermediate_size=512), TrainingState(tmp_path / name, STAGE)
         done = retrain_causal_lm(model, pattern_windows(7), pattern_windows(3), make_recipe(16, optimizer=name), resume=resume)
         state = resume.load()["optimizer"]["state"]
         moments = (each for its in state.values() for each in its.values() if torch.is_tensor(each) and each.numel() > 256)
-        found[name] = done["loss_after"], sum(each.numel() * each.element_size() for each in moments)
-    (whole, large), (rounded, small) = found.values()
+        result[name] = done["loss_after"], sum(each.numel() * each.element_size() for each in moments)
+    (whole, large), (rounded, small) = result.values()
     assert rounded == pytest.approx(whole, rel=0.02) and rounded < done["loss_before"] - 0.1
     assert small < 0.35 * large
 

@@ -43,10 +43,10 @@ def test_sizes_are_those_of_the_model_and_its_file(tmp_path):
     helpers.cast_parameters(model, torch.bfloat16)
     save_checkpoint(tmp_path / "llama", model, helpers.make_byte_tokenizer(), kind="dense", parent=None, stage={}, dtype="bfloat16")
     weights = sum(parameter.numel() for parameter in model.parameters())
-    found = Sizes.of(skeleton_of(tmp_path / "llama"), (tmp_path / "llama" / "model.safetensors").stat().st_size, 4, 2, 16)
-    assert (found.hidden, found.inner, found.layers, found.vocabulary) == (32, 48, 2, helpers.LLAMA_VOCABULARY)
-    assert found.parameters == weights and found.itemsize == 2
-    assert found.blocks == weights - helpers.LLAMA_VOCABULARY * 32 - 5 * 32  # the tied table, and five norms
+    result = Sizes.of(skeleton_of(tmp_path / "llama"), (tmp_path / "llama" / "model.safetensors").stat().st_size, 4, 2, 16)
+    assert (result.hidden, result.inner, result.layers, result.vocabulary) == (32, 48, 2, helpers.LLAMA_VOCABULARY)
+    assert result.parameters == weights and result.itemsize == 2
+    assert result.blocks == weights - helpers.LLAMA_VOCABULARY * 32 - 5 * 32  # the tied table, and five norms
 
 
 def test_every_method_tells_what_it_needs_and_the_files_are_of_the_right_size():

@@ -46,12 +46,12 @@ def test_gradients_block_by_block_are_those_of_the_whole_model():
     layer = model.model.layers[0].mlp.down_proj
     layer.scale = layer.scale.float().requires_grad_()
     loss = _backward(model, dense, windows[0], dense.model(windows[:1]).last_hidden_state[0].detach())
-    found, layer.scale.grad = layer.scale.grad, None
+    result, layer.scale.grad = layer.scale.grad, None
     p = dense(windows[:1]).logits[0].detach().log_softmax(-1)
     whole = (p.exp() * (p - model(windows[:1]).logits[0].log_softmax(-1))).sum(-1).mean()
     whole.backward()
     assert loss == pytest.approx(whole.item(), rel=1e-4)
-    torch.testing.assert_close(found, layer.scale.grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(result, layer.scale.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_norms_keep_their_dtype_and_what_wanted_gradients_still_does():

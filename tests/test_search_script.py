@@ -56,7 +56,7 @@ def test_a_search_saves_the_best_pipeline_that_reaches_the_target_and_everything
     assert manifest["search"]["trial"] == best["trial"]
     assert [row["method"] for row in manifest["pipeline"]] == ["dense", *best["methods"]]
     assert helpers.read_json(folder / "results" / "search" / "best_pipeline.json") == best["pipeline"]
-    assert best["confirmed"]["kl"] == min(found["kl"] for found in summary["confirmed"].values()) > 0
+    assert best["confirmed"]["kl"] == min(result["kl"] for result in summary["confirmed"].values()) > 0
     assert summary["quality"] == "kl" and summary["chosen"][0]["trial"] == best["trial"]
     assert [row["left_out"] for row in summary["ablation"]] == (best["methods"] if len(best["methods"]) > 1 else [])
     assert best["measured"]["compression_ratio"] >= 1.05

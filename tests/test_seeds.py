@@ -63,14 +63,14 @@ def accuracy_of(directory) -> float:
 def test_a_row_stands_for_its_seeds_and_says_who_could_not_take_part(models, monkeypatch):
     row = measured_row(models)
     add_seeds([row], {}, models.parent / "sst2_data", 64, 8)
-    found = row["seeds"]
-    assert [(run["name"], run["seed"]) for run in found["runs"]] == [("student", 8), ("student_seed9", 9), ("student_seed10", 10)]
-    accuracies = [accuracy_of(models / run["name"]) for run in found["runs"]]
-    assert [run["accuracy"] for run in found["runs"]] == accuracies and len(set(accuracies)) > 1
-    assert (found["lowest"], found["median"], found["highest"]) == tuple(sorted(accuracies))
-    assert found["runs"][1]["validation_accuracy"] == 0.09
-    assert [run["name"] for run in found["left_out"]] == ["student_seed11", "student_seed12"]
-    assert "more than its seed: run `python 1_distill.py --seeds N` again" in found["left_out"][0]["error"]
+    result = row["seeds"]
+    assert [(run["name"], run["seed"]) for run in result["runs"]] == [("student", 8), ("student_seed9", 9), ("student_seed10", 10)]
+    accuracies = [accuracy_of(models / run["name"]) for run in result["runs"]]
+    assert [run["accuracy"] for run in result["runs"]] == accuracies and len(set(accuracies)) > 1
+    assert (result["lowest"], result["median"], result["highest"]) == tuple(sorted(accuracies))
+    assert result["runs"][1]["validation_accuracy"] == 0.09
+    assert [run["name"] for run in result["left_out"]] == ["student_seed11", "student_seed12"]
+    assert "more than its seed: run `python 1_distill.py --seeds N` again" in result["left_out"][0]["error"]
     assert seeds_cell(row) == f"{format_spread(accuracies)} (3)" and seeds_cell({}) == "-"
     (sentence,) = seeds_sentences({"student": row})
     assert sentence.startswith(f"student, trained with 3 seeds: accuracy {format_spread(accuracies)}; the row is the run of seed 8")
@@ -81,7 +81,7 @@ def test_a_row_stands_for_its_seeds_and_says_who_could_not_take_part(models, mon
     monkeypatch.setattr(measuring, "measure_accuracy", None)  # measured once
     again = measured_row(models)
     add_seeds([again], {"student": row}, models.parent / "sst2_data", 64, 8)
-    assert again["seeds"]["runs"] == found["runs"] and len(again["seeds"]["left_out"]) == 2
+    assert again["seeds"]["runs"] == result["runs"] and len(again["seeds"]["left_out"]) == 2
     other = measured_row(models)
     other["measured_with"]["max_length"] = 5
     add_seeds([other], {"student": row}, models.parent / "sst2_data", 5, 8)

@@ -24,11 +24,11 @@ def test_a_probe_measures_what_the_whole_model_does():
     probe, other = Probe(model, window), helpers.make_llama()
     for index in (0, 1):
         weight = round_nearest(llama_blocks(model)[index].down.weight, Grid(3, 16)).weight()
-        found = probe.with_weight(index, "down", weight)
+        result = probe.with_weight(index, "down", weight)
         other.load_state_dict(model.state_dict())
         llama_blocks(other)[index].down.weight.data = weight
         p, q = (each(window[None]).logits[0].detach().double().log_softmax(-1) for each in (model, other))
-        assert found == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+        assert result == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
     assert torch.equal(model(window[None]).logits, helpers.make_llama()(window[None]).logits)  # as it was
 
 
@@ -45,27 +45,27 @@ def test_a_grid_on_which_the_weights_lie_already_costs_nothing():
         for field in LINEARS:
             linear = getattr(block, field)
             linear.weight.data = round_nearest(linear.weight, Grid(4, 16, "float")).weight()
-    found = measured_costs(model, helpers.example_windows(2, 64), [Grid(4, 16, "float"), Grid(4, 16)])
-    assert all(on_grid < 1e-3 * off_grid for on_grid, off_grid in found.values())
+    result = measured_costs(model, helpers.example_windows(2, 64), [Grid(4, 16, "float"), Grid(4, 16)])
+    assert all(on_grid < 1e-3 * off_grid for on_grid, off_grid in result.values())
 
 
 def test_a_table_costs_what_rounding_it_does():
     model, windows, grid = helpers.make_llama(tie_word_embeddings=True), helpers.example_windows(1, 64), Grid(4, 16)
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
-    found = measured_table_cost(model, windows, tables, grid)
+    result = measured_table_cost(model, windows, tables, grid)
     other = helpers.make_llama(tie_word_embeddings=True)
     other.get_input_embeddings().weight.data.copy_(round_nearest(model.get_input_embeddings().weight, grid).weight())
     p, q = (each(windows[:1]).logits[0].detach().double().log_softmax(-1) for each in (model, other))
-    assert found == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+    assert result == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
     assert tables[0].weight.data_ptr() == tables[1].weight.data_ptr()  # still tied
 
 
 def test_gradients_are_those_of_autograd_and_leave_the_model_as_it_was():
     model, windows = helpers.make_llama(), helpers.example_windows(2, 16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = measure_gradients(model, windows)
-    assert [set(each) for each in found.rows] == [set(LINEARS)] * len(llama_blocks(model))
-    for tokens in found.tokens:
+    result = measure_gradients(model, windows)
+    assert [set(each) for each in result.rows] == [set(LINEARS)] * len(llama_blocks(model))
+    for tokens in result.tokens:
         for weights in tokens.values():
             assert weights.shape == windows.shape and weights.mean().item() == pytest.approx(1, rel=1e-5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -87,5 +87,5 @@ def test_divergence_agrees_with_the_probe_on_the_same_tokens():
     other = helpers.make_llama()
     weight = round_nearest(llama_blocks(model)[0].up.weight, Grid(3, 16)).weight()
     llama_blocks(other)[0].up.weight.data = weight
-    found = divergence(model, other, windows)["mean"]  # of the predicted tokens: all but the last
-    assert Probe(model, windows[0]).with_weight(0, "up", weight) == pytest.approx(found, rel=0.1)
+    result = divergence(model, other, windows)["mean"]  # of the predicted tokens: all but the last
+    assert Probe(model, windows[0]).with_weight(0, "up", weight) == pytest.approx(result, rel=0.1)

@@ -11,8 +11,8 @@ report = made_up_report.report
 
 # ------------------------------------------------------------------------------------------------------------- sentences
 def test_a_pruned_classifier_in_one_sentence(report):
-    found = next(line for line in sentences(report) if line.startswith("pruned:"))
-    assert found == (
+    result = next(line for line in sentences(report) if line.startswith("pruned:"))
+    assert result == (
         "pruned: 40% fewer GFLOPs, 60.0 MB instead of 80.0, 1.62x faster at batch 32, for -0.7 points of accuracy against student "
         "(89.3% and 90.0%; McNemar p = 0.21: not distinguishable on 872 sentences)."
     )
@@ -25,18 +25,18 @@ def test_a_pruned_classifier_in_one_sentence(report):
 
 
 def test_a_language_model_in_one_sentence(report):
-    found = next(line for line in sentences(report) if line.startswith("llama_w8a8:"))
-    assert "1.60x smaller than llama as released, perplexity +2.00% [+1.00%, +3.00%] (40.80 and 40.00 on 16 windows)" in found
-    assert "; KL 0.02 nats a token, 1.8 at the worst of 1000, same top token at 95.1%; next to" in found
-    assert found.endswith("; next to the dense model in float32 it reads a prompt 1.90x faster and generates 1.20x faster.")
+    result = next(line for line in sentences(report) if line.startswith("llama_w8a8:"))
+    assert "1.60x smaller than llama as released, perplexity +2.00% [+1.00%, +3.00%] (40.80 and 40.00 on 16 windows)" in result
+    assert "; KL 0.02 nats a token, 1.8 at the worst of 1000, same top token at 95.1%; next to" in result
+    assert result.endswith("; next to the dense model in float32 it reads a prompt 1.90x faster and generates 1.20x faster.")
     report["models"][4]["against_dense"] = {"ratio": 1.001, "interval": [0.999, 1.003]}
     assert "[-0.10%, +0.30%], not distinguishable from 0" in sentences(report)[1]
 
 
 def test_the_bits_of_a_model_in_one_sentence(report):
-    found = [line for line in sentences(report) if line.startswith("llama_gptq_2.5x:")]
-    assert found[0].startswith("llama_gptq_2.5x: 2.50x smaller than llama as released, perplexity +5.00%")
-    assert found[1:] == [
+    result = [line for line in sentences(report) if line.startswith("llama_gptq_2.5x:")]
+    assert result[0].startswith("llama_gptq_2.5x: 2.50x smaller than llama as released, perplexity +5.00%")
+    assert result[1:] == [
         "llama_gptq_2.5x: 4.00 bits a weight, all of the file counted (tensors: 4 of 3 bits, 4 of 4 bits, 4 of 5 bits, 1 of 6 bits, "
         "2 of 8 bits); 2.5x smaller was asked for, 2.504x reached; KL 0.012 nats a token expected from calibration text, 0.05 measured."
     ]

@@ -43,9 +43,9 @@ def read(folder: Path, text: str):
 
 # ---------------------------------------------------------------------------------------------------------------- the file
 def test_values_are_of_the_types_the_dataclass_says(tmp_path):
-    found = read(tmp_path, "colours:\n  share: 1e-4\n  places: [a, b/c]\n  steps:\n  - {method: prune, params: {x: 1}}\nmore:\n")
+    result = read(tmp_path, "colours:\n  share: 1e-4\n  places: [a, b/c]\n  steps:\n  - {method: prune, params: {x: 1}}\nmore:\n")
     steps = '[{"method": "prune", "params": {"x": 1}}]'
-    assert found == {"colours": {"share": 1e-4, "places": (Path("a"), Path("b/c")), "steps": steps}, "more": {}}
+    assert result == {"colours": {"share": 1e-4, "places": (Path("a"), Path("b/c")), "steps": steps}, "more": {}}
     assert read(tmp_path, "colours: {places: a, share: much}\n")["colours"] == {"places": (Path("a"),), "share": "much"}
     assert read(tmp_path, "\ufeff# nothing\n") == {}
 
@@ -117,8 +117,8 @@ def test_a_stage_is_told_what_its_section_says_and_nothing_else(pipeline, tmp_pa
     shared = ["--models_dir=models", "--data_dir=sst2_data", "--results_dir=results", "--seed=3", "--force=False", "--verify=False"]
     assert options("2_prune_finetune") == shared
     assert options("1_distill") == [*shared[:3], "--seed=4", *shared[4:], "--students", "student_distilled"]
-    told = ["--strategy=fixed", "--calibration_windows=8", '--pipeline=[{"method": "w8a8"}]']
-    assert options("llama_pruned") == [*shared, *told]
+    text = ["--strategy=fixed", "--calibration_windows=8", '--pipeline=[{"method": "w8a8"}]']
+    assert options("llama_pruned") == [*shared, *text]
 
 
 @pytest.mark.parametrize(
@@ -146,8 +146,8 @@ def test_the_command_line_goes_before_the_file_and_a_file_is_not_replaced(tmp_pa
     (tmp_path / "my.yaml").write_text("pipeline: {seed: 3, results_dir: there}\n6_evaluate_report: {eval_windows: 9}")
     status, output = run_here("run_pipeline.py", "--config", "my.yaml", "--seed", 5, "--dump_config", "all.yaml", cwd=tmp_path)
     assert status == 0 and "--config all.yaml" in output
-    found = yaml.safe_load((tmp_path / "all.yaml").read_text(encoding="utf-8"))
-    assert (found["pipeline"]["seed"], found["pipeline"]["results_dir"], found["6_evaluate_report"]["eval_windows"]) == (5, "there", 9)
+    result = yaml.safe_load((tmp_path / "all.yaml").read_text(encoding="utf-8"))
+    assert (result["pipeline"]["seed"], result["pipeline"]["results_dir"], result["6_evaluate_report"]["eval_windows"]) == (5, "there", 9)
     status, output = run_here("run_pipeline.py", "--dump_config", "all.yaml", cwd=tmp_path)
     assert status == 1 and "all.yaml is there already" in output
 
@@ -173,9 +173,9 @@ def test_what_is_made_of_something_that_is_made_is_made_too(pipeline, tmp_path, 
     for place in places:
         place.mkdir()
     due = {tmp_path / "student_pruned"}
-    found = {place.name: pipeline.why_run("3_quantize.py", quantize, place, own, due) for place, own in places.items()}
+    result = {place.name: pipeline.why_run("3_quantize.py", quantize, place, own, due) for place, own in places.items()}
     first = f"{tmp_path / 'student_pruned'} is made first"
-    assert found == {"student_distilled_nf4": None, "student_pruned_nf4": first, "student_pruned_w8a8": first}
+    assert result == {"student_distilled_nf4": None, "student_pruned_nf4": first, "student_pruned_w8a8": first}
 
 
 def test_a_stage_that_would_not_fit_is_said_and_is_an_error(tmp_path, run_here, monkeypatch):
@@ -184,8 +184,8 @@ def test_a_stage_that_would_not_fit_is_said_and_is_an_error(tmp_path, run_here, 
     monkeypatch.setattr("subprocess.run", lambda command, **_: SimpleNamespace(stdout="", stderr="error: no room\n", returncode=1))
     status, output = run_here("run_pipeline.py", *stage, cwd=tmp_path)
     assert status == 1 and output.count("would stop: error: no room") == 3 and "error: not every stage would run" in output
-    told = "# x=1\nmemory: 0.1 GB at the peak\nmodels/llama_pruned is made again: it was made with another code\n"
-    monkeypatch.setattr("subprocess.run", lambda command, **_: SimpleNamespace(stdout=told, stderr="", returncode=0))
+    text = "# x=1\nmemory: 0.1 GB at the peak\nmodels/llama_pruned is made again: it was made with another code\n"
+    monkeypatch.setattr("subprocess.run", lambda command, **_: SimpleNamespace(stdout=text, stderr="", returncode=0))
     status, output = run_here("run_pipeline.py", *stage, cwd=tmp_path)
     assert status == 0 and output.count("  memory: 0.1 GB at the peak") == 3 and "x=1" not in output
 

@@ -245,8 +245,8 @@ def test_stage_5_is_launched_with_the_configuration_of_the_repository(tmp_path):
     ended = launched(tmp_path)
     assert ended.returncode == 0 and ended.stdout.count("retrain: the model is divided between 2 processes") == 1, ended.stderr
     record = helpers.read_json(tmp_path / "models" / "llama_pruned" / "manifest.json")
-    found = {"num_processes": 2, "effective_batch": 4, "mixed_precision": "bf16", "sharded": True}
-    assert record["stage"]["config"]["retraining"] == [found]
+    result = {"num_processes": 2, "effective_batch": 4, "mixed_precision": "bf16", "sharded": True}
+    assert record["stage"]["config"]["retraining"] == [result]
     assert record["pipeline"][2]["done"]["kept_step"] > 0
     assert sorted(each.name for each in (tmp_path / "models").iterdir() if "training" in each.name) == []
     loaded = load_checkpoint(tmp_path / "models" / "llama_pruned").model

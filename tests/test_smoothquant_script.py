@@ -115,8 +115,8 @@ def test_the_table_holds_every_model_on_the_same_windows_and_every_alpha(finishe
     assert by_name["llama_smoothed"]["divergence"]["mean"] < 1e-6
     assert report["protocol"]["windows_from"] == "spread"
     windows = token_windows(helpers.make_byte_tokenizer(), load_documents(folder / "wikitext_data", "test"), 32, 4, "spread")
-    found = window_losses(load_checkpoint(folder / "models" / "llama_w8a8").model, windows)
-    assert found.tolist() == pytest.approx(by_name["llama_w8a8"]["losses"], rel=1e-4)
+    result = window_losses(load_checkpoint(folder / "models" / "llama_w8a8").model, windows)
+    assert result.tolist() == pytest.approx(by_name["llama_w8a8"]["losses"], rel=1e-4)
     assert by_name["llama_w8a8"]["bytes"] < by_name["their_llama"]["bytes"]
     assert by_name["llama_smoothed"]["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-5)
     named = ["naive", "per_layer", "per_layer, not rotated", "per_layer, all rotated"]
@@ -202,8 +202,8 @@ def test_a_turned_stream_needs_no_rotation_while_the_model_runs(tmp_path, run_he
     status, output = run_here(*turned, "--save_smoothed", True)
     assert status == 0 and output.count("calibrating on") == 2, output  # once more for the rows whose stream is as it was
     report = helpers.read_json(tmp_path / "results" / "smoothquant.json")
-    found = {row["name"]: row["divergence"]["mean"] for row in report["models"]}
-    assert found["llama_smoothed"] < 1e-6 and found["llama_w8a8"] < found["llama_nf4"]
+    result = {row["name"]: row["divergence"]["mean"] for row in report["models"]}
+    assert result["llama_smoothed"] < 1e-6 and result["llama_w8a8"] < result["llama_nf4"]
     assert [row["alpha"] for row in report["alpha_table"]] == ["naive", "per_layer", "per_layer, not rotated", 0.5]
     made, naive = (read_manifest(tmp_path / "models" / name)["quantization"] for name in ("llama_w8a8", "llama_w8a8_naive"))
     assert made["stream_rotation"] and made["rotations"] == {"o": 8} and not naive["stream_rotation"]

@@ -16,8 +16,8 @@ def names(space):
 
 
 def test_the_orders_are_the_legal_ones():
-    found = names(make_space(("prune", "retrain", "w8a8"), max_length=3))
-    assert found == {"prune", "w8a8", "prune > retrain", "prune > w8a8", "prune > retrain > w8a8"}
+    result = names(make_space(("prune", "retrain", "w8a8"), max_length=3))
+    assert result == {"prune", "w8a8", "prune > retrain", "prune > w8a8", "prune > retrain > w8a8"}
     everything = names(make_space(ALL, max_length=4))
     assert {"smooth > prune > nf4", "prune > smooth > nf4", "prune > retrain > smooth > w8a8"} <= everything
     assert not any(order.startswith("retrain") or order.endswith("smooth") or "w8a8 >" in order for order in everything)
@@ -27,8 +27,8 @@ def test_the_orders_are_the_legal_ones():
 
 
 def test_zeros_alone_make_nothing_smaller_and_are_no_pipeline_of_a_search():
-    found = names(make_space(("sparse24", "retrain", "w8a8"), max_length=3))
-    assert found == {"w8a8", "sparse24 > w8a8", "sparse24 > retrain > w8a8"}
+    result = names(make_space(("sparse24", "retrain", "w8a8"), max_length=3))
+    assert result == {"w8a8", "sparse24 > w8a8", "sparse24 > retrain > w8a8"}
 
 
 def test_what_would_fill_zeros_is_not_asked_for():
@@ -54,9 +54,9 @@ def test_every_order_is_one_the_compressor_takes():
 
 
 def test_a_method_can_be_allowed_again_but_not_twice_in_a_row():
-    found = names(make_space(("prune", "retrain"), max_length=4, max_repeats=2))
-    assert "prune > retrain > prune > retrain" in found and "prune > retrain > prune" in found
-    assert not any("prune > prune" in order or "retrain > retrain" in order for order in found)
+    result = names(make_space(("prune", "retrain"), max_length=4, max_repeats=2))
+    assert "prune > retrain > prune > retrain" in result and "prune > retrain > prune" in result
+    assert not any("prune > prune" in order or "retrain > retrain" in order for order in result)
     assert labels(("prune", "retrain", "prune", "retrain")) == ["prune", "retrain", "prune2", "retrain2"]
 
 
@@ -110,10 +110,10 @@ def test_the_first_guesses_are_the_least_sparse_pipelines_that_reach_the_target(
 
     def ratio(pipeline):
         params = {step["method"]: step["params"] for step in pipeline}
-        found = 1 / (1 - params.get("prune", {}).get("sparsity", 0.0))
+        result = 1 / (1 - params.get("prune", {}).get("sparsity", 0.0))
         if "w8a8" in params:
-            found *= 2 if params["w8a8"]["embeddings"] == "int8" else 1.6
-        return found * (2.4 if "nf4" in params else 1)
+            result *= 2 if params["w8a8"]["embeddings"] == "int8" else 1.6
+        return result * (2.4 if "nf4" in params else 1)
 
     guesses = {guess["order"]: guess for guess in space.first_guesses(ratio, 2.5)}
     assert list(guesses) == [  # no single one is enough; the least pruned first, then the shortest
@@ -191,19 +191,19 @@ def test_the_neighbours_of_a_pipeline_differ_in_one_choice():
     }  # fmt: skip
     space = make_space(("prune", "retrain", "nf4"), choices=choices)
     own = {"prune.sparsity": 0.30000000000000004, "prune.criterion": "l2", "prune.structures": "channels", "nf4.double_quantization": False}
-    found = space.neighbours({"order": "prune > nf4", **own})
-    same = [point for point in found if point["order"] == "prune > nf4"]
+    result = space.neighbours({"order": "prune > nf4", **own})
+    same = [point for point in result if point["order"] == "prune > nf4"]
     assert {
         "sparsity": [point["prune.sparsity"] for point in same if point["prune.sparsity"] not in (0.3, own["prune.sparsity"])],
         "criterion": [point["prune.criterion"] for point in same if point["prune.criterion"] != "l2"],
         "structures": [point["prune.structures"] for point in same if point["prune.structures"] != "channels"],
-        "order": {point["order"] for point in found if point["order"] != "prune > nf4"},
+        "order": {point["order"] for point in result if point["order"] != "prune > nf4"},
     } == {
         "sparsity": [0.2, 0.4], "criterion": ["taylor", "variance"], "structures": ["channels+groups"],
         "order": {"nf4", "prune", "prune > retrain", "prune > retrain > nf4"},
     }  # fmt: skip
-    assert {"order": "prune > retrain > nf4", "retrain.distillation": True, **own} in found
-    assert len(found) == 5 + 1 + 4 and all(read_pipeline(space.pipeline(point)) for point in found)
+    assert {"order": "prune > retrain > nf4", "retrain.distillation": True, **own} in result
+    assert len(result) == 5 + 1 + 4 and all(read_pipeline(space.pipeline(point)) for point in result)
 
 
 def test_a_method_joins_by_being_registered(monkeypatch):

@@ -55,11 +55,11 @@ def test_a_result_that_was_written_before_the_connection_broke_is_not_told_twice
     monkeypatch.setattr(storage_module, "WAITS", (0, 0))
 
     def done_but_not_answered(self, trial_id, state, values=None):
-        found = original(self, trial_id, state, values)
+        result = original(self, trial_id, state, values)
         if state == TrialState.COMPLETE and not broken:
             broken.append(trial_id)
             raise AWAY
-        return found
+        return result
 
     monkeypatch.setattr(RDBStorage, "set_trial_state_values", done_but_not_answered)
     trials = run(study, space, 3)

@@ -83,8 +83,8 @@ def test_weights_are_turned_in_pieces(monkeypatch):
     rotate_stream(whole, MATRICES["full"])
     monkeypatch.setattr(stream_rotation, "ROWS_AT_A_TIME", 7)
     rotate_stream(pieces, MATRICES["full"])
-    for (name, found), wanted in zip(pieces.named_parameters(), whole.parameters(), strict=True):
-        assert torch.allclose(found, wanted, atol=1e-6), name
+    for (name, result), wanted in zip(pieces.named_parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(result, wanted, atol=1e-6), name
 
 
 def test_weights_keep_their_dtype_and_lose_only_its_rounding():

@@ -57,12 +57,12 @@ def test_the_smallest_classifier_that_is_no_worse_and_the_fastest_of_them():
 
 
 def test_a_better_classifier_counts_and_is_called_better():
-    (told,) = opening_sentences(report_of(REFERENCE, classifier("better", 0.95, 20.0, 0.001, None)))
-    assert "is better with 95.0%" in told and "better (p = 0.0005, 0.001 among all rows): it takes 20.0 MB instead of 80.0." in told
+    (text,) = opening_sentences(report_of(REFERENCE, classifier("better", 0.95, 20.0, 0.001, None)))
+    assert "is better with 95.0%" in text and "better (p = 0.0005, 0.001 among all rows): it takes 20.0 MB instead of 80.0." in text
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "expected"),
     [
         (classifier("tiny", 0.8, 10.0, 0.001),
          "Every classifier smaller than student (90.0%), 80.0 MB, is measurably worse than it; the most"),
@@ -70,8 +70,8 @@ def test_a_better_classifier_counts_and_is_called_better():
          "others is big with 91.0% [89.0%, 93.0%], 99.0 MB, as fast at batch 32, not distinguishable (p = 0.3, 0.6 among all rows)."),
     ],
 )  # fmt: skip
-def test_without_a_smaller_classifier_as_good_it_says_so(row, told):
-    assert opening_sentences(report_of(REFERENCE, row))[0].startswith(told)
+def test_without_a_smaller_classifier_as_good_it_says_so(row, expected):
+    assert opening_sentences(report_of(REFERENCE, row))[0].startswith(expected)
 
 
 def test_language_models_at_each_size():
@@ -89,13 +89,13 @@ def test_language_models_at_each_size():
 
 def test_one_window_has_no_interval_and_tells_no_models_apart():
     alone = {"protocol": {"windows": 1, "text": "a text"}}
-    told = opening_sentences(report_of(DENSE | alone, *(language(f"m{n}", 1 + n, 90.0 - n, 0.0, 2.0, **alone) for n in (1, 2))))
-    assert told[0] == (
+    text = opening_sentences(report_of(DENSE | alone, *(language(f"m{n}", 1 + n, 90.0 - n, 0.0, 2.0, **alone) for n in (1, 2))))
+    assert text[0] == (
         "One window of text gives no interval: whether a language model differs from llama is not known; by perplexity against it, the "
         "best at each size: m1, 89.0 MB, +100.00%, 125 tokens/s against 125; m2, 88.0 MB, +200.00%, 125 tokens/s against 125."
     )
-    assert told[1].endswith("89.0 MB and perplexity +100.00%.")
-    assert not any(word in " ".join(told) for word in ("measurably", "distinguishable", "different", "["))
+    assert text[1].endswith("89.0 MB and perplexity +100.00%.")
+    assert not any(word in " ".join(text) for word in ("measurably", "distinguishable", "different", "["))
 
 
 @pytest.mark.parametrize("without", [DENSE | {"generation": None}, DENSE | {"generation": {"decode": None}}])
@@ -105,8 +105,8 @@ def test_beside_an_untimed_model_no_times_are_told(without):
 
 
 def test_a_model_is_told_once():
-    (told,) = opening_sentences(report_of(REFERENCE, classifier("big", 0.91, 99.0, 0.6, 3.0)))
-    assert "big with 91.0%" in told and "3.00x faster at batch 32" in told
+    (text,) = opening_sentences(report_of(REFERENCE, classifier("big", 0.91, 99.0, 0.6, 3.0)))
+    assert "big with 91.0%" in text and "3.00x faster at batch 32" in text
 
 
 def test_the_published_file_is_told_beside_the_smallest_and_is_no_candidate():
@@ -123,7 +123,7 @@ def test_if_every_smaller_one_is_worse_that_is_said_first():
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "expected"),
     [
         ([], []),
         ([{"name": "student", "track": "encoder", "status": "not run", "command": "x"}], []),
@@ -141,16 +141,16 @@ def test_if_every_smaller_one_is_worse_that_is_said_first():
           "measured beside them."]),
     ],
 )  # fmt: skip
-def test_one_model_no_baseline_nothing(rows, told):
+def test_one_model_no_baseline_nothing(rows, expected):
     report = report_of(*rows)
-    assert opening_sentences(report) == told
-    assert (opening(report) is None) == (not told)
+    assert opening_sentences(report) == expected
+    assert (opening(report) is None) == (not expected)
 
 
 def test_foreign_rows_are_not_put_beside_those_made_from_the_dense_model():
     other = language("my-other", 0.1, 1.0, kind="foreign", compared_with=None, against_dense=None)
-    told = opening_sentences(report_of(DENSE, other, language("equal", 1.0, 90.0)))
-    assert not any("my-other" in line for line in told) and "equal" in told[0]
+    message = opening_sentences(report_of(DENSE, other, language("equal", 1.0, 90.0)))
+    assert not any("my-other" in line for line in message) and "equal" in message[0]
     names = {text.get_text() for text in opening(report_of(DENSE, other)).axes[0].texts}
     assert names == {"llama"}
 
@@ -158,8 +158,8 @@ def test_foreign_rows_are_not_put_beside_those_made_from_the_dense_model():
 def test_there_are_at_most_five_sentences_and_they_stand_first_with_the_picture():
     many = [classifier(f"c{n}", 0.7 + n / 200, 10.0 + n, 0.5, 1.0 + n) for n in range(30)]
     many += [language(f"l{n}", 2 - n / 31, 10.0 + n, prefill=1.0 + n) for n in range(30)]
-    told = opening_sentences(report_of(REFERENCE, *many, DENSE))
-    assert len(told) == MOST == 5
+    text = opening_sentences(report_of(REFERENCE, *many, DENSE))
+    assert len(text) == MOST == 5
     figure = opening(report_of(REFERENCE, *many, DENSE))
     assert [axes.get_title() for axes in figure.axes] == ["Classifiers: higher is better", "Language models: lower is better"]
 
@@ -179,8 +179,8 @@ def test_a_family_is_what_one_run_made_in_several_sizes():
             language("llama_front_3x", 1.0, 70.0, stage=study), language("llama_gptq_3x", 1.0, 66.0),
             language("llama_gptq_4.5x", 1.0, 44.0),
             language("llama_nf4", 1.0, 60.0), language("other_2x", 1.0, 80.0)]  # fmt: skip
-    found = families({row["name"]: row for row in rows}, lambda row: row["size_mb"])
-    assert found == [["llama_searched", "llama_front_3x", "llama_front_4x"], ["llama_gptq_3x", "llama_gptq_4.5x"]]
+    result = families({row["name"]: row for row in rows}, lambda row: row["size_mb"])
+    assert result == [["llama_searched", "llama_front_3x", "llama_front_4x"], ["llama_gptq_3x", "llama_gptq_4.5x"]]
 
 
 @pytest.mark.parametrize("spread", [1.0, 0.05, 0.0])

@@ -28,8 +28,8 @@ def example(rows: int = 6, width: int = 512, seed: int = 0) -> torch.Tensor:
 
 
 def layer(grid: Grid, weight: torch.Tensor) -> GroupedWeight:
-    found = round_nearest(weight, grid)
-    return GroupedWeight.of(found.q, found.scale, found.zero, grid)
+    result = round_nearest(weight, grid)
+    return GroupedWeight.of(result.q, result.scale, result.zero, grid)
 
 
 def moment_of(width: int, seed: int = 0) -> torch.Tensor:
@@ -42,15 +42,15 @@ def moment_of(width: int, seed: int = 0) -> torch.Tensor:
 @every_grid
 def test_what_is_rounded_is_what_is_stored(grid):
     """Scale and minimum of every group are multiples of one number, in fp16 to the bit, and of no more bits than the type has."""
-    found = round_nearest(example(), grid)
-    assert torch.equal(found.scale.half().float(), found.scale) and (found.scale != 0).all()
-    made, x = GroupedWeight.of(found.q, found.scale, found.zero, grid), torch.randn(2, 512)
-    assert torch.allclose(made.dequantize(), found.weight(), rtol=1e-6, atol=0)
-    assert torch.allclose(made.product(x), x @ found.weight().t(), rtol=1e-4, atol=1e-4 * float(found.weight().norm()))
-    values = [found.scale.half()]
+    result = round_nearest(example(), grid)
+    assert torch.equal(result.scale.half().float(), result.scale) and (result.scale != 0).all()
+    made, x = GroupedWeight.of(result.q, result.scale, result.zero, grid), torch.randn(2, 512)
+    assert torch.allclose(made.dequantize(), result.weight(), rtol=1e-6, atol=0)
+    assert torch.allclose(made.product(x), x @ result.weight().t(), rtol=1e-4, atol=1e-4 * float(result.weight().norm()))
+    values = [result.scale.half()]
     if grid.zero == "float":
-        assert (found.zero <= 0).all() and (found.scale > 0).all() and torch.equal(found.zero.half().float(), found.zero)
-        values.append(-found.zero.half())
+        assert (result.zero <= 0).all() and (result.scale > 0).all() and torch.equal(result.zero.half().float(), result.zero)
+        values.append(-result.zero.half())
     low = 0 if grid.zero == "float" else -(2 ** (grid.scale_bits - 1))
     for each in values:
         step, multiples = multiples_of(each, grid.fitted_together)

@@ -255,8 +255,8 @@ NAMINGS = {
 def test_wikitext_is_found_under_every_name_it_is_published_with(tmp_path, names):
     for name in names:
         (tmp_path / name).touch()
-    found = wikitext_files(tmp_path)
-    assert {part: path.name for part, path in found.items()} == dict(zip(("train", "valid", "test"), names, strict=True))
+    result = wikitext_files(tmp_path)
+    assert {part: path.name for part, path in result.items()} == dict(zip(("train", "valid", "test"), names, strict=True))
 
 
 def test_what_the_script_itself_wrote_is_not_taken_for_wikitext(text_dir):

@@ -34,25 +34,25 @@ def what_is_sent() -> dict:
 
 def what_differs(received: dict) -> list[str]:
     """Return what is not as `what_is_sent` made it."""
-    sent, found = what_is_sent(), []
+    sent, result = what_is_sent(), []
     for ours, theirs in zip(sent["models"], received["models"], strict=True):
         if any(each.training for each in theirs.modules()) or type(ours) is not type(theirs):
-            found.append(f"{type(ours).__name__}: mode or class")
+            result.append(f"{type(ours).__name__}: mode or class")
         with torch.no_grad():
             if not torch.equal(ours(helpers.example_windows()).logits, theirs(helpers.example_windows()).logits):
-                found.append(f"{type(ours).__name__}: logits")
+                result.append(f"{type(ours).__name__}: logits")
         for (name, one), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
             if not torch.equal(one, other) or one.requires_grad != other.requires_grad:
-                found.append(name)
+                result.append(name)
     tied = received["models"][0]
     if tied.lm_head.weight is not tied.model.embed_tokens.weight:
-        found.append("tied weights")
+        result.append("tied weights")
     for number, (one, other) in enumerate(zip(sent["tensors"], received["tensors"], strict=True)):
         if one.dtype != other.dtype or not torch.equal(one, other):
-            found.append(f"tensor {number}")
+            result.append(f"tensor {number}")
     if received["tensors"][0] is not received["tensors"][-1]:
-        found.append("one tensor in two places")
-    return found + ["plain values"] * (received["plain"] != sent["plain"])
+        result.append("one tensor in two places")
+    return result + ["plain values"] * (received["plain"] != sent["plain"])
 
 
 def test_what_the_main_process_sends_arrives_as_it_was(tmp_path):

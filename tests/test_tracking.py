@@ -61,10 +61,10 @@ def test_a_classifier_is_told_by_step_and_by_epoch_and_comes_out_the_same(tracki
     assert all(torch.equal(weights[name], tensor) for name, tensor in plain.items())
     assert test_loop.without_times(loop.history) == test_loop.without_times(alone.history)
 
-    (_, begun), (_, settings), *told, end = trackio()
+    (_, begun), (_, settings), *text, end = trackio()
     assert begun == {"project": "compactmind", "name": "1_distill-student"} and settings == {"seed": 3, "students": "a b"}
     assert end == ["finish"]
-    steps, epochs = ([(each[2], each[1]) for each in told if next(iter(each[1])).startswith(kind)] for kind in ("step/", "epoch/"))
+    steps, epochs = ([(each[2], each[1]) for each in text if next(iter(each[1])).startswith(kind)] for kind in ("step/", "epoch/"))
     assert [step for step, _ in steps] == list(range(4, 21, 4)) and all({"step/loss", "step/lr"} == set(row) for _, row in steps)
     assert [step for step, _ in epochs] == [5, 10, 15, 20]
     for (_, row), wanted in zip(epochs, loop.history, strict=True):
@@ -76,13 +76,13 @@ def test_retraining_is_told_at_every_evaluation_and_its_runs_are_numbered(tracki
         for _ in range(2):
             recipe = make_recipe(4, evaluations=2)
             result = retrain_causal_lm(helpers.make_llama(), pattern_windows(), pattern_windows(4, first=3), recipe, log_every=2)
-    told = trackio()
-    assert [each[1]["name"] for each in told if each[0] == "init"] == ["5_bayesian_search-retrain", "5_bayesian_search-retrain-2"]
-    rows = [each for each in told if each[0] == "log" and "evaluation/held_out_loss" in each[1]][2:]
+    text = trackio()
+    assert [each[1]["name"] for each in text if each[0] == "init"] == ["5_bayesian_search-retrain", "5_bayesian_search-retrain-2"]
+    rows = [each for each in text if each[0] == "log" and "evaluation/held_out_loss" in each[1]][2:]
     assert [(row[2], row[1]["evaluation/held_out_loss"]) for row in rows] == [
         (row["step"], row["held_out_loss"]) for row in result["history"]
     ]
-    assert told.count(["finish"]) == 2
+    assert text.count(["finish"]) == 2
 
 
 def test_only_the_main_process_tells_and_outside_nothing_is_told(trackio, tmp_path):
@@ -128,9 +128,9 @@ def test_the_script_names_and_starts_what_it_is_told_to(trackio, tmp_path, run_h
     options = ("--students", "student_finetuned", "--log_every", "1")
     status, output = run_here("1_distill.py", "--track", "trackio", *options, cwd=tmp_path)
     assert status == 0, output
-    told = trackio()
-    assert [each[1]["name"] for each in told if each[0] == "init"] == ["1_distill-teacher", "1_distill-student_finetuned"]
-    assert all(each[1]["log_every"] == 1 for each in told if each[0] == "settings") and told.count(["finish"]) == 2
+    text = trackio()
+    assert [each[1]["name"] for each in text if each[0] == "init"] == ["1_distill-teacher", "1_distill-student_finetuned"]
+    assert all(each[1]["log_every"] == 1 for each in text if each[0] == "settings") and text.count(["finish"]) == 2
     status, output = run_here("1_distill.py", *options, cwd=tmp_path)  # a record that knows nothing of the tracker
     assert status == 0 and output.count("up to date: skipped") == 2
 

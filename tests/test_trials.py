@@ -63,12 +63,12 @@ def test_the_bytes_that_are_expected_are_about_those_that_come(windows, pipeline
     measured = trial.user_attrs["measured"]
     assert measured["compression_ratio"] == pytest.approx(runner.released_bytes / measured["bytes"])
     assert runner.expected_ratio(steps) == pytest.approx(measured["compression_ratio"], rel=0.05)
-    found = run_pipeline(steps, runner.resources, runner.step_measure, show=False)
-    assert measured["perplexity"] == pytest.approx(perplexity(found.model, windows, "x")["perplexity"], rel=1e-6)
-    assert 0 < value == measured["kl"] == pytest.approx(divergence(wide(), found.model, windows)["mean"], rel=1e-4)
+    result = run_pipeline(steps, runner.resources, runner.step_measure, show=False)
+    assert measured["perplexity"] == pytest.approx(perplexity(result.model, windows, "x")["perplexity"], rel=1e-6)
+    assert 0 < value == measured["kl"] == pytest.approx(divergence(wide(), result.model, windows)["mean"], rel=1e-4)
     assert [row["method"] for row in trial.user_attrs["steps"]] == ["dense", *(step.method.name for step in steps)]
-    with store_as_released(found, torch.bfloat16):
-        assert bytes_to_save(found.model) == measured["bytes"]
+    with store_as_released(result, torch.bfloat16):
+        assert bytes_to_save(result.model) == measured["bytes"]
     assert trial.constraints == {"compression": pytest.approx(1.0 - measured["compression_ratio"])}
 
 
@@ -105,8 +105,8 @@ def test_a_hopeless_pipeline_is_stopped_after_the_step_that_shows_it_but_retrain
         with pytest.raises(Stopped, match=f"stopped after {row['method']}: ") as stop:
             runner.evaluate(trial, steps)
         quality = runner.extrapolated(row["kl"], [step.method.name for step in steps[number:]])
-        told = {"kl": quality, "bytes": pytest.approx(runner.released_bytes / runner.expected_ratio(steps))}
-        assert stop.value.values == [told[name] for name in objectives] and quality >= runner.best
+        text = {"kl": quality, "bytes": pytest.approx(runner.released_bytes / runner.expected_ratio(steps))}
+        assert stop.value.values == [text[name] for name in objectives] and quality >= runner.best
         assert len(trial.user_attrs["steps"]) == number + 1
         again = make_trial(row["kl"] - allowed + 0.01, objectives=objectives)  # a little nearer, and it goes on
         with suppress(Stopped):
@@ -184,10 +184,10 @@ def test_a_pipeline_is_retrained_a_little_before_it_is_retrained_in_full(windows
     monkeypatch.setattr(trials, "SHORTEST", 25)
     assert with_short_retraining(steps) is None
     monkeypatch.setattr(trials, "SHORTEST", 24)
-    found = run_pipeline(with_short_retraining(steps), runner.resources, runner.step_measure, show=False).steps[-1]["kl"]
+    result = run_pipeline(with_short_retraining(steps), runner.resources, runner.step_measure, show=False).steps[-1]["kl"]
     credit = -PRIOR_CHANGES[MORE_TOKENS] * (1 + OPTIMISM)
     for beyond in (0.01, -0.01):
-        trial, runner.best = make_trial(), found - credit - OUT_OF_REACH - beyond
+        trial, runner.best = make_trial(), result - credit - OUT_OF_REACH - beyond
         monkeypatch.setattr(runner, "learn", lambda *_: None)
         monkeypatch.setattr(trials, "HOPELESS", 100.0)
         runner.changes = {"prune": [-100.0, -100.0], "retrain": [-100.0, -100.0], "nf4": [-100.0, -100.0]}  # nothing else stops it
@@ -198,7 +198,7 @@ def test_a_pipeline_is_retrained_a_little_before_it_is_retrained_in_full(windows
         else:
             runner.evaluate(trial, steps)
             assert trial.user_attrs["measured"]["kl"] > 0
-        assert trial.user_attrs["short"] == found
+        assert trial.user_attrs["short"] == result
 
 
 def test_what_falls_behind_is_looked_at_on_few_windows_and_told_as_what_they_say(windows, monkeypatch):
@@ -226,8 +226,8 @@ def test_what_falls_behind_is_looked_at_on_few_windows_and_told_as_what_they_say
     assert study.trials[-1].intermediate_values.keys() == {1} and study.trials[0].intermediate_values.keys() == {1, 2, 4, 6}
     assert study.trials[-1].value == study.trials[-1].user_attrs["steps"][-1]["kl"]
     looks.clear()
-    found = runner.measure(runner.run(read_pipeline(pipelines[0])))
-    assert looks[-4:] == whole and found["kl"] == pytest.approx(study.trials[0].value)
+    result = runner.measure(runner.run(read_pipeline(pipelines[0])))
+    assert looks[-4:] == whole and result["kl"] == pytest.approx(study.trials[0].value)
 
 
 def test_the_dense_model_reads_the_windows_once(windows, monkeypatch):
@@ -255,9 +255,9 @@ def tensor_bytes() -> int:
     """Return the bytes of all tensors that are alive, each memory once."""
     gc.collect()
     storages = {}
-    for found in gc.get_objects():
-        if type(found) in (torch.Tensor, torch.nn.Parameter) and found.device.type == "cpu":
-            storages[found.untyped_storage().data_ptr()] = found.untyped_storage().nbytes()
+    for result in gc.get_objects():
+        if type(result) in (torch.Tensor, torch.nn.Parameter) and result.device.type == "cpu":
+            storages[result.untyped_storage().data_ptr()] = result.untyped_storage().nbytes()
     return sum(storages.values())
 
 

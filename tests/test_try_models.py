@@ -60,12 +60,12 @@ def run(folder, monkeypatch, capsys):
 def expected(folder, name: str) -> list[float]:
     """Return the probability of "positive" for every sentence, asked one at a time."""
     checkpoint = load_checkpoint(folder / "models" / name)
-    found = []
+    result = []
     for text in SENTENCES:
         inputs = checkpoint.tokenizer(text, return_tensors="pt")
         logits = checkpoint.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-        found.append(logits.softmax(dim=-1)[0, 1].item())
-    return found
+        result.append(logits.softmax(dim=-1)[0, 1].item())
+    return result
 
 
 @pytest.mark.parametrize("batch_size", ["2", "32"])
@@ -104,8 +104,8 @@ def test_text_goes_on_as_the_model_would(run, folder):
         run("generate.py", "hello", "--json", *arguments),
         run("generate.py", "--json", *arguments, stdin="hello\n"),
     ):
-        found = json.loads(output)
-        assert status == 0 and found["text"] == text and found["new_tokens"] == len(wanted) and found["prompt"] == "hello"
+        result = json.loads(output)
+        assert status == 0 and result["text"] == text and result["new_tokens"] == len(wanted) and result["prompt"] == "hello"
     status, output, error = run("generate.py", "hello", *arguments)
     assert status == 0 and output.strip() == text.strip() and "5 tokens," in error and "per second" in error
 
@@ -142,13 +142,13 @@ def test_the_labels_are_the_model_s_own(run, tmp_path, tokenizer, labels, expect
     for text, line in zip(SENTENCES, output.splitlines(), strict=True):
         inputs = tokenizer(text, return_tensors="pt")
         chances = helpers.logits_of(model, {key: inputs[key] for key in ("input_ids", "attention_mask")}).softmax(-1)[0]
-        found = json.loads(line)
-        assert found["label"] == expected[int(chances.argmax())] and found["score"] == pytest.approx(
+        result = json.loads(line)
+        assert result["label"] == expected[int(chances.argmax())] and result["score"] == pytest.approx(
             chances.max().item(), abs=1e-5
         )
-        assert ("positive" in found) == (set(expected) == {"negative", "positive"}) != ("scores" in found)
+        assert ("positive" in result) == (set(expected) == {"negative", "positive"}) != ("scores" in result)
         if "positive" in expected and len(labels) == 2:
-            assert found["positive"] == pytest.approx(chances[expected.index("positive")].item(), abs=1e-5)
+            assert result["positive"] == pytest.approx(chances[expected.index("positive")].item(), abs=1e-5)
 
 
 @pytest.fixture
@@ -172,9 +172,9 @@ def test_pairs_by_a_tab_or_an_option(run, of_pairs, tokenizer):
             "classify.py", *arguments, "--json", "--model", "models/pairs", stdin=None if arguments else f"{first}\t{second}\n"
         )
         assert status == 0, error
-        found = json.loads(output)
-        assert (found["text"], found["pair"]) == (first, second) and "positive" not in found
-        assert list(found["scores"]) == ["yes", "no", "maybe"] and list(found["scores"].values()) == pytest.approx(chances, abs=1e-5)
+        result = json.loads(output)
+        assert (result["text"], result["pair"]) == (first, second) and "positive" not in result
+        assert list(result["scores"]) == ["yes", "no", "maybe"] and list(result["scores"].values()) == pytest.approx(chances, abs=1e-5)
     status, output, _ = run("classify.py", first, "--pair", second, "--model", "models/pairs")
     assert output.split("\t")[2:] == [first, f"{second}\n"]
 
@@ -267,8 +267,8 @@ def test_a_folder_that_cannot_be_tried_is_told_in_one_line(run, foreign, script,
     script, *options = script.split()
     status, output, error = run(script, "the film is good", *options, "--model", str(foreign / name))
     assert status == 1 and output == ""
-    told = error[error.rindex("error: ") :]
-    assert expected in told and len(told.splitlines()) == 1
+    text = error[error.rindex("error: ") :]
+    assert expected in text and len(text.splitlines()) == 1
 
 
 def test_a_base_model_of_this_project_is_no_classifier(run, folder, tokenizer):

@@ -60,9 +60,9 @@ def test_text_of_what_is_kept_reads_as_before_and_nothing_becomes_unknown(tokeni
     fewest = smaller_tokenizer(tokenizer, tokens_to_keep(tokenizer, OFTEN, 0.3))
     assert len(fewest) < len(smaller)
     for text in (*TEXTS, SELDOM):
-        found = fewest(text)["input_ids"]
-        assert tokenizer.unk_token_id in tokenizer(text)["input_ids"] or fewest.unk_token_id not in found
-        read = fewest.decode(found, skip_special_tokens=True)
+        result = fewest(text)["input_ids"]
+        assert tokenizer.unk_token_id in tokenizer(text)["input_ids"] or fewest.unk_token_id not in result
+        read = fewest.decode(result, skip_special_tokens=True)
         assert read.replace(" ", "").replace("▁", "") == text.replace(" ", "")
     assert max(map(len, fewest(TEXTS)["input_ids"])) > max(map(len, tokenizer(TEXTS)["input_ids"]))
     for name in ("pad_token", "unk_token"):

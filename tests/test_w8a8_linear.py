@@ -73,8 +73,8 @@ def assert_is_reference(output: torch.Tensor, linear: nn.Linear, x: torch.Tensor
     assert ((output.double() - expected).abs() <= allowed * (1 + precision) + precision * (1 + expected.abs())).all()
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 # ------------------------------------------------------------------------------------------------------- the arithmetic
@@ -179,8 +179,8 @@ def test_weights_use_the_whole_symmetric_range_row_by_row():
 
 def test_weights_in_bfloat16_are_quantized_as_the_floats_they_are():
     weight = make_linear().weight.to(torch.bfloat16)
-    for found, expected in zip(quantize_weight(weight), quantize_weight(weight.float()), strict=True):
-        assert torch.equal(found, expected)
+    for result, expected in zip(quantize_weight(weight), quantize_weight(weight.float()), strict=True):
+        assert torch.equal(result, expected)
 
 
 def test_a_weight_row_of_zeros_has_a_positive_scale_and_gives_the_bias():

@@ -221,8 +221,8 @@ def test_a_weight_that_is_no_number_is_named_before_anything_is_changed(statisti
     with pytest.raises(CompactMindError, match=f"{name}: its weight is NaN or infinite"):
         quantize_llama(model, statistics[False], W8A8Recipe(0.5, embeddings="int8"))
     assert not any(isinstance(module, W8A8Linear) for module in model.modules())
-    for (_, found), (_, kept) in zip(model.named_parameters(), before.named_parameters(), strict=True):
-        assert found.dtype == kept.dtype and torch.equal(found.nan_to_num(), kept.nan_to_num())
+    for (_, result), (_, kept) in zip(model.named_parameters(), before.named_parameters(), strict=True):
+        assert result.dtype == kept.dtype and torch.equal(result.nan_to_num(), kept.nan_to_num())
 
 
 def test_a_row_of_zeros_is_no_reason_to_refuse(statistics):

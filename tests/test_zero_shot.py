@@ -52,7 +52,7 @@ def log_likelihood(model, tokenizer, prompt: str, choice: str) -> float:
 
 def test_right_is_the_choice_that_is_likeliest_per_character(folder, tasks, tokenizer):
     model = helpers.make_llama(max_position_embeddings=512)
-    found = ask(model, tokenizer, tasks, 5, batch_size=2)["arc_easy"]
+    result = ask(model, tokenizer, tasks, 5, batch_size=2)["arc_easy"]
     expected = ""
     for line in (folder / "arc_easy.jsonl").read_text().splitlines()[:5]:
         problem = json.loads(line)
@@ -62,10 +62,10 @@ def test_right_is_the_choice_that_is_likeliest_per_character(folder, tasks, toke
                 for choice in problem["choices"]["text"]
             ]  # fmt: skip
         expected += str(int("ABC"[scores.index(max(scores))] == problem["answerKey"]))
-    assert found["right"] == expected and "1" in expected and "0" in expected
-    assert (found["problems"], found["metric"]) == (5, "acc_norm") and found["accuracy"] == expected.count("1") / 5
-    low, high = found["interval"]
-    assert 0 <= low < found["accuracy"] < high <= 1
+    assert result["right"] == expected and "1" in expected and "0" in expected
+    assert (result["problems"], result["metric"]) == (5, "acc_norm") and result["accuracy"] == expected.count("1") / 5
+    low, high = result["interval"]
+    assert 0 <= low < result["accuracy"] < high <= 1
 
 
 @pytest.mark.parametrize("kind", ["w8a8", "nf4"])
@@ -83,8 +83,8 @@ def test_a_model_of_integers_is_asked_too_and_stays_as_it_was(kind, tasks, token
 
 
 def test_what_cannot_be_asked_is_refused_in_one_line_and_costs_no_other_task(folder, tasks):
-    found, refused = load_tasks(["arc_easy", "piqa", "lambada_openai"], folder)
-    assert list(found) == ["arc_easy"] and list(refused) == ["piqa", "lambada_openai"]
+    result, refused = load_tasks(["arc_easy", "piqa", "lambada_openai"], folder)
+    assert list(result) == ["arc_easy"] and list(refused) == ["piqa", "lambada_openai"]
     assert refused["piqa"] == f"{folder / 'piqa.jsonl'} lacks sol2: a problem of piqa has goal, sol1, sol2, label"
     assert refused["lambada_openai"].startswith(f"{folder / 'lambada_openai.jsonl'} is not there, and the hub does not answer (")
     assert not any("\n" in why for why in refused.values())
@@ -134,8 +134,8 @@ def outcome(right: str, limit: int = 0) -> dict:
 
 
 def row(name: str, right: str, base: str | None = "llama", **changes) -> dict:
-    found = {"name": name, "track": "llm", "status": "measured", "compared_with": base, "zero_shot": {"piqa": outcome(right)}}
-    return found | changes
+    result = {"name": name, "track": "llm", "status": "measured", "compared_with": base, "zero_shot": {"piqa": outcome(right)}}
+    return result | changes
 
 
 def test_rows_are_compared_on_the_same_problems():
@@ -144,17 +144,17 @@ def test_rows_are_compared_on_the_same_problems():
             row("other", dense, zero_shot={"piqa": outcome(dense, limit=40)}),
             {"name": "x", "status": "not run", "command": "y"}]  # fmt: skip
     compare_zero_shot(rows)
-    found = {each["name"]: each["zero_shot"]["piqa"]["against"] for each in rows[:-1]}
-    assert found["llama"] is found["alone"] is found["other"] is None
-    assert (found["close"]["only_reference_correct"], found["close"]["only_this_correct"], found["close"]["p_holm"]) == (0, 1, 1.0)
-    assert found["worse"]["only_reference_correct"] == 20 and found["worse"]["p_holm"] == pytest.approx(2 * found["worse"]["p_value"])
+    result = {each["name"]: each["zero_shot"]["piqa"]["against"] for each in rows[:-1]}
+    assert result["llama"] is result["alone"] is result["other"] is None
+    assert (result["close"]["only_reference_correct"], result["close"]["only_this_correct"], result["close"]["p_holm"]) == (0, 1, 1.0)
+    assert result["worse"]["only_reference_correct"] == 20 and result["worse"]["p_holm"] == pytest.approx(2 * result["worse"]["p_value"])
     report = {"models": rows, "zero_shot_refused": {"hellaswag": "no file"}}
     table = zero_shot_table(report)
     assert table.header == ["model", "piqa [95%]", "p, Holm"] and table.rows[0] == ["llama", "75.0% [74.0%, 76.0%]", "-"]
     assert table.rows[1][2] == "1" and "piqa: acc_norm, 40 problems (lm-eval 1)" in table.note
-    told = zero_shot_sentences(report)
-    assert told[0].startswith("Zero-shot, of 2 comparisons with the model each was made from on the same problems 1 can be told from")
-    assert told[0].count("worse at piqa (p = 3.8e-06)") == 1 and told[1] == "hellaswag was not asked: no file."
+    text = zero_shot_sentences(report)
+    assert text[0].startswith("Zero-shot, of 2 comparisons with the model each was made from on the same problems 1 can be told from")
+    assert text[0].count("worse at piqa (p = 3.8e-06)") == 1 and text[1] == "hellaswag was not asked: no file."
     report["models"] = [rows[0], rows[1]]
     assert "none can be told from chance" in zero_shot_sentences(report)[0]
     assert zero_shot_table({"models": [{"name": "x", "status": "measured"}]}) is None
