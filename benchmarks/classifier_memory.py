@@ -4,7 +4,8 @@ Run:   python benchmarks/classifier_memory.py 1_distill.py --models_dir ... (a s
 Found: a random BERT of MiniLM's shape (6 layers, hidden 384), 48 sentences of 62 tokens, 2 CPU cores, with
 `1_distill.py --student_layers 3 --student_epochs 1 --students student_distilled --batch_size 16 --max_length 64` (smoke profile):
 estimated 866 MB, measured 794 MB (1.09).
-Estimated is what a stage adds to a process with its libraries loaded; measured is the high-water mark of the stage less what its imports take.
+Estimated is what a stage adds to a process with its libraries loaded; measured is the high-water mark of the stage less what its
+imports take.
 """
 
 import runpy
