@@ -64,7 +64,7 @@ def inputs_of(model: PreTrainedModel) -> list[str]:
 def traceable(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy to be traced, not to be run: W8A8 linears multiply with `int_mm`, whether this machine can or not.
 
-    Tables in integers stay packed. Its blocks have the forward pass of transformers: that of W8A8 blocks is written for PyTorch's caches.
+    Tables of 8 bits are bytes, narrower ones stay packed. Its blocks have the forward pass of transformers: that of W8A8 blocks is written for PyTorch's caches.
     """
     model = copy.deepcopy(model).cpu().eval()
     for module in model.modules():
@@ -74,7 +74,10 @@ def traceable(model: PreTrainedModel) -> PreTrainedModel:
             module.kernel, module.around = "int_mm", False
         if isinstance(module, GroupedWeight):
             module.kernel = "dequantized"
-    forget_unpacked(model)  # rows of tables stay packed in the file
+    forget_unpacked(model)  # rows of narrow tables stay packed in the file
+    for module in model.modules():
+        if isinstance(module, GroupedWeight) and module.grid.bits == 8:
+            module.unpacked = module.q  # no larger, and nothing has to be unpacked
     return model
 
 

@@ -83,9 +83,12 @@ def test_tables_in_integers_are_exported_too(tmp_path, embeddings):
     assert difference(model, tmp_path / FILE) < 0.02
     import onnx
 
-    packed = next(module.packed for module in model.modules() if isinstance(module, GroupedWeight))
-    stored = [each for each in onnx.load(tmp_path / FILE).graph.initializer if each.data_type == onnx.TensorProto.INT32]
-    assert list(packed.shape) in [list(each.dims) for each in stored]  # four bits are four bits there too
+    table = next(module for module in model.modules() if isinstance(module, GroupedWeight))
+    shape, kind = (table.shape, "UINT8") if embeddings == "int8" else (table.packed.shape, "INT32")  # four bits are four bits there too
+    graph = onnx.load(tmp_path / FILE).graph
+    stored = [list(each.dims) for each in graph.initializer if each.data_type == getattr(onnx.TensorProto, kind)]
+    assert list(shape) in stored
+    assert any(node.op_type == "ScatterElements" for node in graph.node) == (embeddings == "int4")  # bytes are read as they are
 
 
 @needs_onnx
