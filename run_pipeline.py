@@ -48,7 +48,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_pruned": ("5_bayesian_search.py", {"strategy": "fixed", "calibration_windows": 32}),
     "llama_gptq_3.5x": ("5_bayesian_search.py", {"strategy": "fixed", "output": f"{MODELS}/llama_gptq_3.5x", "pipeline": INTEGERS}),
     "5_bayesian_search": (
-        "5_bayesian_search.py", {"objectives": ("kl", "bytes"), "save_front": (2.5, 3, 4), "target_compression": 2.5},
+        "5_bayesian_search.py",
+        {"objectives": ("kl", "bytes"), "save_front": (2.5, 3, 4), "target_compression": 2.5, "final_tokens": 12_000},
     ),
     "6_evaluate_report": ("6_evaluate_report.py", {}),
 }  # fmt: skip

@@ -64,7 +64,8 @@ def inputs_of(model: PreTrainedModel) -> list[str]:
 def traceable(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy to be traced, not to be run: W8A8 linears multiply with `int_mm`, whether this machine can or not.
 
-    Tables of 8 bits are bytes, narrower ones stay packed. Its blocks have the forward pass of transformers: that of W8A8 blocks is written for PyTorch's caches.
+    Tables of 8 bits are bytes, narrower ones stay packed. Its blocks have the forward pass of transformers: that of W8A8 blocks is written
+    for PyTorch's caches.
     """
     model = copy.deepcopy(model).cpu().eval()
     for module in model.modules():

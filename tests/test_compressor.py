@@ -11,6 +11,7 @@ from compactmind.errors import CompactMindError
 from compactmind.evaluation.perplexity import perplexity
 from compactmind.methods import registry
 from compactmind.methods.llama import llama_shapes
+from compactmind.methods.quantization import gptq_model
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 from compactmind.methods.registry import METHODS, Resources, method_named
 from compactmind.search.compressor import (
@@ -218,6 +219,17 @@ def test_retraining_is_given_the_dense_model_and_never_makes_it_worse(resources,
     done = result.steps[2]["done"]
     assert result.kind == "pruned" and done["tokens_seen"] >= 96
     assert done["loss_after"] <= done["loss_before"]
+
+
+def test_what_learns_after_rounding_reads_the_text_of_retraining(windows, measure, monkeypatch):
+    read = []
+    monkeypatch.setattr(gptq_model, "tune_scales", lambda model, teacher, *text_and_more: read.append(text_and_more[:2]) or {})
+    steps = read_pipeline([{"method": "gptq", "params": {"tuning_tokens": 24}}])
+    for train, held_out in ((windows[2:5], windows[5:]), (windows[:0], windows[5:])):
+        run_pipeline(steps, Resources(windows[:2], train, held_out, helpers.make_llama, torch.bfloat16), measure)
+    (train, held_out), (of_calibration, last) = read
+    assert torch.equal(train, windows[2:5]) and torch.equal(held_out, windows[5:])
+    assert torch.equal(of_calibration, windows[:1]) and torch.equal(last, windows[1:2])  # where there is no other text
 
 
 @torch.no_grad()

@@ -20,6 +20,10 @@ def rounded(zero="symmetric", dtype=torch.float32, bits=3):
     return dense, model.float() if dtype == torch.float32 else model, windows
 
 
+def tuned(model, dense, windows, tokens, lr):
+    return tune_scales(model, dense, windows[:-4], windows[-4:], tokens, lr)
+
+
 def layers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, GroupedLinear)}
 
@@ -29,7 +33,7 @@ def test_the_model_comes_nearer_and_only_scales_zeros_and_norms_move(zero):
     dense, model, windows = rounded(zero)
     before = {name: (layer.q.clone(), layer.scale.clone(), layer.zero.clone()) for name, layer in layers(model).items()}
     norm, away = model.model.norm.weight.detach().clone(), divergence(dense, model, windows)["mean"]
-    done = tune_scales(model, dense, windows, tokens=60 * windows.shape[1], lr=3e-3)
+    done = tuned(model, dense, windows, tokens=60 * windows.shape[1], lr=3e-3)
     assert done["kept"] and divergence(dense, model, windows)["mean"] < 0.87 * away
     assert done["steps"] == len(done["losses"]) == 60 and done["tokens"] == 60 * windows.shape[1]
     blocks = [name for name in before if name.startswith("model.layers.")]
@@ -57,7 +61,7 @@ def test_gradients_block_by_block_are_those_of_the_whole_model():
 def test_norms_keep_their_dtype_and_what_wanted_gradients_still_does():
     dense, model, windows = rounded(dtype=torch.bfloat16)
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    tune_scales(model, dense, windows, tokens=2 * windows.shape[1], lr=1e-3)
+    tuned(model, dense, windows, tokens=2 * windows.shape[1], lr=1e-3)
     assert model.model.norm.weight.dtype == torch.bfloat16 and model.model.norm.weight.grad is None
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == wanted
 
@@ -66,25 +70,25 @@ def test_what_makes_it_worse_on_held_out_text_is_not_kept():
     dense, model, windows = rounded(bits=8)
     before = {name: layer.scale.clone() for name, layer in layers(model).items()}
     norm = model.model.norm.weight.detach().clone()
-    done = tune_scales(model, dense, windows, tokens=4 * windows.shape[1], lr=0.3)
+    done = tuned(model, dense, windows, tokens=4 * windows.shape[1], lr=0.3)
     assert not done["kept"] and done["held_out"][1] > done["held_out"][0]
     assert all(torch.equal(layer.scale, before[name]) for name, layer in layers(model).items())
     assert torch.equal(model.model.norm.weight, norm)
 
 
 def test_the_dense_model_reads_a_window_once(monkeypatch):
-    def tuned(kept: int) -> tuple[list[float], int]:
+    def with_memory(kept: int) -> tuple[list[float], int]:
         monkeypatch.setattr(scale_tuning, "KEPT_BYTES", kept)
         dense, model, windows = rounded()
         reads = []
         dense.model.register_forward_hook(lambda *_: reads.append(1))
-        return tune_scales(model, dense, windows[:9], tokens=24 * windows.shape[1], lr=1e-3)["losses"], len(reads)
+        return tune_scales(model, dense, windows[:8], windows[8:9], 24 * windows.shape[1], lr=1e-3)["losses"], len(reads)
 
-    (losses, reads), (again, all_reads) = tuned(10**9), tuned(0)
+    (losses, reads), (again, all_reads) = with_memory(10**9), with_memory(0)
     assert losses == again
     assert (reads, all_reads) == (8 + 2, 24 + 2)  # eight windows are trained on; the held-out one is read before and after
     window = 32 * helpers.make_llama().config.hidden_size * 4
-    assert tuned(3 * window)[1] == 3 + 5 * 3 + 2  # three fit, the other five are read in each of three rounds
+    assert with_memory(3 * window)[1] == 3 + 5 * 3 + 2  # three fit, the other five are read in each of three rounds
 
 
 def test_long_work_is_told_now_and_then():
@@ -103,5 +107,5 @@ def test_a_loss_that_is_no_number_ends_it_with_the_setting_to_lower():
     dense, model, windows = rounded()
     dense.lm_head.weight.data[0, 0] = torch.nan
     with pytest.raises(CompactMindError, match="tuning_lr"):
-        tune_scales(model, dense, windows, tokens=windows.shape[1], lr=1e-3)
+        tuned(model, dense, windows, tokens=windows.shape[1], lr=1e-3)
     assert layers(model)["model.layers.0.mlp.up_proj"].scale.dtype == torch.float16  # as before

@@ -277,9 +277,15 @@ def _nf4(model, resources: Resources, recipe: NF4Recipe):
 def _gptq(model, resources: Resources, recipe: GPTQRecipe):
     description = quantize_gptq(
         model, resources.calibration, recipe, released_bytes=resources.released_bytes, released=resources.released,
-        teacher=resources.teacher, choices=lambda: _choices(model, resources, recipe), show=now_and_then(),
+        teacher=resources.teacher, learn_from=_learn_from(resources), choices=lambda: _choices(model, resources, recipe),
+        show=now_and_then(),
     )  # fmt: skip
     return model, description
+
+
+def _learn_from(resources: Resources):
+    """Return the text of retraining, of which little is read twice; None where there is none."""
+    return (resources.train, resources.held_out) if len(resources.train) and len(resources.held_out) else None
 
 
 def _choices(model, resources: Resources, recipe: GPTQRecipe):

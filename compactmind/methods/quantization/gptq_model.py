@@ -76,7 +76,7 @@ class GPTQRecipe:
     damping: float = 0.05
     """Share of the mean diagonal added to H, in (0, 1]."""
     tuning_tokens: int = 0
-    """Tokens of the calibration text on which scales and norms then learn from the dense model (scale_tuning.py); 0: none."""
+    """Tokens on which scales and norms then learn from the dense model (scale_tuning.py); 0: none."""
     tuning_lr: float = 3e-4
     """How far a scale moves in a step at most, as a share of its size."""
     stream_rotation: bool = False
@@ -263,6 +263,7 @@ def quantize_gptq(
     released: torch.dtype | None = None,
     uncounted: Sequence[str] = (),
     teacher: Callable[[], PreTrainedModel] | None = None,
+    learn_from: tuple[torch.Tensor, torch.Tensor] | None = None,
     choices: Callable[[], Choices] | None = None,
     show: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -271,7 +272,8 @@ def quantize_gptq(
     `windows` (windows, seq_len): calibration text. `released_bytes`: what a target_compression is a ratio of (0: this model's bytes) and
     `released` the dtype in which the file will have what stays as it is (None: the model's). Tables named in `uncounted` are free in it.
     Raises CompactMindError before anything but the basis of the stream is changed: a weight that is NaN or infinite, too little text, a
-    quantized model, a target that no widths reach. `teacher` makes the dense model that tuning_tokens learn from, `choices` what
+    quantized model, a target that no widths reach. `teacher` makes the dense model that tuning_tokens learn from, `learn_from` is
+    the text for it and text that decides whether that is kept (None: `windows`, the last eighth of them held out), `choices` what
     `tensor_choices` returns, if that is known. A model whose quantization is interrupted is of no use.
     """
     require_dense(model)
@@ -323,8 +325,14 @@ def quantize_gptq(
     description = describe(recipe, grids, predicted, whole)
     if recipe.tuning_tokens:
         with torch.enable_grad():
-            description["tuning"] = tune_scales(model, teacher(), windows, recipe.tuning_tokens, recipe.tuning_lr, show)
+            text = learn_from or _held_out_of(windows)
+            description["tuning"] = tune_scales(model, teacher(), *text, recipe.tuning_tokens, recipe.tuning_lr, show)
     return description
+
+
+def _held_out_of(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    count = max(1, len(windows) // 8)
+    return (windows[:-count] if len(windows) > count else windows), windows[-count:]
 
 
 def _sharpened(weights: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ def tune_scales(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
     windows: torch.Tensor,
+    held_out: torch.Tensor,
     tokens: int,
     lr: float,
     show: Callable[[str], None] = lambda line: None,
@@ -39,11 +40,9 @@ def tune_scales(
     """Train, in place, a model's scales, float zeros and norms on `tokens` tokens of `windows` (windows, seq_len); returns what was done.
 
     A step is one window; a number moves by at most about `lr` times the mean size of those beside it, and less from step to step (cosine).
-    An eighth of the windows is held out: if the KL on them is no smaller afterwards, everything stays as it was. What is trained has the
-    dtype it had. Raises CompactMindError if the loss is no number.
+    If the KL on `held_out` (windows, seq_len) is no smaller afterwards, everything stays as it was. What is trained has the dtype it had.
+    Raises CompactMindError if the loss is no number.
     """
-    count = max(1, len(windows) // 8)
-    held_out, windows = windows[-count:], windows[:-count] if len(windows) > count else windows
     steps, started = max(1, math.ceil(tokens / windows.shape[1])), time.perf_counter()
     wanted_gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
