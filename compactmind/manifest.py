@@ -27,7 +27,7 @@ ADDED_LATER = (MANIFEST, CARD, "model.onnx", "model.gguf")
 GPTQ = """python 5_bayesian_search.py --strategy fixed --output models/llama_gptq_3.5x \
 --pipeline '[{"method": "gptq", "params": {"target_compression": 3.5}}]'"""
 CUT = "python 3_quantize.py --vocabulary_coverage 0.999"
-FRONT = "python 5_bayesian_search.py --objectives kl bytes --save_front 2.5 3 4 --target_compression 2.5"
+FRONT = "python 5_bayesian_search.py --objectives kl bytes --save_front 2.5 3 4 --target_compression 2.5 --final_tokens 12000"
 
 MADE_BY = {
     "teacher_base": "python download_model.py",

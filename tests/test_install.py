@@ -51,7 +51,7 @@ for name, arguments in (("classify", ["--model", "models/w8a8_bert", "--json", "
     with contextlib.redirect_stdout(io.StringIO()) as output:
         runpy.run_module(f"compactmind.{name}", run_name="__main__", alter_sys=True)
     said[name] = json.loads(output.getvalue())
-print(json.dumps({"file": compactmind.__file__, "cheap": cheap, "models": found, "said": said, "modules": sorted(sys.modules)}))
+print(json.dumps({"file": compactmind.__file__, "cheap": cheap, "models": results, "said": said, "modules": sorted(sys.modules)}))
 """
 
 

@@ -17,7 +17,8 @@ copy, reported = finished_pipeline.copy, finished_pipeline.reported
 FIXED = "5_bayesian_search.py --strategy=fixed"
 STAGES = ("download_model.py", "1_distill.py", "2_prune_finetune.py", "3_quantize.py", "4_smoothquant_llama.py",
           f"{FIXED} --calibration_windows=32,", f"{FIXED} --output=models/llama_gptq_3.5x",
-          "5_bayesian_search.py --objectives kl bytes --save_front 2.5 3 4 --target_compression=2.5", "6_evaluate_report.py")  # fmt: skip
+          "5_bayesian_search.py --objectives kl bytes --save_front 2.5 3 4 --target_compression=2.5 --final_tokens=12000",
+          "6_evaluate_report.py")  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- pipeline
