@@ -1,8 +1,10 @@
 """Classifiers as ONNX files that onnxruntime runs, for any batch size and length.
 
-The int8 linears of a W8A8 model become MatMulInteger, the integer product ONNX has: the same integers as in PyTorch. Both factors are
-shifted to unsigned bytes: onnxruntime has no fast product of two signed ones on x86, and that of unsigned by signed saturates on CPUs
-without VNNI. The file is the same to the byte whatever machine writes it. Needs the packages of requirements-export.txt.
+The int8 linears of a W8A8 model become MatMulInteger, the integer product ONNX has: the same integers as in PyTorch. Activations are
+shifted to unsigned bytes, and weights too in a u8u8 file: onnxruntime has no fast product of two signed ones on x86. A u8s8 file leaves
+weights signed: its products are over twice as fast on CPUs with VNNI, and on x86 CPUs without they saturate (wrong numbers) unless the
+session has `session.x64quantprecision` set to 1. The file is the same to the byte whatever machine writes it. Needs the packages of
+requirements-export.txt.
 """
 
 import copy
@@ -20,14 +22,19 @@ from compactmind.data import reads_token_types
 from compactmind.errors import CompactMindError
 from compactmind.files import replace_file
 from compactmind.methods.quantization.grouped import GroupedWeight, forget_unpacked
+from compactmind.methods.quantization.rotation import rotate
 from compactmind.methods.quantization.w8a8_encoder import W8A8EncoderBlock
-from compactmind.methods.quantization.w8a8_linear import W8A8Linear
+from compactmind.methods.quantization.w8a8_linear import LEVELS, W8A8Linear, activation_scale
 
 FILE = "model.onnx"
 """Its name in the directory of a checkpoint."""
 INPUTS = ("input_ids", "attention_mask")
 """And of a model of pairs that has two token types `token_type_ids`."""
 OPSET = 18
+PRODUCTS = ("u8u8", "u8s8")
+"""Of a W8A8 model: unsigned activations by unsigned or by signed weights, see above."""
+ZERO = 128
+"""The unsigned byte that stands for 0."""
 
 
 def require_onnx() -> None:
@@ -61,18 +68,45 @@ def inputs_of(model: PreTrainedModel) -> list[str]:
     return [*INPUTS, *(["token_type_ids"] if pairs else [])]
 
 
-def traceable(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy to be traced, not to be run: W8A8 linears multiply with `int_mm`, whether this machine can or not.
+class IntegerProduct(nn.Module):
+    """A W8A8Linear as nodes of ONNX, to be traced and not to be run."""
+
+    def __init__(self, linear: W8A8Linear, products: str):
+        super().__init__()
+        self.linear, weight = linear, linear.weight.t().contiguous()
+        signed = products == "u8s8"
+        self.register_buffer("weight", weight if signed else (weight.to(torch.int16) + ZERO).to(torch.uint8))
+        zeros = {"zero": ZERO} if signed else {"zero": ZERO, "weight_zero": ZERO}
+        for name, value in zeros.items():
+            self.register_buffer(name, torch.tensor(value, dtype=torch.uint8))
+        self.zeros = tuple(zeros)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., in_features) -> (..., out_features) float32."""
+        linear = self.linear
+        if linear.hadamard_input is not None:
+            x = rotate(x, linear.hadamard_input.matrix)
+        scale = activation_scale(x, linear.activations, linear.input_scale)
+        q = ((x * scale.reciprocal()).round().clamp(-LEVELS, LEVELS) + ZERO).to(torch.uint8)
+        factors = q, self.weight, *(getattr(self, name) for name in self.zeros)
+        shape = *x.shape[:-1], linear.out_features
+        product = torch.onnx.ops.symbolic("MatMulInteger", factors, dtype=torch.int32, shape=shape, version=OPSET)
+        result = product.float() * linear.weight_scale.flatten() * scale
+        return result if linear.bias is None else result + linear.bias
+
+
+def traceable(model: PreTrainedModel, products: str) -> PreTrainedModel:
+    """Return a copy to be traced, not to be run: W8A8 linears are nodes of ONNX, whatever multiplies them here.
 
     Tables of 8 bits are bytes, narrower ones stay packed. Its blocks have the forward pass of transformers: that of W8A8 blocks is written
     for PyTorch's caches.
     """
     model = copy.deepcopy(model).cpu().eval()
-    for module in model.modules():
+    for name, module in list(model.named_modules()):
         if isinstance(module, W8A8EncoderBlock):
             module.__class__ = type(module).__mro__[2]
         if isinstance(module, W8A8Linear):
-            module.kernel, module.around = "int_mm", False
+            model.set_submodule(name, IntegerProduct(module, products))
         if isinstance(module, GroupedWeight):
             module.kernel = "dequantized"
     forget_unpacked(model)  # rows of narrow tables stay packed in the file
@@ -83,27 +117,14 @@ def traceable(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def export_classifier(
-    model: PreTrainedModel, path: Path, check: Callable[["OnnxClassifier"], None] = lambda exported: None
+    model: PreTrainedModel, path: Path, check: Callable[["OnnxClassifier"], None] = lambda exported: None, products: str = "u8u8"
 ) -> None:
     """Write a classifier as ONNX; it takes the place of an older file when it is whole and `check` of it has raised nothing.
 
-    Raises CompactMindError without the packages for it, and whatever `check` raises.
+    `products`: of a W8A8 model, one of PRODUCTS. Raises CompactMindError without the packages for it, and whatever `check` raises.
     """
     require_onnx()
-    import onnx
-    import onnxscript
-    from onnxscript import opset18 as op
-
-    types, number = onnx.TensorProto, onnx.helper.make_tensor
-
-    def unsigned(x: onnxscript.INT8):
-        return op.Cast(op.Cast(x, to=types.INT32) + op.Constant(value=number("offset", types.INT32, [], [128])), to=types.UINT8)
-
-    def int_mm(a: onnxscript.INT8, b: onnxscript.INT8):
-        zero = op.Constant(value=number("zero", types.UINT8, [], [128]))
-        return op.MatMulInteger(unsigned(a), unsigned(b), zero, zero)
-
-    plain = traceable(model)
+    plain = traceable(model, products)
     plain.set_attn_implementation("eager")
     example = torch.ones(2, 8, dtype=torch.long)
     names = inputs_of(model)
@@ -114,7 +135,6 @@ def export_classifier(
         program = torch.onnx.export(
             Logits(plain), tuple(example.clone() for _ in names), dynamo=True, opset_version=OPSET, verbose=False,
             input_names=names, output_names=["logits"], dynamic_shapes=({0: batch, 1: tokens},) * len(names),
-            custom_translation_table={torch.ops.aten._int_mm.default: int_mm},
         )  # fmt: skip
     for node in program.model.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # it names directories of this machine
@@ -136,6 +156,8 @@ class OnnxClassifier:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
+        if not torch.cpu._is_vnni_supported():
+            options.add_session_config_entry("session.x64quantprecision", "1")  # else products of a u8s8 file saturate on x86
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # else it takes the cores from who comes next
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

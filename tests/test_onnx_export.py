@@ -18,7 +18,7 @@ from compactmind.methods.pruning.masks import compact
 from compactmind.methods.quantization.grouped import GroupedWeight
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
-from compactmind.onnx_export import FILE, OnnxClassifier, export_classifier, require_onnx
+from compactmind.onnx_export import FILE, PRODUCTS, OnnxClassifier, export_classifier, require_onnx
 
 needs_onnx = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")),
@@ -54,8 +54,9 @@ def test_equal_logits_for_any_shape(tmp_path, name, pruned):
 
 
 @needs_onnx
+@pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize(("name", "kernel"), [("bert", "simulated"), ("distilbert", "")], ids=["bert-simulated", "distilbert"])
-def test_int8_products_are_int8_in_the_file(tmp_path, monkeypatch, name, kernel):
+def test_int8_products_are_int8_in_the_file(tmp_path, monkeypatch, name, kernel, products):
     import onnx
 
     monkeypatch.setenv(KERNEL_VARIABLE, kernel)
@@ -63,11 +64,13 @@ def test_int8_products_are_int8_in_the_file(tmp_path, monkeypatch, name, kernel)
     model = helpers.MAKERS[name](scale=0.1, **{layers: 2})
     quantize_encoder(model)
     kernels, before = [linear.kernel for linear in int8_linears(model)], helpers.logits_of(model)
-    export_classifier(model, tmp_path / FILE)
+    export_classifier(model, tmp_path / FILE, products=products)
     graph = onnx.load(tmp_path / FILE).graph
-    products = [node for node in graph.node if node.op_type == "MatMulInteger"]
-    assert len(products) == 6 * 2
-    assert all(len(node.input) == 4 for node in products)  # of unsigned bytes with zero points: signed ones are slow
+    nodes, types = [node for node in graph.node if node.op_type == "MatMulInteger"], onnx.TensorProto
+    stored = {each.name: each.data_type for each in graph.initializer}
+    assert len(nodes) == 6 * 2
+    assert all(len(node.input) == (3 if products == "u8s8" else 4) for node in nodes)  # unsigned bytes have a zero point
+    assert {stored[node.input[1]] for node in nodes} == {types.INT8 if products == "u8s8" else types.UINT8}
     assert difference(model, tmp_path / FILE) < 0.02
     assert torch.equal(helpers.logits_of(model), before)  # what was exported is a copy
     assert [linear.kernel for linear in int8_linears(model)] == kernels
