@@ -280,7 +280,7 @@ def run_search(config: SearchConfig, output: Path) -> None:
     require_kind(study, config.objectives, kind)
     print(f"study {study.study_name} in {without_password(storage)}; findings go to {folder}, ", end="")
     print(f"the best model{'s' * (len(places) > 1)} to {', '.join(map(str, places))}")
-    print(f"{len(space.orders)} orders of methods, {space.size()} pipelines; ", end="")
+    print(f"{len(space.orders)} order{'s' * (len(space.orders) > 1)} of methods, {space.size()} pipelines; ", end="")
     print(f"{len(counted_trials(study))} of {config.n_trials} trials are there")
     known = findings.known_findings(study, folder, depends_on)
     if not config.force and known and len(counted_trials(study)) >= config.n_trials and not is_worker():
