@@ -69,7 +69,7 @@ def inputs_of(model: PreTrainedModel) -> list[str]:
 
 
 class IntegerProduct(nn.Module):
-    """A W8A8Linear as nodes of ONNX, to be traced and not to be run."""
+    """A W8A8Linear as nodes of ONNX, to be traced and not to be run; `products` is one of PRODUCTS. Its weight is (in, out)."""
 
     def __init__(self, linear: W8A8Linear, products: str):
         super().__init__()
