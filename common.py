@@ -349,7 +349,7 @@ class SearchConfig(LlamaConfig):
     cache_gb: float = 12.0
     """Disk for models half way through a pipeline, in 1e9 bytes (one of SmolLM2 takes 0.2, smoothed 0.4)."""
     top: int = 3
-    """The best so many trials are measured again on all validation windows before one is called best."""
+    """The best so many trials are measured again on all validation windows before one is called best; none twice as bad as the first."""
     train_windows: int = 2048
     """Windows of training text to retrain on, the first ones; 0 = all there are. Here a million tokens, 40 times what is read of them."""
     held_out_windows: int = 4

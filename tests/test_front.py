@@ -15,7 +15,17 @@ from compactmind.search.ablation import ablation
 from compactmind.search.ablation import table as ablation_table
 from compactmind.search.compressor import read_pipeline
 from compactmind.search.engine import counted_trials, open_study, search
-from compactmind.search.front import candidates, described, front, front_problem, hypervolume, knee, objectives_problem, table
+from compactmind.search.front import (
+    candidates,
+    contenders,
+    described,
+    front,
+    front_problem,
+    hypervolume,
+    knee,
+    objectives_problem,
+    table,
+)
 from compactmind.search.space import make_space
 from compactmind.search.strategies import POPULATION, Proposer, front_of, key_of, make_sampler
 
@@ -45,6 +55,13 @@ def test_the_front_is_what_nothing_beats_in_both():
 def test_the_best_of_a_size_is_the_nearest_that_is_small_enough():
     assert [each.number for each in candidates(TRIALS, 2.4, "kl", 2)] == [1, 4]
     assert candidates(TRIALS, 4.5, "kl", 2) == []
+
+
+def test_what_is_twice_as_bad_as_the_best_of_a_size_is_no_contender():
+    assert [each.number for each in candidates(TRIALS, 2.0, "kl", 5)] == [0, 6, 1, 4, 5]
+    assert [each.number for each in contenders(TRIALS, 2.0, "kl", 5)] == [0, 6, 1]
+    assert [each.number for each in contenders(TRIALS, 2.0, "kl", 2)] == [0, 6]
+    assert contenders(TRIALS, 4.5, "kl", 2) == []
 
 
 def test_the_hypervolume_is_the_area_up_to_the_reference():

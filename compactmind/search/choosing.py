@@ -11,7 +11,7 @@ from compactmind.precision import is_small
 from compactmind.search.ablation import ablation
 from compactmind.search.compressor import Step, interaction, measure_or_none, pipeline_name, read_pipeline
 from compactmind.search.findings import measured_trials, quality_of_study
-from compactmind.search.front import candidates
+from compactmind.search.front import contenders
 from compactmind.search.trials import TrialRunner, summarize_rows
 
 AS_GOOD = 0.01
@@ -19,9 +19,9 @@ AS_GOOD = 0.01
 
 
 def best_trials_at(study: optuna.Study, ratios: Sequence[float], count: int) -> list[FrozenTrial]:
-    """Return the best `count` trials that are so many times smaller, for each of `ratios`, every trial once."""
+    """Return the best trials that are so many times smaller and may be the best, at most `count` for each of `ratios`, each once."""
     trials, quality = measured_trials(study), quality_of_study(study)
-    by_number = {trial.number: trial for ratio in ratios for trial in candidates(trials, ratio, quality, count)}
+    by_number = {trial.number: trial for ratio in ratios for trial in contenders(trials, ratio, quality, count)}
     return list(by_number.values())
 
 

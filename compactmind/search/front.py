@@ -13,6 +13,9 @@ from optuna.trial import FrozenTrial
 QUALITIES = ("kl", "perplexity")
 """Objectives that say how good a model is: one of them is what pipelines are compared by."""
 
+CLEARLY_WORSE = 2.0
+"""Times the KL (or the perplexity) of another pipeline on the same windows at which no further windows turn their order round."""
+
 
 def objectives_problem(strategy: str, objectives: Sequence[str], ratios: Sequence[float]) -> str | None:
     """Return what is wrong with the objectives of a search and the `ratios` at which models are to be saved, None if nothing."""
@@ -64,6 +67,12 @@ def candidates(trials: Sequence[FrozenTrial], ratio: float, quality: str, count:
     """Return the best measured trials that are at least `ratio` times smaller than the dense model, the best first."""
     small = [trial for trial in trials if trial.user_attrs["measured"]["compression_ratio"] >= ratio]
     return sorted(small, key=lambda trial: value_of(trial, quality))[:count]
+
+
+def contenders(trials: Sequence[FrozenTrial], ratio: float, quality: str, count: int) -> list[FrozenTrial]:
+    """Return those of the `candidates` that more windows may show to be the best: no more than CLEARLY_WORSE times as bad as the first."""
+    best = candidates(trials, ratio, quality, count)
+    return [trial for trial in best if value_of(trial, quality) <= CLEARLY_WORSE * value_of(best[0], quality)]
 
 
 def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
