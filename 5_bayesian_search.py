@@ -156,6 +156,7 @@ def make_and_save(
     with, or all of it, is taken from the cache, unless --force True.
     """
     context, accelerator = context_of(config), make_accelerator(may_shard=True)
+    learns = any(step.method.kind == "quantize" and step.method.trains and getattr(step.recipe, step.method.trains) for step in steps)
     batches = [step.recipe.batch_size * step.recipe.accumulation for step in steps if step.method.kind == "retrain"]
     stage = {
         "script": "5_bayesian_search.py",
@@ -163,6 +164,7 @@ def make_and_save(
         "config": {
             "strategy": strategy, "eval_windows": config.eval_windows, **context, "pipeline": [step.described() for step in steps],
             "study": study, "retraining": [accelerator_record(accelerator, batch) for batch in batches],
+            **({"learning": accelerator.mixed_precision} if learns else {}),
         },
         "inputs": {"model": context["model"]},
     }  # fmt: skip

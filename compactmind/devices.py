@@ -4,6 +4,8 @@ import os
 
 import torch
 
+from compactmind.errors import CompactMindError
+
 USE_CPU = "ACCELERATE_USE_CPU"
 """Environment variable that keeps everything on the CPU; `accelerate launch --cpu` sets it."""
 YES = ("1", "true", "yes", "on", "y", "t")
@@ -13,6 +15,10 @@ SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Environment variables that say which process of how many this is; torchrun and `accelerate launch` set the first, mpirun the others."""
 WORKER = "COMPACTMIND_WORKER"
 """Environment variable of a process that another one has started as a worker of its search: its number, and of how many, as in 2/4."""
+
+PRECISION = "ACCELERATE_MIXED_PRECISION"
+"""Environment variable that `accelerate launch --mixed_precision` sets, to "no" if it is told nothing."""
+PRECISIONS = ("no", "bf16", "fp16")
 
 
 def default_device() -> str:
@@ -33,6 +39,28 @@ def device_problem() -> str | None:
         f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, and this PyTorch has kernels from "
         f"{min(known) // 10}.{min(known) % 10}: set {USE_CPU}=true to use the CPU, or install a PyTorch for that GPU"
     )
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Tell whether this CPU has instructions that multiply bfloat16 (AVX512_BF16, AMX): elsewhere it is slower than float32."""
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16") or has.get("amx_tile"))
+
+
+def mixed_precision() -> str:
+    """Return what PRECISION asks of training, else bf16 where the GPU or the CPU multiplies it, fp16 on other GPUs, "no" on other CPUs.
+
+    Raises CompactMindError on an unknown precision, and on fp16 without a GPU, which would be ignored.
+    """
+    gpu = default_device() == "cuda"
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else cpu_multiplies_bf16()
+    precision = os.environ.get(PRECISION, "bf16" if has_bf16 else "fp16" if gpu else "no").lower()
+    if precision not in PRECISIONS or (precision == "fp16" and not gpu):
+        raise CompactMindError(
+            f"mixed precision {precision!r} ({PRECISION}, or accelerate launch --mixed_precision) is not one of "
+            f"{', '.join(PRECISIONS if gpu else PRECISIONS[:-1])} on this {'GPU' if gpu else 'CPU'}"
+        )
+    return precision
 
 
 def process_number() -> int:

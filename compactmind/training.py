@@ -24,13 +24,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compactmind.data import EncodedSentences
-from compactmind.devices import YES, default_device, is_main_process, number_of_processes
+from compactmind.devices import YES, default_device, is_main_process, mixed_precision, number_of_processes
 from compactmind.errors import CompactMindError
 from compactmind.files import lock_directory, remove_stale_temporaries, replace_file
 from compactmind.forward import predict_logits
 from compactmind.tracking import begin_run
-
-PRECISIONS = ("no", "bf16", "fp16")
 
 
 # --------------------------------------------------------------------------------------------------------------- devices
@@ -43,26 +41,17 @@ def trains_sharded() -> bool:
 
 
 def make_accelerator(may_shard: bool = False) -> Accelerator:
-    """Return an Accelerator in the mixed precision that was asked for, else bf16 where a GPU has it, fp16 where not, none on a CPU.
+    """Return an Accelerator in the precision that `mixed_precision` says.
 
-    Asked for with the environment variable ACCELERATE_MIXED_PRECISION, which `accelerate launch --mixed_precision` sets (to "no" if
-    it is told nothing). Raises CompactMindError on an unknown precision, on fp16 without a GPU, which would be ignored, and on a run whose
-    model is to be divided between processes, unless the caller knows how (`may_shard`).
+    Raises CompactMindError as that does, and on a run whose model is to be divided between processes, unless the caller knows how
+    (`may_shard`).
     """
     if trains_sharded() and not may_shard:
         raise CompactMindError(
             "only retraining (5_bayesian_search.py) divides a model between processes: launch this script without FSDP, "
             "`accelerate launch --multi_gpu` without its config file"
         )
-    gpu = default_device() == "cuda"
-    automatic = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if gpu else "no"
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", automatic).lower()
-    if precision not in PRECISIONS or (precision == "fp16" and not gpu):
-        raise CompactMindError(
-            f"mixed precision {precision!r} (ACCELERATE_MIXED_PRECISION, or accelerate launch --mixed_precision) is not one of "
-            f"{', '.join(PRECISIONS if gpu else PRECISIONS[:-1])} on this {'GPU' if gpu else 'CPU'}"
-        )
-    return Accelerator(cpu=not gpu, mixed_precision=precision)
+    return Accelerator(cpu=default_device() != "cuda", mixed_precision=mixed_precision())
 
 
 def accelerator_record(accelerator: Accelerator, batch_size: int) -> dict[str, Any]:

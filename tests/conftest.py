@@ -4,7 +4,8 @@ import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: it reads this once
-os.environ["ACCELERATE_USE_CPU"] = "true"  # the same numbers on every machine; tests marked gpu take it away
+os.environ["ACCELERATE_USE_CPU"] = "true"  # the same numbers on every machine; tests marked gpu take both away
+os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
 
 import helpers
 import pytest
@@ -76,6 +77,7 @@ def fresh_accelerator():
 def on_gpu(monkeypatch, fresh_accelerator):
     """What is chosen by itself is the GPU."""
     monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ def _command(name: str, arguments: tuple) -> list[str]:
 def environment(cwd: Path, gpu: bool = False) -> dict[str, str]:
     """Return the environment of a subprocess that sees no hub, no other profile than the one it is given, and a GPU only if `gpu`."""
     changes = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf_home"), "OMP_NUM_THREADS": "1"}
-    changes |= {"PYTHONIOENCODING": "utf-8", "PYTHONPATH": ""} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    changes |= {"PYTHONIOENCODING": "utf-8", "PYTHONPATH": ""}
+    changes |= {} if gpu else {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_MIXED_PRECISION": "no"}
     own = ("COMPACTMIND_PROFILE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU")
     return {key: value for key, value in os.environ.items() if key not in own} | changes
 

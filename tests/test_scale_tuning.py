@@ -28,14 +28,18 @@ def layers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, GroupedLinear)}
 
 
-@pytest.mark.parametrize("zero", ["symmetric", "float"])
-def test_the_model_comes_nearer_and_only_scales_zeros_and_norms_move(zero):
+@pytest.mark.parametrize(("zero", "precision"), [("symmetric", "no"), ("float", "no"), ("symmetric", "bf16"), ("float", "bf16")])
+def test_the_model_comes_nearer_and_only_scales_zeros_and_norms_move(zero, precision, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    seen = []
+    monkeypatch.setattr(scale_tuning, "_backward", lambda *given: seen.append(torch.is_autocast_enabled("cpu")) or _backward(*given))
     dense, model, windows = rounded(zero)
     before = {name: (layer.q.clone(), layer.scale.clone(), layer.zero.clone()) for name, layer in layers(model).items()}
     norm, away = model.model.norm.weight.detach().clone(), divergence(dense, model, windows)["mean"]
     done = tuned(model, dense, windows, tokens=60 * windows.shape[1], lr=3e-3)
     assert done["kept"] and divergence(dense, model, windows)["mean"] < 0.87 * away
     assert done["steps"] == len(done["losses"]) == 60 and done["tokens"] == 60 * windows.shape[1]
+    assert set(seen) == {precision == "bf16"} and done["mixed_precision"] == precision
     blocks = [name for name in before if name.startswith("model.layers.")]
     for name in blocks:
         layer, (q, scale, old_zero) = layers(model)[name], before[name]

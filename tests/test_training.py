@@ -38,9 +38,18 @@ STAGE = {"script": "1_distill.py", "config": {"lr": 1e-4}, "inputs": {}}
 
 
 # --------------------------------------------------------------------------------------------------------------- devices
-@pytest.mark.parametrize(("asked", "given"), [(None, "no"), ("no", "no"), ("bf16", "bf16"), ("BF16", "bf16")])
-def test_the_precision_is_the_one_that_was_asked_for_and_none_on_a_cpu(fresh_accelerator, monkeypatch, asked, given):
+@pytest.mark.parametrize(
+    ("capabilities", "asked", "given"),
+    [
+        ({"avx512_bf16": False}, None, "no"), ({"avx512_bf16": True}, None, "bf16"), ({"amx_tile": True}, None, "bf16"), ({}, None, "no"),
+        ({"avx512_bf16": True}, "no", "no"), ({}, "bf16", "bf16"), ({}, "BF16", "bf16"),
+    ],
+)  # fmt: skip
+def test_the_precision_is_the_one_that_was_asked_for_and_bf16_on_a_cpu_that_multiplies_it(
+    fresh_accelerator, monkeypatch, capabilities, asked, given
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if asked:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)

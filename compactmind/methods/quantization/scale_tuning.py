@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from compactmind.devices import mixed_precision
 from compactmind.errors import CompactMindError
 from compactmind.methods.blockwise import block_inputs, run_block
 from compactmind.methods.llama import llama_blocks, stream_norms
@@ -40,10 +41,11 @@ def tune_scales(
     """Train, in place, a model's scales, float zeros and norms on `tokens` tokens of `windows` (windows, seq_len); returns what was done.
 
     A step is one window; a number moves by at most about `lr` times the mean size of those beside it, and less from step to step (cosine).
+    Gradients are computed in bf16 where `mixed_precision` says that (fp16 has no range for them: float32), the KL on held-out text never.
     If the KL on `held_out` (windows, seq_len) is no smaller afterwards, everything stays as it was. What is trained has the dtype it had.
     Raises CompactMindError if the loss is no number.
     """
-    steps, started = max(1, math.ceil(tokens / windows.shape[1])), time.perf_counter()
+    steps, started, precision = max(1, math.ceil(tokens / windows.shape[1])), time.perf_counter(), mixed_precision()
     wanted_gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     places = [(norm, "weight") for norm in stream_norms(model)]
@@ -78,7 +80,9 @@ def tune_scales(
     try:
         for step in range(steps):
             number = step % len(windows)
-            losses.append(_backward(model, teacher, windows[number], states_of_teacher(number)))
+            states = states_of_teacher(number)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                losses.append(_backward(model, teacher, windows[number], states))
             if not math.isfinite(losses[-1]):
                 raise CompactMindError(
                     f"distilling after rounding has a loss of {losses[-1]} at step {step + 1}: a lower tuning_lr"
@@ -99,8 +103,8 @@ def tune_scales(
         for parameter, wanted in wanted_gradients:
             parameter.requires_grad_(wanted)
     return {
-        "tokens": steps * windows.shape[1], "steps": steps, "lr": lr, "losses": losses, "held_out": [at_first, at_last], "kept": kept,
-        "seconds": time.perf_counter() - started,
+        "tokens": steps * windows.shape[1], "steps": steps, "lr": lr, "mixed_precision": precision, "losses": losses,
+        "held_out": [at_first, at_last], "kept": kept, "seconds": time.perf_counter() - started,
     }  # fmt: skip
 
 
