@@ -156,7 +156,6 @@ def make_and_save(
     with, or all of it, is taken from the cache, unless --force True.
     """
     context, accelerator = context_of(config), make_accelerator(may_shard=True)
-    learns = any(step.method.kind == "quantize" and step.method.trains and getattr(step.recipe, step.method.trains) for step in steps)
     batches = [step.recipe.batch_size * step.recipe.accumulation for step in steps if step.method.kind == "retrain"]
     stage = {
         "script": "5_bayesian_search.py",
@@ -164,7 +163,7 @@ def make_and_save(
         "config": {
             "strategy": strategy, "eval_windows": config.eval_windows, **context, "pipeline": [step.described() for step in steps],
             "study": study, "retraining": [accelerator_record(accelerator, batch) for batch in batches],
-            **({"learning": accelerator.mixed_precision} if learns else {}),
+            "learning": accelerator.mixed_precision if any(step.learns for step in steps) else None,
         },
         "inputs": {"model": context["model"]},
     }  # fmt: skip

@@ -11,7 +11,7 @@ quality   every point of a coarse space is run once. Every strategy then searche
           what a pipeline gives is looked up, so that all see the same numbers. Gap: lowest KL / that of the grid - 1, target reached
 speed     pipelines drawn at random from those the search of the script has run are run from scratch, nothing remembered, on all
           validation windows: measured after every step, as the search and `--strategy fixed` do, and counted as if measured at the
-          end alone. Pipelines that the search told to be too large and did not run are drawn and shown apart
+          end alone. Pipelines that the search estimated to be too large and did not run are drawn and shown apart
 strategies   strategies.py: Bayesian search, evolution and chance, 10 seeds each, in a table of quantizations of the first blocks of the
           model, measured once (results/benchmark_search_table.json) and looked up; for one size and for a front
 flat      100 trials of one search by TPE on so little text that each takes seconds: memory of the process after them, and the time
@@ -216,7 +216,7 @@ def speed(config: BenchmarkConfig, stage: SearchConfig) -> dict:
                 f"measured at the end alone {row['at the end']:>4.0f} s, in the search {row['search']:>4.0f} s: {row['pipeline']}",
                 flush=True,
             )
-    print(f"\n{len(run)} pipelines run by the search in {searched:.0f} s, {len(not_run)} more told to be too large and not run")
+    print(f"\n{len(run)} pipelines run by the search in {searched:.0f} s, {len(not_run)} more estimated to be too large and not run")
     report = {"run": len(run), "not_run": len(not_run), "search_seconds": searched, "rows": rows, "times": {}}
     for measured in ("every step", "at the end"):
         each, others = ([row[measured] for row in rows if row["what"] == what] for what in ("run", "not run"))

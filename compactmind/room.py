@@ -10,7 +10,7 @@ from compactmind.errors import CompactMindError
 from compactmind.files import free_space
 
 MARGIN = 1.15
-"""What is told from shapes may be this much too high: only what does not fit even then is refused."""
+"""What is estimated from shapes may be this much too high: only what does not fit even then is refused."""
 CGROUP = Path("/sys/fs/cgroup")
 """Where Linux says how much memory a container may take."""
 

@@ -118,7 +118,7 @@ def test_the_published_file_is_told_beside_the_smallest_and_is_no_candidate():
 def test_if_every_smaller_one_is_worse_that_is_said_first():
     rows = [language(f"m{size}", 3 - size / 100, float(size)) for size in range(10, 100, 10)]
     first, second, *_ = opening_sentences(report_of(DENSE, *rows))
-    assert first.startswith("No language model smaller than llama (200.0 MB) has a perplexity that cannot be told from it")
+    assert first.startswith("No language model smaller than llama (200.0 MB) has its perplexity as far as 16 windows can tell.")
     assert second.count(" MB, ") == 3 and second.endswith("; and 6 smaller ones.")
 
 

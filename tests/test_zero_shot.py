@@ -153,10 +153,10 @@ def test_rows_are_compared_on_the_same_problems():
     assert table.header == ["model", "piqa [95%]", "p, Holm"] and table.rows[0] == ["llama", "75.0% [74.0%, 76.0%]", "-"]
     assert table.rows[1][2] == "1" and "piqa: acc_norm, 40 problems (lm-eval 1)" in table.note
     text = zero_shot_sentences(report)
-    assert text[0].startswith("Zero-shot, of 2 comparisons with the model each was made from on the same problems 1 can be told from")
+    assert text[0].startswith("Zero-shot, of 2 comparisons with the model each was made from on the same problems 1 differs from chance: ")
     assert text[0].count("worse at piqa (p = 3.8e-06)") == 1 and text[1] == "hellaswag was not asked: no file."
     report["models"] = [rows[0], rows[1]]
-    assert "none can be told from chance" in zero_shot_sentences(report)[0]
+    assert "none differs from chance" in zero_shot_sentences(report)[0]
     assert zero_shot_table({"models": [{"name": "x", "status": "measured"}]}) is None
 
 

@@ -218,7 +218,7 @@ def measure_in_llama_cpp(
     """Add, in place, to rows of a dense model that llama.cpp rounds and runs, by their `dtype`, what `measure_language_models` adds.
 
     `base` is the measured row of the dense model and `windows` (windows, seq_len) what its numbers are of. Memory is not measured: what
-    llama.cpp maps from a file is not told from what it needs. Each row fails alone; one of a model that GGUF cannot hold is left out.
+    llama.cpp maps from a file is not separated from what it needs. Each row fails alone; one of a model that GGUF cannot hold is left out.
     """
     models: dict[str, Any] = {base["name"]: dense.model}
     errors: dict[str, Exception] = {}

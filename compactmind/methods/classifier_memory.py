@@ -1,6 +1,6 @@
-"""What memory the stages of the encoder track need, told from shapes alone, as memory.py does for language models.
+"""What memory the stages of the encoder track need, estimated from shapes alone, as memory.py does for language models.
 
-Told is what a stage adds to a process that has loaded its libraries, at its peak; checked by `benchmarks/classifier_memory.py`.
+Estimated is what a stage adds to a process that has loaded its libraries, at its peak; checked by `benchmarks/classifier_memory.py`.
 """
 
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ class ClassifierSizes:
 
     @classmethod
     def of(cls, settings: dict[str, Any], weight_bytes: int) -> "ClassifierSizes":
-        """Return the sizes of the model with this config.json and so many bytes of float32 weights; pruned ones are told as dense."""
+        """Return the sizes of the model with this config.json and so many bytes of float32 weights; pruned ones are estimated as dense."""
 
         def either(*names: str) -> int:
             return next(int(settings[name]) for name in names if name in settings)

@@ -1,6 +1,6 @@
-"""What memory a step of the LLM track needs, told from shapes alone, so that what cannot fit is refused before work begins.
+"""What memory a step of the LLM track needs, estimated from shapes alone, so that what cannot fit is refused before work begins.
 
-Told is what cannot be dropped: on a CPU the weights of a large model lie in the mapped file and count only where a step changes them, on a
+It is what cannot be dropped: on a CPU the weights of a large model lie in the mapped file and count only where a step changes them, on a
 GPU they count. A step is a row of phases, each a sum of what is in memory then; the largest phase is what is needed. Written beside each
 method's code and checked against it by `benchmarks/scale.py`, which prints both.
 """
@@ -196,7 +196,7 @@ def sparse24(sizes: Sizes, recipe: Any, before: int) -> Need:
 def retrain(sizes: Sizes, recipe: Any, before: int) -> Need:
     """What is trained with its gradient, two moments and the best so far; activations, and three logits of a batch; 4 bits beside it.
 
-    Measured on a CPU, a large model beside 4 bits has no lower peak than beside its own weights: it is told as the latter.
+    Measured on a CPU, a large model beside 4 bits has no lower peak than beside its own weights: it is estimated as the latter.
     """
     trained = 4 * sizes.parameters
     if recipe.mode == "lora":

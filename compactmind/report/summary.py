@@ -59,7 +59,7 @@ def comparable_languages(report: dict[str, Any]) -> Rows:
 
 
 def no_worse_classifier(row: dict[str, Any], reference: dict[str, Any]) -> bool | None:
-    """Tell whether a classifier is better than the reference or cannot be told from it; None if they were not compared."""
+    """Tell whether a classifier is better than the reference or indistinguishable from it; None if they were not compared."""
     p_value = corrected_p(row)
     if row is reference:
         return True
@@ -67,7 +67,7 @@ def no_worse_classifier(row: dict[str, Any], reference: dict[str, Any]) -> bool 
 
 
 def no_worse_language(row: dict[str, Any]) -> bool:
-    """Tell whether a language model is better than the dense one or its perplexity cannot be told from it."""
+    """Tell whether a language model is better than the dense one or its perplexity indistinguishable from it."""
     return bool(row["against_dense"]) and row["against_dense"]["interval"][0] <= 1
 
 
@@ -135,7 +135,7 @@ def _accurate(row: dict[str, Any]) -> str:
 
 
 def _verdict(row: dict[str, Any], reference: dict[str, Any]) -> str:
-    """Return whether two classifiers can be told apart, which the corrected p-value decides, in words."""
+    """Return whether two classifiers can be distinguished, which the corrected p-value decides, in words."""
     if corrected_p(row) >= DISTINGUISHABLE:
         return f"not distinguishable ({p_in_words(row)})"
     return f"{'better' if row['accuracy'] > reference['accuracy'] else 'worse'} ({p_in_words(row)})"
@@ -178,8 +178,8 @@ def _of_languages(report: dict[str, Any]) -> list[str]:
     else:
         small = dense
         lines.append(
-            f"No language model smaller than {dense_name} ({dense['size_mb']:.1f} MB) has a perplexity that cannot be told from it on "
-            f"{windows} windows."
+            f"No language model smaller than {dense_name} ({dense['size_mb']:.1f} MB) has its perplexity as far as "
+            f"{windows} windows can tell."
         )
     below = [rows[name] for name in reversed(front) if rows[name]["size_mb"] < small["size_mb"]]
     if below:

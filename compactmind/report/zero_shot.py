@@ -1,4 +1,4 @@
-"""Zero-shot tasks in the report: a table, and in sentences what can be told apart. Measured by compactmind/evaluation/zero_shot.py."""
+"""Zero-shot tasks in the report: a table, and in sentences what can be distinguished. Measured by compactmind/evaluation/zero_shot.py."""
 
 from typing import Any
 
@@ -51,5 +51,5 @@ def zero_shot_sentences(report: dict[str, Any]) -> list[str]:
             better = against["only_this_correct"] > against["only_reference_correct"]
             differ.append(f"{row['name']} is {'better' if better else 'worse'} at {name} (p = {against['p_holm']:.2g})")
     text = f"Zero-shot, of {len(compared)} comparisons with the model each was made from on the same problems "
-    text += f"{len(differ)} can be told from chance: {'; '.join(differ)}" if differ else "none can be told from chance"
+    text += f"{len(differ)} differ{'s' * (len(differ) == 1)} from chance: {'; '.join(differ)}" if differ else "none differs from chance"
     return [f"{text}.", *lines]

@@ -18,7 +18,7 @@ def ablation(
 ) -> list[dict[str, Any]]:
     """Return a row per step of a pipeline of several; `run` makes a pipeline and measures after every step, `unit` is what is looked at.
 
-    `rows` are those of the whole. Keys: left_out, without (the measure), change, alone, interaction; None where it cannot be told, and why
+    `rows` are those of the whole. Keys: left_out, without (the measure), change, alone, interaction; None where it is not known, and why
     in `reason`. Empty for a pipeline of one step.
     """
     if len(steps) < 2:

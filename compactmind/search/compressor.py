@@ -44,6 +44,11 @@ class Step:
     method: Method
     recipe: Any
 
+    @property
+    def learns(self) -> bool:
+        """Whether it trains anything: its result depends on the precision of training then."""
+        return bool(self.method.trains and getattr(self.recipe, self.method.trains))
+
     def described(self) -> dict[str, Any]:
         """Return the step with all its parameters, as JSON has it."""
         return json.loads(json.dumps({"method": self.method.name, "params": asdict(self.recipe)}))

@@ -1,6 +1,6 @@
 """Which process works on a trial and whether it is alive, and which kind of machine measured a latency.
 
-A process of this machine is looked up; one of another machine, or in another container, can only be told by its signs of life. Times are
+A process of this machine is looked up; one of another machine, or in another container, is known only by its signs of life. Times are
 compared between machines of one kind alone: the same CPU or GPU, the same instructions, the same number of threads.
 """
 

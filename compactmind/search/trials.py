@@ -2,7 +2,7 @@
 memory.
 
 Pipelines are compared by KL (compactmind/evaluation/divergence.py): the perplexity of a few windows cannot tell good ones apart. Time is
-not spent on what cannot win. A pipeline whose bytes can be told beforehand to miss the target is not run. One that is so far behind the
+not spent on what cannot win. A pipeline whose bytes are known beforehand to miss the target is not run. One that is so far behind the
 best after a step, on the first few windows, that none of the coming steps has ever won as much in this study, is stopped there; so is one
 that is as far behind after a short retraining, SHORT of the tokens, whatever the rest of them has ever won. Where bytes are an objective
 too, the best is the best of those that are no larger than the pipeline is expected to be: it cannot be part of the front any more. What has

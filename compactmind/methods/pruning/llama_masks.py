@@ -80,7 +80,7 @@ class PruneRecipe:
             raise ValueError(f"protect {self.protect} leaves some blocks wider than others: it needs scope global")
 
 
-# --------------------------------------------------------------------------------------------- what can be told beforehand
+# -------------------------------------------------------------------------------------------- what is known beforehand
 def check_prunable(model: PreTrainedModel, recipe: PruneRecipe, as_it_is: bool = True) -> None:
     """Raise CompactMindError if a recipe cannot be carried out on a model, as far as its shapes tell: nothing is computed.
 

@@ -36,7 +36,7 @@ def prune_llama(
     `windows` (windows, seq_len) of text are needed unless the criterion is l2 or random, nothing is compensated and no block
     or hidden channel is removed. `scores` spares scoring `model` if what the recipe asks for is known already, `states` running it on the
     windows if another pruning of it has; only the first round uses them, and only if no block or hidden channel goes before it. Raises
-    CompactMindError on a recipe that does not fit the model, before anything is computed wherever that can be told.
+    CompactMindError on a recipe that does not fit the model, before anything is computed wherever that is possible.
     """
     check_prunable(model, recipe)
     if (windows is None or len(windows) == 0) and (recipe.compensate or recipe.blocks or recipe.hidden_sparsity):
