@@ -30,12 +30,13 @@ from compactmind.devices import default_device
 from compactmind.evaluation.cost import weight_bytes
 from compactmind.evaluation.divergence import measure_logits, measure_windows
 from compactmind.evaluation.perplexity import paired_ratio, perplexity_of
+from compactmind.evaluation.recorded import quality_record
 from compactmind.files import lock_directory, write_json_atomically
 from compactmind.formats.table import kernel_of
 from compactmind.forward import LogitsOf
 from compactmind.gguf_source import folder_of
 from compactmind.guards import check_outputs, check_released
-from compactmind.manifest import identity_of, is_up_to_date, read_manifest, weights_fingerprint
+from compactmind.manifest import add_to_manifest, identity_of, is_up_to_date, read_manifest, weights_fingerprint
 from compactmind.methods.memory import Sizes, of_pipeline
 from compactmind.methods.quantization.calibration import SITES
 from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4
@@ -260,7 +261,9 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
     for name in stages:
         checkpoint = load_checkpoint(config.models_dir / name, device)
         kernels[name] = kernel_of(checkpoint.model, checkpoint.manifest["kind"])
-        evaluated[name] = measure_windows({name: checkpoint.model}, windows, logits)[name]
+        measured_now = evaluated[name] = measure_windows({name: checkpoint.model}, windows, logits)[name]
+        record = quality_record(windows, made_by["inputs"]["model"], measured_now["losses"], measured_now["divergence"])
+        add_to_manifest(config.models_dir / name, record)
         del checkpoint
     smoothed = read_manifest(config.models_dir / config.output_dir)
     table = smoothed.get("alpha_table", [])

@@ -204,7 +204,7 @@ def measure_track(
     measure_language_models(
         needed, checkpoints, windows_for, f"{text}, test", config.window_choice, reference=there.get(reference),
         bases={row["name"]: there[row["compared_with"]] for row in needed if row["compared_with"] in there},
-        prompt_tokens=config.prompt_tokens, repeats=config.latency_repeats,
+        prompt_tokens=config.prompt_tokens, repeats=config.latency_repeats, fresh=config.fresh,
     )  # fmt: skip
     if config.gsm8k_problems:
         file = config.gsm8k_dir / "test.jsonl"

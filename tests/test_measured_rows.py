@@ -60,7 +60,7 @@ def test_gsm8k_that_cannot_be_asked_costs_its_own_cell_only(monkeypatch):
 def language_rows(models: dict, tokenizer, folder) -> tuple[list[dict], dict, dict]:
     """Return rows of language models, all made from `dense`, their checkpoints and their bases."""
     rows = [{"name": name, "status": "measured", "directory": str(folder), "kind": "dense"} for name in models]
-    checkpoints = {name: SimpleNamespace(model=model, tokenizer=tokenizer) for name, model in models.items()}
+    checkpoints = {name: SimpleNamespace(model=model, tokenizer=tokenizer, manifest={}) for name, model in models.items()}
     return rows, checkpoints, dict.fromkeys(models, rows[0])
 
 

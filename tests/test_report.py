@@ -119,6 +119,8 @@ def test_language_models_are_measured_on_the_same_windows_and_against_the_dense_
     folder, output = reported
     report = helpers.read_json(folder / "results" / "final_report.json")
     rows = {row["name"]: row for row in report["models"] if row["track"] == "llm"}
+    confirmed = next(line for line in output.splitlines() if line.endswith("; the first window, read again, is the same"))
+    assert confirmed.partition(":")[0].split(", ") == [name for name in LANGUAGE_ROWS if name != "llama"]
     assert list(rows) == LANGUAGE_ROWS and {"perplexity", "compression_ratio", "generation"} <= report["protocols"].keys()
     dense = rows["llama"]
     windows = token_windows(helpers.make_byte_tokenizer(), load_documents(folder / "wikitext_data", "test"), 32, 4, "spread")
@@ -239,6 +241,7 @@ def test_everything_is_measured_again_if_asked_or_if_the_protocol_is_another(cop
     assert status == 0 and "teacher                  accuracy" in output and "student_distilled        accuracy" in output, (
         output
     )
+    assert "the first window, read again" not in output
 
 
 def test_a_new_reference_changes_every_row(copy, run_here):

@@ -31,6 +31,7 @@ from compactmind.evaluation.failures import cell_fails_alone, collecting, leave_
 from compactmind.evaluation.llama_cpp import LlamaCpp
 from compactmind.evaluation.loaded import Checkpoints
 from compactmind.evaluation.perplexity import paired_ratio, perplexity_of
+from compactmind.evaluation.recorded import recorded_quality
 from compactmind.formats.table import kernel_of
 from compactmind.forward import LogitsOf
 from compactmind.gguf_export import export_gguf
@@ -48,6 +49,7 @@ def measure_language_models(
     bases: dict[str, dict[str, Any]],
     prompt_tokens: int,
     repeats: int,
+    fresh: bool = False,
 ) -> None:
     """Add, in place, every measurement to the rows, whose models are all among the `checkpoints`, by name.
 
@@ -56,7 +58,8 @@ def measure_language_models(
     of a row, the row it is compared with: one of these, or one measured earlier, whose model then runs along where time is compared.
     Perplexity ratio, KL, compression and speed-up are None without one, ratio and KL also where the text becomes other tokens: a loss per
     token is another thing then, and the protocol of a row says so whose tokens are not those of the `reference`. A row fails alone,
-    see compactmind/evaluation/failures.py; if others are compared with it, they are compared with nothing.
+    see compactmind/evaluation/failures.py; if others are compared with it, they are compared with nothing. What a manifest has recorded of
+    perplexity and KL is taken from there if one window confirms it (compactmind/evaluation/recorded.py), unless `fresh`.
     """
 
     tokenized: dict[str, torch.Tensor] = {}
@@ -69,7 +72,7 @@ def measure_language_models(
             tokenized[same] = windows_for(tokenizer)
         return tokenized[same]
 
-    _measure_quality(rows, checkpoints, windows_of, text, windows_from, bases)
+    _measure_quality(rows, checkpoints, windows_of, text, windows_from, bases, fresh)
     rows = [row for row in rows if row["status"] == "measured"]
     bases = {name: base for name, base in bases.items() if base["status"] == "measured"}
     for row in rows:
@@ -154,6 +157,7 @@ def _measure_quality(
     text: str,
     windows_from: str,
     bases: dict[str, dict[str, Any]],
+    fresh: bool = False,
 ) -> None:
     """Add, in place, perplexity, KL to the base, the bytes of the weights and what multiplies them; a row without them fails.
 
@@ -173,14 +177,20 @@ def _measure_quality(
         what = f"perplexity and KL to {base_name} on {len(windows)} windows of {windows.shape[1]} tokens"
         print(f"{', '.join(names)}: {what} ...", flush=True)
         errors: dict[str, Exception] = {}
-        by_model, dense = {}, None
+        by_model, dense, base, recorded = {}, None, bases.get(names[0], {}).get("identity"), []
         with collecting(errors, base_name):
             dense = LogitsOf(checkpoints[base_name].model, windows)
             by_model[base_name] = measure_logits(dense, windows)
         for name in names:
-            if name != base_name:
-                with collecting(errors, name):
-                    by_model[name] = measure_windows({name: checkpoints[name].model}, windows, dense)[name]
+            if name == base_name:
+                continue
+            with collecting(errors, name):
+                if not fresh and dense is not None:
+                    by_model[name] = recorded_quality(checkpoints[name], windows, base, dense)
+                recorded += [name] if by_model.get(name) else []
+                by_model[name] = by_model.get(name) or measure_windows({name: checkpoints[name].model}, windows, dense)[name]
+        if recorded:
+            print(f"{', '.join(recorded)}: as when they were made; the first window, read again, is the same", flush=True)
         for row in group:
             with row_fails_alone(row):
                 if row["name"] in errors:

@@ -14,6 +14,7 @@ from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import weight_bytes
 from compactmind.evaluation.divergence import measure_logits, measure_windows
 from compactmind.evaluation.perplexity import paired_ratio, perplexity_of
+from compactmind.evaluation.recorded import quality_record
 from compactmind.forward import LogitsOf
 from compactmind.methods.registry import Resources
 from compactmind.precision import work_in_float32
@@ -51,7 +52,7 @@ class PipelineInputs:
             known = self.dense_on_test
             dense = self.resources.is_teacher(model)
             measured = measure_logits(known, self.test) if dense else measure_windows({"": model}, self.test, known)[""]
-            far = {name: measured["divergence"][name] for name in ("mean", "interval", "p999", "same_top")}
+            far = measured["divergence"]
             measured = perplexity_of(measured["losses"], self.test.shape[1], f"{self.text}, test", self.window_choice)
             return {**{name: measured[name] for name in ("perplexity", "loss", "losses", "protocol")}, "divergence": far}
 
@@ -120,16 +121,19 @@ def save_compressed(
 ) -> dict[str, Any]:
     """Save what came out of a pipeline that was measured by `on_test`; return what its manifest says of that.
 
-    That is `pipeline`, a row per step with `against_dense` (ratio of perplexities, 95% interval, paired), and `extra`.
+    That is `pipeline`, a row per step with `against_dense` (ratio of perplexities, 95% interval, paired), and `extra`. The manifest
+    also keeps the losses and divergences of every window: see compactmind/evaluation/recorded.py.
     """
-    dense_losses = compressed.steps[0]["losses"]
+    dense_losses, last = compressed.steps[0]["losses"], compressed.steps[-1]
+    kept = quality_record(inputs.test, stage.get("inputs", {}).get("model"), last["losses"], last["divergence"])
     for row in compressed.steps:
         row["against_dense"] = paired_ratio(row.pop("losses"), dense_losses)
+        row["divergence"] = {name: value for name, value in row["divergence"].items() if name != "divergences"}
     record = {"pipeline": compressed.steps, **extra}
     with store_as_released(compressed, inputs.resources.released):
         save_checkpoint(
             output, compressed.model, inputs.tokenizer, kind=compressed.kind, parent=inputs.source.name, stage=stage,
-            quantization=compressed.quantization, data_fingerprint=inputs.fingerprint, extra=record,
+            quantization=compressed.quantization, data_fingerprint=inputs.fingerprint, extra=record | kept,
             dtype=str(inputs.resources.released).removeprefix("torch."), beside=inputs.source,
         )  # fmt: skip
     return record
