@@ -4,7 +4,7 @@ Papers: compactmind/search/engine.py, compactmind/methods/pruning/llama_importan
 Run:   python 5_bayesian_search.py              (after python download_model.py; every setting: --help)
        python 5_bayesian_search.py --model_path models/llama --strategy bayesian --n_trials 30 --retrain True --target_compression 2.5
        python 5_bayesian_search.py --strategy evolution              (or random, grid: each a study of its own)
-       python 5_bayesian_search.py --objectives kl bytes --save_front 2 2.5 3 4 --n_trials 30      (a model of every size)
+       python 5_bayesian_search.py --objectives kl bytes --save_front 2.5 3 4 --n_trials 30      (a model of every size)
        python 5_bayesian_search.py --study_name narrow --target_compression 2     (a study of its own beside the first)
        python 5_bayesian_search.py --replay 12                       (make the model of trial 12 again, into models/llama_trial_12)
        python 5_bayesian_search.py --strategy fixed --output models/llama_small --pipeline \\

@@ -1,7 +1,7 @@
 """Whether a newcomer can do what the README and docs/ say: every command, every piece of code, every link.
 
 Run:   python benchmarks/check_readme.py                       (reads: seconds)
-       python benchmarks/check_readme.py --run True            (and runs what it can, on the smoke profile)
+       python benchmarks/check_readme.py --run True            (and runs what it can, on the smoke profile: 5 minutes)
        python benchmarks/check_readme.py --run True --pages README.md docs/take_away.md
 Reads: README.md, docs/*.md, benchmarks/peers/README.md
 Prints: what is wrong, by page; with --run a line per command: what became of it, seconds

@@ -3,6 +3,7 @@
 A part of check_readme.py, which says where this project is imported from.
 """
 
+import importlib.util
 import re
 import shutil
 import sys
@@ -14,8 +15,8 @@ from tempfile import TemporaryDirectory
 from readme_commands import CONFIGS, LAUNCHERS, ROOT, blocks, call_of, commands, simple_commands
 
 SMALLER = {
-    "n_trials": ["2"], "eval_windows": ["2"], "calibration_windows": ["4"], "target_compression": ["1.2"], "save_front": ["1.1", "1.2"],
-    "gsm8k_problems": ["0"], "seq_len": ["32"], "student_layers": ["2"], "latency_repeats": ["1"],
+    "n_trials": ["2"], "eval_windows": ["2"], "calibration_windows": ["4"], "target_compression": ["1.2"],
+    "target_speedups": ["1.05", "1.1"], "gsm8k_problems": ["0"], "seq_len": ["32"], "student_layers": ["2"], "latency_repeats": ["1"],
 }  # fmt: skip
 """Options whose values are for a real model -> what the tiny one gets."""
 PLACES = {"/path/to/model": "models/llama", "/path/to/a/llama": "models/llama", "/path/to/folder": "models/student_distilled"}
@@ -36,6 +37,8 @@ def runnable(command: str) -> list[str] | None:
     if call is None or not (call[0] in CONFIGS or Path(call[0]).stem in ("classify", "generate")) or words[0] in LAUNCHERS:
         return None
     script, given = call
+    if script == "export_onnx.py" and importlib.util.find_spec("onnx") is None:
+        return None
     replaced, name = [], None
     for word in given:
         if word == "--chat":  # the tiny tokenizer has no template for it
@@ -46,6 +49,7 @@ def runnable(command: str) -> list[str] | None:
         elif name not in SMALLER:
             word = next((word.replace(long, short) for long, short in PLACES.items() if long in word), word)
             word = re.sub(r'"target_compression": [\d.]+', '"target_compression": 1.2', word)
+            word = re.sub(r'("method": "prune", "params": \{)(?!.*round_to)', r'\1"round_to": 8, ', word)
             replaced.append(re.sub(r'"tokens": \d+', '"tokens": 256', word))
     if any(sign in command for sign in OF_PAIRS):
         replaced = [PAIR_MODEL if word == "models/student_distilled" else word for word in replaced]

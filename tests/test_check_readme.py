@@ -68,6 +68,9 @@ def test_commands_are_run_with_what_a_tiny_model_can_take():
         "--profile", "smoke", "--strategy", "fixed", "--calibration_windows", "4", "--model_path", "models/llama", "--output",
         "models/x", "--pipeline", '[{"method": "gptq", "params": {"target_compression": 1.2}}]',
     ]  # fmt: skip
+    pruned = check.runnable("python 5_bayesian_search.py --pipeline '[{\"method\": \"prune\", \"params\": {\"sparsity\": 0.2}}]'")
+    assert pruned[-1] == '[{"method": "prune", "params": {"round_to": 8, "sparsity": 0.2}}]'
+    assert check.runnable("python 2_prune_finetune.py --target_speedups 2 4 --epochs 3")[-4:] == ["1.05", "1.1", "--epochs", "3"]
     assert check.runnable("python download_model.py --source hub") is None
     assert check.runnable("torchrun --nproc_per_node 2 1_distill.py") is None
     assert check.runnable('python classify.py "a < b" < reviews.txt')[2:] == ["a < b"]
