@@ -259,3 +259,9 @@ def test_retraining_with_remembered_states_is_the_same_retraining():
         result = retrain_causal_lm(model, windows, windows[:2], recipe, teacher=teacher, teacher_states=remembered)
         losses.append(result["history"][-1]["loss"])
     assert states.kept and losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_with_no_weight_on_its_predictions_the_dense_model_is_not_asked():
+    assert make_recipe(distillation=True).distils and not make_recipe(distillation=True, alpha=0.0).distils
+    assert not make_recipe(distillation=False).distils
+    assert make_recipe(distillation=True, alpha=0.0, hidden_loss_weight=0.1).distils

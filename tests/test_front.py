@@ -142,7 +142,7 @@ def test_nothing_is_asked_for_twice_nor_what_is_too_large_and_all_begin_alike(tm
 def test_evolution_crosses_parents_of_different_orders(space):
     study = optuna.create_study()
     points = [
-        {"order": "prune > retrain > nf4", "prune.sparsity": 0.2, "prune.criterion": "l2", "retrain.distillation": True,
+        {"order": "prune > retrain > nf4", "prune.sparsity": 0.2, "prune.criterion": "l2", "retrain.alpha": 0.5,
          "nf4.double_quantization": False, "nf4.embeddings": "int8"},
         {"order": "nf4", "nf4.double_quantization": True, "nf4.embeddings": "as_released"},
     ]  # fmt: skip

@@ -36,7 +36,7 @@ def test_what_would_fill_zeros_is_not_asked_for():
     assert "sparse24 > w8a8" in names(space) and not any("sparse24" in order and "gptq" in order for order in space.orders)
     sparse = make_space(("sparse24", "retrain", "w8a8", "nf4"), choices={"retrain.lr": [1e-4], "retrain.tokens": [4096]})
     points = [point for point in sparse.points() if point["order"].startswith("sparse24")]
-    assert len(points) == 2 * (1 + 2) * (6 * 2 * 2 + 2 * 3)  # criteria, with retraining twice as many; w8a8 without rotations, nf4
+    assert len(points) == 2 * (1 + 3) * (6 * 2 * 2 + 2 * 3)  # criteria, with retraining three times as many; w8a8 without rotations, nf4
     assert sparse.size() == len(list(sparse.points()))
     for point in points:
         *_, last = read_pipeline(sparse.pipeline(point))
@@ -124,7 +124,7 @@ def test_the_first_guesses_are_the_least_sparse_pipelines_that_reach_the_target(
     ]
     assert [guess["prune.sparsity"] for guess in guesses.values()] == [0.1, 0.1, 0.3, 0.3]
     assert guesses["prune > retrain > w8a8"]["w8a8.embeddings"] == "int8"
-    usual = {"prune.criterion": "taylor", "retrain.tokens": 8192, "retrain.lr": 1e-4, "retrain.distillation": True}
+    usual = {"prune.criterion": "taylor", "retrain.tokens": 8192, "retrain.lr": 1e-4, "retrain.alpha": 0.5}
     assert usual.items() <= guesses["prune > retrain > nf4"].items()
     study = optuna.create_study()
     for guess in guesses.values():  # each is a point of the space
@@ -202,7 +202,7 @@ def test_the_neighbours_of_a_pipeline_differ_in_one_choice():
         "sparsity": [0.2, 0.4], "criterion": ["taylor", "variance"], "structures": ["channels+groups"],
         "order": {"nf4", "prune", "prune > retrain", "prune > retrain > nf4"},
     }  # fmt: skip
-    assert {"order": "prune > retrain > nf4", "retrain.distillation": True, **own} in result
+    assert {"order": "prune > retrain > nf4", "retrain.alpha": 0.5, **own} in result
     assert len(result) == 5 + 1 + 4 and all(read_pipeline(space.pipeline(point)) for point in result)
 
 

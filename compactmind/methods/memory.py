@@ -204,8 +204,8 @@ def retrain(sizes: Sizes, recipe: Any, before: int) -> Need:
     moments = 2 if recipe.optimizer == "adamw" else 0.5
     copies = 2 + moments + (recipe.mode == "lora")  # gradient, best so far; the weights themselves are counted with the model
     layers = (sizes.layers + 1) * sizes.stream if recipe.gradient_checkpointing else sizes.layers * sizes.within
-    known = 0 if sizes.small else min(MEMORY_TO_KEEP, 4 * recipe.tokens * sizes.hidden) * recipe.distillation
-    batch = recipe.batch_size * (layers + 2 * sizes.within + (2 + recipe.distillation) * sizes.logits)
+    known = 0 if sizes.small else min(MEMORY_TO_KEEP, 4 * recipe.tokens * sizes.hidden) * recipe.distils
+    batch = recipe.batch_size * (layers + 2 * sizes.within + (2 + recipe.distils) * sizes.logits)
     base = before if recipe.mode == "lora" else max(before, 4 * sizes.parameters)
     converting = 0
     if sizes.processes > 1 and recipe.mode == "full":  # its share; two blocks are gathered, and table and head; first all, in main memory

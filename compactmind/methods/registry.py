@@ -223,7 +223,7 @@ def _windows_to_train_on(resources: Resources, recipe: RetrainRecipe) -> torch.T
 
 def _read_teacher(resources: Resources, recipe: RetrainRecipe) -> None:
     """Let a large teacher read all of the text that is trained on, so that it is not in memory beside the model that is trained."""
-    if recipe.distillation and not recipe.hidden_loss_weight and not is_small(resources.teacher()):
+    if recipe.distils and not recipe.hidden_loss_weight and not is_small(resources.teacher()):
         seen = _windows_to_train_on(resources, recipe)
         print(f"the dense model reads {len(seen)} windows to train on ...", flush=True)
         resources.teacher_states().read(resources.teacher(), seen)
@@ -236,7 +236,7 @@ def _sparsify(model, resources: Resources, recipe: Sparse24Recipe):
 def _retrain(model, resources: Resources, recipe: RetrainRecipe):
     states, teacher = resources.teacher_states(), None
     known = states.holds(_windows_to_train_on(resources, recipe)) and not recipe.hidden_loss_weight
-    if recipe.distillation and not known:
+    if recipe.distils and not known:
         teacher = resources.teacher()
     held = {name: parameter.dtype for name, parameter in model.named_parameters()}
     device = model.device
@@ -333,7 +333,7 @@ METHODS: dict[str, Method] = {
     ),
     "retrain": Method(
         "retrain", "retrain", RetrainRecipe, _retrain,
-        {"tokens": (4096, 8192), "lr": (5e-5, 1e-4, 2e-4), "distillation": (True, False), "evaluations": (1,)},
+        {"tokens": (4096, 8192), "lr": (5e-5, 1e-4, 2e-4), "alpha": (0.5, 1.0, 0.0), "evaluations": (1,)},
         trains="tokens", beforehand=_read_teacher, needs=memory.retrain, check=_check_retrain, fills_zeros=_filled_by_retraining,
     ),
     "smooth": Method("smooth", "smooth", SmoothRecipe, _smooth, {"alpha": (0.5, 0.6, 0.7, 0.8, 0.9)}, needs=memory.smooth),

@@ -75,7 +75,7 @@ def check_inputs(
         )
     if recipe.mode == "full" and not any(parameter.requires_grad for parameter in model.parameters()):
         raise CompactMindError("requires_grad is False for every weight of the model: call model.requires_grad_(True) first")
-    if not recipe.distillation or (teacher is None and known and not recipe.hidden_loss_weight):
+    if not recipe.distils or (teacher is None and known and not recipe.hidden_loss_weight):
         return
     if teacher is None:
         raise CompactMindError("distillation needs a teacher: give the dense model, or set distillation to False")
@@ -128,7 +128,7 @@ def retrain_causal_lm(
     """Retrain a Llama-like causal LM in place and leave it in evaluation mode with the weights of its lowest held-out loss.
 
     `model` has float32 weights, or for adapters, and where it is divided, any that compute in float32; it and the `teacher` (used if
-    `recipe.distillation`, its weights stay as they are) go to the device of `accelerator`; `teacher_states` spares the teacher the windows
+    `recipe.distils`, its weights stay as they are) go to the device of `accelerator`; `teacher_states` spares the teacher the windows
     it has read before, and is enough without it where it has read all of them. `windows` and `held_out`
     (windows, seq_len) are int64 token ids. With `resume` the state is saved after every evaluation, and a run that was killed goes
     on from there and ends with the weights of an unbroken one, unless the number of steps, of processes or the precision is another:
@@ -179,7 +179,7 @@ def retrain_causal_lm(
     if sharded:
         accelerator.print(f"{label}: the model is divided between {processes} processes")
     model = shard(whole, accelerator.device) if sharded else model.to(accelerator.device)
-    teacher = teacher.to(accelerator.device).eval() if recipe.distillation and teacher is not None else None
+    teacher = teacher.to(accelerator.device).eval() if recipe.distils and teacher is not None else None
     loss_before = saved["loss_before"] if saved else held_out_loss(model, held_out, accelerator)
     if not loss_before < LARGEST_LOSS:
         raise CompactMindError(f"the held-out loss before retraining is {loss_before}: the model that came in is damaged")

@@ -160,7 +160,7 @@ class RetrainingLoss(nn.Module):
             with torch.no_grad():
                 target = teacher(**arguments)
             logits = target.logits
-        elif recipe.distillation:
+        elif recipe.distils:
             logits = self.states.logits(teacher, input_ids)
         loss = token_loss(
             output.logits.flatten(0, 1),  # (batch * (seq_len - 1), vocab)

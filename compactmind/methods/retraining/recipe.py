@@ -38,7 +38,7 @@ class RetrainRecipe:
     temperature: float = 2.0
     """Softens both distributions before they are compared, 1 to 4: the improbable tokens say more; distillation only."""
     alpha: float = 0.5
-    """Weight of the dense model's predictions in [0, 1]; the text has 1 - alpha; distillation only."""
+    """Weight of the dense model's predictions in [0, 1]; the text has 1 - alpha: 1 stays nearest to the dense model; distillation only."""
     hidden_loss_weight: float = 0.0
     """Weight of the mean squared error between hidden states, 0 to 1; above 0 distillation is on and both have one hidden size."""
     gradient_checkpointing: bool = False
@@ -53,6 +53,11 @@ class RetrainRecipe:
     """How often the held-out loss is measured, evenly spaced, after the last step too: each costs a pass over that text."""
     seed: int = 42
     """Decides the order of the windows and the adapters' start, 0 to 2^31."""
+
+    @property
+    def distils(self) -> bool:
+        """Whether the dense model has any say."""
+        return self.distillation and (self.alpha > 0 or self.hidden_loss_weight > 0)
 
     def __post_init__(self):
         if self.mode not in MODES:
