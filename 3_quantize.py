@@ -158,7 +158,7 @@ def cut_vocabulary(name: str, config: QuantizeConfig, device: str) -> None:
         again = load_checkpoint(saved, device)
         same = same_tokenizer(again.tokenizer, tokenizer)
         if not (same and torch.equal(predict_logits(again.model, validation, config.eval_batch_size), after)):
-            raise CompactMindError(f"{directory}: it does not reload as it was, so it was not kept: this is a bug, please report it")
+            raise CompactMindError(f"{directory}: it does not reload unchanged, so it is removed: a bug, please report it")
 
     save_checkpoint(
         directory, parent.model, tokenizer, kind=parent.manifest["kind"], parent=name, stage=stage, metrics=metrics,

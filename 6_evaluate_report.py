@@ -104,7 +104,7 @@ def own_models(config: ReportConfig) -> dict[str, Path]:
 
 
 def list_rows(config: ReportConfig) -> list[dict[str, Any]]:
-    """Return a row per model with name, track, directory and status: found, or `not run`, `broken`, `failed`, see `mark_unusable`.
+    """Return a row per model with name, track, directory and status: present, or `not run`, `broken`, `failed`, see `mark_unusable`.
 
     The standard rows come first, then every other checkpoint under models/, then the user's own.
     """
@@ -132,7 +132,7 @@ def list_rows(config: ReportConfig) -> list[dict[str, Any]]:
             rows.append(row)
             continue
         if track:
-            rows.append({**row, "track": track, "status": "found"})
+            rows.append({**row, "track": track, "status": "present"})
     return rows
 
 
@@ -150,7 +150,7 @@ def measure_track(
     mine = [row for row in rows if row["track"] == track]
     data = config.data_dir if track == "encoder" else config.text_dir
     settings = ENCODER_SETTINGS if track == "encoder" else LANGUAGE_SETTINGS
-    present = [row for row in mine if row["status"] == "found"]
+    present = [row for row in mine if row["status"] == "present"]
     if not present:
         return
     try:
@@ -166,7 +166,7 @@ def measure_track(
         return
     identify(present)
     for row in present:
-        if row["status"] == "found":
+        if row["status"] == "present":
             row["compared_with"] = compared_with(row, track, config)
     needed = reuse_measurements(present, known, what)
     kept = sum(row["status"] == "measured" for row in present)
@@ -266,7 +266,7 @@ def checkpoint_of(row: dict[str, Any]) -> Checkpoint:
 
 def finished(row: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return a row as a report may hold it: one whose track has yet to be measured as the earlier report has it, or as not run."""
-    if row["status"] != "found":
+    if row["status"] != "present":
         return row
     if known.get(row["name"], {}).get("status") == "measured":
         return known[row["name"]]

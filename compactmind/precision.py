@@ -126,7 +126,7 @@ def widen(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def widened(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the `with` block a model of any dtype computes in float32; afterwards it is as it was."""
+    """Inside the `with` block a model of any dtype computes in float32; afterwards it is unchanged."""
     before = [(module, module.__class__, [(each, each.data) for each in module.parameters(recurse=False)]) for module in model.modules()]
     if not computes_in_float32(model):
         widen(model)

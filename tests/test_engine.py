@@ -90,7 +90,7 @@ def test_pipelines_that_are_not_run_do_not_count_and_the_sampler_learns_of_them(
     study = fresh(tmp_path)
     trials = run(study, space, 12, evaluate)
     assert len(trials) == 12 and all(trial.params["order"].endswith("nf4") for trial in trials)
-    skipped = [trial for trial in study.trials if trial.user_attrs.get("set_aside") == "not run: too large"]
+    skipped = [trial for trial in study.trials if trial.user_attrs.get("skipped") == "not run: too large"]
     assert skipped and all(trial.state == TrialState.PRUNED and "nf4" not in trial.params["order"] for trial in skipped)
     known = fresh(tmp_path, "told")
     asked = run(known, space, 12, evaluate, excess=lambda steps: 0.0 if steps[-1].method.name == "nf4" else 1.0)

@@ -84,7 +84,7 @@ def test_a_worker_that_is_slow_to_say_what_it_runs_and_a_fast_one_run_it_once(tm
     threads[0][0].join()
     assert errors == threads[0][1] == []
     assert [name for name, key in run_by if key == key_of(space, POINT)] == ["slow"] and len(run_by) == 2
-    assert [trial.user_attrs.get("set_aside") for trial in open_study("shared", storage, DESCRIBED).trials][:2] == [
+    assert [trial.user_attrs.get("skipped") for trial in open_study("shared", storage, DESCRIBED).trials][:2] == [
         None, "the same pipeline as trial 0",
     ]  # fmt: skip
 
@@ -113,7 +113,7 @@ def test_a_queued_trial_waits_for_a_later_one_to_decide(tmp_path, space, monkeyp
         if runs_it:
             later.set_user_attr("runs", True)
         else:
-            later.set_user_attr("set_aside", "the same pipeline as trial 0")
+            later.set_user_attr("skipped", "the same pipeline as trial 0")
             study.tell(later, state=TrialState.FAIL)
 
     monkeypatch.setattr(engine, "_pause", decide)
@@ -121,7 +121,7 @@ def test_a_queued_trial_waits_for_a_later_one_to_decide(tmp_path, space, monkeyp
     assert trial.number == 0
     steps = engine._prepare(study, space, trial, 10)
     assert pauses == [TrialState.RUNNING]
-    assert (steps is None) == runs_it == ("set_aside" in study.trials[0].user_attrs)
+    assert (steps is None) == runs_it == ("skipped" in study.trials[0].user_attrs)
 
 
 def test_a_trial_without_a_key_whose_worker_is_gone_holds_nobody_up(tmp_path, space, monkeypatch):

@@ -24,7 +24,7 @@ def task_manager() -> TaskManager:
 
 @contextmanager
 def in_the_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Iterator[HFLM]:
-    """Inside the `with` block a model, stored in any way, is one of the harness; it is as it was after the block.
+    """Inside the `with` block a model, stored in any way, is one of the harness; it is unchanged after the block.
 
     A table of integers has no weight to be tied: what loads a checkpoint has seen to that.
     """

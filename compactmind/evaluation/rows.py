@@ -47,7 +47,7 @@ def described(row: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def identify(rows: list[dict[str, Any]]) -> None:
-    """Give, in place, every found row its `identity`, a hash of its weights, and `made_from`: the row its model was made from.
+    """Give, in place, every present row its `identity`, a hash of its weights, and `made_from`: the row its model was made from.
 
     A manifest records the weights a stage read, not only their name: `made_from` is None if no row has just those.
     """
@@ -55,7 +55,7 @@ def identify(rows: list[dict[str, Any]]) -> None:
         with row_fails_alone(row):
             row["identity"] = identity_of(Path(row["directory"]))
     for row in rows:
-        if row["status"] != "found":
+        if row["status"] != "present":
             continue
         directory, made_from = Path(row["directory"]), None
         if (directory / MANIFEST).is_file():
@@ -68,7 +68,7 @@ def identify(rows: list[dict[str, Any]]) -> None:
 
 
 def reuse_measurements(rows: list[dict[str, Any]], known: dict[str, dict[str, Any]], what: dict[str, Any]) -> list[dict[str, Any]]:
-    """Complete, in place, the found rows whose measurement is `known` (an earlier report's, by name); return the others.
+    """Complete, in place, the present rows whose measurement is `known` (an earlier report's, by name); return the others.
 
     A measurement holds as long as the weights, those it was compared with, the machine and `what` (data, settings) are the same. One
     that lacks something is tried again.
@@ -76,7 +76,7 @@ def reuse_measurements(rows: list[dict[str, Any]], known: dict[str, dict[str, An
     identities = {row["name"]: row.get("identity") for row in rows}
     needed = []
     for row in rows:
-        if row["status"] != "found":
+        if row["status"] != "present":
             continue
         key = {**what, "weights": row["identity"], "reference": identities.get(row["compared_with"])}
         exported = Path(row["directory"]) / FILE

@@ -39,7 +39,7 @@ def row_of_llama_cpp(dense: dict[str, Any], dtype: str, version: str) -> dict[st
     return row | {
         "name": f"llama.cpp {dtype}", "kind": LLAMA_CPP, "dtype": dtype, "directory": None, "made_from": dense["name"],
         "compared_with": dense["name"], "kernel": f"llama.cpp ({version})", "stage": {}, "load_seconds": None, "peak_memory_mb": None,
-        "identity": f"{dense['identity']} {dtype}", "status": "found", "machine": dense.get("machine"),
+        "identity": f"{dense['identity']} {dtype}", "status": "present", "machine": dense.get("machine"),
         "measured_with": {**dense["measured_with"], "llama.cpp": version},
     }  # fmt: skip
 

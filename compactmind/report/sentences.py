@@ -171,7 +171,7 @@ def bits_per_weight(row: dict[str, Any]) -> float:
 
 
 def bits_sentence(row: dict[str, Any]) -> str:
-    """Return how wide the integers of a model are whose tensors know their own width, and whether it came out as it was planned."""
+    """Return how wide the integers of a model are whose tensors know their own width, and whether it came out as planned."""
     quantization, kl = row["quantization"], row["divergence"]
     widths = ", ".join(f"{len(names)} of {bits} bits" for bits, names in by_bits(quantization).items())
     text = f"{row['name']}: {bits_per_weight(row):.2f} bits a weight, all of the file counted (tensors: {widths})"

@@ -88,7 +88,7 @@ def with_more_tokens(steps: Sequence[Step], tokens: int, tune: bool) -> list[Ste
 def retrain_longer(
     steps: list[Step], confirmed: dict[str, Any], runner: TrialRunner, tokens: int
 ) -> tuple[list[Step], dict[str, Any] | None]:
-    """Return the pipeline as it was or trained on `tokens`, whichever is better on all windows, and the record of that training.
+    """Return the pipeline unchanged or trained on `tokens`, whichever is better on all windows, and the record of that training.
 
     That is its retraining; and where rounding cost more than AS_GOOD and the model is small enough to have gradients of all its weights,
     scales and norms learn from the dense model after it. The record: tokens, seconds of the steps that learn, the measure as in the search

@@ -86,7 +86,7 @@ def open_study(
 def is_counted(trial: FrozenTrial) -> bool:
     """Tell whether a trial was really run, or is being run."""
     interrupted = trial.state == TrialState.FAIL and "queued_again" in trial.user_attrs
-    return trial.state != TrialState.WAITING and "set_aside" not in trial.user_attrs and not interrupted
+    return trial.state != TrialState.WAITING and "skipped" not in trial.user_attrs and not interrupted
 
 
 def is_stopped(trial: FrozenTrial) -> bool:
@@ -316,7 +316,7 @@ def _skip_redundant(study: optuna.Study, trial: Trial, n_trials: int) -> bool:
     if reason is None:
         return False
     notes = Notes(study, trial.number)
-    notes.set_user_attr("set_aside", reason)
+    notes.set_user_attr("skipped", reason)
     _tell(study, trial, notes, None, TrialState.FAIL)
     return True
 
@@ -332,7 +332,7 @@ def _run(study: optuna.Study, space: Space, trial: Trial, steps: list[Step], eva
                 raise CompactMindError(f"the objectives are {values}")
     except Skipped as stop:
         reason, state = str(stop), TrialState.FAIL if len(study.directions) > 1 else TrialState.PRUNED
-        notes.set_user_attr("set_aside", reason)
+        notes.set_user_attr("skipped", reason)
     except Stopped as stop:
         reason, known = str(stop), len(stop.values) == len(study.directions)
         values, state = (stop.values, TrialState.COMPLETE) if known else (None, TrialState.FAIL)

@@ -71,7 +71,7 @@ class BlockByBlock:
 
     @torch.no_grad()
     def run_dense(self, block: LlamaBlock, number: int) -> None:
-        """Let the dense model's states pass through block number `number`, still as it was; what they are behind o and down is the aim."""
+        """Let the dense model's states pass through block number `number`, still unchanged; what they are behind o and down is the aim."""
         self.arguments = self.of_blocks[number]
         if number in self.known.blocks:
             self.targets = self.known.blocks[number]

@@ -43,7 +43,7 @@ def score(
 ) -> list[BlockScores]:
     """Return the scores of every block; `windows` (windows, seq_len) of text are needed by all criteria but l2 and random.
 
-    The model stays as it was. One window is in memory at a time. Raises ValueError on an unknown criterion or aggregate,
+    The model is unchanged. One window is in memory at a time. Raises ValueError on an unknown criterion or aggregate,
     CompactMindError without windows or if a score is not a number.
     """
     for value, choices, name in ((criterion, CRITERIA, "criterion"), (aggregate, AGGREGATES, "aggregate")):

@@ -136,7 +136,7 @@ def of_widths(model: PreTrainedModel, heads: list[int], neurons: list[int]) -> P
 def compact(model: PreTrainedModel, masks: list[LayerMask]) -> PreTrainedModel:
     """Return a physically smaller copy of a classifier of one of FAMILIES without the pruned rows and columns.
 
-    Its logits equal those of the masked model; `model` stays as it was. Compacting a pruned model again is fine.
+    Its logits equal those of the masked model; `model` is unchanged. Compacting a pruned model again is fine.
     Raises CompactMindError for other architectures.
     """
     smaller = of_widths(model, [int(mask.heads.sum()) for mask in masks], [int(mask.neurons.sum()) for mask in masks])

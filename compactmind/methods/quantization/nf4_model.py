@@ -1,6 +1,6 @@
 """Turn a Llama into NF4 block by block: each block reads what the 4-bit blocks before it write, and its rounding errors are compensated.
 
-What packed_model.py does for a classifier, whose inputs are all observed at once in the model as it was, with the memory of one block and
+What packed_model.py does for a classifier, whose inputs are all observed at once in the unchanged model, with the memory of one block and
 with inputs that the errors made before are part of. Table and head are as released or integers (tables.py).
 """
 

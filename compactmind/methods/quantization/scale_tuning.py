@@ -42,7 +42,7 @@ def tune_scales(
 
     A step is one window; a number moves by at most about `lr` times the mean size of those beside it, and less from step to step (cosine).
     Gradients are computed in bf16 where `mixed_precision` says that (fp16 has no range for them: float32), the KL on held-out text never.
-    If the KL on `held_out` (windows, seq_len) is no smaller afterwards, everything stays as it was. What is trained has the dtype it had.
+    If the KL on `held_out` (windows, seq_len) is no smaller afterwards, nothing changes. What is trained has the dtype it had.
     Raises CompactMindError if the loss is no number.
     """
     steps, started, precision = max(1, math.ceil(tokens / windows.shape[1])), time.perf_counter(), mixed_precision()

@@ -106,7 +106,7 @@ class Int8Embedding(nn.Module):
 def float32_block_by_block(model: PreTrainedModel) -> Iterator[None]:
     """Inside the `with` block every decoder block computes in float32, but only while it runs are its weights in float32.
 
-    Whatever is raised inside, also in the middle of a block, the model is afterwards as it was.
+    Whatever is raised inside, also in the middle of a block, the model is unchanged afterwards.
     """
 
     def enter(module, _):
@@ -177,7 +177,7 @@ def rotate_stream_for(model: PreTrainedModel, recipe: W8A8Recipe) -> None:
 def calibrate_llama(model: PreTrainedModel, windows: torch.Tensor) -> list[dict[str, InputStatistics]]:
     """Return what `quantize_llama` needs to know of the inputs of every block, observed on `windows` (windows, seq_len) of text.
 
-    The blocks compute in float32, one at a time; the model stays as it was. Raises CompactMindError, see `calibrate`.
+    The blocks compute in float32, one at a time; the model is unchanged. Raises CompactMindError, see `calibrate`.
     """
     with float32_block_by_block(model):
         return calibrate(model, windows)
