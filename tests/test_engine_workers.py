@@ -218,6 +218,17 @@ def test_a_worker_taken_for_dead_before_it_began_asks_again(tmp_path, space, mon
     assert study.trials[0].state == TrialState.FAIL and trials[0].user_attrs["retry_of"] == 0
 
 
+def test_a_second_chance_that_is_killed_before_it_asks_for_parameters_keeps_its_pipeline(tmp_path, space, monkeypatch):
+    study = fresh(tmp_path)
+    abandoned(study, space, POINT, this_worker())
+    monkeypatch.setattr(engine, "is_alive", lambda _: False)
+    assert engine.retry_interrupted(study) == 1
+    study.ask()  # and gone, before space.suggest
+    assert engine.retry_interrupted(study) == 1
+    last = study.trials[-1]
+    assert (last.state, last.user_attrs["retry_of"]) == (TrialState.WAITING, 1) and last.system_attrs["fixed_params"] == POINT
+
+
 def test_a_fresh_trial_on_another_machine_is_alive(tmp_path, space, monkeypatch):
     study = fresh(tmp_path)
     monkeypatch.setattr(engine, "this_worker", lambda: {"host": "far away", "pid": 1, "started": 0.0})

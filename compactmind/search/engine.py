@@ -119,7 +119,7 @@ def retry_interrupted(study: optuna.Study) -> int:
     for trial in trials:
         by = trial.user_attrs.get("queued_again")
         if isinstance(by, dict) and trial.state == TrialState.FAIL and trial.number not in queued and not worker_is_alive(by, by["at"]):
-            study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
+            study.enqueue_trial(_point_of(trial), user_attrs={"retry_of": trial.number})
             queued_again += 1
     return queued_again
 
@@ -139,8 +139,13 @@ def _interrupt(study: optuna.Study, frozen: FrozenTrial) -> bool:
     except (ValueError, UpdateFinishedTrialError):
         return False  # another worker was faster
     if again:
-        study.enqueue_trial(frozen.params, user_attrs={"retry_of": frozen.number})
+        study.enqueue_trial(_point_of(frozen), user_attrs={"retry_of": frozen.number})
     return True
+
+
+def _point_of(trial: FrozenTrial) -> dict[str, Any]:
+    """Return the parameters a trial has, or was queued with: one that was killed before it asked for them has none of its own yet."""
+    return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
 
 
 def queue_once(study: optuna.Study, points: Sequence[dict[str, Any]]) -> None:
