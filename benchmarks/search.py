@@ -56,7 +56,7 @@ METHODS = ("prune", "retrain", "w8a8", "nf4")
 GRID = {
     "prune.sparsity": [0.1, 0.2, 0.3, 0.4], "prune.criterion": ["taylor", "activation"], "prune.scope": ["uniform"],
     "prune.structures": [["channels"]], "prune.blocks": [0], "w8a8.rotations": [["o"]],
-    "retrain.tokens": [4096], "retrain.lr": [1e-4], "retrain.distillation": [False],
+    "retrain.tokens": [4096], "retrain.lr": [1e-4], "retrain.alpha": [0.0],
     "w8a8.alpha": [0.5, 0.8], "w8a8.activations": ["per_token"], "w8a8.embeddings": ["int8"], "nf4.double_quantization": [True],
     "nf4.compensation": [False], "nf4.embeddings": ["as_released"],
 }  # fmt: skip

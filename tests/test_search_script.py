@@ -308,7 +308,7 @@ def test_the_best_pipeline_is_retrained_long_before_it_is_saved(tmp_path, run_he
     helpers.add_llama(tmp_path)
     choices = {
         "prune.round_to": [8], "prune.sparsity": [0.3], "prune.criterion": ["l2"], "prune.scope": ["uniform"], "prune.blocks": [0],
-        "prune.structures": [["channels"]], "retrain.tokens": [64], "retrain.lr": [1e-3], "retrain.distillation": [True],
+        "prune.structures": [["channels"]], "retrain.tokens": [64], "retrain.lr": [1e-3], "retrain.alpha": [0.5],
     }  # fmt: skip
     settings = ("--methods", "prune", "retrain", "--choices", json.dumps(choices), "--target_compression", 1.05, "--n_trials", 2)
     status, output = run_here(*settings, "--final_tokens", 2048)
