@@ -17,7 +17,7 @@ WORKER = "COMPACTMIND_WORKER"
 """Environment variable of a process that another one has started as a worker of its search: its number, and of how many, as in 2/4."""
 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
-"""Environment variable that `accelerate launch --mixed_precision` sets, to "no" if it is told nothing."""
+"""Environment variable that `accelerate launch --mixed_precision` sets, by default to "no"."""
 PRECISIONS = ("no", "bf16", "fp16")
 
 

@@ -30,7 +30,7 @@ def test_one_window_confirms_what_was_recorded_of_all():
     assert json.dumps(known["divergence"]) == json.dumps(result["divergence"])
 
 
-@pytest.mark.parametrize("other", ["weights", "windows", "base", "no base", "nothing", "no divergence"])
+@pytest.mark.parametrize("other", ["weights", "windows", "base", "no base", "nothing", "no divergence", "a loss less", "no list"])
 def test_what_is_of_something_else_is_not_taken(other):
     logits, model, windows, _, manifest = measured()
     base = {"base": "another", "no base": None}.get(other, "base")
@@ -43,4 +43,8 @@ def test_what_is_of_something_else_is_not_taken(other):
         manifest = {}
     if other == "no divergence":
         manifest["quality"]["divergence"] = None
+    if other == "a loss less":
+        manifest["quality"]["losses"].pop()
+    if other == "no list":
+        del manifest["quality"]["divergence"]["divergences"]
     assert recorded_quality(SimpleNamespace(model=model, manifest=manifest), windows, base, logits) is None

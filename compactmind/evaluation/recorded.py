@@ -34,9 +34,12 @@ def recorded_quality(
     `dense`: the base's logits of every window. None also where the first window, read now, does not give what the record says.
     """
     record = checkpoint.manifest.get(RECORD) or {}
-    if not base or record.get("base") != base or record.get("windows") != _hash_of(windows) or not record.get("divergence"):
+    if not base or record.get("base") != base or record.get("windows") != _hash_of(windows):
         return None
-    now, losses, divergence = measure_windows({"": checkpoint.model}, windows[:1], [dense[0]])[""], record["losses"], record["divergence"]
+    losses, divergence = record.get("losses"), record.get("divergence")
+    if not divergence or not losses or not len(losses) == len(windows) == len(divergence.get("divergences", ())):
+        return None  # another vocabulary than the base's, or a manifest that somebody has edited
+    now = measure_windows({"": checkpoint.model}, windows[:1], [dense[0]])[""]
     if now["divergence"] is None:
         return None
     pairs = ((now["losses"][0].item(), losses[0]), (now["divergence"]["divergences"][0], divergence["divergences"][0]))
