@@ -106,10 +106,14 @@ def assert_nothing_is_lost_or_double(storage, n_trials, begun, name="shared"):
     assert {trial.number for trial in interrupted} <= again
     # what waits is such a second trial, or a point that was queued and that nobody has begun
     assert all("retry_of" in trial.user_attrs or not trial.user_attrs for trial in everything if trial.state.name == "WAITING")
-    waiting = {trial.user_attrs.get("retry_of") for trial in everything if trial.state.name == "WAITING"}
-    known = set(keys) | {trial.user_attrs["key"] for trial in interrupted if trial.number in waiting and "key" in trial.user_attrs}
+    known = set(keys)
+    for trial in [trial for trial in everything if trial.state.name == "WAITING"]:
+        while "retry_of" in trial.user_attrs:  # those in between may have been killed before they had a key
+            trial = everything[trial.user_attrs["retry_of"]]
+            known |= {trial.user_attrs.get("key")}
     times = Counter(Path(begun).read_text().split("\n")[:-1])
-    assert set(times) <= known
+    gone = set(times) - known
+    assert not gone, [(trial.number, trial.state.name, trial.user_attrs) for trial in everything if trial.user_attrs.get("key") in gone]
     killed = Counter(trial.user_attrs["key"] for trial in [*interrupted, *lost] if "runs" in trial.user_attrs)
     for key, number in times.items():
         assert number <= killed[key] + any(key == trial.user_attrs["key"] for trial in counted if trial.state.name == "COMPLETE")

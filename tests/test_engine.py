@@ -16,7 +16,7 @@ from made_up_search import DESCRIBED, abandoned, cost, cost_of, fresh, run
 from optuna.trial import TrialState
 
 from compactmind.errors import CompactMindError
-from compactmind.search.engine import counted_trials, is_counted, is_stopped, open_study
+from compactmind.search.engine import counted_trials, is_counted, is_stopped, open_study, retry_interrupted
 from compactmind.search.machine import this_worker
 from compactmind.search.notes import Skipped, Stopped
 from compactmind.search.space import make_space
@@ -137,7 +137,8 @@ def test_a_trial_whose_process_is_gone_is_run_once_more_and_only_once(tmp_path, 
     assert trials[0].params == pytest.approx(study.trials[first].params)
 
     study = fresh(tmp_path, "twice")
-    study.enqueue_trial(point, user_attrs={"retry_of": 0})
+    abandoned(study, space, point, gone)
+    assert retry_interrupted(study) == 1
     trial = study.ask()
     space.suggest(trial)
     trial.set_user_attr("worker", gone)

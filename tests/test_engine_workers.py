@@ -189,7 +189,7 @@ def test_a_worker_that_was_taken_for_dead_goes_on_and_its_result_is_kept(tmp_pat
 
 def test_a_result_of_a_second_chance_that_was_taken_away_is_kept_too(tmp_path, space, monkeypatch):
     study, evaluated = fresh(tmp_path), []
-    study.enqueue_trial(POINT, user_attrs={"retry_of": 99})
+    abandoned(study, space, POINT, this_worker() | {"started": 0.0})
 
     def taken(notes, steps):
         evaluated.append(steps)
@@ -227,6 +227,24 @@ def test_a_second_chance_that_is_killed_before_it_asks_for_parameters_keeps_its_
     assert engine.retry_interrupted(study) == 1
     last = study.trials[-1]
     assert (last.state, last.user_attrs["retry_of"]) == (TrialState.WAITING, 1) and last.system_attrs["fixed_params"] == POINT
+
+
+def test_a_second_chance_that_is_one_too_many_waits_for_whoever_goes_on(tmp_path, space, monkeypatch):
+    study, alive, ran = fresh(tmp_path), {"others": False}, []
+    monkeypatch.setattr(engine, "is_alive", lambda trial: alive["others"])
+    points = list(space.points())[:2]
+    for point in points:
+        abandoned(study, space, point, this_worker())
+    assert engine.retry_interrupted(study) == 2
+    alive["others"] = True
+    first, second = study.ask(), study.ask()  # two workers that both saw that one trial is missing
+    assert engine._prepare(study, space, first, 1) is not None and engine._prepare(study, space, second, 1) is None
+    study.tell(first, 1.0)
+    skipped = study.trials[second.number]
+    assert skipped.user_attrs["skipped"] == "1 trials are enough" and not is_counted(skipped)
+
+    trials = run(study, space, 2, lambda _, steps: (ran.append(key_of(space, points[1])), [cost(steps)])[1])
+    assert ran == [trials[1].user_attrs["key"]] and trials[1].params == points[1] and not study.get_trials(states=[TrialState.WAITING])
 
 
 def test_a_fresh_trial_on_another_machine_is_alive(tmp_path, space, monkeypatch):

@@ -177,13 +177,33 @@ def test_a_trial_that_was_taken_from_a_dead_worker_by_one_that_died_itself_is_qu
 def test_a_second_chance_that_had_not_begun_is_no_strike(study, gone):
     space = small_space()
     point = next(space.points())
-    study.enqueue_trial(point, user_attrs={"retry_of": 99})
-    trial = study.ask()
-    space.suggest(trial)
-    trial.set_user_attr("worker", gone)  # killed before it ran anything
+    for begun in (True, False):
+        if begun:
+            study.enqueue_trial(point)
+        trial = study.ask()
+        space.suggest(trial)
+        trial.set_user_attr("worker", gone)
+        if begun:  # the second was killed before it ran anything
+            trial.set_user_attr("runs", True)
+        assert retry_interrupted(study) == 1
     search(study, space, 2, lambda notes, steps: [1.0], strategy="random")
     first = counted_trials(study)[0]
-    assert not is_counted(study.trials[0]) and first.user_attrs["retry_of"] == 0 and first.state == TrialState.COMPLETE
+    assert [is_counted(trial) for trial in study.trials[:2]] == [False] * 2
+    assert first.number == 2 and first.user_attrs["retry_of"] == 1 and first.state == TrialState.COMPLETE
+
+
+def test_two_runs_that_were_killed_are_enough_however_often_it_was_queued(study, gone):
+    space = small_space()
+    study.enqueue_trial(next(space.points()))
+    for begun in (False, True, False, True):  # killed before it ran anything, or after
+        trial = study.ask()
+        space.suggest(trial)
+        trial.set_user_attr("worker", gone)
+        if begun:
+            trial.set_user_attr("runs", True)
+        retry_interrupted(study)
+    assert [is_counted(trial) for trial in study.trials] == [False, False, False, True]
+    assert study.trials[3].state == TrialState.FAIL
 
 
 def test_a_grid_whose_first_worker_was_killed_while_it_queued_is_run_whole(study, monkeypatch):

@@ -20,11 +20,9 @@ Optuna: Akiba et al. 2019 (https://arxiv.org/abs/1907.10902). TPE with constrain
 
 import itertools
 import math
-import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optuna
@@ -35,13 +33,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from compactmind.errors import CompactMindError
 from compactmind.search.compressor import Step, read_pipeline
-from compactmind.search.machine import this_worker, worker_is_alive
+from compactmind.search.machine import HEARTBEAT_SECONDS, heartbeat, this_worker, worker_is_alive
 from compactmind.search.notes import Notes, Skipped, Stopped
 from compactmind.search.space import Space
 from compactmind.search.storage import differences, open_storage, without_password
 from compactmind.search.strategies import Proposer, key_of, make_sampler, shuffled_points
 
-HEARTBEAT_SECONDS = 20
 REPEATS = 100
 """Trials in a row that are skipped before the search ends: there is nothing new to find."""
 POLL_SECONDS = 1.0
@@ -119,7 +116,7 @@ def retry_interrupted(study: optuna.Study) -> int:
     for trial in trials:
         by = trial.user_attrs.get("queued_again")
         if isinstance(by, dict) and trial.state == TrialState.FAIL and trial.number not in queued and not worker_is_alive(by, by["at"]):
-            study.enqueue_trial(_point_of(trial), user_attrs={"retry_of": trial.number})
+            _queue_again(study, trial)
             queued_again += 1
     return queued_again
 
@@ -130,7 +127,7 @@ def _interrupt(study: optuna.Study, frozen: FrozenTrial) -> bool:
     What was run twice and ended its process both times is not queued again.
     """
     trial = Trial(study, frozen._trial_id)
-    again = "retry_of" not in frozen.user_attrs or "runs" not in frozen.user_attrs
+    again = _times_run(study, frozen) < 2
     try:
         trial.set_user_attr("reason", "interrupted: its process is gone")
         if again:
@@ -139,13 +136,21 @@ def _interrupt(study: optuna.Study, frozen: FrozenTrial) -> bool:
     except (ValueError, UpdateFinishedTrialError):
         return False  # another worker was faster
     if again:
-        study.enqueue_trial(_point_of(frozen), user_attrs={"retry_of": frozen.number})
+        _queue_again(study, frozen)
     return True
 
 
-def _point_of(trial: FrozenTrial) -> dict[str, Any]:
-    """Return the parameters a trial has, or was queued with: one that was killed before it asked for them has none of its own yet."""
-    return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+def _queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queue the pipeline of a trial once more; one that was killed before it asked for parameters has only those it was queued with."""
+    point = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+    study.enqueue_trial(point, user_attrs={"retry_of": trial.number})
+
+
+def _times_run(study: optuna.Study, trial: FrozenTrial) -> int:
+    """Return how often a trial and those it was queued again for have begun to run their pipeline."""
+    before = trial.user_attrs.get("retry_of")
+    earlier = 0 if before is None else _times_run(study, study.get_trials(deepcopy=False)[before])
+    return earlier + ("runs" in trial.user_attrs)
 
 
 def queue_once(study: optuna.Study, points: Sequence[dict[str, Any]]) -> None:
@@ -164,25 +169,6 @@ def sampler_seed(seed: int, trials: Sequence[FrozenTrial]) -> int:
     """Return the seed of the sampler for the next trial: of a worker that is alone that of an unbroken search, else one of its own."""
     alone = all(trial.state != TrialState.RUNNING for trial in trials)
     return seed + len(trials) + (0 if alone else zlib.crc32(repr(this_worker()).encode()) >> 2)
-
-
-@contextmanager
-def heartbeat(trial: Trial) -> Iterator[None]:
-    """Inside the `with` block the trial is marked every HEARTBEAT_SECONDS as one whose worker is alive."""
-    ended = threading.Event()
-
-    def beat() -> None:
-        while not ended.wait(HEARTBEAT_SECONDS):
-            with suppress(Exception):  # a storage that is away must not end the trial
-                trial.set_user_attr("alive_at", time.time())
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 # --------------------------------------------------------------------------------------------------------------------- loop
@@ -253,9 +239,6 @@ def search(
         except (KeyboardInterrupt, SystemExit):
             _interrupt(study, study.get_trials(deepcopy=False)[trial.number])
             raise
-        if steps is None:
-            repeats += 1
-            continue
         ended = None if number is None else study.get_trials(deepcopy=False)[number]
         repeats = 0 if ended is not None and is_counted(ended) else repeats + 1
         if ended is not None and is_counted(ended):
@@ -309,20 +292,26 @@ def _settled_trials(study: optuna.Study, trial: Trial) -> list[FrozenTrial]:
 
 
 def _skip_redundant(study: optuna.Study, trial: Trial, n_trials: int) -> bool:
-    """Skip a trial that need not be run; return whether it was. The sampler is not told again what it knows."""
+    """Skip a trial that need not be run; return whether it was. The sampler is not told again what it knows.
+
+    What is one too many waits in the queue for whoever goes on: it may be the second chance of what another worker has begun.
+    """
     key, reason = trial.user_attrs["key"], None
     others = _settled_trials(study, trial)
     for other in others:
         same = other.user_attrs.get("key") == key
         if same and (other.state.is_finished() or other.number < trial.number or "runs" in other.user_attrs):
             reason = f"the same pipeline as trial {other.number}"
-    if sum(other.number < trial.number for other in others) >= n_trials:  # two workers asked for the last one
-        reason = reason or f"{n_trials} trials are enough"
+    notes = Notes(study, trial.number)
+    if enough := reason is None and sum(other.number < trial.number for other in others) >= n_trials:  # two asked for the last one
+        reason = f"{n_trials} trials are enough"
+        notes.set_user_attr("queued_again", {**this_worker(), "at": time.time()})
     if reason is None:
         return False
-    notes = Notes(study, trial.number)
     notes.set_user_attr("skipped", reason)
     _tell(study, trial, notes, None, TrialState.FAIL)
+    if enough:
+        _queue_again(study, study.get_trials(deepcopy=False)[trial.number])
     return True
 
 

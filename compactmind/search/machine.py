@@ -7,9 +7,10 @@ compared between machines of one kind alone: the same CPU or GPU, the same instr
 import os
 import platform
 import socket
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from typing import Any
 import psutil
 import torch
 from optuna import Study
+from optuna.trial import Trial
 
 from compactmind.errors import CompactMindError
 
+HEARTBEAT_SECONDS = 20
 DEAD_AFTER_SECONDS = 300
 """Without a sign of life for so long a worker on another machine counts as dead; on this one its process is looked up."""
 MACHINE_DEPENDENT = ("latency", "memory")
@@ -53,6 +56,25 @@ def worker_is_alive(worker: dict[str, Any], seen_at: float) -> bool:
         # a zombie has ended, and only waits for its parent to ask how
         return abs(process.create_time() - worker["started"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
     return False
+
+
+@contextmanager
+def heartbeat(trial: Trial) -> Iterator[None]:
+    """Inside the `with` block the trial is marked every HEARTBEAT_SECONDS as one whose worker is alive."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(HEARTBEAT_SECONDS):
+            with suppress(Exception):  # a storage that is away must not end the trial
+                trial.set_user_attr("alive_at", time.time())
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 # --------------------------------------------------------------------------------------------------------------------- kind
