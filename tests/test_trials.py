@@ -22,16 +22,14 @@ from compactmind.methods.pruning.sparse24 import Sparse24Recipe
 from compactmind.methods.registry import METHODS, Method, Resources
 from compactmind.search import trials
 from compactmind.search.compressor import read_pipeline, run_pipeline, store_as_released
+from compactmind.search.credit import MORE_TOKENS, OPTIMISM, PRIOR_CHANGES, Changes
 from compactmind.search.engine import counted_trials, is_stopped, open_study, search
 from compactmind.search.notes import Notes, Skipped, Stopped
 from compactmind.search.space import make_space
 from compactmind.search.trials import (
     HOPELESS,
     MARGIN,
-    MORE_TOKENS,
-    OPTIMISM,
     OUT_OF_REACH,
-    PRIOR_CHANGES,
     TrialRunner,
     with_short_retraining,
 )
@@ -45,6 +43,7 @@ def make_trial(best=None, ratio=99.0, objectives=("kl",)):
     if best is not None:
         finished = study.ask()
         finished.set_user_attr("measured", {"compression_ratio": ratio})
+        finished.set_user_attr("pipeline", [NF4])
         finished.set_user_attr("steps", [{"method": "dense", "kl": best, "loss": best}])
         study.tell(finished, [best] * len(objectives))
     return Notes(study, study.ask().number)
@@ -104,7 +103,7 @@ def test_a_hopeless_pipeline_is_stopped_after_the_step_that_shows_it_but_retrain
         trial = make_trial(row["kl"] - allowed - 0.01, objectives=objectives)
         with pytest.raises(Stopped, match=f"stopped after {row['method']}: ") as stop:
             runner.evaluate(trial, steps)
-        quality = runner.extrapolated(row["kl"], [step.method.name for step in steps[number:]])
+        quality = runner.extrapolated(row["kl"], runner.coming(steps, number))
         text = {"kl": quality, "bytes": pytest.approx(runner.released_bytes / runner.expected_ratio(steps))}
         assert stop.value.values == [text[name] for name in objectives] and quality >= runner.best
         assert len(trial.user_attrs["steps"]) == number + 1
@@ -135,17 +134,36 @@ def test_where_time_or_memory_count_no_pipeline_is_stopped_for_its_quality(windo
 
 
 def test_what_may_still_be_won_is_what_such_steps_have_won_in_this_study_and_a_quarter_more(windows):
-    runner, steps = make_runner(windows), ["retrain", "smooth", "nf4"]
+    runner, steps = make_runner(windows), [("retrain", 1.0), ("smooth", 1.0), ("nf4", 3.0)]
     assert runner.optimistic_quality(4.0, steps) == pytest.approx(4.0 + (1 + OPTIMISM) * PRIOR_CHANGES["retrain"])
-    runner.changes = {"retrain": [-0.2, -0.1], "smooth": [0.0, 0.1], "nf4": [0.3, 0.2]}
+    seen = {"retrain": [(1.0, -0.2), (1.0, -0.1)], "smooth": [(1.0, 0.0), (1.0, 0.1)], "nf4": [(3.0, 0.3), (3.0, 0.2)]}
+    runner.changes = Changes(seen)
     assert runner.optimistic_quality(4.0, steps) == pytest.approx(4.0 - 0.25 + 0.15)
     assert runner.optimistic_quality(4.0, steps[1:]) == pytest.approx(4.15) and runner.optimistic_quality(4.0, []) == 4.0
     assert runner.extrapolated(4.0, steps) == pytest.approx(4.0 - 0.15 + 0.05 + 0.25)  # what they usually do
     runner.best = 3.99
-    assert runner.extrapolated(4.0, ["retrain"]) == 3.99  # what was stopped is not told as the best
+    assert runner.extrapolated(4.0, steps[:1]) == 3.99  # what was stopped is not told as the best
     assert make_runner(windows, objectives=("perplexity",)).extrapolated(2.0, []) == pytest.approx(math.exp(2.0))
-    runner.changes["nf4"] = [0.3]  # one is not enough to go by
+    seen["nf4"] = [(3.0, 0.3)]  # one is not enough to go by
     assert runner.optimistic_quality(4.0, steps) == pytest.approx(3.75)
+
+
+def test_a_step_is_credited_with_what_steps_of_its_size_have_done(windows):
+    changes = Changes({"gptq": [(2.5, 0.0), (3.0, 0.02), (4.0, 0.4), (4.0, 0.3), (3.5, 0.9)]})
+    expected = {4.0: (0.3, 0.35), 5.0: (0.3, 0.35), 3.5: (0.3, 0.35), 3.25: (0.16, 0.185), 2.5: (0.0, 0.0), 2.0: (0.0, 0.0)}
+    for times_smaller, (best, usual) in expected.items():
+        step = [("gptq", times_smaller)]  # at 3.5 times one was seen that did worse than others at 4
+        assert changes.best(step) == pytest.approx(best * (1 - OPTIMISM)) and changes.usual(step) == pytest.approx(usual), times_smaller
+    changes = Changes({"gptq": [(4.0, 0.4), (4.0, 0.3)], "retrain": [(1.0, -0.2), (1.0, -0.4)]})
+    assert changes.best([("gptq", 3.8)]) == changes.usual([("gptq", 3.8)]) == 0.0  # nobody knows how little harm less does
+    assert changes.best([("retrain", 1.0), ("gptq", 4.0)]) == pytest.approx(-0.5 + 0.225)
+
+    runner = make_runner(windows)
+    at_four = {"method": "gptq", "params": {"target_compression": 3.0}}
+    (prune, pruned), (gptq, rounded) = runner.coming(read_pipeline([PRUNE, at_four]))
+    assert (prune, gptq) == ("prune", "gptq") and pruned > 1 and pruned * rounded == pytest.approx(3.0)
+    assert runner.coming(read_pipeline([PRUNE, at_four]), 1) == [("gptq", pytest.approx(rounded))]
+    assert runner.coming(read_pipeline([PRUNE, RETRAIN, NF4]))[1] == ("retrain", 1.0)
 
 
 def test_what_is_hopeless_is_learnt_from_the_trials_of_the_study(windows):
@@ -153,10 +171,12 @@ def test_what_is_hopeless_is_learnt_from_the_trials_of_the_study(windows):
     for ratio, loss in ((1.5, 3.0), (1.2, 1.0), (1.4, 4.0)):
         trial = study.ask()
         trial.set_user_attr("measured", {"compression_ratio": ratio})
+        trial.set_user_attr("pipeline", [PRUNE])
         trial.set_user_attr("steps", [{"method": "dense", "kl": 0.0}, {"method": "prune", "kl": loss - 2}])
         trial.set_user_attr("short", loss)
         study.tell(trial, loss)
     stopped = study.ask()
+    stopped.set_user_attr("pipeline", [PRUNE, NF4])
     stopped.set_user_attr(
         "steps", [{"method": "dense", "kl": 0.0}, {"method": "prune", "kl": 7.0}, {"method": "nf4", "kl": 7.5}]
     )
@@ -171,7 +191,10 @@ def test_what_is_hopeless_is_learnt_from_the_trials_of_the_study(windows):
     for ratio, best in ((1.0, 1.0), (1.42, 1.0), (1.45, 1.0), (1.6, math.inf)):
         runner.learn(study, ratio)
         assert runner.best == best, ratio
-    assert runner.changes == {"prune": [1.0, -1.0, 2.0, 7.0], "nf4": [0.5], MORE_TOKENS: [-2.0] * 3}
+    (_, pruned), (_, rounded) = runner.coming(read_pipeline([PRUNE, NF4]))
+    assert runner.changes.seen == {
+        "prune": [(pruned, change) for change in (1.0, -1.0, 2.0, 7.0)], "nf4": [(rounded, 0.5)], MORE_TOKENS: [(1.0, -2.0)] * 3,
+    }  # fmt: skip
 
 
 def test_a_pipeline_is_retrained_a_little_before_it_is_retrained_in_full(windows, monkeypatch):
@@ -190,7 +213,7 @@ def test_a_pipeline_is_retrained_a_little_before_it_is_retrained_in_full(windows
         trial, runner.best = make_trial(), result - credit - OUT_OF_REACH - beyond
         monkeypatch.setattr(runner, "learn", lambda *_: None)
         monkeypatch.setattr(trials, "HOPELESS", 100.0)
-        runner.changes = {"prune": [-100.0, -100.0], "retrain": [-100.0, -100.0], "nf4": [-100.0, -100.0]}  # nothing else stops it
+        runner.changes = Changes({name: [(1.0, -100.0)] * 2 for name in ("prune", "retrain", "nf4")})  # nothing else stops it
         if beyond > 0:
             with pytest.raises(Stopped, match="stopped after 25% of the retraining"):
                 runner.evaluate(trial, steps)
@@ -218,6 +241,7 @@ def test_what_falls_behind_is_looked_at_on_few_windows_and_told_as_what_they_say
             values = stop.values
             notes.set_user_attr("estimated", values)
         notes.write(trial)
+        trial.set_user_attr("pipeline", pipeline)
         study.tell(trial, values)
     whole = [(0, 1), (1, 2), (2, 4), (4, 6)]
     stopped = [is_stopped(trial) for trial in study.trials]

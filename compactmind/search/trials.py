@@ -3,8 +3,8 @@ memory.
 
 Pipelines are compared by KL (compactmind/evaluation/divergence.py): the perplexity of a few windows cannot tell good ones apart. Time is
 not spent on what cannot win. A pipeline whose bytes are known beforehand to miss the target is not run. One that is so far behind the
-best after a step, on the first few windows, that none of the coming steps has ever won as much in this study, is stopped there; so is one
-that is as far behind after a short retraining, SHORT of the tokens, whatever the rest of them has ever won. Where bytes are an objective
+best after a step, on the first few windows, that no such steps as are coming have ever won as much in this study (credit.py), is stopped
+there; so is one that is as far behind after a short retraining, SHORT of the tokens, whatever the rest of them has ever won. Where bytes are an objective
 too, the best is the best of those that are no larger than the pipeline is expected to be: it cannot be part of the front any more. What has
 run to its end is looked at on twice as many windows each time, and goes on while it is in the better half (one objective only; successive
 halving, Li et al. 2018, https://arxiv.org/abs/1810.05934). What stopped is told as what it would have come to, and nothing of that is
@@ -12,7 +12,6 @@ reported as measured.
 """
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -35,7 +34,16 @@ from compactmind.methods.llama import llama_blocks
 from compactmind.methods.pruning.llama_structure import prunable_parameters
 from compactmind.methods.registry import Resources
 from compactmind.search.cache import PrefixCache
-from compactmind.search.compressor import Compressed, Measure, Step, run_pipeline, store_as_released, stored_bytes
+from compactmind.search.compressor import (
+    Compressed,
+    Measure,
+    Step,
+    read_pipeline,
+    run_pipeline,
+    store_as_released,
+    stored_bytes,
+)
+from compactmind.search.credit import MORE_TOKENS, Changes, Coming
 from compactmind.search.front import QUALITIES
 from compactmind.search.notes import Notes, Skipped, Stopped
 
@@ -44,14 +52,8 @@ HOPELESS = 0.3
 """Nats per token, of KL or of the loss, behind the best finished pipeline, on the first windows, with which a pipeline is not measured on
 more of them."""
 OUT_OF_REACH = 0.1
-"""Nats behind the best with which a pipeline is stopped even if its coming steps do what no such step has done yet in this search ..."""
-OPTIMISM = 0.25
-"""... which is this share better than the best one did: a loss that falls by so much more, or rises by so much less."""
-MORE_TOKENS = "the rest of retraining"
-"""What the step from a short retraining to the whole of it is called among the changes."""
-PRIOR_CHANGES = {"retrain": -1.0, MORE_TOKENS: -0.5}
-"""Change in nats that a method is given credit for while fewer than FEW_STEPS of its steps have been seen, 0 for the others."""
-FEW_STEPS = 2
+"""Nats behind the best with which a pipeline is stopped even if its coming steps do what no such step has done yet in this search (see
+compactmind/search/credit.py)."""
 SHORT = 0.25
 """Share of the tokens of a short retraining ..."""
 SHORTEST = 2048
@@ -86,8 +88,8 @@ class TrialRunner:
     """Makes the dense model without its weights, to count parameters; None: counted in the dense model."""
     best: float = math.inf
     """Lowest KL, or loss, on the first few windows, of what the pipeline at hand has to beat: see `learn`."""
-    changes: dict[str, list[float]] = field(default_factory=dict, repr=False)
-    """By method: by how much each of its steps in this study changed it."""
+    changes: Changes = field(default_factory=Changes, repr=False)
+    """What the steps of this study did."""
     measured: int = field(default=0, repr=False)
     """Trials of the study that ran to their end."""
     sizes: tuple[int, int, int] | None = field(default=None, repr=False)
@@ -120,32 +122,32 @@ class TrialRunner:
         `ratio`: how many times smaller the pipeline at hand should be. It has to beat what has reached the target; where bytes are an
         objective, of that what is no larger than itself.
         """
-        self.changes, self.measured, self.best = {}, 0, math.inf
+        self.changes, self.measured, self.best = Changes(), 0, math.inf
         least = max(self.target, ratio * (1 - MARGIN)) if "bytes" in self.objectives else self.target
         for trial in study.get_trials(deepcopy=False):
             rows, measured = trial.user_attrs.get("steps", []), trial.user_attrs.get("measured")
-            for before, row in pairwise(rows):
-                self.changes.setdefault(row["method"], []).append(row[self.unit] - before[self.unit])
+            coming = self.coming(read_pipeline(trial.user_attrs["pipeline"])) if rows else []
+            for (before, row), step in zip(pairwise(rows), coming, strict=False):  # one that was stopped has fewer rows
+                self.changes.add(*step, row[self.unit] - before[self.unit])
             if measured and "short" in trial.user_attrs:
-                self.changes.setdefault(MORE_TOKENS, []).append(rows[-1][self.unit] - trial.user_attrs["short"])
+                self.changes.add(MORE_TOKENS, 1.0, rows[-1][self.unit] - trial.user_attrs["short"])
             self.measured += bool(measured)
             if measured and measured["compression_ratio"] >= least:
                 self.best = min(self.best, rows[-1][self.unit])
 
-    def optimistic_quality(self, nats: float, coming: Sequence[str]) -> float:
-        """Return what a pipeline can hope for that is at `nats` with the methods `coming` ahead."""
-        for name in coming:
-            seen = self.changes.get(name, [])
-            change = min(seen) if len(seen) >= FEW_STEPS else PRIOR_CHANGES.get(name, 0.0)
-            nats += change - OPTIMISM * abs(change)
-        return nats
+    def coming(self, steps: Sequence[Step], number: int = 0) -> Coming:
+        """Return the steps of a pipeline after the first `number` of them as what is ahead: method and times smaller, as far as known."""
+        ratios = [self.expected_ratio(steps[:end]) for end in range(number, len(steps) + 1)]
+        times = [after / before if after < math.inf else 1.0 for before, after in pairwise(ratios)]
+        return [(step.method.name, each) for step, each in zip(steps[number:], times, strict=True)]
 
-    def extrapolated(self, nats: float, coming: Sequence[str]) -> float:
-        """Return what a pipeline would have come to: each of its methods does what it usually did in this study, never less than 0."""
-        for name in coming:
-            seen = self.changes.get(name, [])
-            nats += statistics.median(seen) if len(seen) >= FEW_STEPS else PRIOR_CHANGES.get(name, 0.0)
-        nats = max(nats, self.best if self.best < math.inf else 0.0)  # it was stopped for being worse
+    def optimistic_quality(self, nats: float, coming: Coming) -> float:
+        """Return what a pipeline can hope for that is at `nats` with the steps `coming` ahead."""
+        return nats + self.changes.best(coming)
+
+    def extrapolated(self, nats: float, coming: Coming) -> float:
+        """Return what a pipeline would have come to, never less than 0: its steps do what such steps usually did in this study."""
+        nats = max(nats + self.changes.usual(coming), self.best if self.best < math.inf else 0.0)  # it was stopped for being worse
         return nats if self.quality == "kl" else math.exp(nats)
 
     @property
@@ -225,11 +227,11 @@ class TrialRunner:
             return
         quality = self.run(short, trial).steps[-1][self.unit]
         trial.set_user_attr("short", quality)
-        behind = self.optimistic_quality(quality, [MORE_TOKENS]) - self.best
+        behind = self.optimistic_quality(quality, [(MORE_TOKENS, 1.0)]) - self.best
         if behind > OUT_OF_REACH:
             raise Stopped(
                 f"stopped after {SHORT:.0%} of the retraining: {behind:+.2f} nats against the best, at the best to be hoped for",
-                [self.extrapolated(quality, [MORE_TOKENS])],
+                [self.extrapolated(quality, [(MORE_TOKENS, 1.0)])],
             )
 
     def run(self, steps: Sequence[Step], trial: Notes | None = None) -> Compressed:
@@ -238,7 +240,7 @@ class TrialRunner:
         def check(number: int, rows: list[dict[str, Any]]) -> None:
             if not self.may_stop(trial):
                 return
-            coming = [step.method.name for step in steps[number:]]
+            coming = self.coming(steps, number)
             behind = self.optimistic_quality(rows[-1][self.unit], coming) - self.best
             if behind > (OUT_OF_REACH if coming else HOPELESS):
                 trial.set_user_attr("steps", summarize_rows(rows))
