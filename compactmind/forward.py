@@ -21,6 +21,8 @@ LOGITS_TO_KEEP = 2**31
 """Bytes of logits that are kept in memory instead of made again of what the head reads: 10,000 tokens of 50,000 words."""
 MEMORY_TO_KEEP = 2**28
 """Bytes of anything else that is kept in memory; what is larger lies in a temporary file."""
+CHUNK = 64
+"""Tokens whose probabilities are looked at in one go: 64 of a vocabulary of 128,000 take 33 MB a tensor."""
 
 
 @torch.inference_mode()
@@ -63,6 +65,15 @@ def next_token_logits(model: PreTrainedModel, window: torch.Tensor) -> torch.Ten
 def loss_of(logits: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
     """Return the mean negative log-likelihood in nats of a window's predicted tokens, a float64 number on the CPU."""
     return F.cross_entropy(logits.float(), window[1:].to(logits.device)).double().cpu()
+
+
+def divergences_of(dense_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Return KL(dense || model) in nats of every token, float32 (tokens,) on the CPU; both logits: (tokens, vocabulary)."""
+    each = []
+    for dense, other in zip(dense_logits.split(CHUNK), logits.split(CHUNK), strict=True):
+        ours, theirs = (F.log_softmax(part.to(dense.device).float(), dim=-1) for part in (other, dense))
+        each.append(F.kl_div(ours, theirs, log_target=True, reduction="none").sum(dim=-1).clamp(min=0).cpu())  # below 0 by rounding alone
+    return torch.cat(each)
 
 
 def room_for(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -9,12 +9,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from tiny_retraining import SEQ_LEN, STAGE, assert_equal_weights, fail_at, interrupt, make_recipe, mean_loss, pattern_windows
+from tiny_retraining import (
+    SEQ_LEN,
+    STAGE,
+    assert_equal_weights,
+    fail_at,
+    interrupt,
+    make_recipe,
+    mean_loss,
+    pattern_windows,
+    timeless,
+)
 
+from compactmind.evaluation.divergence import divergence
 from compactmind.methods.retraining import causal_lm, loss
 from compactmind.methods.retraining.causal_lm import retrain_causal_lm
 from compactmind.methods.retraining.loss import RetrainingLoss, TeacherStates
-from compactmind.methods.retraining.recipe import RetrainRecipe
+from compactmind.methods.retraining.recipe import RetrainRecipe, windows_read
 from compactmind.precision import widen
 from compactmind.training import TrainingState, cpu_copy
 
@@ -110,6 +121,36 @@ def test_a_held_out_loss_that_only_equals_the_first_keeps_the_weights_that_came_
     incoming = cpu_copy(model.state_dict())
     assert retrain_causal_lm(model, pattern_windows(), pattern_windows(2), make_recipe(4))["kept_step"] == 0
     assert_equal_weights(model, incoming)
+
+
+def test_what_learns_from_the_dense_model_alone_is_chosen_by_the_divergence_from_it(tmp_path, monkeypatch, capsys):
+    held_out, teacher, at_home = pattern_windows(4, first=3), helpers.make_llama(seed=1), helpers.make_llama()
+    states, resume = TeacherStates(), TrainingState(tmp_path, STAGE)
+    retrain_causal_lm(at_home, pattern_windows(), held_out, make_recipe())  # knows the text, of which the teacher knows nothing
+    recipe = make_recipe(distillation=True, alpha=1.0)
+
+    def run(**options):
+        model = copy.deepcopy(at_home)
+        return model, retrain_causal_lm(model, pattern_windows(), held_out, recipe, **options)
+
+    model, result = run(teacher=teacher)
+    kls = {row["step"]: row["kl"] for row in result["history"]}
+    assert result["kl_after"] == min(kls.values()) == kls[result["kept_step"]] < 0.8 * result["kl_before"]
+    assert result["kl_after"] == pytest.approx(divergence(teacher, model, held_out)["mean"], rel=1e-5)
+    assert result["kl_before"] == pytest.approx(divergence(teacher, at_home, held_out)["mean"], rel=1e-5)
+    assert result["loss_after"] > result["loss_before"] + 0.1  # by the loss on text it would have got its weights back
+    assert result["loss_after"] == pytest.approx(mean_loss(model, held_out)) and f"KL {result['kl_after']:.4f}" in capsys.readouterr().out
+
+    for windows in windows_read(pattern_windows(), held_out, recipe):
+        states.read(teacher, windows)
+    assert run(teacher_states=states)[1]["kl_after"] == pytest.approx(result["kl_after"], rel=1e-4)  # of a teacher that is gone
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        fail_at(patch, causal_lm, "held_out_quality", 3, interrupt)
+        run(teacher=teacher, resume=resume)
+    again, resumed = run(teacher=teacher, resume=resume)
+    assert_equal_weights(again, model.state_dict())
+    assert timeless(resumed) == timeless(result)
+    assert "kl_after" not in retrain_causal_lm(model, pattern_windows(), held_out, make_recipe(2, distillation=True), teacher=teacher)
 
 
 def test_frozen_weights_stay_and_the_others_learn():

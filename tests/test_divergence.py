@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from compactmind.evaluation import divergence as module
 from compactmind.evaluation.divergence import divergence, measure_windows, token_divergences
 from compactmind.evaluation.intervals import mean_interval
-from compactmind.forward import next_token_logits, window_losses
+from compactmind.forward import CHUNK, next_token_logits, window_losses
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ def test_a_constant_added_to_all_logits_changes_nothing():
     assert divergences.max() < 1e-5 and same.all() and divergences.min() >= 0
 
 
-@pytest.mark.parametrize("tokens", [1, module.CHUNK - 1, module.CHUNK, module.CHUNK + 1])
+@pytest.mark.parametrize("tokens", [1, CHUNK - 1, CHUNK, CHUNK + 1])
 def test_a_token_does_not_see_the_others(tokens):
     first, second = torch.randn(2, tokens, 11, generator=torch.Generator().manual_seed(0))
     divergences, same = token_divergences(first, second)

@@ -38,7 +38,7 @@ from compactmind.methods.quantization.w8a8_model import (
     smooth_llama,
 )
 from compactmind.methods.retraining.loss import TeacherStates
-from compactmind.methods.retraining.recipe import RetrainRecipe, windows_seen
+from compactmind.methods.retraining.recipe import RetrainRecipe, windows_read
 from compactmind.methods.retraining.sharding import check_sharding
 from compactmind.methods.retraining.together import retrain_together
 from compactmind.precision import is_small
@@ -217,16 +217,17 @@ def _left_by_pruning(recipe: PruneRecipe, blocks: int) -> float | None:
     return None if recipe.hidden_sparsity else (1 - recipe.sparsity) * max(0.0, 1 - recipe.blocks / blocks)
 
 
-def _windows_to_train_on(resources: Resources, recipe: RetrainRecipe) -> torch.Tensor:
-    return windows_seen(resources.train, recipe, number_of_processes())
+def _windows_of_teacher(resources: Resources, recipe: RetrainRecipe) -> list[torch.Tensor]:
+    return windows_read(resources.train, resources.held_out, recipe, number_of_processes())
 
 
 def _read_teacher(resources: Resources, recipe: RetrainRecipe) -> None:
-    """Let a large teacher read all of the text that is trained on, so that it is not in memory beside the model that is trained."""
+    """Let a large teacher read all of the text that is wanted of it, so that it is not in memory beside the model that is trained."""
     if recipe.distils and not recipe.hidden_loss_weight and not is_small(resources.teacher()):
-        seen = _windows_to_train_on(resources, recipe)
-        print(f"the dense model reads {len(seen)} windows to train on ...", flush=True)
-        resources.teacher_states().read(resources.teacher(), seen)
+        texts = _windows_of_teacher(resources, recipe)
+        print(f"the dense model reads {sum(map(len, texts))} windows to train on ...", flush=True)
+        for windows in texts:
+            resources.teacher_states().read(resources.teacher(), windows)
 
 
 def _sparsify(model, resources: Resources, recipe: Sparse24Recipe):
@@ -235,7 +236,7 @@ def _sparsify(model, resources: Resources, recipe: Sparse24Recipe):
 
 def _retrain(model, resources: Resources, recipe: RetrainRecipe):
     states, teacher = resources.teacher_states(), None
-    known = states.holds(_windows_to_train_on(resources, recipe)) and not recipe.hidden_loss_weight
+    known = all(map(states.holds, _windows_of_teacher(resources, recipe))) and not recipe.hidden_loss_weight
     if recipe.distils and not known:
         teacher = resources.teacher()
     held = {name: parameter.dtype for name, parameter in model.named_parameters()}

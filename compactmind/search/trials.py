@@ -4,11 +4,11 @@ memory.
 Pipelines are compared by KL (compactmind/evaluation/divergence.py): the perplexity of a few windows cannot tell good ones apart. Time is
 not spent on what cannot win. A pipeline whose bytes are known beforehand to miss the target is not run. One that is so far behind the
 best after a step, on the first few windows, that no such steps as are coming have ever won as much in this study (credit.py), is stopped
-there; so is one that is as far behind after a short retraining, SHORT of the tokens, whatever the rest of them has ever won. Where bytes are an objective
-too, the best is the best of those that are no larger than the pipeline is expected to be: it cannot be part of the front any more. What has
-run to its end is looked at on twice as many windows each time, and goes on while it is in the better half (one objective only; successive
-halving, Li et al. 2018, https://arxiv.org/abs/1810.05934). What stopped is told as what it would have come to, and nothing of that is
-reported as measured.
+there; so is one that is as far behind after a short retraining, SHORT of the tokens, whatever the rest of them has ever won. Where bytes
+are an objective too, the best is the best of those that are no larger than the pipeline is expected to be: it cannot be part of the front
+any more. What has run to its end is looked at on twice as many windows each time, and goes on while it is in the better half (one objective
+only; successive halving, Li et al. 2018, https://arxiv.org/abs/1810.05934). What stopped is told as what it would have come to, and nothing
+of that is reported as measured.
 """
 
 import math

@@ -3,13 +3,18 @@
 What is minimised: loss.py. What is trained, all weights or adapters beside them: trainable.py. For how long, on what and at what rate:
 recipe.py.
 
-Held-out text decides which weights are kept, and the weights that came in take part: the model is never returned worse than it came. Every
-process holds all of the model, or in full training its share of it (sharding.py). Left out: packing of documents with masks between them.
+Held-out text decides which weights are kept, and the weights that came in take part: the model is never returned worse than it came. What
+learns from the dense model alone is chosen by KL to it, what learns from the text as well by the loss on it.
+
+Every process holds all of the model, or in full training its share of it (sharding.py). Left out: packing of documents with masks between
+them.
 """
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +24,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
-from compactmind.forward import LARGEST_LOSS, window_losses
+from compactmind.forward import LARGEST_LOSS, divergences_of, loss_of, next_token_logits, window_losses
 from compactmind.methods.llama import llama_blocks
 from compactmind.methods.pruning.two_of_four import HeldZeros, sparse_weight_names
 from compactmind.methods.retraining.loss import RetrainingLoss, TeacherStates
-from compactmind.methods.retraining.recipe import RetrainRecipe, batch_rows, cosine_decay_with_warmup, plan_steps, windows_seen
+from compactmind.methods.retraining.recipe import RetrainRecipe, batch_rows, cosine_decay_with_warmup, plan_steps, windows_read
 from compactmind.methods.retraining.sharding import (
     autocast,
     check_sharding,
@@ -107,6 +112,20 @@ def held_out_loss(model: PreTrainedModel, held_out: torch.Tensor, accelerator: A
     return accelerator.reduce(loss, reduction="mean").item()
 
 
+def held_out_quality(
+    model: PreTrainedModel, held_out: torch.Tensor, accelerator: Accelerator, dense: Callable[[torch.Tensor], torch.Tensor] | None
+) -> dict[str, float]:
+    """Return `loss`, see `held_out_loss`, and with the logits of the `dense` model, of input ids (1, seq_len - 1), `kl` to it, in nats."""
+    if dense is None:
+        return {"loss": held_out_loss(model, held_out, accelerator)}
+    rows = []
+    for window in held_out:
+        logits = next_token_logits(model.eval(), window)
+        rows.append(torch.stack([loss_of(logits, window), divergences_of(dense(window[None, :-1])[0], logits).double().mean()]))
+    means = accelerator.reduce(torch.stack(rows).mean(dim=0).to(accelerator.device), reduction="mean")
+    return dict(zip(("loss", "kl"), means.tolist(), strict=True))
+
+
 def true_in_all_processes(value: bool, accelerator: Accelerator) -> bool:
     """Return whether a value is true in every process; all must ask."""
     return accelerator.reduce(torch.tensor(float(value), device=accelerator.device)).item() == accelerator.num_processes
@@ -141,7 +160,8 @@ def retrain_causal_lm(
     A loss that is not finite ends the run early, without an exception. Returns perplexity_before, perplexity_after and
     loss_before, loss_after (held-out, in nats), tokens_seen, seconds, kept_step (0: no step was better than the weights that
     came in, so the model has these again), stopped (None, or what ended the run early) and history, a row per evaluation with
-    step, phase, loss (training, mean since the last row), held_out_loss, perplexity, lr, seconds (since the last row).
+    step, phase, loss (training, mean since the last row), held_out_loss, perplexity, lr, seconds (since the last row). What learns from the
+    teacher alone (alpha 1) is chosen by KL to it: kl_before and kl_after are returned then too, and a row has `kl`.
 
     With the base nf4 the losses of the history are of the adapters beside 4 bits, and which step is kept is decided by them, from
     loss_of_base on, which is that of the 4-bit base alone. loss_before and loss_after are of the weights that came in and that are
@@ -153,7 +173,8 @@ def retrain_causal_lm(
     processes = accelerator.num_processes
     if sharded:
         check_sharding(recipe.mode, recipe.optimizer, accelerator.mixed_precision)
-    known = teacher_states is not None and windows.numel() > 0 and teacher_states.holds(windows_seen(windows, recipe, processes))
+    known = teacher_states is not None and windows.numel() > 0
+    known = known and all(map(teacher_states.holds, windows_read(windows, held_out, recipe, processes)))
     check_inputs(model, windows, held_out, recipe, teacher, known)
     windows_per_step = recipe.batch_size * recipe.accumulation * processes
     total_steps = plan_steps(recipe, windows.shape[1], processes)
@@ -180,9 +201,12 @@ def retrain_causal_lm(
         accelerator.print(f"{label}: the model is divided between {processes} processes")
     model = shard(whole, accelerator.device) if sharded else model.to(accelerator.device)
     teacher = teacher.to(accelerator.device).eval() if recipe.distils and teacher is not None else None
-    loss_before = saved["loss_before"] if saved else held_out_loss(model, held_out, accelerator)
-    if not loss_before < LARGEST_LOSS:
-        raise CompactMindError(f"the held-out loss before retraining is {loss_before}: the model that came in is damaged")
+    dense, decides = None, "loss"
+    if recipe.chosen_by_divergence:
+        dense, decides = partial((teacher_states or TeacherStates()).logits, teacher), "kl"
+    before = saved["before"] if saved else held_out_quality(model, held_out, accelerator, dense)
+    if not before["loss"] < LARGEST_LOSS:
+        raise CompactMindError(f"the held-out loss before retraining is {before['loss']}: the model that came in is damaged")
     set_seed(recipe.seed)
     with ready_to_train(model, recipe) as (adapters, base):
         optimizer = make_optimizer(model, recipe.lr, recipe.weight_decay, recipe.optimizer == "adamw_8bit")
@@ -190,9 +214,9 @@ def retrain_causal_lm(
 
         # ---- resume: the state of the last evaluation, if this very run was interrupted
         step, seconds, history, losses, stopped = 0, 0.0, [], [], None
-        kept = {"loss": loss_before, "step": 0, "weights": trainable_copy(model)}
+        kept = {**before, "step": 0, "weights": trainable_copy(model)}
         if base is not None and not saved:
-            kept["loss"] = held_out_loss(model, held_out, accelerator)
+            kept |= held_out_quality(model, held_out, accelerator, dense)
         loss_of_base = saved["loss_of_base"] if saved else kept["loss"]
         if saved:
             load_trainable(model, saved["weights"])
@@ -239,13 +263,14 @@ def retrain_causal_lm(
 
             if step not in evaluation_steps:
                 continue
-            held_out_now = held_out_loss(model, held_out, accelerator)
+            quality = held_out_quality(model, held_out, accelerator, dense)
+            held_out_now = quality["loss"]
             if not math.isfinite(held_out_now):
                 stopped = f"held-out loss became {held_out_now} at step {step}"
                 break
             # A weight that no held-out text reaches can be no number while the loss is one.
-            if held_out_now < kept["loss"] and true_in_all_processes(are_finite(weights := trainable_copy(model)), accelerator):
-                kept = {"loss": held_out_now, "step": step, "weights": weights}
+            if quality[decides] < kept[decides] and true_in_all_processes(are_finite(weights := trainable_copy(model)), accelerator):
+                kept = {**quality, "step": step, "weights": weights}
             now = time.perf_counter()
             row = {
                 "step": step,
@@ -255,17 +280,18 @@ def retrain_causal_lm(
                 "perplexity": math.exp(min(held_out_now, LARGEST_LOSS)),  # no float beyond that, and no use either
                 "lr": lr,
                 "seconds": now - mark,
+                **({"kl": quality["kl"]} if dense else {}),
             }
             history, losses, mark = [*history, row], [], now
             progress.track("evaluation", row)
             progress.write(
                 f"{label:<18} step {step:>5}/{total_steps} | loss {row['loss']:7.4f} | held-out loss {held_out_now:7.4f} | "
-                f"perplexity {row['perplexity']:8.4g} | {row['seconds']:.0f} s"
+                f"perplexity {row['perplexity']:8.4g} | {f'KL {quality[decides]:.4f} | ' if dense else ''}{row['seconds']:.0f} s"
             )
             if resume and (accelerator.is_main_process or sharded):  # what is kept is saved once
                 weights = kept["weights"] if kept["step"] == step else trainable_copy(model)
                 resume.save(
-                    plan=plan, step=step, seconds=seconds + now - started, history=history, kept=kept, loss_before=loss_before,
+                    plan=plan, step=step, seconds=seconds + now - started, history=history, kept=kept, before=before,
                     loss_of_base=loss_of_base, weights=weights, optimizer=own_moments(optimizer), scheduler=scheduler.state_dict(),
                     scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
                 )  # fmt: skip
@@ -275,17 +301,17 @@ def retrain_causal_lm(
         if stopped:
             accelerator.print(f"{label}: stopped: {stopped}")
         load_trainable(model, kept["weights"])
-        kept_step, loss_after = kept["step"], kept["loss"] if kept["step"] else loss_before
+        kept_step, after = kept["step"], kept if kept["step"] else before
         if adapters is not None and kept_step:
             if base is not None:
                 base.use_original_linears()
             adapters.merge_and_unload()
         if base is not None and kept_step:  # chosen by the loss beside 4 bits; what is returned has others
-            loss_after = held_out_loss(model, held_out, accelerator)
-            if not loss_after < loss_before:
-                accelerator.print(f"{label}: with the adapters in the weights as they came the held-out loss is {loss_after:.4f}")
+            after = held_out_quality(model, held_out, accelerator, dense)
+            if not after[decides] < before[decides]:
+                accelerator.print(f"{label}: with the adapters in the weights as they came the held-out {decides} is {after[decides]:.4f}")
                 base.restore()
-                kept_step, loss_after = 0, loss_before
+                kept_step, after = 0, before
         if sharded:
             gather(model, whole, accelerator)
         origin = f"step {kept_step}" if kept_step else "before retraining: no step was better on held-out text"
@@ -293,10 +319,8 @@ def retrain_causal_lm(
     accelerator.free_memory()
     accelerator.wait_for_everyone()
     return {
-        "perplexity_before": math.exp(loss_before),
-        "perplexity_after": math.exp(loss_after),
-        "loss_before": loss_before,
-        "loss_after": loss_after,
+        **{f"perplexity_{when}": math.exp(quality["loss"]) for when, quality in (("before", before), ("after", after))},
+        **{f"{name}_{when}": quality[name] for name in before for when, quality in (("before", before), ("after", after))},
         "tokens_seen": step * windows_per_step * windows.shape[1],
         "seconds": seconds + time.perf_counter() - started,
         "kept_step": kept_step,

@@ -59,6 +59,11 @@ class RetrainRecipe:
         """Whether the dense model has any say."""
         return self.distillation and (self.alpha > 0 or self.hidden_loss_weight > 0)
 
+    @property
+    def chosen_by_divergence(self) -> bool:
+        """Whether the dense model alone decides which weights are kept: it is all that is learnt from."""
+        return self.distillation and self.alpha == 1
+
     def __post_init__(self):
         if self.mode not in MODES:
             raise ValueError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
@@ -100,6 +105,11 @@ def windows_seen(windows: torch.Tensor, recipe: RetrainRecipe, processes: int = 
     size = recipe.batch_size * recipe.accumulation * processes
     steps = range(1, plan_steps(recipe, windows.shape[1], processes) + 1)
     return windows[torch.cat([batch_rows(len(windows), step, size, recipe.seed) for step in steps]).unique()]
+
+
+def windows_read(windows: torch.Tensor, held_out: torch.Tensor, recipe: RetrainRecipe, processes: int = 1) -> list[torch.Tensor]:
+    """Return what the dense model reads for it: of `windows` those that are trained on, and `held_out` where it decides what is kept."""
+    return [windows_seen(windows, recipe, processes), *([held_out] if recipe.chosen_by_divergence else [])]
 
 
 def batch_rows(windows: int, step: int, size: int, seed: int) -> torch.Tensor:
