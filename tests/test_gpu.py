@@ -9,7 +9,7 @@ import scripts
 import torch
 
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
-from compactmind.methods.quantization.error_compensation import compensate_rounding
+from compactmind.methods.quantization.error_compensation import compensate_rounding, compensation_of
 from compactmind.methods.quantization.gptq import columns_in_order, inverse_factor, round_compensated, round_nearest
 from compactmind.methods.quantization.gptq_model import GPTQRecipe, quantize_gptq
 from compactmind.methods.quantization.grid import Grid
@@ -67,8 +67,9 @@ def test_nf4_columns_are_rounded_as_on_a_cpu():
     for seed in range(3):
         weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(seed))
         scale = weight.unflatten(1, (-1, 64)).abs().amax(-1, keepdim=True).expand(-1, -1, 64).flatten(1)
-        arguments = weight, example_moment(128), levels, scale, scale
-        wanted, result = compensate_rounding(*arguments), compensate_rounding(*(each.cuda() for each in arguments)).cpu()
+        on_cpu, on_gpu = compensation_of(example_moment(128)), compensation_of(example_moment(128).cuda())
+        wanted = compensate_rounding(weight, on_cpu, levels, scale, scale)
+        result = compensate_rounding(weight.cuda(), on_gpu, *(each.cuda() for each in (levels, scale, scale))).cpu()
         assert (result == wanted).float().mean() > 0.99
 
 

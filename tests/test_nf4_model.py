@@ -15,8 +15,9 @@ from compactmind.formats.table import parameters_of
 from compactmind.methods.blockwise import walk_blocks
 from compactmind.methods.llama import LINEARS, llama_blocks
 from compactmind.methods.quantization.calibration import SITES
+from compactmind.methods.quantization.error_compensation import compensation_of
 from compactmind.methods.quantization.grouped import GroupedEmbedding, GroupedLinear, TiedHead
-from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4
+from compactmind.methods.quantization.nf4_model import DAMPING, NF4Recipe, quantize_nf4
 from compactmind.methods.quantization.packed_linear import NF4Linear
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.tables import EMBEDDINGS, table_grid
@@ -109,7 +110,7 @@ def test_every_linear_is_compensated_by_what_the_four_bit_blocks_before_it_write
             for field in fields:
                 linear = getattr(block, field)
                 packed = NF4Linear(linear.in_features, linear.out_features, False, "cpu", True)
-                packed.pack(linear.weight, moments[site], refined=True)
+                packed.pack(linear.weight, compensation_of(moments[site], DAMPING, largest_first=True), refined=True)
                 expected.set_submodule(f"{block.name}.{LINEARS[field]}", packed)
     for result, wanted in zip(llama_blocks(model), llama_blocks(expected), strict=True):
         assert all(torch.equal(getattr(result, field).weight, getattr(wanted, field).weight) for field in LINEARS)

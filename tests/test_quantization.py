@@ -16,6 +16,7 @@ from compactmind.methods.pruning.masks import compact
 from compactmind.methods.quantization.error_compensation import (
     SHRINK,
     compensate_rounding,
+    compensation_of,
     input_second_moments,
     smaller_scales,
 )
@@ -275,7 +276,7 @@ def test_smaller_scales_and_the_largest_inputs_first_change_outputs_less_still(w
     for refined in (False, True):
         packed = NF4Linear(width, 96, True, "cpu", double_quantization=True)
         packed.bias = plain.bias
-        packed.pack(plain.weight, moment, refined=refined)
+        packed.pack(plain.weight, compensation_of(moment, 0.05 if refined else 0.01, largest_first=refined), refined=refined)
         with torch.no_grad():
             errors[refined] = (packed(inputs) - plain(inputs)).square().mean().sqrt().item()
     assert errors[True] < 0.9 * errors[False]
@@ -284,7 +285,7 @@ def test_smaller_scales_and_the_largest_inputs_first_change_outputs_less_still(w
 def test_smaller_scales_never_err_more_and_cut_outliers_off():
     levels = bnb_functional.get_4bit_type("nf4", device="cpu")
     weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(1))
-    cut = smaller_scales(weight, torch.eye(128), levels, BLOCK)
+    cut = smaller_scales(weight, torch.ones(128), levels, BLOCK)
     scales = [absmax_of_blocks(each).repeat_interleave(BLOCK, 1) for each in (weight, cut)]
     error = [
         ((levels[(weight / scale)[..., None].sub(levels).abs().argmin(-1)] * scale - weight).square()).view(32, 2, BLOCK).sum(2)
@@ -308,7 +309,7 @@ def test_compensated_rounding_changes_outputs_less_and_survives_packing(width):
     for compensated in (False, True):
         packed = NF4Linear(width, 96, True, "cpu", double_quantization=True)
         packed.bias = plain.bias
-        packed.pack(plain.weight, moment if compensated else None)
+        packed.pack(plain.weight, compensation_of(moment) if compensated else None)
         with torch.no_grad():
             errors[compensated] = (packed(inputs) - plain(inputs)).square().mean().sqrt().item()
     assert errors[True] < 0.7 * errors[False]
@@ -319,12 +320,12 @@ def test_compensated_weights_are_levels_times_their_scale():
     levels = bnb_functional.get_4bit_type("nf4", device="cpu")
     scale = weight.abs().amax(dim=1, keepdim=True).expand_as(weight)
     moment = torch.eye(64) + 0.5
-    rounded = compensate_rounding(weight, moment, levels, scale, scale)
+    rounded = compensate_rounding(weight, compensation_of(moment), levels, scale, scale)
     distance = (rounded[..., None] / scale[..., None] - levels).abs().amin(dim=-1)
     assert distance.max() < 1e-6
     torch.testing.assert_close(rounded.abs().amax(dim=1), weight.abs().amax(dim=1))  # an encoder finds the same scales
     # Uncorrelated inputs of one size leave nothing to compensate: nearest level, as without.
-    alone = compensate_rounding(weight, torch.eye(64), levels, scale, scale)
+    alone = compensate_rounding(weight, compensation_of(torch.eye(64)), levels, scale, scale)
     nearest = levels[(weight / scale)[..., None].sub(levels).abs().argmin(dim=-1)] * scale
     assert torch.equal(alone, nearest)
 

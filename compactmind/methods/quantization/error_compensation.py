@@ -11,6 +11,7 @@ first, leave a Llama half of the loss that is left without; scales stay in place
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -52,23 +53,47 @@ def input_second_moments(
     return {name: total / count for name, total in sums.items()}
 
 
+@dataclass(frozen=True)
+class Compensation:
+    """How errors in the weights of one input are made up for by those of others; the same for all layers with these inputs."""
+
+    factor: torch.Tensor
+    """(in, in) float32, upper Cholesky factor of the inverse of H, in `order`: row j holds what column j passes on to those after it."""
+    importance: torch.Tensor
+    """(in,) float32, 1 / Hinv[j, j]: what of an error in column j no other column can make up for."""
+    order: torch.Tensor | None = None
+    """(in,): which columns are rounded first; None: as they stand."""
+
+
+@torch.inference_mode()
+def compensation_of(second_moment: torch.Tensor, damping: float = 0.01, largest_first: bool = False) -> Compensation:
+    """Return how errors are made up for by inputs of this moment (in, in), of which a share `damping` of the mean is added to the diagonal.
+
+    `largest_first`: the columns with the largest inputs are rounded before the others.
+    """
+    order = second_moment.diagonal().argsort(descending=True, stable=True) if largest_first else None
+    moment = second_moment.double().clone()
+    moment.diagonal().add_(damping * moment.diagonal().mean() + 1e-12)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
+    importance = inverse.diagonal().reciprocal().float()
+    factor = torch.linalg.cholesky(inverse if order is None else inverse[order[:, None], order], upper=True).float()
+    return Compensation(factor, importance, order)
+
+
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """What `smaller_scales` tries, as shares of the largest weight of a block."""
 
 
 @torch.inference_mode()
 def smaller_scales(
-    weight: torch.Tensor, second_moment: torch.Tensor, levels: torch.Tensor, block_size: int, damping: float = 0.05
+    weight: torch.Tensor, importance: torch.Tensor, levels: torch.Tensor, block_size: int
 ) -> torch.Tensor:
     """Return `weight` (out_features, in_features) with every block of `block_size` in a row cut off where its rounding errs least.
 
-    An error of column j counts as 1 / Hinv[j, j]: what of it the other columns cannot make up for. in_features is a multiple of
-    `block_size`. An encoder finds the scales in what is returned; the weights beyond them are for `compensate_rounding` to cut.
+    An error of column j counts as its `importance` (in_features,). in_features is a multiple of `block_size`. An encoder finds the scales
+    in what is returned; the weights beyond them are for `compensate_rounding` to cut.
     """
-    moment = second_moment.double().clone()
-    moment.diagonal().add_(damping * moment.diagonal().mean() + 1e-12)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
-    importance = inverse.diagonal().reciprocal().float().unflatten(0, (-1, block_size))  # (blocks, block_size)
+    importance = importance.unflatten(0, (-1, block_size))  # (blocks, block_size)
     blocks = weight.float().unflatten(1, (-1, block_size))  # (out_features, blocks, block_size)
     largest, boundaries = blocks.abs().amax(-1, keepdim=True), (levels[1:] + levels[:-1]) / 2
     least = torch.full_like(largest, torch.inf)
@@ -93,43 +118,36 @@ def _round_columns(
         level = torch.where(pinned[column], sign[column], levels[nearest])
         rounded[column] = level * scale[column]
         errors[column] = (wanted - level * decoded_scale[column]) / factor[column, column]
-        block[column:] -= factor[column, column:, None] * errors[column]
+        block[column:].addr_(factor[column, column:], errors[column], alpha=-1)
     return rounded, errors
 
 
 @torch.inference_mode()
 def compensate_rounding(
     weight: torch.Tensor,
-    second_moment: torch.Tensor,
+    compensation: Compensation,
     levels: torch.Tensor,
     scale: torch.Tensor,
     decoded_scale: torch.Tensor,
-    damping: float = 0.01,
     columns_at_once: int = 128,
-    order: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return `weight` with every element on a level times its `scale`, chosen so that outputs on the calibration change least.
 
-    weight: (out_features, in_features); second_moment: (in_features, in_features); levels: sorted, from -1 to 1; scale and
-    decoded_scale: (out_features, in_features), each element's block scale as the encoder uses it and as the decoder will
-    reproduce it (they differ when scales are themselves quantized). `damping` is a share of the mean diagonal. Elements with
-    |weight| >= scale become their scale, so that an encoder finds the same scales again. `order` (in_features,): which columns are rounded
-    first; None: as they stand.
+    weight: (out_features, in_features); levels: sorted, from -1 to 1; scale and decoded_scale: (out_features, in_features), each
+    element's block scale as the encoder uses it and as the decoder will reproduce it (they differ when scales are themselves quantized).
+    Elements with |weight| >= scale become their scale, so that an encoder finds the same scales again.
     """
+    order, factor = compensation.order, compensation.factor
     if order is not None:
-        parts = (each[:, order].contiguous() for each in (weight, scale, decoded_scale))
-        ordered, scale, decoded_scale = parts
-        moment, rounded = second_moment[order][:, order], torch.empty_like(ordered, dtype=torch.float32)
-        rounded[:, order] = compensate_rounding(ordered, moment, levels, scale, decoded_scale, damping, columns_at_once)
+        ordered, scale, decoded_scale = (each[:, order].contiguous() for each in (weight, scale, decoded_scale))
+        rounded = torch.empty_like(ordered, dtype=torch.float32)
+        in_order = replace(compensation, order=None)
+        rounded[:, order] = compensate_rounding(ordered, in_order, levels, scale, decoded_scale, columns_at_once)
         return rounded
     weight = weight.detach().float().clone()
     in_features = weight.shape[1]
     pinned, sign = weight.abs() >= scale, weight.sign()
     boundaries = (levels[1:] + levels[:-1]) / 2
-    moment = second_moment.double().clone()
-    moment.diagonal().add_(damping * moment.diagonal().mean() + 1e-12)
-    # Upper Cholesky factor of the inverse: row j holds what column j passes on to the columns after it.
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment)), upper=True).float()
     rounded = torch.empty_like(weight)
     for start in range(0, in_features, columns_at_once):
         end = min(start + columns_at_once, in_features)

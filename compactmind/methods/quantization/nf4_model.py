@@ -13,8 +13,12 @@ from transformers import PreTrainedModel
 from compactmind.methods.blockwise import walk_blocks
 from compactmind.methods.llama import LINEARS, llama_blocks
 from compactmind.methods.quantization.calibration import SITES, require_dense, require_text
+from compactmind.methods.quantization.error_compensation import compensation_of
 from compactmind.methods.quantization.packed_model import skipped_modules
 from compactmind.methods.quantization.tables import EMBEDDINGS, replace_tables, table_grid, tables_of
+
+DAMPING = 0.05
+"""Of the inputs' second moment, see error_compensation.py: a block reads what the 4-bit blocks before it write."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,12 @@ def quantize_nf4(model: PreTrainedModel, windows: torch.Tensor, recipe: NF4Recip
     blocks = walk_blocks(model, windows, None) if recipe.compensation else ((0, block, {}) for block in llama_blocks(model))
     for _, block, moments in blocks:
         for site, fields in SITES.items():
+            compensation = compensation_of(moments[site], DAMPING, largest_first=True) if recipe.compensation else None
             for field in fields:
                 linear = getattr(block, field)
                 packed = packed_linear_like(linear, "nf4", linear.weight.device, recipe.double_quantization)
                 packed.bias = linear.bias
-                packed.pack(linear.weight.data, moments.get(site), refined=True)
+                packed.pack(linear.weight.data, compensation, refined=True)
                 model.set_submodule(f"{block.name}.{LINEARS[field]}", packed)
     grid = table_grid(recipe.embeddings)
     return {**description, "tables": replace_tables(model, dict.fromkeys(tables_of(model), grid) if grid else {})}

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from compactmind import kernels
 from compactmind.errors import needs_extra
-from compactmind.methods.quantization.error_compensation import compensate_rounding, smaller_scales
+from compactmind.methods.quantization.error_compensation import Compensation, compensate_rounding, smaller_scales
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises optional CPU kernels at import
 with needs_extra("nf4"):
@@ -53,24 +53,21 @@ class NF4Linear(bnb.nn.Linear4bit):
         # batches, and not the logits that were saved.
         self.support_avx512bf16_for_cpu = False
 
-    def pack(self, weight: torch.Tensor, second_moment: torch.Tensor | None = None, *, refined: bool = False) -> None:
+    def pack(self, weight: torch.Tensor, compensation: Compensation | None = None, *, refined: bool = False) -> None:
         """Set, in place, the 4-bit weight from `weight` (out_features, in_features).
 
-        With `second_moment` (mean of x x^T on calibration inputs, (in_features, in_features)) the rounding is compensated;
-        `refined`: with smaller scales where they err less, and the columns with the largest inputs first.
+        With the `compensation` of its inputs rounding errors are made up for; `refined`: with smaller scales where they err less.
         """
         weight = functional.pad(weight.detach().float(), (0, self.padding))
-        if second_moment is not None:
-            columns, order, cut = slice(0, self.in_features), None, weight
+        if compensation is not None:
+            columns, cut = slice(0, self.in_features), weight
             if refined:
-                order = second_moment.diagonal().argsort(descending=True, stable=True)
-                padded = functional.pad(second_moment, (0, self.padding, 0, self.padding))
-                cut = smaller_scales(weight, padded, bnb.functional.get_4bit_type("nf4", device=weight.device), BLOCK_SIZE)
+                importance = functional.pad(compensation.importance, (0, self.padding))  # zeros err nowhere
+                cut = smaller_scales(weight, importance, bnb.functional.get_4bit_type("nf4", device=weight.device), BLOCK_SIZE)
             scale, decoded_scale, levels = self._scales(cut)
             weight[:, columns] = compensate_rounding(
-                weight[:, columns], second_moment, levels, scale[:, columns], decoded_scale[:, columns],
-                damping=0.05 if refined else 0.01, order=order,
-            )  # fmt: skip
+                weight[:, columns], compensation, levels, scale[:, columns], decoded_scale[:, columns]
+            )
         self.weight = bnb.nn.Params4bit(
             weight, requires_grad=False, compress_statistics=self.double_quantization, quant_type="nf4", module=self
         ).to(weight.device)

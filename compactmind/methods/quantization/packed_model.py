@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
-from compactmind.methods.quantization.error_compensation import input_second_moments
+from compactmind.methods.quantization.error_compensation import compensation_of, input_second_moments
 from compactmind.methods.quantization.tables import INTEGERS, replace_tables, table_grid
 
 PACKINGS = ("nf4", "int8")
@@ -100,7 +100,7 @@ def quantize_model(
     for name, linear in plain.items():
         packed = model.get_submodule(name)
         packed.bias = linear.bias
-        packed.pack(linear.weight.data, *([moments[name]] if compensated else []))
+        packed.pack(linear.weight.data, *([compensation_of(moments[name])] if compensated else []))
     return description
 
 
