@@ -163,7 +163,7 @@ def make_and_save(
         "config": {
             "strategy": strategy, "eval_windows": config.eval_windows, **context, "pipeline": [step.described() for step in steps],
             "study": study, "retraining": [accelerator_record(accelerator, batch) for batch in batches],
-            "learning": accelerator.mixed_precision if any(step.learns for step in steps) else None,
+            "gradients": accelerator.mixed_precision if any(step.has_gradients for step in steps) else None,
         },
         "inputs": {"model": context["model"]},
     }  # fmt: skip

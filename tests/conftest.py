@@ -18,10 +18,11 @@ from compactmind.data import EncodedSentences
 torch.set_num_threads(1)
 
 
-LONG_FILES = ("test_report.py", "test_large_models.py", "test_paper_profile.py", "test_search_script.py", "test_killed_workers.py",
-              "test_workers.py", "test_scripts.py", "test_onnx_export.py", "test_sharding.py", "test_script_training.py",
-              "test_fixed_pipeline.py", "test_killed_scripts.py", "test_kernels.py", "test_search_processes.py",
-              "test_script_refusals.py", "test_pipeline_run.py")  # fmt: skip
+LONG_FILES = ("test_onnx_export.py", "test_workers.py", "test_report.py", "test_large_models.py", "test_paper_profile.py",
+              "test_killed_workers.py", "test_search_script.py", "test_engine.py", "test_documents.py", "test_search_processes.py",
+              "test_as_shipped.py", "test_script_training.py", "test_loop.py", "test_families.py", "test_llama_structure.py",
+              "test_compressor.py", "test_trials.py", "test_encoder_families.py", "test_killed_scripts.py", "test_report_rows.py",
+              "test_sharding.py", "test_scripts.py", "test_fixed_pipeline.py", "test_pipeline_run.py")  # fmt: skip
 """Files that take half a minute and more, the longest first; those that begin with the same `made_once` apart from each other."""
 
 

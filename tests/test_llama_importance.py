@@ -52,6 +52,17 @@ def test_taylor_predicts_what_removing_a_little_does(windows):
     assert result[order].mean() > 1.5 * result.mean()  # the channels it ranks first are those whose loss shows
 
 
+def test_taylor_in_bf16_says_nearly_the_same(windows, monkeypatch):
+    model, types = make(), set()
+    llama_blocks(model)[1].down.register_forward_hook(lambda _, __, output: types.add(output.dtype))
+    exact = score(model, "taylor", windows)[1]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    half = score(model, "taylor", windows)[1]
+    assert types == {torch.float32, torch.bfloat16} and half.channels.dtype == torch.float32
+    for ours, theirs in ((half.channels, exact.channels), (half.groups, exact.groups)):
+        assert not torch.equal(ours, theirs) and torch.allclose(ours, theirs, rtol=0.1)
+
+
 def test_taylor_leaves_no_trace(windows):
     model = make()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

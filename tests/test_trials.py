@@ -1,6 +1,7 @@
 """A trial of the search: what is skipped and stopped before it costs time, and what is measured."""
 
 import gc
+import json
 import math
 from contextlib import suppress
 from dataclasses import replace
@@ -263,9 +264,27 @@ def test_the_dense_model_reads_the_windows_once(windows, monkeypatch):
     for pipeline in ([NF4], [W8A8]):
         runner.evaluate(make_trial(), read_pipeline(pipeline))
     assert len(read) <= len(windows) + 2  # beside the first look at itself
-    runner.windows = windows[:3]  # others
-    runner.logits()
-    assert len(runner.dense) == 3
+    read.clear()
+    runner.windows = torch.cat([windows, windows[:3].flip(0)])
+    dense = runner.logits()
+    assert len(read) == 3 and len(dense) == len(windows) + 3 and torch.equal(dense[-1], dense[0])  # only what was added
+
+
+def test_what_a_trial_has_seen_of_the_windows_is_confirmed_by_the_first_one(windows):
+    steps, runner = read_pipeline([NF4]), make_runner(windows[:4])
+    trial = make_trial()
+    runner.evaluate(trial, steps)
+    known, measured = trial.user_attrs["by_window"], trial.user_attrs["measured"]
+    assert measured["kl"] == pytest.approx(sum(known["kl"]) / 4) and measured["loss"] == pytest.approx(sum(known["loss"]) / 4)
+    looks, compressed, original = [], runner.run(steps), runner._measure_windows
+    runner._measure_windows = lambda model, start, end: looks.append((start, end)) or original(model, start, end)
+    runner.windows = windows
+    whole = runner.measure(compressed)
+    looks.clear()
+    assert runner.measure(compressed, known=json.loads(json.dumps(known))) == whole and looks == [(0, 1), (4, 6)]
+    other = {name: [values[0] + 1e-9, *values[1:]] for name, values in known.items()}  # of other code, or of another machine
+    looks.clear()
+    assert runner.measure(compressed, known=other) == whole and looks[0] == (0, 1) and looks[1][0] == 0
 
 
 def test_a_simulated_kernel_has_no_latency(windows, monkeypatch):

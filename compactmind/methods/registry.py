@@ -135,6 +135,8 @@ class Method:
     """What a search may choose from beside the target that `aim` is set to."""
     trains: str | None = None
     """The parameter that says on how many tokens it learns, if it does: what a search has chosen may learn longer before it is saved."""
+    gradients: Callable[[Any], bool] | None = None
+    """recipe -> whether it reads gradients in the precision of training, though it learns nothing."""
     needs: Callable[[Sizes, Any, int], Need] | None = None
     """(sizes, recipe, bytes of the model that is in memory) -> the memory it needs, see memory.py."""
     beforehand: Callable[[Resources, Any], None] | None = None
@@ -327,6 +329,7 @@ METHODS: dict[str, Method] = {
             "sparsity": SPARSITIES, "criterion": ("taylor", "activation", "variance", "l2"), "scope": ("uniform", "global"),
             "structures": (("channels",), ("channels", "groups")), "blocks": (0, 1, 2),
         }, "pruned", check=check_prunable, needs=memory.prune, left=_left_by_pruning,
+        gradients=lambda recipe: recipe.criterion == "taylor",
     ),
     "sparse24": Method(
         "sparse24", "sparsify", Sparse24Recipe, _sparsify, {"criterion": ("wanda", "magnitude")}, check=check_sparse24,

@@ -49,7 +49,8 @@ def confirm(study: optuna.Study, trials: Sequence[FrozenTrial], runner: TrialRun
             "the interaction",
             lambda steps=steps, rows=compressed.steps: interaction(steps, runner.resources, runner.step_measure, rows, runner.cache),
         )
-        confirmed[trial.number] = {**runner.measure(compressed), "steps": summarize_rows(compressed.steps), "interaction": together}
+        measured = runner.measure(compressed, known=trial.user_attrs.get("by_window"))
+        confirmed[trial.number] = {**measured, "steps": summarize_rows(compressed.steps), "interaction": together}
         del compressed
         study.set_user_attr("confirmed", confirmed)
     return {int(number): measured for number, measured in study.user_attrs["confirmed"].items()}

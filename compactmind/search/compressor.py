@@ -45,9 +45,10 @@ class Step:
     recipe: Any
 
     @property
-    def learns(self) -> bool:
-        """Whether it trains anything: its result depends on the precision of training then."""
-        return bool(self.method.trains and getattr(self.recipe, self.method.trains))
+    def has_gradients(self) -> bool:
+        """Whether it trains anything, or scores by gradients: its result depends on the precision of training then."""
+        learns = bool(self.method.trains and getattr(self.recipe, self.method.trains))
+        return learns or bool(self.method.gradients and self.method.gradients(self.recipe))
 
     def described(self) -> dict[str, Any]:
         """Return the step with all its parameters, as JSON has it."""

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from optuna import Study
 from optuna.pruners import BasePruner, SuccessiveHalvingPruner
+from torch.utils.data import ConcatDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compactmind.checkpoint import save_checkpoint
@@ -93,7 +94,7 @@ class TrialRunner:
     measured: int = field(default=0, repr=False)
     """Trials of the study that ran to their end."""
     sizes: tuple[int, int, int] | None = field(default=None, repr=False)
-    dense: LogitsOf | None = field(default=None, repr=False)
+    dense: Sequence[torch.Tensor] | None = field(default=None, repr=False)
     """The dense model's logits of the windows, once it has read them."""
 
     @property
@@ -110,10 +111,12 @@ class TrialRunner:
         """Return what stops a finished pipeline that falls behind as it is looked at on more and more windows."""
         return SuccessiveHalvingPruner(min_resource=self.few, reduction_factor=REDUCTION, min_early_stopping_rate=0)
 
-    def logits(self) -> LogitsOf:
-        """Return the dense model's logits of the windows, which it reads once."""
-        if self.dense is None or len(self.dense) != len(self.windows):
-            self.dense = LogitsOf(self.resources.teacher(), self.windows)
+    def logits(self) -> Sequence[torch.Tensor]:
+        """Return the dense model's logits of the windows, which it reads once, and of more of them only those that have been added."""
+        known = 0 if self.dense is None else len(self.dense)
+        if known < len(self.windows):
+            more = LogitsOf(self.resources.teacher(), self.windows[known:])
+            self.dense = ConcatDataset([self.dense, more]) if known else more
         return self.dense
 
     def learn(self, study: Study, ratio: float = 0.0) -> None:
@@ -253,14 +256,21 @@ class TrialRunner:
         self.logits()  # before the dense model may go
         return run_pipeline(steps, self.resources, self.step_measure, cache=self.cache, check=check, show=False)
 
-    def measure(self, compressed: Compressed, trial: Notes | None = None) -> dict[str, Any]:
+    def measure(
+        self, compressed: Compressed, trial: Notes | None = None, known: dict[str, list[float]] | None = None
+    ) -> dict[str, Any]:
         """Return KL, perplexity and loss on all windows, bytes, compression ratio, kernel, and what else the objectives ask for.
 
         latency: ms to read a prompt of `prompt_tokens` on this machine, of a real kernel only; memory: MB at the peak of a process that
         loads the model and reads the prompt. With a trial it is looked at on more and more windows: raises Stopped where it falls behind.
-        Raises CompactMindError if there is nothing real to measure.
+        `known` is what the trial noted as `by_window` of the first windows: if the first one comes to the same again, the others of them
+        are not read again. Raises CompactMindError if there is nothing real to measure.
         """
         size, looks, end = stored_bytes(compressed, self.resources.released), [], 0
+        if known:
+            first = self._measure_windows(compressed.model, 0, 1)
+            if all(first[name].item() == values[0] for name, values in known.items()):
+                looks, end = [{name: torch.tensor(values, dtype=torch.float64) for name, values in known.items()}], len(known["loss"])
         while end < len(self.windows):
             start, end = end, min(REDUCTION * end or self.few, len(self.windows))
             looks.append(self._measure_windows(compressed.model, start, end))
@@ -272,8 +282,10 @@ class TrialRunner:
                 trial.set_user_attr("steps", summarize_rows(compressed.steps))
                 shown = f"{so_far[self.quality]:.4g}"
                 raise Stopped(f"stopped after {end} windows: {self.quality} {shown} is not in the better half", [so_far[self.quality]])
+        if trial is not None:
+            trial.set_user_attr("by_window", {name: torch.cat([look[name] for look in looks]).tolist() for name in looks[0]})
         measured = {
-            **so_far, "windows": len(self.windows), "bytes": size,
+            **mean_over_windows(looks), "windows": len(self.windows), "bytes": size,
             "compression_ratio": self.released_bytes / size, "kernel": kernel_of(compressed.model, compressed.kind),
         }  # fmt: skip
         if {"latency", "memory"} & set(self.objectives) and SIMULATED in measured["kernel"]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from compactmind.devices import mixed_precision
 from compactmind.errors import CompactMindError
 from compactmind.methods.blockwise import block_inputs, logits_behind, run_block
 from compactmind.methods.llama import LlamaBlock, llama_blocks, stream_norms
@@ -96,7 +97,7 @@ def _taylor(model: PreTrainedModel, blocks: list[LlamaBlock], windows: torch.Ten
     """Return x dL/dx at the inputs of down_proj and o_proj, summed per structure, squared, summed over tokens.
 
     The gradient goes back block by block, each computed again from what it read: a third more time, and the activations of one block
-    instead of all.
+    instead of all. In bf16 where `mixed_precision` says that (fp16 has no range for it: float32); sums are float32.
     """
     device = model.device
     scores = [
@@ -110,22 +111,28 @@ def _taylor(model: PreTrainedModel, blocks: list[LlamaBlock], windows: torch.Ten
     model.requires_grad_(False)
     try:
         for window in windows.to(device):
-            (state,), arguments = block_inputs(model, window[None, :-1])
-            states = [state]
-            for block, others in zip(blocks, arguments, strict=True):
-                with torch.no_grad():
-                    states.append(run_block(block.module, states[-1], others))
-            with torch.enable_grad():
-                last = states.pop().requires_grad_(True)
-                logits = logits_behind(model, window[None, :-1], last)[0]
-                token_loss(logits, None, window[1:], temperature=1.0, alpha=0.0).backward()
-            gradient = last.grad
-            for block, others, block_scores in zip(reversed(blocks), reversed(arguments), reversed(scores), strict=True):
-                gradient = _taylor_of_block(block, states.pop(), others, gradient, block_scores)
+            with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision() == "bf16"):
+                _taylor_of_window(model, blocks, window[None], scores)
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
     return [BlockScores(block_scores.channels.cpu(), block_scores.groups.cpu()) for block_scores in scores]
+
+
+def _taylor_of_window(model: PreTrainedModel, blocks: list[LlamaBlock], window: torch.Tensor, scores: list[BlockScores]) -> None:
+    """Add, in place, what a window (1, seq_len) says of every block."""
+    (state,), arguments = block_inputs(model, window[:, :-1])
+    states = [state]
+    for block, others in zip(blocks, arguments, strict=True):
+        with torch.no_grad():
+            states.append(run_block(block.module, states[-1], others))
+    with torch.enable_grad():
+        last = states.pop().requires_grad_(True)
+        logits = logits_behind(model, window[:, :-1], last)[0]
+        token_loss(logits, None, window[0, 1:], temperature=1.0, alpha=0.0).backward()
+    gradient = last.grad
+    for block, others, block_scores in zip(reversed(blocks), reversed(arguments), reversed(scores), strict=True):
+        gradient = _taylor_of_block(block, states.pop(), others, gradient, block_scores)
 
 
 @torch.enable_grad()
@@ -139,7 +146,7 @@ def _taylor_of_block(
             value = inputs[0].detach()  # a hook that knows the tensor it hangs on keeps it, and all before it, for ever
 
             def backward(gradient) -> None:
-                change = (gradient * value).flatten(0, -2).float()  # (tokens, channels)
+                change = (gradient.float() * value).flatten(0, -2)  # (tokens, channels)
                 total.add_(change.unflatten(-1, (-1, columns)).sum(dim=-1).square().sum(dim=0))
 
             inputs[0].register_hook(backward)
