@@ -282,7 +282,7 @@ def test_what_a_trial_has_seen_of_the_windows_is_confirmed_by_the_first_one(wind
     whole = runner.measure(compressed)
     looks.clear()
     assert runner.measure(compressed, known=json.loads(json.dumps(known))) == whole and looks == [(0, 1), (4, 6)]
-    other = {name: [values[0] + 1e-9, *values[1:]] for name, values in known.items()}  # of other code, or of another machine
+    other = {name: [1.01 * values[0], *values[1:]] for name, values in known.items()}  # of other code, or of another machine
     looks.clear()
     assert runner.measure(compressed, known=other) == whole and looks[0] == (0, 1) and looks[1][0] == 0
 
