@@ -52,6 +52,7 @@ from compactmind.methods.registry import METHODS
 from compactmind.precision import is_small, work_in_float32
 from compactmind.report.figures import save_figure
 from compactmind.room import require_room
+from compactmind.search.cache import Kept
 from compactmind.search.compressor import Step
 from compactmind.text import load_documents, token_windows
 
@@ -134,6 +135,7 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
     choosing = ("alpha", "alpha_grid", "sites", "rotations", "stream_rotation", "window_choice")
     fingerprint = data_fingerprint(config.text_dir)
     made_by = {"script": "4_smoothquant_llama.py", "code": code_version(__file__), "inputs": {"model": identity_of(source)}}
+    kept = Kept(config.results_dir / "search" / "costs", made_by["inputs"], config.force)
 
     def stage(*names: str, **more) -> dict:
         return {**made_by, "config": {**config.relevant(*names), "text": fingerprint, **more}}
@@ -211,7 +213,7 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
         if set(config.rotations) < set(SITES) and not config.stream_rotation and config.activations != "per_tensor_static":
             compared[f"{PER_LAYER}, all rotated"] = recipe(PER_LAYER, rotations=tuple(SITES))
         compared |= {value: recipe(value) for value in config.alpha_grid}
-        logits = LogitsOf(work_in_float32(load_as_released(source)[0].to(device)), validation)
+        logits = LogitsOf(work_in_float32(load_as_released(source)[0].to(device)), validation, kept.states(validation))
         for label, how in compared.items():
             evaluated = measure_windows({"": work_in_float32(quantized(how)[0])}, validation, logits)[""]
             reached = perplexity_of(evaluated["losses"], config.seq_len, "validation")["perplexity"]
@@ -255,7 +257,7 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
     # ---- all are saved: measure all on the same held-out windows, one after the other
     released_bytes = weight_bytes(source)
     model = work_in_float32(load_as_released(source)[0].to(device))
-    logits, kernels = LogitsOf(model, windows), {source.name: kernel_of(model, "dense")}
+    logits, kernels = LogitsOf(model, windows, kept.states(windows)), {source.name: kernel_of(model, "dense")}
     evaluated = {source.name: measure_logits(logits, windows)}
     del model
     for name in stages:

@@ -52,7 +52,7 @@ from compactmind.methods.registry import METHODS
 from compactmind.methods.retraining.together import help_to_retrain, helped_by_the_others
 from compactmind.room import require_room
 from compactmind.search import findings, front
-from compactmind.search.cache import PrefixCache, kept_measurements
+from compactmind.search.cache import Kept, PrefixCache
 from compactmind.search.choosing import best_trials_at, choose_for_ratios
 from compactmind.search.compressor import Step, check_steps, read_pipeline
 from compactmind.search.engine import PATIENCE_SECONDS, counted_trials, open_study, search
@@ -128,13 +128,13 @@ def context_of(config: SearchConfig) -> dict:
     }
 
 
-def costs_of(config: SearchConfig) -> Callable[[str, Callable[[], Any]], Any]:
+def costs_of(config: SearchConfig) -> Kept:
     """Return what keeps measurements of the dense model between runs: whatever the target, they are the same."""
     belongs_to = {
         "model": identity_of(source_of(config)), "text": data_fingerprint(config.text_dir), "seq_len": config.seq_len,
         "code": code_version(__file__),
     }  # fmt: skip
-    return kept_measurements(config.results_dir / "search" / "costs", belongs_to, config.force)
+    return Kept(config.results_dir / "search" / "costs", belongs_to, config.force)
 
 
 def cache_of(config: SearchConfig) -> PrefixCache:

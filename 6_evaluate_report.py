@@ -50,6 +50,7 @@ from compactmind.report.protocols import environment, protocols
 from compactmind.report.sentences import sentences, warnings
 from compactmind.report.summary import opening_sentences
 from compactmind.report.zero_shot import zero_shot_sentences, zero_shot_table
+from compactmind.search.cache import Kept
 from compactmind.search.places import findings_of
 from compactmind.task import read_task
 from compactmind.text import load_documents, token_windows
@@ -205,6 +206,7 @@ def measure_track(
         needed, checkpoints, windows_for, f"{text}, test", config.window_choice, reference=there.get(reference),
         bases={row["name"]: there[row["compared_with"]] for row in needed if row["compared_with"] in there},
         prompt_tokens=config.prompt_tokens, repeats=config.latency_repeats, fresh=config.fresh,
+        states=lambda base, windows: Kept(config.results_dir / "search" / "costs", {"model": base}, config.fresh).states(windows),
     )  # fmt: skip
     if config.gsm8k_problems:
         file = config.gsm8k_dir / "test.jsonl"

@@ -3,14 +3,19 @@
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from compactmind.data import EncodedSentences, model_inputs, require_same_texts
 from compactmind.errors import CompactMindError
+from compactmind.files import replace_file
 from compactmind.limits import require_known_ids, rows_at_a_time
 from compactmind.precision import is_small
 
@@ -21,6 +26,10 @@ LOGITS_TO_KEEP = 2**31
 """Bytes of logits that are kept in memory instead of made again of what the head reads: 10,000 tokens of 50,000 words."""
 MEMORY_TO_KEEP = 2**28
 """Bytes of anything else that is kept in memory; what is larger lies in a temporary file."""
+STATES = "states"
+"""The tensor of a file of what a head has read."""
+SAME_STATES = 1e-4
+"""Relative difference up to which two readings of a window are the same: sums are in another order."""
 CHUNK = 64
 """Tokens whose probabilities are looked at in one go: 64 of a vocabulary of 128,000 take 33 MB a tensor."""
 
@@ -113,23 +122,54 @@ class HeadInputs:
         return seen[0], logits
 
 
+def _states_in(place: Path, first: torch.Tensor, count: int) -> torch.Tensor | None:
+    """Return the states (windows, tokens, channels) of a file whose first window has those of `first` (1, tokens, channels), else None."""
+    with suppress(OSError, KeyError, ValueError, SafetensorError):
+        states = load_file(place)[STATES]
+        if states.shape == (count, *first.shape[1:]):
+            away = (states[0] - first[0].cpu()).norm() / first.norm().cpu()
+            return states if away < SAME_STATES else None
+    return None
+
+
+def _leave_states(place: Path, states: torch.Tensor) -> None:
+    """Leave states in a file for later runs; where that cannot be, they read again."""
+    with suppress(OSError, CompactMindError, SafetensorError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(place) as temporary:
+            save_file({STATES: states}, temporary)
+
+
 class LogitsOf(Sequence):
     """The next-token logits of a model for `windows` (windows, seq_len), which it reads once: number i is (seq_len - 1, vocabulary).
 
     Kept are the logits of a small model where they are few, else what the head makes them of: of the model only the head has to stay.
+    `place`: a file of what the head read of these windows in an earlier run, or where this one leaves it. If the first window comes to the
+    same now, the others are taken from there.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: PreTrainedModel, windows: torch.Tensor):
+    def __init__(self, model: PreTrainedModel, windows: torch.Tensor, place: Path | None = None):
         reader, self.device, self.head = HeadInputs(model), model.device, None
         few = is_small(model) and 4 * windows.numel() * model.config.get_text_config().vocab_size <= LOGITS_TO_KEEP
+        known, to_leave = None, None
         for index, window in enumerate(windows):
-            states, logits = reader.read(model, window[None])
+            if known is None:
+                states, logits = reader.read(model, window[None])
+            else:
+                states = known[index][None].to(self.device)
+                logits = reader.head(states) if few else None
             if index == 0:
                 self.head = None if few or not reader.head_is_all else reader.head
                 like = logits if self.head is None else states
                 self.kept = [None] * len(windows) if few else room_for(len(windows), *like.shape[1:])
+                if place and reader.head_is_all and (known := _states_in(place, states, len(windows))) is None:
+                    to_leave = room_for(len(windows), *states.shape[1:])
             self.kept[index] = logits[0] if self.head is None else states[0]
+            if to_leave is not None:
+                to_leave[index] = states[0]
+        if to_leave is not None:
+            _leave_states(place, to_leave)
 
     def __len__(self) -> int:
         return len(self.kept)

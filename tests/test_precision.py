@@ -209,6 +209,37 @@ def test_logits_are_the_same_whether_they_are_kept_or_made_again_in_memory_or_in
         assert (result.head is None) == (logits > 0 or name == "granite")
 
 
+@pytest.mark.parametrize("few", [True, False])
+def test_what_a_head_has_read_is_read_by_a_later_run_if_the_first_window_says_the_same(monkeypatch, tmp_path, few):
+    monkeypatch.setattr(forward, "LOGITS_TO_KEEP", 2**31 if few else 0)
+    model, place, reads = MODELS["llama"](), tmp_path / "new" / "states.safetensors", []
+    model.register_forward_hook(lambda *_: reads.append(1))
+    wanted = [next_token_logits(model, window) for window in WINDOWS]
+
+    def read(expected: int, model=model, wanted=wanted) -> None:
+        reads.clear()
+        result = LogitsOf(model, WINDOWS, place)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(result, wanted, strict=True)) and len(reads) == expected
+
+    read(len(WINDOWS))
+    read(1)
+    other = MODELS["llama"]()
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(1.01)
+    other.register_forward_hook(lambda *_: reads.append(1))
+    theirs = [next_token_logits(other, window) for window in WINDOWS]
+    read(len(WINDOWS), other, theirs)  # of another model: it is not believed, and replaced
+    read(1, other, theirs)
+    place.write_bytes(place.read_bytes()[:-100])
+    read(len(WINDOWS), other, theirs)
+    place.unlink()
+    place.parent.rmdir()
+    place.parent.write_text("a file where the directory should be")
+    read(len(WINDOWS), other, theirs)  # nothing can be left there, and nothing is lost
+    scaled = MODELS["granite"]()
+    assert len(LogitsOf(scaled, WINDOWS, tmp_path / "none")) == len(WINDOWS) and not (tmp_path / "none").exists()
+
+
 def test_the_dense_model_is_measured_of_its_logits_as_by_running_it():
     model = helpers.make_llama()
     result, wanted = measure_logits(LogitsOf(model, WINDOWS), WINDOWS), measure_windows({"": model}, WINDOWS, "")[""]

@@ -50,6 +50,7 @@ def measure_language_models(
     prompt_tokens: int,
     repeats: int,
     fresh: bool = False,
+    states: Callable[[str, torch.Tensor], Path | None] = lambda base, windows: None,
 ) -> None:
     """Add, in place, every measurement to the rows, whose models are all among the `checkpoints`, by name.
 
@@ -59,7 +60,8 @@ def measure_language_models(
     Perplexity ratio, KL, compression and speed-up are None without one, ratio and KL also where the text becomes other tokens: a loss per
     token is another thing then, and the protocol of a row says so whose tokens are not those of the `reference`. A row fails alone,
     see compactmind/evaluation/failures.py; if others are compared with it, they are compared with nothing. What a manifest has recorded of
-    perplexity and KL is taken from there if one window confirms it (compactmind/evaluation/recorded.py), unless `fresh`.
+    perplexity and KL is taken from there if one window confirms it (compactmind/evaluation/recorded.py), unless `fresh`. `states` says of
+    the identity of a base and of windows where a stage has left what its head reads of them, see LogitsOf.
     """
 
     tokenized: dict[str, torch.Tensor] = {}
@@ -72,7 +74,7 @@ def measure_language_models(
             tokenized[same] = windows_for(tokenizer)
         return tokenized[same]
 
-    _measure_quality(rows, checkpoints, windows_of, text, windows_from, bases, fresh)
+    _measure_quality(rows, checkpoints, windows_of, text, windows_from, bases, fresh, states)
     rows = [row for row in rows if row["status"] == "measured"]
     bases = {name: base for name, base in bases.items() if base["status"] == "measured"}
     for row in rows:
@@ -158,6 +160,7 @@ def _measure_quality(
     windows_from: str,
     bases: dict[str, dict[str, Any]],
     fresh: bool = False,
+    states: Callable[[str, torch.Tensor], Path | None] = lambda base, windows: None,
 ) -> None:
     """Add, in place, perplexity, KL to the base, the bytes of the weights and what multiplies them; a row without them fails.
 
@@ -179,7 +182,7 @@ def _measure_quality(
         errors: dict[str, Exception] = {}
         by_model, dense, base, recorded = {}, None, bases.get(names[0], {}).get("identity"), []
         with collecting(errors, base_name):
-            dense = LogitsOf(checkpoints[base_name].model, windows)
+            dense = LogitsOf(checkpoints[base_name].model, windows, states(base, windows) if base else None)
             by_model[base_name] = measure_logits(dense, windows)
         for name in names:
             if name == base_name:

@@ -6,6 +6,7 @@ directories or searches.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,6 +74,8 @@ class Resources:
     """What has been done to the model that comes next: one hash per step; who runs a pipeline keeps it."""
     keep: Callable[[str, Callable[[], Any]], Any] = lambda name, make: make()
     """Returns make(), JSON that belongs to the dense model and the text, or what an earlier run kept under that name."""
+    states: Callable[[torch.Tensor], Path | None] = lambda windows: None
+    """Windows -> the file in which an earlier run has left what the dense model's head reads of them, or this one will: see LogitsOf."""
     remembered: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def remember(self, what: Any, make: Callable[[], Any]) -> Any:

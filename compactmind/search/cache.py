@@ -117,22 +117,29 @@ class PrefixCache:
             del sizes[path]
 
 
-def kept_measurements(place: Path, belongs_to: dict[str, Any], again: bool) -> Callable[[str, Callable[[], Any]], Any]:
-    """Return what makes a measurement by name, or takes it from `place` where an earlier run left one that belongs to the same.
+class Kept:
+    """What an earlier run has found out about the dense model, by name, in a directory, as long as it belongs to the same.
 
-    Values are what JSON can hold. `again`: none is taken from there. Whatever is wrong with a file, its measurement is made again.
+    `again`: nothing is taken from there. Whatever is wrong with a file, what it holds is made again.
     """
 
-    def keep(name: str, make: Callable[[], Any]) -> Any:
-        path = place / f"{re.sub(r'[^a-z0-9.]+', '_', name)}.json"
+    def __init__(self, place: Path, belongs_to: dict[str, Any], again: bool):
+        self.place, self.belongs_to, self.again = place, belongs_to, again
+
+    def __call__(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return the value of that name, JSON, or what `make` returns, which is kept."""
+        path = self.place / f"{re.sub(r'[^a-z0-9.]+', '_', name)}.json"
         with suppress(OSError, ValueError, KeyError, TypeError):
             known = json.loads(path.read_text(encoding="utf-8"))
-            if not again and known["belongs_to"] == belongs_to:
+            if not self.again and known["belongs_to"] == self.belongs_to:
                 print(f"{name}: measured by an earlier run, {path}")
                 return known["value"]
         value = make()
-        place.mkdir(parents=True, exist_ok=True)
-        write_json_atomically(path, {"belongs_to": belongs_to, "value": value})
+        self.place.mkdir(parents=True, exist_ok=True)
+        write_json_atomically(path, {"belongs_to": self.belongs_to, "value": value})
         return value
 
-    return keep
+    def states(self, windows: torch.Tensor) -> Path | None:
+        """Return where states of the dense model on `windows` (windows, seq_len) are, or go: see LogitsOf; None with `again`."""
+        digest = hashlib.sha256(f"{self.belongs_to['model']} {tuple(windows.shape)}".encode() + windows.cpu().numpy().tobytes())
+        return None if self.again else self.place / f"states_{digest.hexdigest()[:16]}.safetensors"

@@ -18,6 +18,7 @@ from compactmind.evaluation.recorded import quality_record
 from compactmind.forward import LogitsOf
 from compactmind.methods.registry import Resources
 from compactmind.precision import work_in_float32
+from compactmind.search.cache import Kept
 from compactmind.search.compressor import Compressed, Measure, store_as_released
 from compactmind.text import load_documents, token_windows
 
@@ -42,7 +43,7 @@ class PipelineInputs:
     @cached_property
     def dense_on_test(self) -> LogitsOf:
         """The dense model's logits of every window of test text."""
-        return LogitsOf(self.resources.teacher(), self.test)
+        return LogitsOf(self.resources.teacher(), self.test, self.resources.states(self.test))
 
     @property
     def on_test(self) -> Measure:
@@ -93,13 +94,13 @@ def read_inputs(
     text: str,
     window_choice: str,
     fingerprint: str,
-    keep: Callable[[str, Callable[[], Any]], Any] | None = None,
+    keep: Kept | None = None,
 ) -> PipelineInputs:
     """Load the tokenizer of a model and cut the text; the model itself is loaded whenever a fresh one is wanted.
 
     `check` looks at the dense model first: it raises CompactMindError if what is to be done to it cannot be done. `cut` returns windows
-    of tokens (windows, seq_len) by what they are for: train, of which the first ones calibrate, held_out, choose and test. `keep`: see
-    Resources.
+    of tokens (windows, seq_len) by what they are for: train, of which the first ones calibrate, held_out, choose and test. `keep`: what
+    is kept between runs.
     """
     model, tokenizer = load_as_released(source)
     check(model)
@@ -111,7 +112,7 @@ def read_inputs(
     resources = Resources(
         calibration=calibration, train=train, held_out=windows["held_out"], released=released,
         dense=lambda: work_in_float32(load_as_released(source)[0].to(device)), released_bytes=weight_bytes(source), device=device,
-        **({"keep": keep} if keep else {}),
+        **({"keep": keep, "states": keep.states} if keep else {}),
     )  # fmt: skip
     return PipelineInputs(source, tokenizer, resources, windows["choose"], windows["test"], text, window_choice, fingerprint)
 

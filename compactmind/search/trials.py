@@ -116,7 +116,7 @@ class TrialRunner:
         """Return the dense model's logits of the windows, which it reads once, and of more of them only those that have been added."""
         known = 0 if self.dense is None else len(self.dense)
         if known < len(self.windows):
-            more = LogitsOf(self.resources.teacher(), self.windows[known:])
+            more = LogitsOf(self.resources.teacher(), self.windows[known:], self.resources.states(self.windows[known:]))
             self.dense = ConcatDataset([self.dense, more]) if known else more
         return self.dense
 
