@@ -12,6 +12,7 @@ from compactmind.evaluation.perplexity import perplexity
 from compactmind.methods import registry
 from compactmind.methods.llama import llama_shapes
 from compactmind.methods.quantization import gptq_model
+from compactmind.methods.quantization.gptq_model import SENSITIVITY_WINDOWS
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 from compactmind.methods.registry import METHODS, Resources, method_named
 from compactmind.search.compressor import (
@@ -219,6 +220,33 @@ def test_retraining_is_given_the_dense_model_and_never_makes_it_worse(resources,
     done = result.steps[2]["done"]
     assert result.kind == "pruned" and done["tokens_seen"] >= 96
     assert done["loss_after"] <= done["loss_before"]
+
+
+@pytest.mark.parametrize(
+    ("before", "params", "expected"),
+    [
+        ([], {}, True),
+        ([PRUNE, RETRAIN], {}, True),
+        ([{"method": "prune", "params": {"sparsity": 0.0, "blocks": 1}}], {}, False),  # another number of blocks
+        ([SMOOTH], {}, False),  # channels are scaled
+        ([], {"stream_rotation": True}, False),  # and mixed
+        ([], {"sensitivity": "gradients"}, None),
+    ],
+    ids=str,
+)
+def test_errors_cost_what_they_do_in_the_dense_model_where_channels_are_its_own(windows, measure, monkeypatch, before, params, expected):
+    given, original = [], gptq_model.measured_costs
+    monkeypatch.setattr(gptq_model, "measured_costs", lambda *all, known: given.append(known) or original(*all, known=known))
+    kept, resources = {}, Resources(windows, windows, windows[:2], helpers.make_llama, torch.bfloat16)
+    resources.keep = lambda name, make: kept.setdefault(name, make())
+    last = {"method": "gptq", "params": {"target_compression": 1.5, **params}}
+    result = run_pipeline(read_pipeline([*before, last]), resources, measure)
+    assert result.quantization["expected_kl"] > 0
+    of_dense = kept.get(f"sensitivities, {SENSITIVITY_WINDOWS} windows")
+    if expected:
+        assert given == [of_dense] and all(value > 0 for value in of_dense.values())
+    else:
+        assert given == ([None] if expected is False else [])
 
 
 def test_what_learns_after_rounding_reads_the_text_of_retraining(windows, measure, monkeypatch):

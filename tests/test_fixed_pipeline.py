@@ -160,24 +160,32 @@ def test_a_quantization_alone_is_a_pipeline(tmp_path, run_here):
 def test_what_tensors_cost_is_measured_once_for_all_targets(tmp_path, run_here):
     helpers.add_llama(tmp_path)
 
-    def make(target, name, *more):
-        pipeline = f'[{{"method": "gptq", "params": {{"target_compression": {target}}}}}]'
+    def make(target, name, *more, before=()):
+        """Return what it took from an earlier run: sensitivities of the linears, and what every tensor costs in every width."""
+        pipeline = json.dumps([*before, {"method": "gptq", "params": {"target_compression": target}}])
         status, output = run_here("--strategy", "fixed", "--output", f"models/{name}", "--pipeline", pipeline, *more)
         assert status == 0, output
-        return "measured by an earlier run" in output
+        return [line.split()[0].strip(",") for line in output.splitlines() if "measured by an earlier run" in line]
 
     assert not make(1.6, "first")
-    (kept,) = (tmp_path / "results" / "search" / "costs").glob("*.json")
+    (kept,) = (tmp_path / "results" / "search" / "costs").glob("costs_*.json")
+    (sensitivities,) = kept.parent.glob("sensitivities_*.json")
     (states,) = kept.parent.glob("states_*.safetensors")  # of the dense model on test text, for all of them
     left = states.stat().st_mtime_ns
-    assert make(1.5, "second") and states.stat().st_mtime_ns == left
+    assert make(1.5, "second") == ["sensitivities", "costs"] and states.stat().st_mtime_ns == left
     assert not make(1.5, "forced", "--force", True)
     second, forced = (load_checkpoint(tmp_path / "models" / name) for name in ("second", "forced"))
     assert second.manifest["quantization"]["tensors"] == forced.manifest["quantization"]["tensors"]
-    assert make(1.7, "third", "--calibration_windows", 8)  # costs are measured on the first windows
+    assert make(1.7, "third", "--calibration_windows", 8) == ["sensitivities", "costs"]  # measured on the first windows
     assert not make(1.7, "fewer", "--calibration_windows", 2)
-    for damaged in ('{"belongs_to": 3}', kept.read_text()[:-40]):
+    prune = {"method": "prune", "params": {"sparsity": 0.2, "round_to": 8}}
+    assert make(2.0, "pruned", before=[prune]) == ["sensitivities", "costs"]  # the latter for gptq alone, beside it
+    assert load_checkpoint(tmp_path / "models" / "pruned").manifest["quantization"]["expected_kl"] > 0
+    assert make(2.0, "shorter", before=[{**prune, "params": {"sparsity": 0.0, "blocks": 1}}]) == ["sensitivities"]
+    for number, damaged in enumerate(('{"belongs_to": 3}', kept.read_text()[:-40])):  # other targets: what was made is in the cache
         kept.write_text(damaged)
-        assert not make(1.6, f"after_{len(damaged)}")
+        assert make(1.61 + number / 10, f"after_{number}") == ["sensitivities"]
+        sensitivities.write_text(damaged)
+        assert make(1.62 + number / 10, f"without_{number}") == ["costs"]
     helpers.add_llama(tmp_path, hidden_size=64)  # another model
     assert not make(1.6, "another")

@@ -13,6 +13,7 @@ from compactmind.methods.quantization.sensitivity import (
     gradient_costs,
     measure_gradients,
     measured_costs,
+    measured_sensitivities,
     measured_table_cost,
 )
 
@@ -37,6 +38,19 @@ def test_costs_fall_with_bits_and_are_those_of_the_reference_there():
     costs = measured_costs(model, windows, GRIDS, reference=GRIDS[0])
     assert set(costs) == {(index, field) for index in range(len(llama_blocks(model))) for field in LINEARS}
     assert all(each == sorted(each, reverse=True) and each[-1] > 0 for each in costs.values())
+
+
+def test_what_is_made_of_a_model_goes_by_what_errors_cost_in_that_model():
+    model, windows = helpers.make_llama(), helpers.example_windows(2, 64)
+    known = measured_sensitivities(model, windows, GRIDS[0])
+    own = measured_costs(model, windows, GRIDS, known=known)
+    assert own == measured_costs(model, windows, GRIDS, reference=GRIDS[0])
+    halved = measured_costs(model, windows, GRIDS, known={name: value / 2 for name, value in known.items()})
+    assert all(halved[key] == pytest.approx([cost / 2 for cost in costs]) for key, costs in own.items())
+    smaller = helpers.make_llama()
+    llama_blocks(smaller)[0].down.weight.data[0] = 0.0
+    errors = measured_costs(smaller, windows, GRIDS, known=known)[0, "down"]  # its own, at the price of the other model
+    assert all(0 < cost < before for cost, before in zip(errors, own[0, "down"], strict=True))
 
 
 def test_a_grid_on_which_the_weights_lie_already_costs_nothing():

@@ -169,7 +169,7 @@ def test_gptq_aims_at_the_target_of_a_search_and_is_among_the_first_guesses():
     assert guesses[:4] == ["gptq", "smooth > gptq", "prune > retrain > gptq", "prune > smooth > retrain > gptq"]
     small = [guess["order"] for guess in space.first_guesses(ratio, 2.2)]  # nf4 reaches 2.3: of equals the largest comes first
     assert small[:4] == ["nf4", "gptq", "smooth > nf4", "smooth > gptq"]
-    usual = {"gptq.damping": 0.05, "gptq.weigh_tokens": False, "gptq.stream_rotation": False, "gptq.tuning_tokens": 0}
+    usual = {"gptq.damping": 0.05, "gptq.weigh_tokens": False, "gptq.stream_rotation": False}
     assert space.first_guesses(ratio, 2.5)[0] == {"order": "gptq", **usual}
     # no target, none it takes, the user's own choices
     for targets, choices in (((), {}), ((50.0,), {}), ((1.0,), {}), ((2.5, 50.0), {}), ((2.5,), {"gptq.bits": [4]})):

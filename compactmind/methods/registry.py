@@ -6,7 +6,6 @@ directories or searches.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 
 from compactmind.devices import number_of_processes
 from compactmind.methods import memory
+from compactmind.methods.llama import LINEARS, llama_blocks
 from compactmind.methods.memory import Need, Sizes
 from compactmind.methods.pruning.llama_compensation import DenseStates
 from compactmind.methods.pruning.llama_importance import score
@@ -30,6 +30,7 @@ from compactmind.methods.quantization.gptq_model import (
     tensor_choices,
 )
 from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4
+from compactmind.methods.quantization.sensitivity import measured_sensitivities
 from compactmind.methods.quantization.tables import table_bits
 from compactmind.methods.quantization.w8a8_model import (
     W8A8Recipe,
@@ -38,77 +39,16 @@ from compactmind.methods.quantization.w8a8_model import (
     rotate_stream_for,
     smooth_llama,
 )
-from compactmind.methods.retraining.loss import TeacherStates
+from compactmind.methods.resources import Resources
 from compactmind.methods.retraining.recipe import RetrainRecipe, windows_read
 from compactmind.methods.retraining.sharding import check_sharding
 from compactmind.methods.retraining.together import retrain_together
 from compactmind.precision import is_small
 from compactmind.progress import now_and_then
-from compactmind.training import TrainingState, trains_sharded
+from compactmind.training import trains_sharded
 
 if TYPE_CHECKING:
     from optuna import Trial
-
-
-@dataclass
-class Resources:
-    """What methods may need beside the model; all windows are (windows, seq_len) token ids."""
-
-    calibration: torch.Tensor
-    """Text on which activations and gradients are observed."""
-    train: torch.Tensor
-    """Text to retrain on."""
-    held_out: torch.Tensor
-    """Text that decides which weights of retraining are kept; never the text of a reported number."""
-    dense: Callable[[], PreTrainedModel]
-    """Makes a fresh copy of the dense model that computes in float32: the teacher."""
-    released: torch.dtype = torch.float32
-    """What the dense model's file is in, and the result's will be."""
-    released_bytes: int = 0
-    """Bytes of that file, which a target compression is a ratio of; 0: of the weights of the model a method is given."""
-    device: str = "cpu"
-    """Where `dense` puts its model."""
-    resume: TrainingState | None = None
-    """Where retraining keeps its state, so that a killed run goes on."""
-    before: tuple[str, ...] = ()
-    """What has been done to the model that comes next: one hash per step; who runs a pipeline keeps it."""
-    keep: Callable[[str, Callable[[], Any]], Any] = lambda name, make: make()
-    """Returns make(), JSON that belongs to the dense model and the text, or what an earlier run kept under that name."""
-    states: Callable[[torch.Tensor], Path | None] = lambda windows: None
-    """Windows -> the file in which an earlier run has left what the dense model's head reads of them, or this one will: see LogitsOf."""
-    remembered: dict[Any, Any] = field(default_factory=dict, repr=False)
-
-    def remember(self, what: Any, make: Callable[[], Any]) -> Any:
-        """Return make(), or what it returned when it was last asked for `what` of the model as it is now.
-
-        What belongs to the dense model is kept; of others only what belongs to the last one, so that memory does not grow.
-        """
-        key = (self.before, what)
-        if key not in self.remembered:
-            for old in [old for old in self.remembered if old[0] and old[0] != self.before]:
-                del self.remembered[old]
-            self.remembered[key] = make()
-        return self.remembered[key]
-
-    def teacher(self) -> PreTrainedModel:
-        """Return the dense model to learn from; always the same one, nobody changes it."""
-        if ((), "teacher") not in self.remembered:
-            self.remembered[(), "teacher"] = self.dense().eval().requires_grad_(False)
-        return self.remembered[(), "teacher"]
-
-    def is_teacher(self, model: PreTrainedModel) -> bool:
-        """Tell whether `model` is the one that `teacher` returns."""
-        return self.remembered.get(((), "teacher")) is model
-
-    def release_teacher(self) -> None:
-        """Let the dense model go if it is a large one: what asks for it again loads it again."""
-        teacher = self.remembered.get(((), "teacher"))
-        if teacher is not None and not is_small(teacher):
-            del self.remembered[(), "teacher"]
-
-    def teacher_states(self) -> TeacherStates:
-        """Return what the teacher's head has read so far, for all retrainings on this text."""
-        return self.remembered.setdefault(((), "teacher states"), TeacherStates())
 
 
 @dataclass(frozen=True)
@@ -301,11 +241,33 @@ def _choices(model, resources: Resources, recipe: GPTQRecipe):
     name = ", ".join([f"costs {recipe.sensitivity}", f"{len(resources.calibration[:SENSITIVITY_WINDOWS])} windows", *settings])
 
     def measured():
-        return tensor_choices(model, resources.calibration, recipe)
+        known = _sensitivities(resources) if _go_by_dense(recipe) and "smooth" not in resources.kinds_before else {}
+        has_its_blocks = len(known) == len(LINEARS) * len(llama_blocks(model))
+        return tensor_choices(model, resources.calibration, recipe, known=known if has_its_blocks else None)
 
     if resources.before:
         return resources.remember(name, measured)
     return resources.remember(name, lambda: choices_from(resources.keep(name, lambda: choices_to_keep(measured()))))
+
+
+def _go_by_dense(recipe: GPTQRecipe) -> bool:
+    """Tell whether errors of linears cost what they do in the dense model; where channels are scaled or mixed they do not."""
+    return bool(recipe.target_compression and recipe.sensitivity == "measured" and not recipe.stream_rotation)
+
+
+def _sensitivities(resources: Resources) -> dict[str, float]:
+    """Return what errors of the dense model's linears cost; measured once."""
+    windows = resources.calibration[:SENSITIVITY_WINDOWS]
+    name = f"sensitivities, {len(windows)} windows"
+    if ((), name) not in resources.remembered:
+        measured = resources.keep(name, lambda: measured_sensitivities(resources.teacher(), windows))
+        resources.remembered[(), name] = measured
+    return resources.remembered[(), name]
+
+
+def _measure_sensitivities(resources: Resources, recipe: GPTQRecipe) -> None:
+    if _go_by_dense(recipe):
+        _sensitivities(resources)
 
 
 def _filled_by_retraining(recipe: RetrainRecipe) -> str | None:
@@ -364,11 +326,9 @@ METHODS: dict[str, Method] = {
             "bits": (3, 4, 5, 6), "group_size": (32, 64, 128), "zero": ("symmetric", "float"), "embeddings": ("int8", "int6", "int4"),
             "damping": (0.01, 0.05, 0.2),
         }, "grouped",
-        needs=memory.gptq, bits=lambda recipe: recipe.bits_per_weight, fills_zeros=_filled_by_gptq,
+        beforehand=_measure_sensitivities, needs=memory.gptq, bits=lambda recipe: recipe.bits_per_weight, fills_zeros=_filled_by_gptq,
         ratio=lambda recipe: recipe.target_compression or None, aim="target_compression", trains="tuning_tokens",
-        aimed={
-            "damping": (0.01, 0.05, 0.2), "weigh_tokens": (False, True), "stream_rotation": (False, True), "tuning_tokens": (0, 8192),
-        },
+        aimed={"damping": (0.01, 0.05, 0.2), "weigh_tokens": (False, True), "stream_rotation": (False, True)},
     ),
 }  # fmt: skip
 """Name -> method."""

@@ -150,7 +150,7 @@ def run_pipeline(
     in the cache.
     """
     identities = [step.identity() for step in steps]
-    resources.before = ()
+    resources.before = resources.kinds_before = ()
 
     def of_dense() -> dict[str, Any]:
         check_steps(steps, resources.teacher())
@@ -176,6 +176,7 @@ def run_pipeline(
             print(f"{step.method.name} {json.dumps(step.described()['params'])} ...", flush=True)
         started = time.perf_counter()
         resources.before = tuple(identities[: number - 1])
+        resources.kinds_before = tuple(earlier.method.kind for earlier in steps[: number - 1])
         model, description = step.method.apply(model, resources, step.recipe)
         kind = step.method.result or kind
         if step.method.kind == "quantize":

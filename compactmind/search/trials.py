@@ -134,7 +134,8 @@ class TrialRunner:
             for (before, row), step in zip(pairwise(rows), coming, strict=False):  # one that was stopped has fewer rows
                 self.changes.add(*step, row[self.unit] - before[self.unit])
             if measured and "short" in trial.user_attrs:
-                self.changes.add(MORE_TOKENS, 1.0, rows[-1][self.unit] - trial.user_attrs["short"])
+                retrained = rows[_retrained(read_pipeline(trial.user_attrs["pipeline"]))]
+                self.changes.add(MORE_TOKENS, 1.0, retrained[self.unit] - trial.user_attrs["short"])
             self.measured += bool(measured)
             if measured and measured["compression_ratio"] >= least:
                 self.best = min(self.best, rows[-1][self.unit])
@@ -225,17 +226,18 @@ class TrialRunner:
         return trial is not None and set(self.objectives) <= {self.quality, "bytes"} and self.best < math.inf
 
     def try_short_retraining(self, steps: Sequence[Step], trial: Notes) -> None:
-        """Run a pipeline with a part of its retraining first, where that is worth it. Raises Stopped if the rest cannot win enough."""
+        """Run a pipeline as far as a part of its retraining, where that is worth it. Raises Stopped if the rest cannot win enough."""
         short = with_short_retraining(steps)
         if short is None or not self.may_stop(trial):
             return
         quality = self.run(short, trial).steps[-1][self.unit]
         trial.set_user_attr("short", quality)
-        behind = self.optimistic_quality(quality, [(MORE_TOKENS, 1.0)]) - self.best
+        coming = [(MORE_TOKENS, 1.0), *self.coming(steps, len(short))]
+        behind = self.optimistic_quality(quality, coming) - self.best
         if behind > OUT_OF_REACH:
             raise Stopped(
                 f"stopped after {SHORT:.0%} of the retraining: {behind:+.2f} nats against the best, at the best to be hoped for",
-                [self.extrapolated(quality, [(MORE_TOKENS, 1.0)])],
+                [self.extrapolated(quality, coming)],
             )
 
     def run(self, steps: Sequence[Step], trial: Notes | None = None) -> Compressed:
@@ -320,14 +322,20 @@ def mean_over_windows(looks: Sequence[dict[str, torch.Tensor]]) -> dict[str, flo
 
 
 def with_short_retraining(steps: Sequence[Step]) -> list[Step] | None:
-    """Return the pipeline with SHORT of its retraining; None if there is none, or one that is short already."""
-    retraining = [step.method.kind == "retrain" for step in steps]
-    if SHORT * max((step.recipe.tokens for step, is_one in zip(steps, retraining, strict=True) if is_one), default=0) < SHORTEST:
+    """Return the beginning of a pipeline, to its last retraining, with SHORT of the tokens; None if there is none, or one that is short
+    already. What is behind it is the same after more tokens: it would be run twice, and rounding takes longer than a short retraining."""
+    end = _retrained(steps)
+    if SHORT * max((step.recipe.tokens for step in steps[:end] if step.method.kind == "retrain"), default=0) < SHORTEST:
         return None
     return [
-        Step(step.method, replace(step.recipe, tokens=int(SHORT * step.recipe.tokens))) if is_one else step
-        for step, is_one in zip(steps, retraining, strict=True)
+        Step(step.method, replace(step.recipe, tokens=int(SHORT * step.recipe.tokens))) if step.method.kind == "retrain" else step
+        for step in steps[:end]
     ]
+
+
+def _retrained(steps: Sequence[Step]) -> int:
+    """Return the number of steps up to the last retraining, which is that of its row too; 0 without one."""
+    return max((number for number, step in enumerate(steps, start=1) if step.method.kind == "retrain"), default=0)
 
 
 def summarize_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -134,17 +134,19 @@ Choices = dict[str, list[Choice]]
 
 
 @torch.no_grad()
-def tensor_choices(model: PreTrainedModel, windows: torch.Tensor, recipe: GPTQRecipe, uncounted: Sequence[str] = ()) -> Choices:
+def tensor_choices(
+    model: PreTrainedModel, windows: torch.Tensor, recipe: GPTQRecipe, uncounted: Sequence[str] = (), known: dict[str, float] | None = None
+) -> Choices:
     """Return what every tensor can be stored in and what that costs, tables too; the same for every target.
 
-    Costs are measured on the first SENSITIVITY_WINDOWS of `windows`. Tables named in `uncounted` take what the counted one does: what
-    they cost is in its costs.
+    Costs are measured on the first SENSITIVITY_WINDOWS of `windows`, those of linears by `known` if it is given, see `measured_costs`.
+    Tables named in `uncounted` take what the counted one does: what they cost is in its costs.
     """
     windows = windows[:SENSITIVITY_WINDOWS]
     more = list(K_GRIDS.values()) if recipe.layout == "gguf_k" else []
     grids = GRIDS + more
     by_gradients = recipe.sensitivity == "gradients"
-    costs = gradient_costs(model, windows, grids, recipe.damping) if by_gradients else measured_costs(model, windows, grids)
+    costs = gradient_costs(model, windows, grids, recipe.damping) if by_gradients else measured_costs(model, windows, grids, known=known)
     choices: Choices = {}
     for index, block in enumerate(llama_blocks(model)):
         for field, path in LINEARS.items():

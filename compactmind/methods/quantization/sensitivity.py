@@ -214,14 +214,50 @@ class Probe:
 
 @torch.no_grad()
 def measured_costs(
-    model: PreTrainedModel, windows: torch.Tensor, grids: Sequence[Grid], reference: Grid = REFERENCE
+    model: PreTrainedModel, windows: torch.Tensor, grids: Sequence[Grid], reference: Grid = REFERENCE,
+    known: dict[str, float] | None = None,
 ) -> dict[tuple[int, str], list[float]]:
-    """Return what each grid would cost for every linear of the blocks, by block and field: KL in nats a token, measured.
+    """Return what each grid would cost for every linear of the blocks, by block and field: KL in nats a token.
+
+    A grid costs its squared error at the output of the linear on `windows` (windows, seq_len), times what such an error costs: `known`,
+    what `measured_sensitivities` returns of this model, or of the one it was made from and has the blocks of; None: measured now.
+    """
+    squares = _mean_squares(model, windows)
+    known = known or measured_sensitivities(model, windows, reference, squares)
+    costs = {}
+    for index, block in enumerate(llama_blocks(model)):
+        for site, fields in SITES.items():
+            for field in fields:
+                weight = getattr(block, field).weight
+                errors = _errors(weight, grids, torch.ones(len(weight), device=weight.device), squares[index][site])
+                costs[index, field] = [known[f"{block.name}.{LINEARS[field]}"] * error for error in errors]
+    return costs
+
+
+@torch.no_grad()
+def measured_sensitivities(
+    model: PreTrainedModel, windows: torch.Tensor, reference: Grid = REFERENCE, squares: list[dict[str, torch.Tensor]] | None = None
+) -> dict[str, float]:
+    """Return what a squared error at the output of every linear of the blocks costs, by its name in a file: KL in nats a token, measured.
 
     One linear after the other is rounded to `reference`, and the first PROBE_TOKENS tokens of `windows` (windows, seq_len) are read; other
-    grids cost in proportion to their squared error. That an error is the same at every token, that it meets a softmax and that it is not
-    small are in it, which an estimate by gradients does not know.
+    errors cost in proportion. That an error is the same at every token, that it meets a softmax and that it is not small are in it, which
+    an estimate by gradients does not know.
     """
+    squares = squares or _mean_squares(model, windows)
+    probe, sensitivities = Probe(model, windows.flatten()[:PROBE_TOKENS]), {}
+    for index, block in enumerate(probe.blocks):
+        for site, fields in SITES.items():
+            for field in fields:
+                weight, columns = getattr(block, field).weight, squares[index][site]
+                measured = probe.with_weight(index, field, round_nearest(weight, reference, columns, RANGES).weight())
+                (error,) = _errors(weight, [reference], torch.ones(len(weight), device=weight.device), columns)
+                sensitivities[f"{block.name}.{LINEARS[field]}"] = measured / max(error, 1e-30)
+    return sensitivities
+
+
+def _mean_squares(model: PreTrainedModel, windows: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """Return the mean square of every channel that linears read, by block and site."""
     squares: list[dict[str, torch.Tensor]] = []
     states, arguments = block_inputs(model, windows)
     for block, others in zip(llama_blocks(model), arguments, strict=True):
@@ -234,16 +270,7 @@ def measured_costs(
             for handle in handles:
                 handle.remove()
         squares.append({site: total / windows.numel() for site, total in seen.items()})
-    probe, costs = Probe(model, windows.flatten()[:PROBE_TOKENS]), {}
-    for index, block in enumerate(probe.blocks):
-        for site, fields in SITES.items():
-            for field in fields:
-                weight, columns = getattr(block, field).weight, squares[index][site]
-                measured = probe.with_weight(index, field, round_nearest(weight, reference, columns, RANGES).weight())
-                rows = torch.ones(len(weight), device=weight.device)
-                of_reference, *errors = _errors(weight, [reference, *grids], rows, columns)
-                costs[index, field] = [measured * error / max(of_reference, 1e-30) for error in errors]
-    return costs
+    return squares
 
 
 @torch.no_grad()
