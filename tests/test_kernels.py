@@ -89,6 +89,60 @@ def test_products_of_another_kernel_are_scaled_in_the_same_order(ops, rows, chan
     assert torch.equal(result, product * channel * row + added if bias else product * channel * row)
 
 
+def product_of(scaled: bool, rows: int, width: int) -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor]:
+    """Return a product as what lies between two products takes it, and its float32 values: int32 with scales and bias, or those values."""
+    sums = torch.randint(-(2**16), 2**16, (rows, width), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    row, channel, bias = drawn(rows, 1).abs() * 1e-4, drawn(1, width, seed=1).abs(), drawn(width, seed=2)
+    values = sums * channel * row + bias
+    return ((values, None, None, None) if scaled else (sums, row, channel, bias)), values
+
+
+def check_rounded(q: torch.Tensor, scale: torch.Tensor, expected: torch.Tensor) -> None:
+    """Check int8 and the scales of rows against what they are of, but for values that are all but half way between two levels."""
+    assert torch.allclose(scale, activation_scale(expected, "per_token"), rtol=1e-5, atol=1e-12)
+    assert q.dtype == torch.int8 and ((q * scale - expected).abs() <= 0.501 * scale + 1e-6 * expected.abs().max()).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("scaled", [False, True], ids=["int32", "float32"])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (2, 7), (5, 8), (3, 33), (70, 100), (4, 1030)])
+def test_what_lies_between_two_products_of_an_encoder_is_what_torch_computes(ops, rows, width, scaled):
+    product, values = product_of(scaled, rows, width)
+    check_rounded(*ops.gelu_quantize(*product), torch.nn.functional.gelu(values))
+    residual, weight, bias = drawn(rows, width, seed=3), drawn(width, seed=4), drawn(width, seed=5)
+    y, q, scale = ops.add_norm_quantize(*product, residual, weight, bias, 1e-12)
+    expected = torch.nn.functional.layer_norm((values + residual).double(), (width,), weight.double(), bias.double(), 1e-12).float()
+    assert torch.allclose(y, expected, rtol=1e-4, atol=1e-5)
+    check_rounded(q, scale, y)
+
+
+@needs_kernels
+def test_gelu_is_near_over_its_whole_range_and_passes_on_what_is_no_number(ops):
+    x = torch.cat([torch.linspace(-40, 40, 20_001), torch.tensor([-1e30, 1e30, -0.0])])
+    for low, high in ((-6.0, -1.0), (-1.0, 1.0), (1.0, 40.0), (40.0, 1e31)):
+        part = x[(x >= low) & (x <= high)][None]
+        check_rounded(*ops.gelu_quantize(part, None, None, None), torch.nn.functional.gelu(part.double()).float())
+    q, scale = ops.gelu_quantize(x[x < -6][None], None, None, None)  # all but 0: erf is near to 1.5e-7
+    assert (q * scale).abs().max() < 5e-6
+    for wrong in (float("nan"), float("inf")):
+        _, scale = ops.gelu_quantize(torch.tensor([[1.0, wrong], [1.0, 2.0]]), None, None, None)
+        assert not torch.isfinite(scale[0]) and torch.isfinite(scale[1])
+        ones = torch.ones(2)
+        y, _, scale = ops.add_norm_quantize(torch.tensor([[1.0, wrong]]), None, None, None, torch.zeros(1, 2), ones, ones, 1e-5)
+        assert torch.isnan(y).all() and torch.isnan(scale).all()
+
+
+@needs_kernels
+def test_what_does_not_fit_a_product_is_refused(ops):
+    product, row, channel = torch.ones(3, 8, dtype=torch.int32), torch.ones(3, 1), torch.ones(8)
+    for wrong in ((product, None, None), (product, row[:2], channel), (product, row, channel[:7]), (product.float(), row, channel)):
+        with pytest.raises(RuntimeError, match="scale"):
+            ops.gelu_quantize(*wrong, None)
+    for residual, norm in ((torch.ones(3, 7), channel), (torch.ones(2, 8), channel), (torch.ones(3, 8), channel[:7])):
+        with pytest.raises(RuntimeError, match="residual|norm"):
+            ops.add_norm_quantize(product, row, channel, None, residual, norm, channel, 1e-5)
+
+
 @needs_kernels
 def test_the_report_names_the_instructions(ops, monkeypatch):
     flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
@@ -233,6 +287,10 @@ def test_shapes_are_known_without_computing():
         q, scale = ops.quantize_rows(torch.empty(3, 64), None, 0.0, False, 0)
         assert (q.shape, q.dtype, scale.shape) == ((3, 64), torch.int8, (3, 1))
         assert ops.int8_linear(q, scale, torch.empty(5, 64, dtype=torch.int8), torch.empty(5), None).shape == (3, 5)
+        product = torch.empty(3, 5, dtype=torch.int32), torch.empty(3, 1), torch.empty(5), None
+        assert [each.shape for each in ops.gelu_quantize(*product)] == [(3, 5), (3, 1)]
+        normed = ops.add_norm_quantize(*product, torch.empty(3, 5), torch.empty(5), torch.empty(5), 1e-5)
+        assert [(each.shape, each.dtype) for each in normed] == [((3, 5), torch.float32), ((3, 5), torch.int8), ((3, 1), torch.float32)]
         parts = torch.empty(5, 8, dtype=torch.int32), torch.empty(5, 1).half(), torch.empty(5, 1, dtype=torch.uint8)
         assert ops.grouped_dequantize(*parts, 4, 64, 64).shape == (5, 64)
         assert ops.grouped_linear(torch.empty(2, 64), *parts, 4, 64).shape == (2, 5)

@@ -193,6 +193,10 @@ def test_what_is_hopeless_is_learnt_from_the_trials_of_the_study(windows):
     for ratio, best in ((1.0, 1.0), (1.42, 1.0), (1.45, 1.0), (1.6, math.inf)):
         runner.learn(study, ratio)
         assert runner.best == best, ratio
+    runner.largest = 1.45
+    for ratio, best in ((1.42, 1.0), (1.6, 1.0), (9.0, 1.0)):  # nobody has asked for less
+        runner.learn(study, ratio)
+        assert runner.best == best, ratio
     (_, pruned), (_, rounded) = runner.coming(read_pipeline([PRUNE, NF4]))
     assert runner.changes.seen == {
         "prune": [(pruned, change) for change in (1.0, -1.0, 2.0, 7.0)], "retrain": [(1.0, -0.5)] * 3, "nf4": [(rounded, 0.5)] * 4,

@@ -6,6 +6,7 @@ import helpers
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
+from transformers.activations import ACT2FN
 
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.formats import w8a8
@@ -14,7 +15,7 @@ from compactmind.methods.pruning.encoder import encoder_layers
 from compactmind.methods.pruning.masks import compact
 from compactmind.methods.quantization import w8a8_encoder
 from compactmind.methods.quantization.packed_model import linears_to_quantize
-from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
+from compactmind.methods.quantization.w8a8_encoder import W8A8EncoderBlock, quantize_encoder
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 
 
@@ -50,6 +51,24 @@ def test_the_forward_pass_is_that_of_its_linears(model, monkeypatch, tokens):
     assert torch.allclose(helpers.logits_of(small, batch), helpers.logits_of(plain, batch), atol=2e-3)
     difference = helpers.logits_of(small, batch) - helpers.logits_of(model, batch)
     assert 0 < difference.norm() < 0.1 * helpers.logits_of(model, batch).norm()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "gelu_new"])
+def test_kernels_do_what_lies_between_products_where_they_compute_the_same(model, monkeypatch, activation):
+    for module in model.modules():
+        if isinstance(getattr(module, "intermediate_act_fn", None), torch.nn.Module):
+            module.intermediate_act_fn = ACT2FN[activation]
+        if isinstance(getattr(module, "activation", None), torch.nn.Module):
+            module.activation = ACT2FN[activation]
+    small, _ = quantized(model)
+    blocks = [block for block in small.modules() if isinstance(block, W8A8EncoderBlock)]
+    around = all(linear.around for linear in small.modules() if isinstance(linear, W8A8Linear))
+    assert blocks and all(block.has_kernels == (around and activation == "gelu") for block in blocks)
+    result, calls = helpers.logits_of(small), []
+    original = w8a8_encoder._by_torch
+    monkeypatch.setattr(w8a8_encoder, "_by_torch", lambda *given: calls.append(1) or original(*given))
+    monkeypatch.setattr(W8A8EncoderBlock, "has_kernels", False)
+    assert torch.allclose(helpers.logits_of(small), result, atol=2e-3) and len(calls) == len(blocks)
 
 
 def test_a_sentence_alone_gives_what_it_gives_in_a_batch(model):

@@ -147,6 +147,16 @@ def _tell_shapes() -> None:
     def _(product, row_scale, channel_scale, bias):
         return product.new_empty(product.shape, dtype=torch.float32)
 
+    @torch.library.register_fake("compactmind::gelu_quantize")
+    def _(product, row_scale, channel_scale, bias):
+        rows = product.new_empty(product.shape[0], 1, dtype=torch.float32)
+        return product.new_empty(product.shape, dtype=torch.int8), rows
+
+    @torch.library.register_fake("compactmind::add_norm_quantize")
+    def _(product, row_scale, channel_scale, bias, residual, norm, norm_bias, eps):
+        rows = residual.new_empty(residual.shape[0], 1)
+        return residual.new_empty(residual.shape), residual.new_empty(residual.shape, dtype=torch.int8), rows
+
     @torch.library.register_fake("compactmind::grouped_dequantize")
     def _(packed, scale, zero, bits, size, width):
         return scale.new_empty(packed.shape[0], width, dtype=torch.float32)

@@ -2,12 +2,16 @@
 #include <torch/library.h>
 
 #include "decode.h"
+#include "encoder.h"
 #include "fit.h"
 
 TORCH_LIBRARY(compactmind, m) {
   m.def("quantize_rows(Tensor x, Tensor? norm, float eps, bool gate, int rotation) -> (Tensor, Tensor)");
   m.def("int8_linear(Tensor q, Tensor row_scale, Tensor weight, Tensor channel_scale, Tensor? bias, bool vnni=True) -> Tensor");
   m.def("scale_product(Tensor product, Tensor row_scale, Tensor channel_scale, Tensor? bias) -> Tensor");
+  m.def("gelu_quantize(Tensor product, Tensor? row_scale, Tensor? channel_scale, Tensor? bias) -> (Tensor, Tensor)");
+  m.def("add_norm_quantize(Tensor product, Tensor? row_scale, Tensor? channel_scale, Tensor? bias, Tensor residual, Tensor norm, Tensor norm_bias, "
+        "float eps) -> (Tensor, Tensor, Tensor)");
   m.def("avx_vnni", &has_avx_vnni);
   m.def("grouped_dequantize(Tensor packed, Tensor scale, Tensor zero, int bits, int size, int width) -> Tensor");
   m.def("grouped_linear(Tensor x, Tensor packed, Tensor scale, Tensor zero, int bits, int size) -> Tensor");
@@ -22,6 +26,8 @@ TORCH_LIBRARY_IMPL(compactmind, CPU, m) {
   m.impl("quantize_rows", &quantize_rows);
   m.impl("int8_linear", &int8_linear);
   m.impl("scale_product", &scale_product);
+  m.impl("gelu_quantize", &gelu_quantize);
+  m.impl("add_norm_quantize", &add_norm_quantize);
   m.impl("grouped_dequantize", &grouped_dequantize);
   m.impl("grouped_linear", &grouped_linear);
   m.impl("bfloat16_linear", &bfloat16_linear);

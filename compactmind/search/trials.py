@@ -81,6 +81,8 @@ class TrialRunner:
     """Bytes of the dense model's weight file: what a compression ratio is a ratio to."""
     target: float
     """Compression ratio that has to be reached."""
+    largest: float = 0.0
+    """The largest ratio that is asked for: what is smaller still has to beat what has that; 0: none is the largest."""
     objectives: Sequence[str] = ("kl",)
     cache: PrefixCache | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -124,10 +126,10 @@ class TrialRunner:
         """Take over from the trials of a study what a good pipeline is and what the methods do.
 
         `ratio`: how many times smaller the pipeline at hand should be. It has to beat what has reached the target; where bytes are an
-        objective, of that what is no larger than itself.
+        objective, of that what is no larger than itself, or than the smallest that is asked for.
         """
         self.changes, self.measured, self.best = Changes(), 0, math.inf
-        least = max(self.target, ratio * (1 - MARGIN)) if "bytes" in self.objectives else self.target
+        least = max(self.target, min(ratio * (1 - MARGIN), self.largest or math.inf)) if "bytes" in self.objectives else self.target
         for trial in study.get_trials(deepcopy=False):
             rows, measured = trial.user_attrs.get("steps", []), trial.user_attrs.get("measured")
             coming = self.coming(read_pipeline(trial.user_attrs["pipeline"])) if rows else []

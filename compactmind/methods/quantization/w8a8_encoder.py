@@ -2,9 +2,9 @@
 
 Nothing is smoothed: these blocks normalize behind the addition, so what a linear reads is the residual stream itself, and dividing
 its channels would need a multiplication on the way around. A scale per token is enough for them. The forward pass quantizes
-every input once, takes q, k and v as one product, and handles so few tokens at a time that what lies between two products stays in
-the processor's cache: in a batch of 32 sentences passes over memory would otherwise take longer than the products. What
-the file looks like: compactmind/formats/w8a8.py.
+every input once, takes q, k and v as one product, and handles so few sentences at a time that what lies between two products stays in
+the processor's cache: in a batch of 32 passes over memory would otherwise take longer than the products. What the file looks like:
+compactmind/formats/w8a8.py.
 """
 
 import functools
@@ -13,34 +13,45 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import GELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
 from compactmind.methods.pruning.encoder import EncoderLayer, encoder_blocks, encoder_layers, family_of
 from compactmind.methods.quantization.packed_model import linears_to_quantize, require_quantizable, store_tables
 from compactmind.methods.quantization.w8a8_block import joined
-from compactmind.methods.quantization.w8a8_linear import Int8Parts, W8A8Linear
+from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 
 TOKENS = 512
-"""Tokens handled at a time: with 700 channels in float32 1.4 MB, near what a core's cache holds. All 4,096 of a batch at once take 1.5
-times as long."""
+"""Tokens handled at a time, at least a sentence: with 700 channels in float32 1.4 MB, near what a core's cache holds. All 4,096 of a batch
+at once take 1.5 times as long."""
 
 
-# ---------------------------------------------------------------------------------------------------- around attention
-def project_heads(hidden: torch.Tensor, qkv: Int8Parts, bias: torch.Tensor) -> torch.Tensor:
-    """Return q, k and v of hidden (tokens, channels) next to each other: (tokens, 3 * heads * head_dim)."""
-    return torch.cat([qkv.linear(part, bias) for part in hidden.split(TOKENS)])
-
-
+# --------------------------------------------------------------------------------------------------------- behind attention
 def after_attention(hidden: torch.Tensor, attended: torch.Tensor, block: "W8A8EncoderBlock") -> torch.Tensor:
     """Output projection, FFN, and the two additions with their norms: (tokens, channels)."""
-    layer, result = block.layer, torch.empty_like(hidden)
-    output, up, down = layer.attention_output, layer.up, layer.down
-    for place, residual, x in zip(result.split(TOKENS), hidden.split(TOKENS), attended.split(TOKENS), strict=True):
-        middle = layer.attention_norm(output.parts.linear(x, output.bias).add_(residual))
-        inner = block.activation(up.parts.linear(middle, up.bias))
-        place.copy_(layer.output_norm(down.parts.linear(inner, down.bias).add_(middle)))
-    return result
+    return (_by_kernels if block.has_kernels else _by_torch)(hidden, attended, block)
+
+
+def _by_torch(residual: torch.Tensor, attended: torch.Tensor, block: "W8A8EncoderBlock") -> torch.Tensor:
+    layer = block.layer
+    middle = layer.attention_norm(layer.attention_output.parts.linear(attended, layer.attention_output.bias).add_(residual))
+    inner = block.activation(layer.up.parts.linear(middle, layer.up.bias))
+    return layer.output_norm(layer.down.parts.linear(inner, layer.down.bias).add_(middle))
+
+
+def _by_kernels(residual: torch.Tensor, attended: torch.Tensor, block: "W8A8EncoderBlock") -> torch.Tensor:
+    """Return the same; what lies between two products is one function, and what it gives is rounded where it is in the cache."""
+    layer, ops = block.layer, torch.ops.compactmind
+
+    def product(linear: W8A8Linear, q: torch.Tensor, scale: torch.Tensor):
+        return linear.parts.unscaled(q, scale, linear.bias)
+
+    first, second = layer.attention_norm, layer.output_norm
+    q, scale = ops.quantize_rows(attended.contiguous(), None, 0.0, False, 0)
+    middle, q, scale = ops.add_norm_quantize(*product(layer.attention_output, q, scale), residual, first.weight, first.bias, first.eps)
+    q, scale = ops.gelu_quantize(*product(layer.up, q, scale))
+    return ops.add_norm_quantize(*product(layer.down, q, scale), middle, second.weight, second.bias, second.eps)[0]
 
 
 class W8A8EncoderBlock:
@@ -56,6 +67,16 @@ class W8A8EncoderBlock:
         parts = [self.layer.query, self.layer.key, self.layer.value]
         self.__dict__["qkv"] = joined(parts)
         self.__dict__["qkv_bias"] = torch.cat([linear.bias for linear in parts])
+        norms = (self.layer.attention_norm, self.layer.output_norm)
+        floats = all(tensor.dtype == torch.float32 for norm in norms for tensor in (norm.weight, norm.bias))
+        exact = isinstance(self.activation, (nn.GELU, GELUActivation)) and getattr(self.activation, "approximate", "none") == "none"
+        self.__dict__["fits_kernels"] = exact and floats
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether kernels do what lies between its products."""
+        linears = (self.layer.attention_output, self.layer.up, self.layer.down)
+        return self.fits_kernels and all(linear.around and linear.kernel != "simulated" for linear in linears)
 
     def _apply(self, function, recurse: bool = True):
         super()._apply(function, recurse)
@@ -66,14 +87,21 @@ class W8A8EncoderBlock:
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *_: Any, **kwargs: Any
     ) -> torch.Tensor:
         """hidden_states: (batch, tokens, channels) -> the same shape and dtype."""
-        attention, hidden = self.attention_module, hidden_states.float().flatten(0, 1)
-        heads = project_heads(hidden, self.qkv.parts, self.qkv_bias)
+        sentences = max(1, TOKENS // max(hidden_states.shape[1], 1))
+        parts = hidden_states.float().split(sentences)
+        masks = [attention_mask] * len(parts)
+        if attention_mask is not None and len(attention_mask) == len(hidden_states):
+            masks = attention_mask.split(sentences)
+        results = [self._some_sentences(*each) for each in zip(parts, masks, strict=True)]
+        return (results[0] if len(results) == 1 else torch.cat(results)).to(hidden_states.dtype)
+
+    def _some_sentences(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        attention, hidden = self.attention_module, hidden_states.flatten(0, 1)
+        heads = self.qkv.parts.linear(hidden, self.qkv_bias)
         query, key, value = heads.view(*hidden_states.shape[:2], 3, -1, self.layer.head_dim).permute(2, 0, 3, 1, 4)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
         attended, _ = attend(attention, query, key, value, attention_mask, dropout=0.0, scaling=attention.scaling)
-        return (
-            after_attention(hidden, attended.flatten(2).flatten(0, 1), self).view(hidden_states.shape).to(hidden_states.dtype)
-        )
+        return after_attention(hidden, attended.flatten(2).flatten(0, 1), self).view(hidden_states.shape)
 
 
 @functools.cache

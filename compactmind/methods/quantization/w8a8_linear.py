@@ -124,6 +124,13 @@ class Int8Parts(NamedTuple):
         scale = scale.flatten().expand(len(q)).contiguous()
         return torch.ops.compactmind.int8_linear(q, scale, self.weight, self.channel_scale, bias).view(*x.shape[:-1], -1)
 
+    def unscaled(self, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the product of int8 q (rows, in) with scales (rows, 1) as the kernels around it take it: int32 (rows, out) with the scales
+        and the bias that are missing, or float32 and three times None."""
+        if self.kernel == "int_mm":
+            return torch._int_mm(q, self.weight.t()), scale, self.channel_scale, bias
+        return torch.ops.compactmind.int8_linear(q, scale, self.weight, self.channel_scale, bias), None, None, None
+
     def product(self, q: torch.Tensor) -> torch.Tensor:
         """Return q @ W_int8^T for int8 q (..., in): int32 (..., out), not yet scaled, by the other kernels."""
         rows = q.reshape(-1, self.weight.shape[1])
