@@ -299,7 +299,7 @@ def run_search(config: SearchConfig, output: Path) -> None:
     inputs = inputs_of(config, lambda dense: check_space(space, dense))
     runner = TrialRunner(
         inputs.resources, inputs.choose[: config.search_windows], config.few_windows,
-        released_bytes=weight_bytes(source_of(config)), target=floor_of(config), largest=max(config.save_front, default=0.0),
+        released_bytes=weight_bytes(source_of(config)), target=floor_of(config), ratios=config.save_front,
         objectives=config.objectives, cache=cache_of(config), tokenizer=inputs.tokenizer, skeleton=lambda: skeleton_of(source_of(config)),
     )  # fmt: skip
     runner.learn(study)

@@ -127,6 +127,20 @@ def test_what_would_be_smaller_than_all_that_are_better_is_not_stopped(windows):
         one.evaluate(make_trial(-100.0, ratio * (1 - 2 * MARGIN)), steps)
 
 
+def test_bytes_count_in_the_sizes_that_are_asked_for(windows):
+    runner, steps = make_runner(windows, objectives=("kl", "bytes"), target=1.0), read_pipeline([NF4])
+    ratio = runner.released_bytes / runner.evaluate(make_trial(), steps)[1]
+    for ratios, expected in (((ratio * 0.8, ratio * 1.1), ratio * 0.8), ((ratio * 0.5, ratio * 0.9), ratio * 0.9), ((ratio * 2,), ratio)):
+        runner.ratios, trial = ratios, make_trial()
+        _, size = runner.evaluate(trial, steps)
+        assert size == pytest.approx(runner.released_bytes / expected)
+        assert trial.user_attrs["measured"]["compression_ratio"] == pytest.approx(ratio)  # what is reported is what it has
+    with pytest.raises(Stopped) as stopped:
+        runner.ratios = (1.1,)
+        runner.evaluate(make_trial(-100.0, 1.2, ("kl", "bytes")), steps)
+    assert stopped.value.values[1] == pytest.approx(runner.released_bytes / 1.1)
+
+
 def test_where_time_or_memory_count_no_pipeline_is_stopped_for_its_quality(windows):
     for others in (("latency",), ("bytes", "memory")):
         runner = make_runner(windows, objectives=("kl", *others), best=-100.0)
@@ -193,8 +207,8 @@ def test_what_is_hopeless_is_learnt_from_the_trials_of_the_study(windows):
     for ratio, best in ((1.0, 1.0), (1.42, 1.0), (1.45, 1.0), (1.6, math.inf)):
         runner.learn(study, ratio)
         assert runner.best == best, ratio
-    runner.largest = 1.45
-    for ratio, best in ((1.42, 1.0), (1.6, 1.0), (9.0, 1.0)):  # nobody has asked for less
+    runner.ratios = (1.3, 1.45)
+    for ratio, best in ((1.4, 1.0), (1.6, 1.0), (9.0, 1.0)):  # nobody has asked for less
         runner.learn(study, ratio)
         assert runner.best == best, ratio
     (_, pruned), (_, rounded) = runner.coming(read_pipeline([PRUNE, NF4]))

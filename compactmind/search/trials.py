@@ -8,7 +8,8 @@ there; so is one that is as far behind after a short retraining, SHORT of the to
 are an objective too, the best is the best of those that are no larger than the pipeline is expected to be: it cannot be part of the front
 any more. What has run to its end is looked at on twice as many windows each time, and goes on while it is in the better half (one objective
 only; successive halving, Li et al. 2018, https://arxiv.org/abs/1810.05934). What stopped is told as what it would have come to, and nothing
-of that is reported as measured.
+of that is reported as measured. Where models of some sizes are asked for, bytes count in these steps: else what the sampler learns is a
+front of all sizes, most of which nobody wants.
 """
 
 import math
@@ -81,8 +82,8 @@ class TrialRunner:
     """Bytes of the dense model's weight file: what a compression ratio is a ratio to."""
     target: float
     """Compression ratio that has to be reached."""
-    largest: float = 0.0
-    """The largest ratio that is asked for: what is smaller still has to beat what has that; 0: none is the largest."""
+    ratios: Sequence[float] = ()
+    """Ratios at which a model is asked for; none: every size is of interest."""
     objectives: Sequence[str] = ("kl",)
     cache: PrefixCache | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -126,10 +127,10 @@ class TrialRunner:
         """Take over from the trials of a study what a good pipeline is and what the methods do.
 
         `ratio`: how many times smaller the pipeline at hand should be. It has to beat what has reached the target; where bytes are an
-        objective, of that what is no larger than itself, or than the smallest that is asked for.
+        objective, of that what is no larger than itself, or than the size it is asked for at.
         """
         self.changes, self.measured, self.best = Changes(), 0, math.inf
-        least = max(self.target, min(ratio * (1 - MARGIN), self.largest or math.inf)) if "bytes" in self.objectives else self.target
+        least = max(self.target, self.asked(ratio) * (1 - MARGIN)) if "bytes" in self.objectives else self.target
         for trial in study.get_trials(deepcopy=False):
             rows, measured = trial.user_attrs.get("steps", []), trial.user_attrs.get("measured")
             coming = self.coming(read_pipeline(trial.user_attrs["pipeline"])) if rows else []
@@ -141,6 +142,11 @@ class TrialRunner:
             self.measured += bool(measured)
             if measured and measured["compression_ratio"] >= least:
                 self.best = min(self.best, rows[-1][self.unit])
+
+    def asked(self, ratio: float) -> float:
+        """Return the largest ratio asked for that a model has which is `ratio` times smaller: what is smaller still has to beat the best of
+        that size, and is worth no more. Its own where there is none."""
+        return max((each for each in self.ratios if each <= ratio), default=ratio)
 
     def coming(self, steps: Sequence[Step], number: int = 0) -> Coming:
         """Return the steps of a pipeline after the first `number` of them as what is ahead: method and times smaller, as far as known."""
@@ -216,12 +222,14 @@ class TrialRunner:
             measured = self.measure(compressed, trial)
         except Stopped as stop:
             trial.set_constraint("compression", self.target - min(expected, self.target))
-            stop.values = [stop.values[0] if name == self.quality else self.released_bytes / expected for name in self.objectives]
+            size = self.released_bytes / self.asked(expected)
+            stop.values = [stop.values[0] if name == self.quality else size for name in self.objectives]
             raise
         trial.set_constraint("compression", self.target - measured["compression_ratio"])
         trial.set_user_attr("measured", measured)
         trial.set_user_attr("steps", summarize_rows(compressed.steps))
-        return [measured[name] for name in self.objectives]
+        values = measured | {"bytes": self.released_bytes / self.asked(measured["compression_ratio"])}
+        return [values[name] for name in self.objectives]
 
     def may_stop(self, trial: Notes | None) -> bool:
         """Tell whether a trial may end early: not where time or memory are compared, in which it may be ahead whatever its quality."""
