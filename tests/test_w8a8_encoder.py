@@ -37,9 +37,9 @@ def test_every_linear_of_the_blocks_is_int8_and_no_head_is(model):
     assert parameters_of(small) == parameters_of(model)
 
 
-@pytest.mark.parametrize("tokens", [3, 512])
+@pytest.mark.parametrize("tokens", [3, 24, 512])
 def test_the_forward_pass_is_that_of_its_linears(model, monkeypatch, tokens):
-    monkeypatch.setattr(w8a8_encoder, "TOKENS", tokens)  # 3: the last piece is a shorter one
+    monkeypatch.setattr(w8a8_encoder, "TOKENS", tokens)  # of sentences of 12 each alone, two, two and one, all
     small, _ = quantized(model)
     plain = copy.deepcopy(model)
     for name, linear in linears_to_quantize(plain):

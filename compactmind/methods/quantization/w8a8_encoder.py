@@ -88,9 +88,11 @@ class W8A8EncoderBlock:
     ) -> torch.Tensor:
         """hidden_states: (batch, tokens, channels) -> the same shape and dtype."""
         sentences = max(1, TOKENS // max(hidden_states.shape[1], 1))
+        if not hidden_states.is_cpu or not isinstance(attention_mask, torch.Tensor | None):
+            sentences = len(hidden_states)  # a GPU wants all at once, and the mask of flex_attention is of the whole batch
         parts = hidden_states.float().split(sentences)
         masks = [attention_mask] * len(parts)
-        if attention_mask is not None and len(attention_mask) == len(hidden_states):
+        if isinstance(attention_mask, torch.Tensor) and len(attention_mask) == len(hidden_states):
             masks = attention_mask.split(sentences)
         results = [self._some_sentences(*each) for each in zip(parts, masks, strict=True)]
         return (results[0] if len(results) == 1 else torch.cat(results)).to(hidden_states.dtype)
