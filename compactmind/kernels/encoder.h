@@ -1,6 +1,8 @@
-// What lies between two int8 products of an encoder block, a row at a time: scales and bias, addition and LayerNorm, or GELU, then rounding.
+// What lies between two int8 products of an encoder block, a row at a time: attention, or scales and bias, addition and LayerNorm, or GELU; then
+// rounding.
 #pragma once
 #include "activations.h"
+#include "int8.h"
 
 namespace {
 
@@ -125,6 +127,145 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_quantize(const Tensor& product, cons
     }
   });
   return {out, q, scale};
+}
+
+// What is added to the scores of a sentence's tokens: of a mask (sentences or 1, 1, tokens or 1, tokens), numbers or whether a key is read.
+struct Mask {
+  const void* values = nullptr;
+  bool is_bool = false;
+  int64_t of_sentence = 0, of_query = 0, of_key = 0;
+
+  Mask(const optional<Tensor>& mask, int64_t sentences, int64_t tokens) {
+    if (!mask) return;
+    const auto sizes = mask->sizes();
+    TORCH_CHECK(mask->dim() == 4 && (sizes[0] == 1 || sizes[0] == sentences) && sizes[1] == 1 && (sizes[2] == 1 || sizes[2] == tokens) && sizes[3] == tokens,
+                "mask: (sentences or 1, 1, tokens or 1, tokens)");
+    is_bool = mask->scalar_type() == at::kBool;
+    TORCH_CHECK(is_bool || mask->scalar_type() == at::kFloat, "mask: bool or float32");
+    values = mask->const_data_ptr();
+    of_sentence = sizes[0] == 1 ? 0 : mask->stride(0);
+    of_query = sizes[2] == 1 ? 0 : mask->stride(2);
+    of_key = mask->stride(3);
+  }
+
+  void add(int64_t sentence, int64_t query, int64_t tokens, float* scores) const {
+    const int64_t from = sentence * of_sentence + query * of_query;
+    if (!values) return;
+    if (is_bool) {
+      const bool* reads = static_cast<const bool*>(values) + from;
+      for (int64_t j = 0; j < tokens; ++j) scores[j] = reads[j * of_key] ? scores[j] : -1e30f;
+    } else {
+      const float* added = static_cast<const float*>(values) + from;
+      for (int64_t j = 0; j < tokens; ++j) scores[j] += added[j * of_key];
+    }
+  }
+};
+
+// x (width), a multiple of 8 of which `count` are meant, becomes e^(x - max); returns the sum, no number if one of them is none.
+float exponentials(float* x, int64_t count, int64_t width) {
+  const float top = *std::max_element(x, x + count);
+  std::fill(x + count, x + width, -std::numeric_limits<float>::infinity());
+  __m256 sums = _mm256_setzero_ps(), unordered = _mm256_setzero_ps();
+  for (int64_t i = 0; i < width; i += 8) {
+    const __m256 below = _mm256_sub_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(top)), y = exponential(below);
+    unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(below, below, _CMP_UNORD_Q));
+    _mm256_storeu_ps(x + i, y);
+    sums = _mm256_add_ps(sums, y);
+  }
+  return _mm256_movemask_ps(unordered) ? std::numeric_limits<float>::quiet_NaN() : sum_of(sums);
+}
+
+constexpr int64_t QUERIES = 4, KEYS = 16;
+
+// scores (QUERIES, width) = the rows of q (depth) times kt (depth, width), width a multiple of KEYS.
+void scores_of(const float* const* q, const float* kt, int64_t depth, int64_t width, float scaling, float* scores) {
+  const __m256 factor = _mm256_set1_ps(scaling);
+  for (int64_t j = 0; j < width; j += KEYS) {
+    __m256 acc[QUERIES][2];
+    for (auto& row : acc) row[0] = row[1] = _mm256_setzero_ps();
+    for (int64_t d = 0; d < depth; ++d) {
+      const __m256 first = _mm256_loadu_ps(kt + d * width + j), second = _mm256_loadu_ps(kt + d * width + j + 8);
+      for (int64_t r = 0; r < QUERIES; ++r) {
+        const __m256 each = _mm256_set1_ps(q[r][d]);
+        acc[r][0] = _mm256_fmadd_ps(each, first, acc[r][0]);
+        acc[r][1] = _mm256_fmadd_ps(each, second, acc[r][1]);
+      }
+    }
+    for (int64_t r = 0; r < QUERIES; ++r)
+      for (int64_t h = 0; h < 2; ++h) _mm256_storeu_ps(scores + r * width + j + 8 * h, _mm256_mul_ps(acc[r][h], factor));
+  }
+}
+
+// The first `rows` of out (QUERIES, apart), 8 * VECTORS columns = weights (QUERIES, width) times v (count, stride), over the sums of the weights.
+template <int VECTORS>
+void weighted(const float* weights, int64_t width, const float* v, int64_t stride, int64_t count, const float* sums, int64_t rows, int64_t apart, float* out) {
+  __m256 acc[QUERIES][VECTORS];
+  for (auto& row : acc)
+    for (auto& each : row) each = _mm256_setzero_ps();
+  for (int64_t j = 0; j < count; ++j) {
+    __m256 value[VECTORS];
+    for (int h = 0; h < VECTORS; ++h) value[h] = _mm256_loadu_ps(v + j * stride + 8 * h);
+    for (int64_t r = 0; r < QUERIES; ++r) {
+      const __m256 weight = _mm256_set1_ps(weights[r * width + j]);
+      for (int h = 0; h < VECTORS; ++h) acc[r][h] = _mm256_fmadd_ps(weight, value[h], acc[r][h]);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int h = 0; h < VECTORS; ++h) _mm256_storeu_ps(out + r * apart + 8 * h, _mm256_div_ps(acc[r][h], _mm256_set1_ps(sums[r])));
+}
+
+// k (tokens, stride), `depth` columns of it, -> kt (depth, width), 0 behind the tokens.
+void transposed(const float* k, int64_t stride, int64_t tokens, int64_t depth, int64_t width, float* kt) {
+  for (int64_t j = 0; j < width; j += 8)
+    for (int64_t d = 0; d < depth; d += 8) {
+      __m256i rows[8];
+      for (int64_t r = 0; r < 8; ++r)
+        rows[r] = j + r < tokens ? _mm256_castps_si256(_mm256_loadu_ps(k + (j + r) * stride + d)) : _mm256_setzero_si256();
+      transpose8(rows);
+      for (int64_t r = 0; r < 8; ++r) _mm256_storeu_ps(kt + (d + r) * width + j, _mm256_castsi256_ps(rows[r]));
+    }
+}
+
+// Attention of every sentence to itself: heads (sentences * tokens, 3 * channels), queries, keys and values next to each other -> what its heads
+// read next to each other (sentences * tokens, channels) as int8, and the scale of each row.
+std::tuple<Tensor, Tensor> attend_quantize(const Tensor& heads, const optional<Tensor>& mask, int64_t sentences, int64_t head_dim, double scaling) {
+  TORCH_CHECK(heads.dim() == 2 && heads.is_contiguous() && heads.scalar_type() == at::kFloat, "heads: contiguous float32 (tokens, 3 * channels)");
+  TORCH_CHECK(head_dim > 0 && head_dim % 8 == 0 && heads.size(1) % (3 * head_dim) == 0, "heads of ", head_dim, " channels do not fit, or are no multiple of 8");
+  TORCH_CHECK(sentences > 0 && heads.size(0) % sentences == 0, "rows: those of ", sentences, " sentences of one length");
+  const int64_t rows = heads.size(0), tokens = rows / sentences, stride = heads.size(1), channels = stride / 3, width = (tokens + KEYS - 1) / KEYS * KEYS;
+  const Mask added(mask, sentences, tokens);
+  Tensor q = at::empty({rows, channels}, heads.options().dtype(at::kChar)), scale = at::empty({rows, 1}, heads.options());
+  const auto* from = heads.const_data_ptr<float>();
+  auto* to = q.mutable_data_ptr<int8_t>();
+  auto* scales = scale.mutable_data_ptr<float>();
+  at::parallel_for(0, rows, std::max<int64_t>(QUERIES, 16384 / std::max<int64_t>(channels * tokens / 64, 1)), [&](int64_t begin, int64_t end) {
+    std::vector<float> kt(head_dim * width), scores(QUERIES * width), out((std::min(end - begin, tokens) + QUERIES) * channels);
+    while (begin < end) {
+      const int64_t sentence = begin / tokens, start = sentence * tokens, last = std::min(end, start + tokens);
+      for (int64_t c = 0; c < channels; c += head_dim) {
+        const float* values = from + start * stride + 2 * channels + c;
+        transposed(from + start * stride + channels + c, stride, tokens, head_dim, width, kt.data());
+        for (int64_t row = begin; row < last; row += QUERIES) {
+          const int64_t count = std::min(QUERIES, last - row);
+          const float* queries[QUERIES];
+          float sums[QUERIES];
+          for (int64_t r = 0; r < QUERIES; ++r) queries[r] = from + (row + std::min(r, count - 1)) * stride + c;
+          scores_of(queries, kt.data(), head_dim, width, static_cast<float>(scaling), scores.data());
+          for (int64_t r = 0; r < QUERIES; ++r) {
+            added.add(sentence, row + std::min(r, count - 1) - start, tokens, scores.data() + r * width);
+            sums[r] = exponentials(scores.data() + r * width, tokens, width);
+          }
+          float* y = out.data() + (row - begin) * channels + c;
+          int64_t d = 0;
+          for (; d + 32 <= head_dim; d += 32) weighted<4>(scores.data(), width, values + d, stride, tokens, sums, count, channels, y + d);
+          for (; d < head_dim; d += 8) weighted<1>(scores.data(), width, values + d, stride, tokens, sums, count, channels, y + d);
+        }
+      }
+      for (int64_t row = begin; row < last; ++row) scales[row] = quantize_row(out.data() + (row - begin) * channels, channels, 0.0f, to + row * channels);
+      begin = last;
+    }
+  });
+  return {q, scale};
 }
 
 }  // namespace
