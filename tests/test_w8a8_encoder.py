@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 from transformers.activations import ACT2FN
 
+from compactmind import kernels
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.formats import w8a8
 from compactmind.formats.table import parameters_of
@@ -72,6 +73,17 @@ def test_kernels_do_what_lies_between_products_where_they_compute_the_same(model
     assert len(calls) == (0 if around and activation == "gelu" else len(blocks))
     monkeypatch.setattr(W8A8EncoderBlock, "has_kernels", False)
     assert torch.allclose(helpers.logits_of(small), result, atol=2e-3) and calls
+
+
+@pytest.mark.skipif(kernels.reason_against() is not None, reason=f"no kernels: {kernels.reason_against()}")
+def test_whatever_multiplies_the_integers_gives_the_same(model, monkeypatch):
+    monkeypatch.delenv(kernels.KERNEL_VARIABLE, raising=False)
+    small, _ = quantized(model)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    other, _ = quantized(model)
+    assert {linear.kernel for linear in other.modules() if isinstance(linear, W8A8Linear)} == {"avx2"}
+    assert all(block.has_kernels for block in other.modules() if isinstance(block, W8A8EncoderBlock))
+    assert torch.allclose(helpers.logits_of(other), helpers.logits_of(small), atol=2e-3)
 
 
 def test_a_sentence_alone_gives_what_it_gives_in_a_batch(model):
