@@ -10,7 +10,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from compactmind.search import choosing, findings
+from compactmind.search import choosing, findings, strategies
 from compactmind.search.ablation import ablation
 from compactmind.search.ablation import table as ablation_table
 from compactmind.search.compressor import read_pipeline
@@ -161,16 +161,32 @@ def test_evolution_crosses_parents_of_different_orders(space):
     assert any("order" not in child for child in children)  # what is forgotten is drawn anew
 
 
-def test_after_a_duplicate_comes_a_neighbour_of_the_best(space, monkeypatch):
-    study, everything = optuna.create_study(), list(space.points())
+def study_of(space, count: int) -> tuple[optuna.Study, set[str]]:
+    """Return a study of `count` trials, of which the first, `prune > nf4` by 0.2, is the best, and the keys of all."""
+    study, everything, known = optuna.create_study(), list(space.points()), set()
     best = next(point for point in everything if point["order"] == "prune > nf4" and point["prune.sparsity"] == 0.2)
-    known = set()
-    for value, point in enumerate([best, *random.Random(0).sample(everything, 30)]):
+    for value, point in enumerate([best, *random.Random(0).sample(everything, count - 1)]):
         study.enqueue_trial(point)
         asked = study.ask()
-        steps = read_pipeline(space.suggest(asked))
-        known.add(key_of(steps))
+        known.add(key_of(read_pipeline(space.suggest(asked))))
         study.tell(asked, float(value))
+    return study, known
+
+
+@pytest.mark.parametrize(("strategy", "count", "near"), [("bayesian", 31, True), ("bayesian", 5, False), ("bayesian", 30, False),
+                                                         ("evolution", 31, False), ("random", 31, False)])  # fmt: skip
+def test_every_other_proposal_of_the_bayesian_search_is_a_neighbour_of_the_best(space, monkeypatch, strategy, count, near):
+    study, known = study_of(space, count)
+    asked, original = [], strategies.make_sampler
+    monkeypatch.setattr(strategies, "make_sampler", lambda *given: asked.append(given) or original(*given))
+    proposed = Proposer(space, strategy, "tpe", lambda _: 0.0).propose(study, known, seed=0)
+    assert key_of(read_pipeline(space.pipeline(proposed))) not in known and bool(asked) != near
+    assert not near or proposed in space.neighbours(study.trials[0].params)
+
+
+def test_after_a_duplicate_comes_a_neighbour_of_the_best(space, monkeypatch):
+    (study, known), everything = study_of(space, 32), list(space.points())
+    best = study.trials[0].params
     proposer = Proposer(space, "bayesian", "tpe", lambda _: 0.0)
     others = [point for point in everything if point["order"] != "prune > nf4"]
     with pytest.warns(optuna.exceptions.ExperimentalWarning):

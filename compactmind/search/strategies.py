@@ -2,7 +2,10 @@
 
 A pipeline is drawn in a copy of the study in memory, until it is one that has not been run and can be small enough; only that one becomes a
 trial. So the study holds no copies, nothing is told twice, and every strategy chooses among the same pipelines. Who proposes what is known
-already is near the best it has seen: instead the nearest thing that is not known is tried, a neighbour of the best, one choice away.
+already is near the best it has seen: instead the nearest thing that is not known is tried, a neighbour of the best, one choice away. Of
+what the Bayesian search asks for, every other pipeline is such a neighbour in any case: a space of many orders, each with parameters of its
+own, is too large for a model of it to learn from tens of trials (local search beside a model: SMAC, Hutter et al. 2011,
+https://doi.org/10.1007/978-3-642-25566-3_40).
 
 Evolution: NSGA-II (Deb et al. 2002, https://doi.org/10.1109/4235.996017) on pipelines of different orders. Optuna's crosses only what all
 trials have, which is the order; here a child has the order of one parent and takes each parameter from either that has it.
@@ -87,6 +90,9 @@ class Proposer:
         """
         trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING and trial.params]
         several, draft = len(study.directions) > 1, optuna.create_study(directions=study.directions)
+        in_turn = self.strategy == "bayesian" and len(trials) >= STARTUP_TRIALS and len(trials) % 2
+        if in_turn and (near := self.near_the_best(trials, several, known, seed)):
+            return near
         draft.add_trials(trials)
         for draw in range(2 * DRAWS):
             draft.sampler = make_sampler(self.strategy if draw < DRAWS else "random", self.sampler, seed + 100_003 * draw)
