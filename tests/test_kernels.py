@@ -1,7 +1,6 @@
 """The C++ kernels against the same arithmetic in torch, at widths that are multiples of nothing, and how they are built."""
 
 import json
-import math
 import os
 import re
 import subprocess
@@ -115,47 +114,6 @@ def test_what_lies_between_two_products_of_an_encoder_is_what_torch_computes(ops
     expected = torch.nn.functional.layer_norm((values + residual).double(), (width,), weight.double(), bias.double(), 1e-12).float()
     assert torch.allclose(y, expected, rtol=1e-4, atol=1e-5)
     check_rounded(q, scale, y)
-
-
-def masks(kind: str, sentences: int, tokens: int) -> torch.Tensor | None:
-    """Return a mask in which the first sentence is read whole and the others lack their last tokens, in a form that transformers makes."""
-    lengths = torch.tensor([max(1, tokens - 2 * index) for index in range(sentences)])
-    reads = (torch.arange(tokens) < lengths[:, None])[:, None, None, :]
-    added = torch.zeros(sentences, 1, 1, tokens).masked_fill(~reads, torch.finfo(torch.float32).min)
-    return {
-        "none": None, "keys": reads, "expanded": reads.expand(-1, 1, tokens, -1), "queries": reads.expand(-1, 1, tokens, -1).contiguous(),
-        "added": added, "infinite": added.masked_fill(~reads, -math.inf), "one": reads[-1:],
-    }[kind]  # fmt: skip
-
-
-@needs_kernels
-@pytest.mark.parametrize("kind", ["none", "keys", "expanded", "queries", "added", "infinite", "one"])
-@pytest.mark.parametrize(
-    ("sentences", "tokens", "number", "size"), [(1, 1, 1, 8), (2, 5, 3, 16), (3, 17, 2, 32), (4, 64, 2, 64), (1, 130, 1, 72)]
-)
-def test_attention_is_that_of_torch(ops, kind, sentences, tokens, number, size):
-    heads, mask = drawn(sentences * tokens, 3 * number * size), masks(kind, sentences, tokens)
-    query, key, value = heads.view(sentences, tokens, 3, number, size).permute(2, 0, 3, 1, 4).double()
-    scores = torch.nn.functional.scaled_dot_product_attention
-    given = mask if mask is None or mask.dtype == torch.bool else mask.double()
-    expected = scores(query, key, value, given, scale=0.3).transpose(1, 2).reshape(sentences * tokens, -1).float()
-    check_rounded(*ops.attend_quantize(heads, mask, sentences, size, 0.3), expected)
-
-
-@needs_kernels
-def test_attention_takes_no_more_than_it_can_and_passes_on_what_is_no_number(ops):
-    heads = drawn(6, 3 * 16)
-    for sentences, size, mask in ((4, 16, None), (2, 12, None), (2, 32, None), (0, 16, None)):
-        with pytest.raises(RuntimeError, match="rows|heads"):
-            ops.attend_quantize(heads, mask, sentences, size, 1.0)
-    for mask in (torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 2, 3, 3), torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 3).half()):
-        with pytest.raises(RuntimeError, match="mask"):
-            ops.attend_quantize(heads, mask, 2, 16, 1.0)
-    for column in (0, 16, 32):  # of a query, a key, a value of the first sentence
-        broken = heads.clone()
-        broken[1, column] = math.nan
-        _, scale = ops.attend_quantize(broken, None, 2, 16, 1.0)
-        assert torch.isnan(scale[:3]).any() and torch.isfinite(scale[3:]).all()
 
 
 @needs_kernels
@@ -329,7 +287,6 @@ def test_shapes_are_known_without_computing():
         q, scale = ops.quantize_rows(torch.empty(3, 64), None, 0.0, False, 0)
         assert (q.shape, q.dtype, scale.shape) == ((3, 64), torch.int8, (3, 1))
         assert ops.int8_linear(q, scale, torch.empty(5, 64, dtype=torch.int8), torch.empty(5), None).shape == (3, 5)
-        assert [each.shape for each in ops.attend_quantize(torch.empty(6, 48), None, 2, 16, 1.0)] == [(6, 16), (6, 1)]
         product = torch.empty(3, 5, dtype=torch.int32), torch.empty(3, 1), torch.empty(5), None
         assert [each.shape for each in ops.gelu_quantize(*product)] == [(3, 5), (3, 1)]
         normed = ops.add_norm_quantize(*product, torch.empty(3, 5), torch.empty(5), torch.empty(5), 1e-5)

@@ -147,10 +147,6 @@ def _tell_shapes() -> None:
     def _(product, row_scale, channel_scale, bias):
         return product.new_empty(product.shape, dtype=torch.float32)
 
-    @torch.library.register_fake("compactmind::attend_quantize")
-    def _(heads, mask, sentences, head_dim, scaling):
-        return heads.new_empty(heads.shape[0], heads.shape[1] // 3, dtype=torch.int8), heads.new_empty(heads.shape[0], 1)
-
     @torch.library.register_fake("compactmind::gelu_quantize")
     def _(product, row_scale, channel_scale, bias):
         rows = product.new_empty(product.shape[0], 1, dtype=torch.float32)

@@ -9,7 +9,6 @@ TORCH_LIBRARY(compactmind, m) {
   m.def("quantize_rows(Tensor x, Tensor? norm, float eps, bool gate, int rotation) -> (Tensor, Tensor)");
   m.def("int8_linear(Tensor q, Tensor row_scale, Tensor weight, Tensor channel_scale, Tensor? bias, bool vnni=True) -> Tensor");
   m.def("scale_product(Tensor product, Tensor row_scale, Tensor channel_scale, Tensor? bias) -> Tensor");
-  m.def("attend_quantize(Tensor heads, Tensor? mask, int sentences, int head_dim, float scaling) -> (Tensor, Tensor)");
   m.def("gelu_quantize(Tensor product, Tensor? row_scale, Tensor? channel_scale, Tensor? bias) -> (Tensor, Tensor)");
   m.def("add_norm_quantize(Tensor product, Tensor? row_scale, Tensor? channel_scale, Tensor? bias, Tensor residual, Tensor norm, Tensor norm_bias, "
         "float eps) -> (Tensor, Tensor, Tensor)");
@@ -27,7 +26,6 @@ TORCH_LIBRARY_IMPL(compactmind, CPU, m) {
   m.impl("quantize_rows", &quantize_rows);
   m.impl("int8_linear", &int8_linear);
   m.impl("scale_product", &scale_product);
-  m.impl("attend_quantize", &attend_quantize);
   m.impl("gelu_quantize", &gelu_quantize);
   m.impl("add_norm_quantize", &add_norm_quantize);
   m.impl("grouped_dequantize", &grouped_dequantize);

@@ -28,25 +28,28 @@ at once take 1.5 times as long."""
 
 
 # --------------------------------------------------------------------------------------------------------- behind attention
-def _by_torch(residual: torch.Tensor, attended: torch.Tensor, block: "W8A8EncoderBlock") -> torch.Tensor:
+def after_attention(hidden: torch.Tensor, attended: torch.Tensor, block: "W8A8EncoderBlock") -> torch.Tensor:
     """Output projection, FFN, and the two additions with their norms: (tokens, channels)."""
+    return (_by_kernels if block.has_kernels else _by_torch)(hidden, attended, block)
+
+
+def _by_torch(residual: torch.Tensor, attended: torch.Tensor, block: "W8A8EncoderBlock") -> torch.Tensor:
     layer = block.layer
     middle = layer.attention_norm(layer.attention_output.parts.linear(attended, layer.attention_output.bias).add_(residual))
     inner = block.activation(layer.up.parts.linear(middle, layer.up.bias))
     return layer.output_norm(layer.down.parts.linear(inner, layer.down.bias).add_(middle))
 
 
-def _by_kernels(residual: torch.Tensor, attended: torch.Tensor, scale: torch.Tensor, block: "W8A8EncoderBlock") -> torch.Tensor:
-    """Return the same, of int8 with a scale per token; what lies between two products is one function, and what it gives is rounded where
-    it is in the cache."""
+def _by_kernels(residual: torch.Tensor, attended: torch.Tensor, block: "W8A8EncoderBlock") -> torch.Tensor:
+    """Return the same; what lies between two products is one function, and what it gives is rounded where it is in the cache."""
     layer, ops = block.layer, torch.ops.compactmind
 
     def product(linear: W8A8Linear, q: torch.Tensor, scale: torch.Tensor):
         return linear.parts.unscaled(q, scale, linear.bias)
 
     first, second = layer.attention_norm, layer.output_norm
-    sums = product(layer.attention_output, attended, scale)
-    middle, q, scale = ops.add_norm_quantize(*sums, residual, first.weight, first.bias, first.eps)
+    q, scale = ops.quantize_rows(attended.contiguous(), None, 0.0, False, 0)
+    middle, q, scale = ops.add_norm_quantize(*product(layer.attention_output, q, scale), residual, first.weight, first.bias, first.eps)
     q, scale = ops.gelu_quantize(*product(layer.up, q, scale))
     return ops.add_norm_quantize(*product(layer.down, q, scale), middle, second.weight, second.bias, second.eps)[0]
 
@@ -95,23 +98,12 @@ class W8A8EncoderBlock:
         return (results[0] if len(results) == 1 else torch.cat(results)).to(hidden_states.dtype)
 
     def _some_sentences(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        attention, hidden, (count, tokens, _) = self.attention_module, hidden_states.flatten(0, 1), hidden_states.shape
-        heads, size, ops = self.qkv.parts.linear(hidden, self.qkv_bias), self.layer.head_dim, torch.ops.compactmind
-        if self.has_kernels and attention.config._attn_implementation == "sdpa" and size % 8 == 0 and _is_of_tokens(attention_mask):
-            attended, scale = ops.attend_quantize(heads, attention_mask, count, size, attention.scaling)
-            return _by_kernels(hidden, attended, scale, self).view(hidden_states.shape)
-        query, key, value = heads.view(count, tokens, 3, -1, size).permute(2, 0, 3, 1, 4)
+        attention, hidden = self.attention_module, hidden_states.flatten(0, 1)
+        heads = self.qkv.parts.linear(hidden, self.qkv_bias)
+        query, key, value = heads.view(*hidden_states.shape[:2], 3, -1, self.layer.head_dim).permute(2, 0, 3, 1, 4)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
         attended, _ = attend(attention, query, key, value, attention_mask, dropout=0.0, scaling=attention.scaling)
-        attended = attended.reshape(count * tokens, -1)
-        if self.has_kernels:
-            return _by_kernels(hidden, *ops.quantize_rows(attended, None, 0.0, False, 0), self).view(hidden_states.shape)
-        return _by_torch(hidden, attended, self).view(hidden_states.shape)
-
-
-def _is_of_tokens(mask: torch.Tensor | None) -> bool:
-    """Tell whether a mask is the same for all heads, as kernels take it."""
-    return mask is None or (mask.ndim == 4 and mask.shape[1] == 1 and mask.dtype in (torch.bool, torch.float32))
+        return after_attention(hidden, attended.flatten(2).flatten(0, 1), self).view(hidden_states.shape)
 
 
 @functools.cache
