@@ -1,6 +1,7 @@
 // What lies between two int8 products of an encoder block, a row at a time: scales and bias, addition and LayerNorm, or GELU, then rounding.
 #pragma once
 #include "activations.h"
+#include "int8.h"
 
 namespace {
 
@@ -70,12 +71,8 @@ struct Product {
   void row(int64_t r, float* to) const {
     if (values) {
       std::memcpy(to, values + r * width, width * sizeof(float));
-      return;
-    }
-    const int32_t* from = sums + r * width;
-    for (int64_t j = 0; j < width; ++j) {
-      const float scaled = static_cast<float>(from[j]) * channels[j] * rows[r];
-      to[j] = bias ? scaled + bias[j] : scaled;
+    } else {
+      scale_row(sums + r * width, channels, rows[r], bias, width, to);
     }
   }
 };

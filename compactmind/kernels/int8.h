@@ -267,6 +267,14 @@ Tensor int8_linear(const Tensor& q, const Tensor& row_scale, const Tensor& weigh
   return out;
 }
 
+// y (n) = sums of int8 products, times the scale of each channel and of the row, plus the bias if there is one.
+void scale_row(const int32_t* sums, const float* channels, float row, const float* bias, int64_t n, float* y) {
+  for (int64_t j = 0; j < n; ++j) {
+    const float scaled = static_cast<float>(sums[j]) * channels[j] * row;
+    y[j] = bias ? scaled + bias[j] : scaled;
+  }
+}
+
 // product (m, n) int32 of another kernel, scaled: float32.
 Tensor scale_product(const Tensor& product, const Tensor& row_scale, const Tensor& channel_scale, const optional<Tensor>& bias) {
   const int64_t m = product.size(0), n = product.size(1);
@@ -279,14 +287,7 @@ Tensor scale_product(const Tensor& product, const Tensor& row_scale, const Tenso
   const auto* added = bias ? bias->const_data_ptr<float>() : nullptr;
   auto* to = out.mutable_data_ptr<float>();
   at::parallel_for(0, m, std::max<int64_t>(1, 16384 / std::max<int64_t>(n, 1)), [&](int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; ++r) {
-      const int32_t* sums = from + r * n;
-      float* y = to + r * n;
-      for (int64_t j = 0; j < n; ++j) {
-        const float scaled = static_cast<float>(sums[j]) * channels[j] * rows[r];
-        y[j] = added ? scaled + added[j] : scaled;
-      }
-    }
+    for (int64_t r = first; r < last; ++r) scale_row(from + r * n, channels, rows[r], added, n, to + r * n);
   });
   return out;
 }
