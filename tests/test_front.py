@@ -201,6 +201,26 @@ def test_after_a_duplicate_comes_a_neighbour_of_the_best(space, monkeypatch):
     assert proposer.propose(study, all_but_one | {key_of(read_pipeline(space.pipeline(left)))}, seed=0) is None
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_what_helped_at_one_size_is_tried_at_the_others_first(space, seed):
+    usual = {"order": "prune > nf4", "nf4.double_quantization": True}
+    small = {**usual, "prune.sparsity": 0.4, "prune.criterion": "l2", "nf4.embeddings": "int8"}
+    large = {**usual, "prune.sparsity": 0.1, "prune.criterion": "taylor", "nf4.embeddings": "as_released"}
+    beaten = {**usual, "prune.sparsity": 0.2, "prune.criterion": "taylor", "nf4.embeddings": "as_released"}
+    study = optuna.create_study(directions=["minimize"] * 2)
+    for point, values in ((small, [2.0, 1.0]), (large, [1.0, 2.0]), (beaten, [3.0, 3.0])):
+        study.enqueue_trial(point)
+        asked = study.ask()
+        space.suggest(asked)
+        study.tell(asked, values)
+    proposer = Proposer(space, "bayesian", "tpe", lambda _: 0.0)
+    pairs, names = ((small, large), (large, small)), ("prune.criterion", "nf4.embeddings")
+    helped = [{**one, name: other[name]} for one, other in pairs for name in names]
+    near = proposer.near_the_best(study.trials, True, set(), seed)
+    assert near in helped
+    assert proposer.near_the_best(study.trials, True, {key_of(read_pipeline(space.pipeline(near)))}, seed) in helped
+
+
 def test_the_front_of_a_study_is_optunas(space):
     study, choose = optuna.create_study(directions=["minimize"] * 2), random.Random(2)
     for _ in range(40):

@@ -2,8 +2,8 @@
 
 A pipeline is a list [{"method": "prune", "params": {"sparsity": 0.2}}, {"method": "retrain"}, ...]. Before any time is spent it is
 checked: known methods, parameters in range, and an order that can be carried out. A quantized model can neither be pruned nor
-retrained, and is quantized once; retraining wants something to recover from; smoothing wants a quantization to help; zeros that one step
-has made no other may fill.
+retrained, and is quantized once; retraining wants something to recover from or a quantization to come; smoothing wants a quantization to
+help; zeros that one step has made no other may fill.
 """
 
 import hashlib
@@ -73,7 +73,7 @@ class Compressed:
 
 def order_problem(methods: Sequence[Method]) -> str | None:
     """Return why these methods cannot be carried out in this order, None if they can."""
-    kinds = [method.kind for method in methods]
+    kinds, cutting = [method.kind for method in methods], {"prune", "sparsify"}
     for number, (kind, method) in enumerate(zip(kinds, methods, strict=True), start=1):
         before, after = kinds[: number - 1], kinds[number:]
         if "quantize" in before:
@@ -81,8 +81,11 @@ def order_problem(methods: Sequence[Method]) -> str | None:
                 f"step {number}, {method.name}, comes after a quantization: quantized weights can neither be pruned nor "
                 "trained nor smoothed nor quantized again; put it before"
             )
-        if kind == "retrain" and not {"prune", "sparsify"} & set(before):
-            return f"step {number}, {method.name}, has nothing to recover from: put a prune step before it"
+        if kind == "retrain" and not cutting & set(before):
+            if cutting & set(after):
+                return f"step {number}, {method.name}, has nothing to recover from yet: put it behind what is cut"
+            if "quantize" not in after:
+                return f"step {number}, {method.name}, has nothing to recover from: put a prune step before it or a quantization behind it"
         if kind == "prune" and "sparsify" in before:
             return f"step {number}, {method.name}, would undo the zeros before it: what is cut moves weights between fours; put it before"
         if kind == "smooth" and "quantize" not in after:

@@ -111,7 +111,10 @@ class Proposer:
         return self._any(known, seed)
 
     def near_the_best(self, trials: Sequence[FrozenTrial], several: bool, known: set[str], seed: int) -> dict[str, Any] | None:
-        """Return a neighbour, not known, of the best finished trial that has one; None if none of the best ones has."""
+        """Return a neighbour, not known, of the best finished trial that has one; None if none of the best ones has.
+
+        What helped one of the best is tried in the others first: a neighbour that another of them has the changed values of.
+        """
         choose = random.Random(seed)
         done = [each for each in trials if each.state == TrialState.COMPLETE and is_feasible(each)]
         if several:
@@ -120,12 +123,15 @@ class Proposer:
         else:
             best = sorted(done, key=lambda each: each.value)
         for trial in best[:BEST]:
-            points = self.space.neighbours(trial.params)
-            choose.shuffle(points)
-            for point in points:
+            for point in self._neighbours(trial, best[:BEST], choose):
                 if self._is_new(point, known):
                     return point
         return None
+
+    def _neighbours(self, trial: FrozenTrial, best: Sequence[FrozenTrial], choose: random.Random) -> list[dict[str, Any]]:
+        points = self.space.neighbours(trial.params)
+        choose.shuffle(points)
+        return sorted(points, key=lambda point: not has_change_of(point, trial.params, best))
 
     def _is_new(self, point: dict[str, Any], known: set[str]) -> bool:
         steps = read_pipeline(self.space.pipeline(point))
@@ -136,6 +142,12 @@ class Proposer:
             return None
         points = shuffled_points(self.space, seed)
         return next((point for point in points if self._is_new(point, known)), None)
+
+
+def has_change_of(point: dict[str, Any], origin: dict[str, Any], trials: Sequence[FrozenTrial]) -> bool:
+    """Tell whether one of the trials has all values in which a point differs from its origin."""
+    changed = {name: value for name, value in point.items() if origin.get(name) != value}
+    return any(changed.items() <= trial.params.items() for trial in trials)
 
 
 def key_of(steps: Sequence[Step]) -> str:
