@@ -198,7 +198,7 @@ def space_of(config: SearchConfig):
         choices = {name: values for name, values in choices.items() if name.partition(".")[0] in methods}
     return make_space(
         methods, mode=config.mode, max_length=config.max_length, max_repeats=config.max_repeats, choices=choices,
-        targets=targets_of(config),
+        targets=targets_of(config), by_text="perplexity" in config.objectives,
     )  # fmt: skip
 
 

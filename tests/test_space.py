@@ -26,6 +26,16 @@ def test_the_orders_are_the_legal_ones():
     assert len(everything) == 3 + 3 + 1 + 1 + 3 + 3 + 2 * 3 + 3 * 3
 
 
+def test_by_the_text_a_model_may_be_retrained_of_which_nothing_was_cut():
+    usual, by_text = (names(make_space(ALL, by_text=by_text)) for by_text in (False, True))
+    quantizations = ("w8a8", "nf4", "gptq")
+    more = {f"{before}{name}" for name in quantizations for before in ("retrain > ", "smooth > retrain > ", "retrain > smooth > ")}
+    assert by_text - usual == more and usual < by_text
+    space = make_space(("retrain", "smooth", "gptq"), targets=(4.0,), by_text=True)
+    guesses = space.first_guesses(lambda pipeline: pipeline[-1]["params"]["target_compression"] if "params" in pipeline[-1] else 1, 4.0)
+    assert [guess["order"] for guess in guesses] == ["gptq", "retrain > gptq", "smooth > retrain > gptq"]
+
+
 def test_zeros_alone_make_nothing_smaller_and_are_no_pipeline_of_a_search():
     result = names(make_space(("sparse24", "retrain", "w8a8"), max_length=3))
     assert result == {"w8a8", "sparse24 > w8a8", "sparse24 > retrain > w8a8"}

@@ -302,7 +302,7 @@ METHODS: dict[str, Method] = {
     ),
     "retrain": Method(
         "retrain", "retrain", RetrainRecipe, _retrain,
-        {"tokens": (4096, 8192), "lr": (5e-5, 1e-4, 2e-4), "alpha": (0.5, 1.0, 0.0), "evaluations": (1,)},
+        {"tokens": (4096, 8192), "lr": (5e-5, 1e-4, 2e-4, 4e-4), "alpha": (0.5, 1.0, 0.0), "evaluations": (1,)},
         trains="tokens", beforehand=_read_teacher, needs=memory.retrain, check=_check_retrain, fills_zeros=_filled_by_retraining,
     ),
     "smooth": Method("smooth", "smooth", SmoothRecipe, _smooth, {"alpha": (0.5, 0.6, 0.7, 0.8, 0.9)}, needs=memory.smooth),

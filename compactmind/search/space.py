@@ -237,12 +237,14 @@ def make_space(
     max_repeats: int = 1,
     choices: dict[str, Sequence[Any]] | None = None,
     targets: Sequence[float] = (),
+    by_text: bool = False,
 ) -> Space:
     """Return the space of all legal orders of these methods, up to `max_length` steps, each method at most `max_repeats` times.
 
     `choices` replaces what may be chosen from, by name: {"prune.sparsity": [0.1, 0.2]}. With `targets`, the compression ratios that are
-    searched for, a method that can aim at them does, unless there are choices for it. Raises CompactMindError naming the unknown name, the
-    value a method refuses, or why no pipeline is left.
+    searched for, a method that can aim at them does, unless there are choices for it. `by_text`: what is searched for may be better than
+    the dense model, so that a model may be retrained of which nothing was cut; by the distance to the dense model that only loses. Raises
+    CompactMindError naming the unknown name, the value a method refuses, or why no pipeline is left.
     """
     if mode not in MODES:
         raise CompactMindError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
@@ -272,7 +274,7 @@ def make_space(
         order
         for length in range(1, max_length + 1)
         for order in itertools.product(methods, repeat=length)
-        if _is_wanted([METHODS[name] for name in order], mode, max_repeats) and _leaves_zeros(order, by_method)
+        if _is_wanted([METHODS[name] for name in order], mode, max_repeats, by_text) and _leaves_zeros(order, by_method)
     )
     if not orders:
         raise CompactMindError(
@@ -302,8 +304,10 @@ def is_hybrid(methods: Sequence[Method]) -> bool:
     return len({method.name for method in methods if method.kind in COMPRESSING}) > 1
 
 
-def _is_wanted(methods: list[Method], mode: str, max_repeats: int) -> bool:
-    names = [method.name for method in methods]
+def _is_wanted(methods: list[Method], mode: str, max_repeats: int, by_text: bool) -> bool:
+    names, kinds = [method.name for method in methods], [method.kind for method in methods]
+    if "retrain" in kinds and not by_text and not {"prune", "sparsify"} & set(kinds):
+        return False
     if order_problem(methods) or max(map(names.count, names)) > max_repeats:
         return False
     if not any(method.kind in COMPRESSING for method in methods):
