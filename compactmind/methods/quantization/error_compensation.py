@@ -65,6 +65,21 @@ class Compensation:
     """(in,): which columns are rounded first; None: as they stand."""
 
 
+def factor_of_inverse(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the upper Cholesky factor U of the inverse of a positive definite matrix (n, n), U^T U = H^-1, without that inverse.
+
+    Backwards, H has a lower factor as always; read forwards that is an upper R with R R^T = H, and U is its inverse. Wants twice the
+    memory of the matrix, of which the first is freed when no caller holds it.
+    """
+    backwards = matrix.flip(0, 1)
+    del matrix
+    torch.linalg.cholesky(backwards, out=backwards)
+    forwards = backwards.flip(0, 1)
+    del backwards
+    ones = torch.eye(len(forwards), dtype=forwards.dtype, device=forwards.device)
+    return torch.linalg.solve_triangular(forwards, ones, upper=True, out=ones)
+
+
 @torch.inference_mode()
 def compensation_of(second_moment: torch.Tensor, damping: float = 0.01, largest_first: bool = False) -> Compensation:
     """Return how errors are made up for by inputs of this moment (in, in), of which a share `damping` of the mean is added to the diagonal.
@@ -72,12 +87,13 @@ def compensation_of(second_moment: torch.Tensor, damping: float = 0.01, largest_
     `largest_first`: the columns with the largest inputs are rounded before the others.
     """
     order = second_moment.diagonal().argsort(descending=True, stable=True) if largest_first else None
-    moment = second_moment.double().clone()
+    moment = second_moment.double().clone() if order is None else second_moment.double()[order[:, None], order]
     moment.diagonal().add_(damping * moment.diagonal().mean() + 1e-12)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
-    importance = inverse.diagonal().reciprocal().float()
-    factor = torch.linalg.cholesky(inverse if order is None else inverse[order[:, None], order], upper=True).float()
-    return Compensation(factor, importance, order)
+    factor = factor_of_inverse(moment)
+    importance = factor.square().sum(0).reciprocal().float()
+    if order is not None:
+        importance = importance[order.argsort()]
+    return Compensation(factor.float(), importance, order)
 
 
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)

@@ -10,6 +10,7 @@ behind j cannot make up for. That is the importance by which the scales of a gro
 
 import torch
 
+from compactmind.methods.quantization.error_compensation import factor_of_inverse
 from compactmind.methods.quantization.grid import Grid, from_integers, to_integers
 from compactmind.methods.quantization.replayed import replayed
 from compactmind.methods.quantization.superblocks import fit_groups
@@ -63,15 +64,15 @@ def columns_in_order(moment: torch.Tensor, grid: Grid, order: str) -> torch.Tens
 
 def inverse_factor(moment: torch.Tensor, damping: float) -> torch.Tensor:
     """Return the upper Cholesky factor of the inverse of H + damping * mean diagonal, float32 (in, in); dead inputs have a 1 there."""
+    return factor_of_inverse(_damped(moment, damping)).float()  # nobody holds the damped one: it is most of the memory of a block
+
+
+def _damped(moment: torch.Tensor, damping: float) -> torch.Tensor:
     moment = moment.to(torch.float64, copy=True)
     diagonal = moment.diagonal()
     diagonal[diagonal == 0] = 1.0 if not diagonal.any() else float(diagonal[diagonal > 0].mean())
     diagonal.add_(damping * diagonal.mean())
-    lower = torch.linalg.cholesky(moment)
-    del moment  # three at one time would be most of the memory it takes to round a block
-    inverse = torch.cholesky_inverse(lower)
-    del lower
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    return moment
 
 
 @replayed
