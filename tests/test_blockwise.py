@@ -4,8 +4,10 @@ import helpers
 import pytest
 import torch
 
-from compactmind.methods.blockwise import block_inputs, in_float32, run_block
+from compactmind.methods.blockwise import block_inputs, in_float32, run_block, walk_blocks
 from compactmind.methods.llama import llama_blocks
+from compactmind.methods.quantization.calibration import SITES
+from compactmind.methods.registry import METHODS, Resources
 
 
 def state_of(model) -> dict:
@@ -43,6 +45,42 @@ def test_a_model_in_bf16_is_read_in_float32_and_stays_in_bf16():
     assert torch.equal(states[1], expected[1])
     with torch.no_grad():
         assert torch.allclose(result, run_block(llama_blocks(model)[0].module, expected[0], others[0]), atol=1e-5)
+
+
+def moments_of(windows: torch.Tensor, tokens=None) -> list[dict[str, torch.Tensor]]:
+    return [moments for _, _, moments in walk_blocks(helpers.make_llama(), windows, tokens)]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_text_is_observed_in_bf16_where_that_is_multiplied_and_moments_are_near_those_of_float32(monkeypatch, weighted):
+    windows = helpers.example_windows(3, 40)
+    tokens = [dict.fromkeys(SITES, torch.rand(3, 40, generator=torch.Generator().manual_seed(1)))] * 2 if weighted else None
+    exact = moments_of(windows, tokens)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    near = moments_of(windows, tokens)
+    assert len(exact) == len(near) == 2
+    for one, other in zip(exact, near, strict=True):
+        assert list(one) == list(other) == list(SITES) and {each.dtype for each in other.values()} == {torch.float32}
+        for site in SITES:
+            error = ((one[site] - other[site]).norm() / one[site].norm()).item()
+            assert error < 0.02 and (error > 1e-5 or site == "qkv"), (site, error)
+
+
+@pytest.mark.parametrize("method", ["prune", "gptq", "nf4", "sparse24"])
+def test_what_is_made_from_text_observed_in_bf16_is_nearly_the_same(monkeypatch, method):
+    settings = {
+        "prune": {"sparsity": 0.3, "round_to": 8, "criterion": "l2"}, "gptq": {"bits": 4, "group_size": 32}, "nf4": {},
+        "sparse24": {"criterion": "wanda"},
+    }  # fmt: skip
+    windows, step = helpers.example_windows(4, 32), METHODS[method]
+    dense = helpers.make_llama()
+    resources = lambda: Resources(windows, windows, windows, dense=helpers.make_llama)  # noqa: E731
+    exact, _ = step.apply(helpers.make_llama(), resources(), step.parameters(settings[method]))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    near, _ = step.apply(helpers.make_llama(), resources(), step.parameters(settings[method]))
+    wanted, one, other = (helpers.logits_of(model, {"input_ids": windows}) for model in (dense, exact, near))
+    assert other.dtype == torch.float32
+    assert 0 < (one - other).norm() < 0.3 * (one - wanted).norm()
 
 
 @pytest.mark.parametrize("where", ["model.layers.1.mlp", "model.norm", "model.embed_tokens"])

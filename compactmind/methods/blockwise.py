@@ -1,13 +1,14 @@
 """A Llama block by block: what each block reads, and one block at a time in float32, so that memory holds one block and not a model."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from compactmind.devices import mixed_precision
 from compactmind.errors import CompactMindError
 from compactmind.methods.llama import LlamaBlock, llama_blocks
 from compactmind.methods.quantization.calibration import SITES, readers_of
@@ -79,6 +80,24 @@ def run_block(block: nn.Module, states: torch.Tensor, arguments: dict[str, Any])
     return output[0] if isinstance(output, tuple) else output
 
 
+def observe_block(block: nn.Module, states: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+    """As `run_block`, for text that is only observed: products in bf16 where `mixed_precision` says that, all else and the result float32.
+
+    What a method sees of a block's inputs moves by a few thousandths, which is less than by other text; it takes half of the time.
+    """
+    with observing(states.device):
+        return run_block(block, states, arguments).float()
+
+
+def observing(device: torch.device, enabled: bool = True) -> torch.autocast:
+    """Return the context in which products are as `observe_block` says; not `enabled`: in which they are float32 again."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and mixed_precision() == "bf16")
+
+
+class Reached(Exception):
+    """Raised by a hook at the place behind which nothing of a block is needed."""
+
+
 Moments = dict[str, torch.Tensor]
 """Site of SITES -> weighted mean of x x^T of what its linears read, float32 (in, in)."""
 
@@ -102,29 +121,33 @@ def walk_blocks(
             yield index, block, moments
             del moments
             for number, each in enumerate(states):
-                states[number] = run_block(block.module, each, others)
+                states[number] = observe_block(block.module, each, others)
 
 
 def _moments(block: LlamaBlock, states: list[torch.Tensor], arguments: dict, tokens: dict[str, torch.Tensor] | None) -> Moments:
     sums: Moments = {}
-    window, total = 0, sum(each.shape[1] for each in states)
+    window, total, last = 0, sum(each.shape[1] for each in states), list(SITES)[-1]
 
     def watch(site: str):
         def see(_, inputs) -> None:
             x = inputs[0][0].float()
             if tokens is not None:
                 x = x * tokens[site][window].sqrt()[:, None].to(x.device)
-            if site in sums:
-                sums[site].addmm_(x.t(), x, alpha=1 / total)
-            else:
-                sums[site] = (x.t() @ x).div_(total)
+            with observing(x.device, enabled=False):
+                if site in sums:
+                    sums[site].addmm_(x.t(), x, alpha=1 / total)
+                else:
+                    sums[site] = (x.t() @ x).div_(total)
+            if site == last:
+                raise Reached
 
         return see
 
     handles = [readers_of(block, site)[0].register_forward_pre_hook(watch(site)) for site in SITES]
     try:
         for window, each in enumerate(states):  # noqa: B007  the hooks read it
-            run_block(block.module, each, arguments)
+            with suppress(Reached):
+                observe_block(block.module, each, arguments)
     finally:
         for handle in handles:
             handle.remove()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compactmind.methods.blockwise import block_inputs, run_block
+from compactmind.methods.blockwise import Reached, block_inputs, observe_block, observing
 from compactmind.methods.llama import LlamaBlock
 
 SMALLEST = 1e-3
@@ -80,7 +80,7 @@ class BlockByBlock:
         self.targets = {"o": [], "down": []}
         for index, state in enumerate(self.dense_states):
             with _inputs_of(block.post_norm, end=False) as middle:
-                self.dense_states[index] = run_block(block.module, state, self.arguments)
+                self.dense_states[index] = observe_block(block.module, state, self.arguments)
             self.targets["o"].append(middle[0])
             self.targets["down"].append(self.dense_states[index])
         self.known.keep(number, self.targets, len(self.of_blocks))
@@ -90,24 +90,26 @@ class BlockByBlock:
         """Re-fit, in place, o_proj to what `run_dense` found behind it, and let the states pass through it; keep: (in,) boolean."""
         moments, inputs = _Moments(block.o), []
         for state, target in zip(self.states, self.targets["o"], strict=True):
-            with _inputs_of(block.o) as x, suppress(_Reached):  # the rest of the block is not needed
-                run_block(block.module, state, self.arguments)
+            with _inputs_of(block.o) as x, suppress(Reached):  # the rest of the block is not needed
+                observe_block(block.module, state, self.arguments)
             moments.add(x[0], (target - state) / self.share)
             inputs.append(x[0])
         moments.refit(keep, damping)
-        self.states = [state + self.share * block.o(x) for state, x in zip(self.states, inputs, strict=True)]
+        with observing(block.o.weight.device):
+            self.states = [state + self.share * block.o(x) for state, x in zip(self.states, inputs, strict=True)]
 
     @torch.no_grad()
     def refit_down(self, block: LlamaBlock, damping: float) -> None:
         """Re-fit, in place, down_proj to what `run_dense` found behind it, and let the states pass through it."""
         moments, inputs = _Moments(block.down), []
         for state, target in zip(self.states, self.targets["down"], strict=True):
-            with _inputs_of(block.down) as x, suppress(_Reached):
+            with _inputs_of(block.down) as x, suppress(Reached), observing(state.device):
                 block.module.mlp(block.post_norm(state))
             moments.add(x[0], (target - state) / self.share)
             inputs.append(x[0])
         moments.refit(torch.ones(block.down.in_features, dtype=torch.bool), damping)
-        self.states = [state + self.share * block.down(x) for state, x in zip(self.states, inputs, strict=True)]
+        with observing(block.down.weight.device):
+            self.states = [state + self.share * block.down(x) for state, x in zip(self.states, inputs, strict=True)]
 
 
 class _Moments:
@@ -141,14 +143,10 @@ def _inputs_of(module: nn.Module, end: bool = True) -> Iterator[list[torch.Tenso
     def catch(_, inputs):
         seen.append(inputs[0])
         if end:
-            raise _Reached
+            raise Reached
 
     handle = module.register_forward_pre_hook(catch)
     try:
         yield seen
     finally:
         handle.remove()
-
-
-class _Reached(Exception):
-    """Raised by a hook at the place behind which nothing is needed."""
