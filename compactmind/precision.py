@@ -1,9 +1,10 @@
 """In what precision a language model is held, and in which it computes.
 
 Held: in the dtype it was released in, on every device; on a CPU its weights then stay in the mapped file until somebody changes them.
-Computed: in float32 by everything that measures, scores, calibrates or re-fits. A small model is float32 as a whole, which is fastest; of a
-large one each matrix is float32 only while it multiplies. The numbers are the same: bf16 and fp16 are float32 without the last bits. A
-checkpoint that is used on a GPU, not worked on, computes in the dtype of its file, as people serve it.
+Computed: in float32 by everything that measures, weighs or re-fits; training, and text that is only observed, has its products in bf16
+where `mixed_precision` says that. A small model is float32 as a whole, which is fastest; of a large one each matrix is float32 only while
+it multiplies. The numbers are the same: bf16 and fp16 are float32 without the last bits. A checkpoint that is used on a GPU, not worked
+on, computes in the dtype of its file, as people serve it.
 """
 
 import ctypes
