@@ -216,6 +216,13 @@ def test_the_neighbours_of_a_pipeline_differ_in_one_choice():
     assert len(result) == 5 + 1 + 4 and all(read_pipeline(space.pipeline(point)) for point in result)
 
 
+def test_a_neighbour_that_is_pruned_too_is_pruned_the_least():
+    space = make_space(("prune", "nf4"), choices={"prune.sparsity": [0.3, 0.05, 0.2]})
+    own = {"nf4.double_quantization": True, "nf4.compensation": True, "nf4.embeddings": "int8"}
+    (added,) = [point for point in space.neighbours({"order": "nf4", **own}) if point["order"] == "prune > nf4"]
+    assert added["prune.sparsity"] == 0.05 and own.items() <= added.items()
+
+
 def test_a_method_joins_by_being_registered(monkeypatch):
     monkeypatch.setitem(METHODS, "nf3", METHODS["nf4"])
     assert "prune > nf3" in names(make_space(("prune", "nf3")))

@@ -78,7 +78,7 @@ class Space:
     def neighbours(self, point: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the points that differ from one in a single choice: in a parameter, for a number the next smaller or larger value; or in
         the order, by a step more, a step less, another one in its place, or two in a row that change places. Steps that are new have the
-        usual parameters."""
+        usual parameters, and cut the least that may be chosen."""
         order, near = tuple(point["order"].split(SEPARATOR)), []
         for name, values in self.choices_for(order).items():
             number = are_numbers(values) and len(values) > 2
@@ -88,7 +88,7 @@ class Space:
         for other in self.orders:
             if _differ_by_one(order, other):
                 usual = {
-                    f"{label}.{parameter}": as_choice(_usual(name, parameter, values))
+                    f"{label}.{parameter}": as_choice(min(values) if parameter == "sparsity" else _usual(name, parameter, values))
                     for name, label, choices in zip(other, labels(other), self.choices_per_step(other), strict=True)
                     for parameter, values in choices.items()
                     if len(values) > 1
