@@ -261,6 +261,17 @@ def test_integers_that_cost_something_learn_after_rounding_before_they_are_saved
     assert result[1].recipe.tokens == 300 and result[2].recipe.tuning_tokens == 0
 
 
+@pytest.mark.parametrize(("quality", "learns"), [("kl", 300), ("perplexity", 0)])
+def test_what_retraining_taught_of_the_text_is_not_unlearnt_from_the_dense_model(quality, learns):
+    steps = read_pipeline([{"method": "retrain", "params": {"tokens": 100}}, {"method": "gptq", "params": {"target_compression": 4}}])
+    runner = chooser(0.4)
+    runner.quality, runner.measure = quality, lambda _: {quality: 0.4}
+    result, record = choosing.retrain_longer(steps, {"kl": 0.5, "perplexity": 0.5}, runner, 300)
+    assert record["kept"] and [result[0].recipe.tokens, result[1].recipe.tuning_tokens] == [300, learns]
+    alone, _ = choosing.retrain_longer(steps[1:], {"kl": 0.5, "perplexity": 0.5}, runner, 300)
+    assert alone[0].recipe.tuning_tokens == 300
+
+
 def test_a_stopped_trial_is_none_of_the_measured_ones():
     study = optuna.create_study()
     for estimated in (False, True):

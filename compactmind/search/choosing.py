@@ -95,8 +95,10 @@ def retrain_longer(
     scales and norms learn from the dense model after it. The record: tokens, seconds of the steps that learn, the measure as in the search
     and afterwards, and whether the long one was kept; None if the pipeline has nothing to learn, or learns on as many tokens already.
     """
-    tune = confirmed["kl"] > AS_GOOD and any(step.method.trains for step in steps) and is_small(runner.resources.teacher())
-    final, quality = with_more_tokens(steps, tokens, tune), runner.quality
+    quality = runner.quality
+    taught = quality == "perplexity" and any(step.method.kind == "retrain" for step in steps)  # of text: the dense model would undo it
+    learns = confirmed["kl"] > AS_GOOD and any(step.method.trains for step in steps) and not taught
+    final = with_more_tokens(steps, tokens, tune=learns and is_small(runner.resources.teacher()))
     if [step.identity() for step in final] == [step.identity() for step in steps]:
         return steps, None
     print(f"final training on {tokens} tokens: {pipeline_name(final)} ...", flush=True)
