@@ -140,6 +140,15 @@ def test_what_is_known_of_the_dense_model_is_computed_once_and_of_others_forgott
     assert len([key for key in mine.remembered if key[0]]) <= 1
 
 
+def test_numbers_are_remembered_of_every_model(resources, measure, monkeypatch):
+    calls, original = [], registry.tensor_choices
+    monkeypatch.setattr(registry, "tensor_choices", lambda *args, **options: calls.append(1) or original(*args, **options))
+    for alpha in (0.5, 0.7, 0.5, 0.7):
+        smooth = {"method": "smooth", "params": {"alpha": alpha}}
+        run_pipeline(read_pipeline([smooth, {"method": "gptq", "params": {"target_compression": 3}}]), resources, measure, show=False)
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("last", [[], [W8A8], [NF4]], ids=["pruned", "w8a8", "nf4"])
 @pytest.mark.parametrize("scope", ["uniform", "global"])
 def test_what_is_measured_is_what_is_saved(resources, windows, measure, last, scope, tmp_path):

@@ -27,7 +27,7 @@ from compactmind.search.front import (
     table,
 )
 from compactmind.search.space import make_space
-from compactmind.search.strategies import POPULATION, Proposer, front_of, key_of, make_sampler
+from compactmind.search.strategies import POPULATION, Proposer, changes_seen, front_of, key_of, make_sampler
 
 
 def trial(number, size, kl):
@@ -219,6 +219,30 @@ def test_what_helped_at_one_size_is_tried_at_the_others_first(space, seed):
     near = proposer.near_the_best(study.trials, True, set(), seed)
     assert near in helped
     assert proposer.near_the_best(study.trials, True, {key_of(read_pipeline(space.pipeline(near)))}, seed) in helped
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_made_another_worse_is_tried_last(space, seed):
+    usual = {"order": "prune > nf4", "nf4.double_quantization": True, "nf4.embeddings": "as_released"}
+    one = {**usual, "prune.sparsity": 0.1, "prune.criterion": "taylor"}
+    other = {**usual, "prune.sparsity": 0.2, "prune.criterion": "taylor"}
+    worse = {**one, "prune.criterion": "l2"}
+    study = optuna.create_study(directions=["minimize"] * 2)
+    for point, values in ((one, [2.0, 1.0]), (worse, [3.0, 1.0]), (other, [1.0, 2.0])):
+        study.enqueue_trial(point)
+        asked = study.ask()
+        space.suggest(asked)
+        study.tell(asked, values)
+    change = ("prune.criterion", "taylor", "l2")
+    assert changes_seen(study.trials) == {change: 1.0, (change[0], "l2", "taylor"): -1.0}  # of one size
+    harmful, unknown = {**other, "prune.criterion": "l2"}, {**other, "nf4.embeddings": "int8"}
+    near = [point for origin in (one, other) for point in space.neighbours(origin)]
+    assert harmful in near and unknown in near
+    known = {key_of(read_pipeline(space.pipeline(point))) for point in near if point not in (harmful, unknown)}
+    proposer = Proposer(space, "bayesian", "tpe", lambda _: 0.0)
+    for expected in (unknown, harmful):
+        assert proposer.near_the_best(study.trials, True, known, seed) == expected
+        known.add(key_of(read_pipeline(space.pipeline(expected))))
 
 
 def test_the_front_of_a_study_is_optunas(space):

@@ -245,9 +245,10 @@ def _choices(model, resources: Resources, recipe: GPTQRecipe):
         has_its_blocks = len(known) == len(LINEARS) * len(llama_blocks(model))
         return tensor_choices(model, resources.calibration, recipe, known=known if has_its_blocks else None)
 
-    if resources.before:
-        return resources.remember(name, measured)
-    return resources.remember(name, lambda: choices_from(resources.keep(name, lambda: choices_to_keep(measured()))))
+    def numbers():
+        return choices_to_keep(measured())
+
+    return choices_from(resources.remember(name, numbers if resources.before else lambda: resources.keep(name, numbers), numbers=True))
 
 
 def _go_by_dense(recipe: GPTQRecipe) -> bool:

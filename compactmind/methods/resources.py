@@ -42,18 +42,21 @@ class Resources:
     states: Callable[[torch.Tensor], Path | None] = lambda windows: None
     """Windows -> the file in which an earlier run has left what the dense model's head reads of them, or this one will: see LogitsOf."""
     remembered: dict[Any, Any] = field(default_factory=dict, repr=False)
+    numbers: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What is remembered and has no tensors: kept for good."""
 
-    def remember(self, what: Any, make: Callable[[], Any]) -> Any:
+    def remember(self, what: Any, make: Callable[[], Any], numbers: bool = False) -> Any:
         """Return make(), or what it returned when it was last asked for `what` of the model as it is now.
 
-        What belongs to the dense model is kept; of others only what belongs to the last one, so that memory does not grow.
+        What belongs to the dense model is kept, and what is `numbers` alone; of others only what belongs to the last one, so that memory
+        does not grow.
         """
-        key = (self.before, what)
-        if key not in self.remembered:
+        key, place = (self.before, what), self.numbers if numbers else self.remembered
+        if key not in place:
             for old in [old for old in self.remembered if old[0] and old[0] != self.before]:
                 del self.remembered[old]
-            self.remembered[key] = make()
-        return self.remembered[key]
+            place[key] = make()
+        return place[key]
 
     def teacher(self) -> PreTrainedModel:
         """Return the dense model to learn from; always the same one, nobody changes it."""

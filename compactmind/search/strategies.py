@@ -11,6 +11,8 @@ Evolution: NSGA-II (Deb et al. 2002, https://doi.org/10.1109/4235.996017) on pip
 trials have, which is the order; here a child has the order of one parent and takes each parameter from either that has it.
 """
 
+import itertools
+import math
 import random
 import warnings
 from collections.abc import Callable, Sequence
@@ -113,7 +115,8 @@ class Proposer:
     def near_the_best(self, trials: Sequence[FrozenTrial], several: bool, known: set[str], seed: int) -> dict[str, Any] | None:
         """Return a neighbour, not known, of the best finished trial that has one; None if none of the best ones has.
 
-        What helped one of the best is tried in the others first: a neighbour that another of them has the changed values of.
+        What helped one of the best is tried in the others first, a neighbour that another of them has the changed values of; last comes
+        a change of one value that made another pipeline worse, of the same size where models of several are asked for.
         """
         choose = random.Random(seed)
         done = [each for each in trials if each.state == TrialState.COMPLETE and is_feasible(each)]
@@ -122,16 +125,21 @@ class Proposer:
             choose.shuffle(best)
         else:
             best = sorted(done, key=lambda each: each.value)
+        changes = changes_seen(done)
         for trial in best[:BEST]:
-            for point in self._neighbours(trial, best[:BEST], choose):
+            for point in self._neighbours(trial, best[:BEST], changes, choose):
                 if self._is_new(point, known):
                     return point
         return None
 
-    def _neighbours(self, trial: FrozenTrial, best: Sequence[FrozenTrial], choose: random.Random) -> list[dict[str, Any]]:
+    def _neighbours(
+        self, trial: FrozenTrial, best: Sequence[FrozenTrial], changes: dict[tuple, float], choose: random.Random
+    ) -> list[dict[str, Any]]:
         points = self.space.neighbours(trial.params)
         choose.shuffle(points)
-        return sorted(points, key=lambda point: not has_change_of(point, trial.params, best))
+        harmful = [changes.get(_changed(trial.params, point), 0.0) > 0 for point in points]
+        ranked = sorted(zip(harmful, points, strict=True), key=lambda each: (each[0], not has_change_of(each[1], trial.params, best)))
+        return [point for _, point in ranked]
 
     def _is_new(self, point: dict[str, Any], known: set[str]) -> bool:
         steps = read_pipeline(self.space.pipeline(point))
@@ -148,6 +156,32 @@ def has_change_of(point: dict[str, Any], origin: dict[str, Any], trials: Sequenc
     """Tell whether one of the trials has all values in which a point differs from its origin."""
     changed = {name: value for name, value in point.items() if origin.get(name) != value}
     return any(changed.items() <= trial.params.items() for trial in trials)
+
+
+def _changed(origin: dict[str, Any], point: dict[str, Any]) -> tuple | None:
+    """Return (name, value, other value) if two points of one order differ in one value alone, else None."""
+    different = [name for name in origin if name in point and origin[name] != point[name]]
+    if origin.keys() != point.keys() or len(different) != 1:
+        return None
+    return different[0], origin[different[0]], point[different[0]]
+
+
+def changes_seen(trials: Sequence[FrozenTrial]) -> dict[tuple, float]:
+    """Return what every change of one value, (name, value, other value), did to the first objective, the others being equal.
+
+    At the best, where several pairs of trials show it; what a change does, the change back undoes.
+    """
+    alike: dict[tuple, list[FrozenTrial]] = {}
+    for trial in trials:
+        for name in trial.params.keys() - {"order"}:
+            others = frozenset((key, value) for key, value in trial.params.items() if key != name)
+            alike.setdefault((name, others, *trial.values[1:]), []).append(trial)
+    seen: dict[tuple, float] = {}
+    for (name, *_), group in alike.items():
+        for one, other in itertools.permutations(group, 2):
+            change = name, one.params[name], other.params[name]
+            seen[change] = min(seen.get(change, math.inf), other.values[0] - one.values[0])
+    return seen
 
 
 def key_of(steps: Sequence[Step]) -> str:

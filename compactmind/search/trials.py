@@ -240,25 +240,34 @@ class TrialRunner:
         short = with_short_retraining(steps)
         if short is None or not self.may_stop(trial):
             return
-        quality = self.run(short, trial).steps[-1][self.unit]
-        trial.set_user_attr("short", quality)
         coming = [(MORE_TOKENS, 1.0), *self.coming(steps, len(short))]
-        behind = self.optimistic_quality(quality, coming) - self.best
-        if behind > OUT_OF_REACH:
+        before = short[: _retrains(short).index(True)]
+        if self.unit == "loss" and self.cache and self.behind(self.run(before, trial, steps).steps, coming) <= OUT_OF_REACH:
+            return  # a retraining that makes the loss larger is undone: it could not stop here
+        rows = self.run(short, trial, steps).steps
+        trial.set_user_attr("short", rows[-1][self.unit])
+        if (behind := self.behind(rows, coming)) > OUT_OF_REACH:
             raise Stopped(
                 f"stopped after {SHORT:.0%} of the retraining: {behind:+.2f} nats against the best, at the best to be hoped for",
-                [self.extrapolated(quality, coming)],
+                [self.extrapolated(rows[-1][self.unit], coming)],
             )
 
-    def run(self, steps: Sequence[Step], trial: Notes | None = None) -> Compressed:
-        """Run a pipeline, measuring the first few windows after every step; with a trial, stop where it is hopeless."""
+    def behind(self, rows: Sequence[dict[str, Any]], coming: Coming) -> float:
+        """Return by how many nats a pipeline with these rows stays behind the best if what is `coming` does all it can hope for."""
+        return self.optimistic_quality(rows[-1][self.unit], coming) - self.best
+
+    def run(self, steps: Sequence[Step], trial: Notes | None = None, whole: Sequence[Step] | None = None) -> Compressed:
+        """Run a pipeline, measuring the first few windows after every step; with a trial, stop where it is hopeless.
+
+        `whole`: the pipeline that `steps` are the beginning of, which decides what may be hoped for. A retraining they shorten tells
+        less than that: nothing is stopped after one.
+        """
 
         def check(number: int, rows: list[dict[str, Any]]) -> None:
-            if not self.may_stop(trial):
+            if not self.may_stop(trial) or (whole is not None and any(_retrains(steps[:number]))):
                 return
-            coming = self.coming(steps, number)
-            behind = self.optimistic_quality(rows[-1][self.unit], coming) - self.best
-            if behind > (OUT_OF_REACH if coming else HOPELESS):
+            coming = self.coming(whole or steps, number)
+            if (behind := self.behind(rows, coming)) > (OUT_OF_REACH if coming else HOPELESS):
                 trial.set_user_attr("steps", summarize_rows(rows))
                 hope = ", at the best to be hoped for" if coming else ""
                 raise Stopped(
@@ -343,9 +352,13 @@ def with_short_retraining(steps: Sequence[Step]) -> list[Step] | None:
     ]
 
 
+def _retrains(steps: Sequence[Step]) -> list[bool]:
+    return [step.method.kind == "retrain" for step in steps]
+
+
 def _retrained(steps: Sequence[Step]) -> int:
     """Return the number of steps up to the last retraining, which is that of its row too; 0 without one."""
-    return max((number for number, step in enumerate(steps, start=1) if step.method.kind == "retrain"), default=0)
+    return max((number for number, retrains in enumerate(_retrains(steps), start=1) if retrains), default=0)
 
 
 def summarize_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
