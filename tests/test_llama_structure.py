@@ -104,25 +104,35 @@ def test_parameters_are_counted_as_they_go():
 
 
 # --------------------------------------------------------------------------------------------------------------- reload
-@pytest.mark.parametrize("case", ["both", "three groups of four", "three groups of four, biases", "tied"])
-def test_a_process_without_this_package_reloads_it(case, tmp_path):
-    changes, channels, groups, expected = CASES[case]
-    model = make(**changes)
-    small = shrunk(model, random_masks(model, channels, groups))
-    save(small, tmp_path / "small")
-    again = load_checkpoint(tmp_path / "small")
-    assert type(again.model) is expected and torch.equal(logits_of(again.model), logits_of(small))
-    torch.save(helpers.example_windows(), tmp_path / "windows.pt")
-    trusted = ", trust_remote_code=True" if expected is PrunedLlamaForCausalLM else ""
+def logits_elsewhere(folder, names, trusted=()) -> dict[str, torch.Tensor]:
+    """Return the logits of saved models by a process without this package, which runs the code of those that are trusted."""
+    torch.save(helpers.example_windows(), folder / "windows.pt")
     code = (
         "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
-        f"model = AutoModelForCausalLM.from_pretrained('small', dtype=torch.float32{trusted})\n"
-        "torch.save(model(torch.load('windows.pt')).logits.detach(), 'logits.pt')\n"
+        f"for name in {list(names)}:\n"
+        f"    more = dict(trust_remote_code=True) if name in {list(trusted)} else dict()\n"
+        "    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **more)\n"
+        "    torch.save(model(torch.load('windows.pt')).logits.detach(), f'{name}.pt')\n"
         "assert not any(name.startswith('compactmind') for name in sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert torch.allclose(torch.load(tmp_path / "logits.pt"), logits_of(small), atol=1e-6)
+    return {name: torch.load(folder / f"{name}.pt") for name in names}
+
+
+def test_a_process_without_this_package_reloads_them(tmp_path):
+    small = {}
+    for case in ("both", "three groups of four", "three groups of four, biases", "tied"):
+        changes, channels, groups, expected = CASES[case]
+        model = make(**changes)
+        small[case] = shrunk(model, random_masks(model, channels, groups))
+        save(small[case], tmp_path / case)
+        again = load_checkpoint(tmp_path / case)
+        assert type(again.model) is expected and torch.equal(logits_of(again.model), logits_of(small[case])), case
+    unusual = [case for case in small if CASES[case][-1] is PrunedLlamaForCausalLM]
+    assert unusual
+    for case, logits in logits_elsewhere(tmp_path, small, unusual).items():
+        assert torch.allclose(logits, logits_of(small[case]), atol=1e-6), case
 
 
 # --------------------------------------------------------------------------------------------------- other model types
@@ -179,7 +189,6 @@ def test_what_each_block_is_by_its_number_stays_with_it_when_others_go(kind, ind
 
 def test_a_process_without_this_package_reloads_every_type_with_unequal_widths(tmp_path):
     kinds = ["llama", *OTHERS]
-    torch.save(helpers.example_windows(), tmp_path / "windows.pt")
     for kind in kinds:
         model = make_other(kind)
         masks = random_masks(model, [48, 8, 24, 40], [1, 4, 3, 2] if kind in ("llama", *WHOLE_HEADS) else 4)
@@ -194,18 +203,8 @@ def test_a_process_without_this_package_reloads_every_type_with_unequal_widths(t
         assert torch.equal(cached, plain)
         save(small, tmp_path / kind)
         assert torch.equal(logits_of(load_checkpoint(tmp_path / kind).model), logits_of(small))
-    code = (
-        "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
-        f"for kind in {kinds}:\n"
-        "    model = AutoModelForCausalLM.from_pretrained(kind, dtype=torch.float32, trust_remote_code=True)\n"
-        "    torch.save(model(torch.load('windows.pt')).logits.detach(), f'{kind}.pt')\n"
-        "assert not any(name.startswith('compactmind') for name in sys.modules)\n"
-    )
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for kind in kinds:
-        expected = logits_of(load_checkpoint(tmp_path / kind).model)
-        assert torch.allclose(torch.load(tmp_path / f"{kind}.pt"), expected, atol=1e-6), kind
+    for kind, logits in logits_elsewhere(tmp_path, kinds, kinds).items():
+        assert torch.allclose(logits, logits_of(load_checkpoint(tmp_path / kind).model), atol=1e-6), kind
 
 
 @pytest.mark.parametrize("kind", OTHERS)

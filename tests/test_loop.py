@@ -67,10 +67,16 @@ def without_times(history: list[dict]) -> list[dict]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, parts):
+    """A loop that has run, and its model."""
+    whole = make_loop(tmp_path_factory.mktemp("whole"), parts)
+    return whole, run(whole)
+
+
 @pytest.mark.parametrize("epoch", [1, 2, 3])
-def test_a_run_killed_after_any_epoch_ends_as_one_that_was_not(tmp_path, parts, capsys, epoch):
-    whole = make_loop(tmp_path / "whole", parts)
-    expected = run(whole)
+def test_a_run_killed_after_any_epoch_ends_as_one_that_was_not(tmp_path, parts, unbroken, capsys, epoch):
+    whole, expected = unbroken
     with pytest.raises(Killed):
         run(make_loop(tmp_path / "killed", parts), killed_after=epoch)
     torch.rand(7)  # whatever the process does elsewhere
@@ -109,14 +115,14 @@ def accuracies(monkeypatch):
 )
 def test_the_epoch_kept_is_the_one_the_rule_names(tmp_path, parts, accuracies, selection, first, seen, kept):
     accuracies += seen
-    loop = make_loop(tmp_path, parts, selection=selection, first_kept=first)
+    loop = make_loop(tmp_path, parts, selection=selection, first_kept=first, batch_size=40)
     run(loop)
     assert loop.metrics() == {"validation_accuracy": seen[kept - 1], "kept_epoch": kept}
 
 
 def test_it_stops_when_so_many_epochs_were_not_kept(tmp_path, parts, accuracies, capsys):
     accuracies += [0.5, 0.6, 0.6, 0.7, 0.7, 0.7]
-    loop = make_loop(tmp_path, parts, epochs=9, selection=FirstBest())
+    loop = make_loop(tmp_path, parts, epochs=9, selection=FirstBest(), batch_size=40)
     run(loop, patience=2)
     assert len(loop.history) == 6 and loop.metrics()["kept_epoch"] == 4
     assert "stopped early: no better validation accuracy for 2 epochs" in capsys.readouterr().out
