@@ -49,7 +49,7 @@ class BenchmarkConfig(StageConfig):
     criteria: tuple[str, ...] = CRITERIA
     """Criteria to compare."""
     scope: str = "global"
-    """Where the cut is made: global or uniform."""
+    """Where the cut is made: global, uniform or measured."""
     structures: tuple[str, ...] = ("channels",)
     """What is cut: channels, groups or both."""
     rounds: int = 1

@@ -1,6 +1,7 @@
 """The compressor: what is legal, what is measured after each step, and how the errors of two steps add up."""
 
 import copy
+import json
 
 import helpers
 import pytest
@@ -147,6 +148,19 @@ def test_numbers_are_remembered_of_every_model(resources, measure, monkeypatch):
         smooth = {"method": "smooth", "params": {"alpha": alpha}}
         run_pipeline(read_pipeline([smooth, {"method": "gptq", "params": {"target_compression": 3}}]), resources, measure, show=False)
     assert len(calls) == 2
+
+
+def test_what_cuts_cost_is_measured_once_for_all_sparsities_and_kept(resources, measure, monkeypatch):
+    calls, kept, original = [], {}, registry.losses_for
+    monkeypatch.setattr(registry, "losses_for", lambda *args: calls.append(1) or original(*args))
+    for resources.keep in (lambda name, make: kept.setdefault(name, json.loads(json.dumps(make()))), lambda name, make: kept[name]):
+        resources.numbers.clear()
+        results = []
+        for sparsity in (0.2, 0.4):
+            prune = {"method": "prune", "params": {"sparsity": sparsity, "round_to": 4, "scope": "measured"}}
+            results.append(run_pipeline(read_pipeline([prune]), resources, measure, show=False).steps[-1]["done"])
+        assert [done["sparsity"] for done in results] == [pytest.approx(0.2, abs=0.01), pytest.approx(0.4, abs=0.01)]
+    assert len(calls) == len(kept) == 1
 
 
 @pytest.mark.parametrize("last", [[], [W8A8], [NF4]], ids=["pruned", "w8a8", "nf4"])

@@ -69,7 +69,7 @@ def test_the_best_channels_are_the_ones_that_stay(windows):
         ({"sparsity": -0.1}, r"sparsity -0.1"),
         ({"hidden_sparsity": 1}, r"hidden_sparsity 1 is not in \[0, 1\)"),
         ({"criterion": "magnitude"}, "unknown criterion 'magnitude': choose one of taylor"),
-        ({"scope": "local"}, "unknown scope 'local': choose one of uniform, global"),
+        ({"scope": "local"}, "unknown scope 'local': choose one of uniform, global, measured"),
         ({"structures": ("heads",)}, "unknown structure 'heads': choose one of channels, groups"),
         ({"structures": ()}, "no structures"),
         ({"aggregate": "prod"}, "unknown aggregate 'prod'"),

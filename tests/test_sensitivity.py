@@ -6,10 +6,10 @@ import torch
 
 from compactmind.evaluation.divergence import divergence
 from compactmind.methods.llama import LINEARS, llama_blocks
+from compactmind.methods.probe import Probe
 from compactmind.methods.quantization.gptq import round_nearest
 from compactmind.methods.quantization.grid import Grid
 from compactmind.methods.quantization.sensitivity import (
-    Probe,
     gradient_costs,
     measure_gradients,
     measured_costs,

@@ -170,7 +170,8 @@ def gptq(sizes: Sizes, recipe: Any, before: int) -> Need:
 
 
 def prune(sizes: Sizes, recipe: Any, before: int) -> Need:
-    """Scoring: a state of every block. Re-fitting: four states of all windows, inputs of one linear, its moments in float64."""
+    """Scoring: a state of every block. Re-fitting: four states of all windows, inputs of one linear, its moments in float64. Measuring: the
+    states of all windows, a block in float32 and its moments, one of them re-fitted, logits of less than a window."""
     kept = 1 - recipe.sparsity
     smaller = replace(
         sizes, blocks=int(sizes.blocks * kept), inner=int(sizes.inner * kept),
@@ -181,7 +182,13 @@ def prune(sizes: Sizes, recipe: Any, before: int) -> Need:
     scoring = before + (sizes.layers + 1) * sizes.stream + 3 * sizes.logits + sizes.widened + 2 * sizes.within
     text = 3 * sizes.states + 4 * sizes.windows * sizes.seq_len * f
     refit = 4 * (f * f + h * f) + 8 * (2 * f * f + 4 * h * f)
-    peak = max(scoring if recipe.criterion == "taylor" else 0, max(before, held) + (text + refit if recipe.compensate else 0))
+    h, f = sizes.hidden, sizes.inner
+    moments = 4 * (3 * h * h + f * f) + 8 * (3 * f * f + 4 * h * f)
+    measuring = before + sizes.states + sizes.within + sizes.block + moments + 3 * sizes.logits
+    peak = max(
+        scoring if recipe.criterion == "taylor" else 0, measuring if recipe.scope == "measured" else 0,
+        max(before, held) + (text + refit if recipe.compensate else 0),
+    )  # fmt: skip
     return Need(peak, held, smaller.itemsize * smaller.parameters, smaller)
 
 

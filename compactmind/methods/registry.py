@@ -18,7 +18,7 @@ from compactmind.methods.memory import Need, Sizes
 from compactmind.methods.pruning.llama_compensation import DenseStates
 from compactmind.methods.pruning.llama_importance import score
 from compactmind.methods.pruning.llama_masks import PruneRecipe, check_prunable
-from compactmind.methods.pruning.llama_pruning import prune_llama
+from compactmind.methods.pruning.llama_pruning import losses_for, prune_llama
 from compactmind.methods.pruning.sparse24 import Sparse24Recipe, check_sparse24, sparsify_llama
 from compactmind.methods.quantization.calibration import SITES
 from compactmind.methods.quantization.gptq_model import (
@@ -148,14 +148,28 @@ class SmoothRecipe:
 
 
 def _prune(model, resources: Resources, recipe: PruneRecipe):
-    scores = None
+    scores = losses = None
     if not recipe.blocks and not recipe.hidden_sparsity:  # else what is scored is not the model as it is now
+        scored = "scores", recipe.criterion, recipe.aggregate, recipe.seed
         scores = resources.remember(
-            ("scores", recipe.criterion, recipe.aggregate, recipe.seed),
-            lambda: score(model, recipe.criterion, resources.calibration, aggregate=recipe.aggregate, seed=recipe.seed),
+            scored, lambda: score(model, recipe.criterion, resources.calibration, aggregate=recipe.aggregate, seed=recipe.seed)
         )
+        if recipe.scope == "measured":
+            losses = _losses_of_cuts(model, resources, recipe, scores)
     states = resources.remember("states", DenseStates) if is_small(model) else None
-    return prune_llama(model, recipe, resources.calibration, scores, states)
+    return prune_llama(model, recipe, resources.calibration, scores, states, losses)
+
+
+def _losses_of_cuts(model, resources: Resources, recipe: PruneRecipe, scores):
+    """Return what cuts of every block cost, measured once for all sparsities; of the dense model for all runs."""
+    fitted = f"re-fitted, damping {recipe.damping:g}" if recipe.compensate else "not re-fitted"
+    parts = f"{' and '.join(recipe.structures)} by {recipe.criterion} {recipe.aggregate} {recipe.seed}, round_to {recipe.round_to}"
+    name = f"cuts of {parts}, {fitted}, {len(resources.calibration)} windows"
+
+    def measured():
+        return losses_for(model, recipe, resources.calibration, scores)
+
+    return resources.remember(name, measured if resources.before else lambda: resources.keep(name, measured), numbers=True)
 
 
 def _left_by_pruning(recipe: PruneRecipe, blocks: int) -> float | None:
@@ -292,7 +306,7 @@ METHODS: dict[str, Method] = {
     "prune": Method(
         "prune", "prune", PruneRecipe, _prune,
         {
-            "sparsity": SPARSITIES, "criterion": ("taylor", "activation", "variance", "l2"), "scope": ("uniform", "global"),
+            "sparsity": SPARSITIES, "criterion": ("taylor", "activation", "variance", "l2"), "scope": ("uniform", "global", "measured"),
             "structures": (("channels",), ("channels", "groups")), "blocks": (0, 1, 2),
         }, "pruned", check=check_prunable, needs=memory.prune, left=_left_by_pruning,
         gradients=lambda recipe: recipe.criterion == "taylor",

@@ -1,7 +1,8 @@
 """What to remove from a Llama, whether its shapes allow that, and how much goes where.
 
 `uniform` takes the same share of every block, so the result is a Llama of other widths; `global` spreads the budget
-by score over all blocks. Channels go in bundles of `round_to`, because kernels like such widths; groups go whole.
+by score over all blocks, `measured` by what cuts of every block cost. Channels go in bundles of `round_to`, because kernels like such
+widths; groups go whole.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
 from compactmind.methods.llama import LlamaBlock, llama_blocks, llama_type
+from compactmind.methods.pruning.llama_allocation import Losses, widths_within
 from compactmind.methods.pruning.llama_importance import AGGREGATES, CRITERIA, BlockScores
 from compactmind.methods.pruning.llama_structure import (
     FAMILIES,
@@ -24,7 +26,7 @@ from compactmind.methods.pruning.llama_structure import (
     prunable_parameters,
 )
 
-SCOPES = ("uniform", "global")
+SCOPES = ("uniform", "global", "measured")
 TOLERANCE = 0.01
 """Sparsity is met within this much."""
 
@@ -39,7 +41,7 @@ class PruneRecipe:
     criterion: str = "taylor"
     """How structures are scored: taylor, activation, variance, l2 or random."""
     scope: str = "uniform"
-    """uniform: the same widths in every block; global: where the scores are lowest."""
+    """uniform: the same widths in every block; global: where the scores are lowest; measured: where cuts cost the least, by KL."""
     structures: Sequence[str] = ("channels",)
     """channels (of the FFN), groups (key-value heads with their query heads), or both."""
     aggregate: str = "sum"
@@ -53,7 +55,7 @@ class PruneRecipe:
     rounds: int = 1
     """Remove it in this many equal parts, scoring what is left before each."""
     protect: int = 0
-    """This many blocks at either end stay whole (global only)."""
+    """This many blocks at either end stay whole (not with uniform)."""
     blocks: int = 0
     """Remove this many whole blocks first, those that turn the residual stream least."""
     hidden_sparsity: float = 0.0
@@ -77,7 +79,7 @@ class PruneRecipe:
         if self.round_to < 1 or self.rounds < 1 or self.protect < 0 or self.blocks < 0 or self.damping <= 0:
             raise ValueError("round_to and rounds must be at least 1, protect and blocks at least 0, damping above 0")
         if self.protect and self.scope == "uniform":
-            raise ValueError(f"protect {self.protect} leaves some blocks wider than others: it needs scope global")
+            raise ValueError(f"protect {self.protect} leaves some blocks wider than others: it needs scope global or measured")
 
 
 # -------------------------------------------------------------------------------------------- what is known beforehand
@@ -168,12 +170,17 @@ def hidden_channels_to_keep(size: int, recipe: PruneRecipe) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------- how much where
-def choose_masks(model: PreTrainedModel, scores: list[BlockScores], recipe: PruneRecipe) -> list[BlockMask]:
-    """Return what each block keeps. Raises CompactMindError if the recipe would empty a block or cannot meet its sparsity."""
+def choose_masks(
+    model: PreTrainedModel, scores: list[BlockScores], recipe: PruneRecipe, losses: Losses | None = None
+) -> list[BlockMask]:
+    """Return what each block keeps; `losses` for scope measured. Raises CompactMindError if the recipe would empty a block or cannot meet
+    its sparsity."""
     blocks = llama_blocks(model)
     _check_bundles(blocks, recipe)
-    choose = _uniform_masks if recipe.scope == "uniform" else _global_masks
-    masks = choose(blocks, scores, recipe)
+    if recipe.scope == "measured":
+        masks = _measured_masks(model, scores, recipe, losses)
+    else:
+        masks = (_uniform_masks if recipe.scope == "uniform" else _global_masks)(blocks, scores, recipe)
     total = prunable_parameters(model)
     _check_met(recipe, 1 - sum(kept_parameters(block, mask) for block, mask in zip(blocks, masks, strict=True)) / total)
     return masks
@@ -241,6 +248,24 @@ def _global_masks(blocks: list[LlamaBlock], scores: list[BlockScores], recipe: P
             break
         getattr(masks[index], structure)[which] = False
         left -= parameters
+    return masks
+
+
+def _measured_masks(model: PreTrainedModel, scores: list[BlockScores], recipe: PruneRecipe, losses: Losses) -> list[BlockMask]:
+    """Keep of every block the best by score, as many as an integer program over the losses says."""
+    blocks = llama_blocks(model)
+    masks, total = [full_mask(block) for block in blocks], prunable_parameters(model)
+    beside = sum(  # what is not to be pruned
+        kept_parameters(block, mask)
+        - ("channels" in recipe.structures) * len(mask.channels) * channel_parameters(block)
+        - ("groups" in recipe.structures) * len(mask.groups) * group_parameters(block)
+        for block, mask in zip(blocks, masks, strict=True)
+    )
+    widths = widths_within(model, losses, round((1 - recipe.sparsity) * total) - beside, recipe.round_to, recipe.protect)
+    for mask, block_scores, kept in zip(masks, scores, widths, strict=True):
+        for structure, count in kept.items():
+            values = getattr(block_scores, structure)
+            getattr(mask, structure)[values.argsort(descending=True)[count:]] = False
     return masks
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
 from compactmind.methods.llama import llama_blocks
+from compactmind.methods.pruning.llama_allocation import Losses, measured_losses
 from compactmind.methods.pruning.llama_compensation import BlockByBlock, DenseStates
 from compactmind.methods.pruning.llama_importance import BlockScores, block_influence, hidden_importance, score
 from compactmind.methods.pruning.llama_masks import PruneRecipe, check_prunable, choose_masks, hidden_channels_to_keep
@@ -30,18 +31,21 @@ def prune_llama(
     windows: torch.Tensor | None = None,
     scores: list[BlockScores] | None = None,
     states: DenseStates | None = None,
+    losses: Losses | None = None,
 ) -> tuple[PreTrainedModel, dict]:
     """Return a physically smaller model and what was done to it; `model` gives its weights away and must not be used again.
 
-    `windows` (windows, seq_len) of text are needed unless the criterion is l2 or random, nothing is compensated and no block
-    or hidden channel is removed. `scores` spares scoring `model` if what the recipe asks for is known already, `states` running it on the
-    windows if another pruning of it has; only the first round uses them, and only if no block or hidden channel goes before it. Raises
-    CompactMindError on a recipe that does not fit the model, before anything is computed wherever that is possible.
+    `windows` (windows, seq_len) of text are needed unless the criterion is l2 or random, nothing is compensated or measured and no block
+    or hidden channel is removed. `scores` spares scoring `model` if what the recipe asks for is known already, `losses` measuring its cuts,
+    `states` running it on the windows if another pruning of it has; only the first round uses them, and only if no block or hidden channel
+    goes before it. Raises CompactMindError on a recipe that does not fit the model, before anything is computed wherever that is possible.
     """
     check_prunable(model, recipe)
-    if (windows is None or len(windows) == 0) and (recipe.compensate or recipe.blocks or recipe.hidden_sparsity):
+    observes = recipe.compensate or recipe.blocks or recipe.hidden_sparsity or recipe.scope == "measured"
+    if (windows is None or len(windows) == 0) and observes:
         raise CompactMindError(
-            "compensation and the removal of blocks or hidden channels need calibration text: use more text or a smaller --seq_len"
+            "compensation, the scope measured and the removal of blocks or hidden channels need calibration text: use more text or a "
+            "smaller --seq_len"
         )
     if not computes_in_float32(model):
         widen(model)
@@ -58,7 +62,7 @@ def prune_llama(
     without_blocks = prunable_parameters(model)
     for number in range(1, recipe.rounds + 1):
         wanted = (1 - recipe.sparsity * number / recipe.rounds) * without_blocks
-        known = (scores, states) if number == 1 and not recipe.blocks and not recipe.hidden_sparsity else (None, None)
+        known = (scores, states, losses) if number == 1 and not recipe.blocks and not recipe.hidden_sparsity else (None, None, None)
         _remove(model, replace(recipe, sparsity=max(0.0, 1 - wanted / prunable_parameters(model))), windows, *known)
     result = rebuilt(model)
     if is_widened(model):
@@ -73,6 +77,12 @@ def prune_llama(
     return result, description
 
 
+def losses_for(model: PreTrainedModel, recipe: PruneRecipe, windows: torch.Tensor, scores: list[BlockScores]) -> Losses:
+    """Return what a recipe with scope measured goes by; its sparsity makes no difference."""
+    damping = recipe.damping if recipe.compensate else None
+    return measured_losses(model, scores, windows, recipe.structures, recipe.round_to, damping)
+
+
 def _kept_hidden_channels(model: PreTrainedModel, recipe: PruneRecipe, windows: torch.Tensor) -> torch.Tensor:
     keep = torch.zeros(model.config.hidden_size, dtype=torch.bool)
     keep[hidden_importance(model, windows).topk(hidden_channels_to_keep(len(keep), recipe)).indices] = True
@@ -85,10 +95,13 @@ def _remove(
     windows: torch.Tensor | None,
     scores: list[BlockScores] | None,
     states: DenseStates | None,
+    losses: Losses | None,
 ) -> None:
-    """Score, choose, re-fit and shrink, in place; the model's configuration does not follow."""
+    """Score, measure, choose, re-fit and shrink, in place; the model's configuration does not follow."""
     scores = scores or score(model, recipe.criterion, windows, aggregate=recipe.aggregate, seed=recipe.seed)
-    masks = choose_masks(model, scores, recipe)
+    if recipe.scope == "measured" and losses is None:
+        losses = losses_for(model, recipe, windows, scores)
+    masks = choose_masks(model, scores, recipe, losses)
     runner = BlockByBlock(model, windows, states) if recipe.compensate else None
     for index, mask in enumerate(masks):
         block = llama_blocks(model)[index]

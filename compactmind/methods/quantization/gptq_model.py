@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from compactmind.errors import CompactMindError
+from compactmind.methods.allocation import Choice, allocate, least_size
 from compactmind.methods.blockwise import walk_blocks
 from compactmind.methods.llama import LINEARS, llama_blocks
-from compactmind.methods.quantization.allocation import Choice, allocate
 from compactmind.methods.quantization.calibration import SITES, require_dense, require_text
 from compactmind.methods.quantization.gptq import ORDERS, columns_in_order, inverse_factor, round_compensated, round_nearest
 from compactmind.methods.quantization.grid import BITS, GGUF_BLOCK, GGUF_TYPES, Grid
@@ -178,7 +179,7 @@ def _choices(weight: torch.Tensor, grids: Sequence[Grid], costs: Sequence[float]
 
 def choices_to_keep(choices: Choices) -> dict[str, list[list[Any]]]:
     """Return choices as JSON has them."""
-    return {name: [[each.what.described(), each.bits, each.cost] for each in its] for name, its in choices.items()}
+    return {name: [[each.what.described(), each.size, each.cost] for each in its] for name, its in choices.items()}
 
 
 def choices_from(kept: dict[str, list[list[Any]]]) -> Choices:
@@ -206,10 +207,17 @@ def choose_grids(
     table = recipe.table_of(model.config.hidden_size) if fixed else None
     taken = _bytes_beside(model, choices, uncounted, tables if fixed else {}, table, released.itemsize, budget_bytes)
     choices = {
-        name: [each._replace(bits=each.bits + 8 * _bytes_of_head(name, each.what, budget_bytes)) for each in its]
+        name: [each._replace(size=each.size + 8 * _bytes_of_head(name, each.what, budget_bytes)) for each in its]
         for name, its in choices.items()
     }
-    picked = allocate(choices, int(budget_bytes - taken) * 8)
+    budget = int(budget_bytes - taken) * 8
+    if least_size(choices) > budget:
+        raise CompactMindError(
+            f"the smallest that these widths can make of the weights is {least_size(choices) / 8e6:.2f} MB, more than the "
+            f"{max(budget, 0) / 8e6:.2f} MB that the target leaves them: choose a smaller target_compression, allow "
+            "embeddings of fewer bits, or prune before"
+        )
+    picked = allocate(choices, budget)
     grids = {name: choice.what for name, choice in picked.items()}
     if table:
         grids |= dict.fromkeys(tables, table)

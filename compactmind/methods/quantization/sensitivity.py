@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compactmind.errors import CompactMindError
 from compactmind.methods.blockwise import block_inputs, in_float32, run_block, walk_blocks
 from compactmind.methods.llama import LINEARS, llama_blocks
+from compactmind.methods.probe import Probe, require_finite
 from compactmind.methods.quantization.calibration import SITES, readers_of
 from compactmind.methods.quantization.gptq import inverse_factor, round_nearest
 from compactmind.methods.quantization.grid import Grid
@@ -67,7 +67,7 @@ def measure_gradients(model: PreTrainedModel, windows: torch.Tensor, seed: int =
             reads.append(states)
             with in_float32(block.module):
                 states = run_block(block.module, states, others)
-            _require_finite(block.name, states)
+            require_finite(block.name, states)
         with in_float32(model.model.norm):
             last = states.requires_grad_()
             with torch.enable_grad():
@@ -76,7 +76,7 @@ def measure_gradients(model: PreTrainedModel, windows: torch.Tensor, seed: int =
             for start in range(0, len(window), TOKENS_AT_ONCE):
                 read = normed[0, start : start + TOKENS_AT_ONCE].detach()
                 p = (read @ head.float().t()).softmax(dim=-1)
-                _require_finite("the prediction", p)
+                require_finite("the prediction", p)
                 drawn = torch.multinomial(p, 1, generator=generator)
                 gradient[start : start + TOKENS_AT_ONCE] = p.scatter_add_(1, drawn, -torch.ones_like(p[:, :1])) @ head.float()
             (gradient,) = torch.autograd.grad(normed, last, gradient[None])
@@ -88,15 +88,6 @@ def measure_gradients(model: PreTrainedModel, windows: torch.Tensor, seed: int =
         sites = {site: sum(torch.stack(seen[name]) for name in readers) for site, readers in SITES.items()}
         tokens.append({site: weights / weights.mean().clamp_min(1e-30) for site, weights in sites.items()})
     return Gradients(tokens, [{name: total / count for name, total in each.items()} for each in rows])
-
-
-def _require_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raise CompactMindError if what is computed at a place is NaN or infinite."""
-    if not torch.isfinite(tensor).all():
-        raise CompactMindError(
-            f"{name}: what is computed of calibration text is NaN or infinite there: the weights of this layer or of one before it are "
-            "damaged, download or make the model again"
-        )
 
 
 def _backward(block, read, arguments, gradient, energy, rows) -> torch.Tensor:
@@ -168,48 +159,6 @@ def gradient_costs(
                 rows = gradients.rows[index][field]
                 costs[index, field] = gradient_cost(getattr(block, field).weight, moments[site], rows, grids, damping)
     return costs
-
-
-class Probe:
-    """KL to the dense model on a few tokens of text when one tensor of it is rounded: the blocks before it need not run again."""
-
-    @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, window: torch.Tensor):
-        """`window`: (tokens,) ids. The model stays as it is."""
-        self.model, self.blocks = model.eval(), llama_blocks(model)
-        (states,), self.arguments = block_inputs(model, window[None])
-        self.states = [states]
-        for block, others in zip(self.blocks, self.arguments, strict=True):
-            with in_float32(block.module):
-                self.states.append(run_block(block.module, self.states[-1], others))
-            _require_finite(block.name, self.states[-1])
-        self.wanted = self._log_probabilities(self.states[-1])
-        _require_finite("the prediction", self.wanted)
-
-    def _log_probabilities(self, states: torch.Tensor, head: torch.Tensor | None = None) -> torch.Tensor:
-        head = self.model.get_output_embeddings().weight if head is None else head
-        with in_float32(self.model.model.norm):
-            return (self.model.model.norm(states)[0] @ head.float().t()).log_softmax(dim=-1)
-
-    @torch.no_grad()
-    def divergence(self, states: torch.Tensor, index: int, head: torch.Tensor | None = None) -> float:
-        """Return the KL in nats a token if block `index` reads `states` (1, tokens, channels); `head`: other weights of the head."""
-        for block, others in zip(self.blocks[index:], self.arguments[index:], strict=True):
-            with in_float32(block.module):
-                states = run_block(block.module, states, others)
-        logs = self._log_probabilities(states, head)
-        return max(float(torch.nn.functional.kl_div(logs, self.wanted, log_target=True, reduction="sum")) / len(logs), 0.0)
-
-    @torch.no_grad()
-    def with_weight(self, index: int, field: str, weight: torch.Tensor) -> float:
-        """Return the KL with another weight (out, in) in one linear."""
-        linear = getattr(self.blocks[index], field)
-        before = linear.weight.data
-        linear.weight.data = weight.to(before.dtype)
-        try:
-            return self.divergence(self.states[index], index)
-        finally:
-            linear.weight.data = before
 
 
 @torch.no_grad()

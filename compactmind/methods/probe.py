@@ -1,0 +1,59 @@
+"""What a change of one tensor of a language model costs, measured: KL to the model as it is, on a few tokens of text."""
+
+import torch
+from transformers import PreTrainedModel
+
+from compactmind.errors import CompactMindError
+from compactmind.methods.blockwise import block_inputs, in_float32, run_block
+from compactmind.methods.llama import llama_blocks
+
+
+class Probe:
+    """KL to the dense model on a few tokens of text when one tensor of it is another: the blocks before it need not run again."""
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, window: torch.Tensor):
+        """`window`: (tokens,) ids. The model stays as it is."""
+        self.model, self.blocks = model.eval(), llama_blocks(model)
+        (states,), self.arguments = block_inputs(model, window[None])
+        self.states = [states]
+        for block, others in zip(self.blocks, self.arguments, strict=True):
+            with in_float32(block.module):
+                self.states.append(run_block(block.module, self.states[-1], others))
+            require_finite(block.name, self.states[-1])
+        self.wanted = self._log_probabilities(self.states[-1])
+        require_finite("the prediction", self.wanted)
+
+    def _log_probabilities(self, states: torch.Tensor, head: torch.Tensor | None = None) -> torch.Tensor:
+        head = self.model.get_output_embeddings().weight if head is None else head
+        with in_float32(self.model.model.norm):
+            return (self.model.model.norm(states)[0] @ head.float().t()).log_softmax(dim=-1)
+
+    @torch.no_grad()
+    def divergence(self, states: torch.Tensor, index: int, head: torch.Tensor | None = None) -> float:
+        """Return the KL in nats a token if block `index` reads `states` (1, tokens, channels); `head`: other weights of the head."""
+        for block, others in zip(self.blocks[index:], self.arguments[index:], strict=True):
+            with in_float32(block.module):
+                states = run_block(block.module, states, others)
+        logs = self._log_probabilities(states, head)
+        return max(float(torch.nn.functional.kl_div(logs, self.wanted, log_target=True, reduction="sum")) / len(logs), 0.0)
+
+    @torch.no_grad()
+    def with_weight(self, index: int, field: str, weight: torch.Tensor) -> float:
+        """Return the KL with another weight (out, in) in one linear."""
+        linear = getattr(self.blocks[index], field)
+        before = linear.weight.data
+        linear.weight.data = weight.to(before.dtype)
+        try:
+            return self.divergence(self.states[index], index)
+        finally:
+            linear.weight.data = before
+
+
+def require_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise CompactMindError if what is computed at a place is NaN or infinite."""
+    if not torch.isfinite(tensor).all():
+        raise CompactMindError(
+            f"{name}: what is computed of calibration text is NaN or infinite there: the weights of this layer or of one before it are "
+            "damaged, download or make the model again"
+        )
