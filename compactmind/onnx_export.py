@@ -11,6 +11,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from compactmind.data import reads_token_types
 from compactmind.errors import CompactMindError
 from compactmind.files import replace_file
+from compactmind.methods.first_token import read_all_tokens, read_first_token_only
 from compactmind.methods.quantization.grouped import GroupedWeight, forget_unpacked
 from compactmind.methods.quantization.rotation import rotate
 from compactmind.methods.quantization.w8a8_encoder import W8A8EncoderBlock
@@ -73,7 +75,7 @@ class IntegerProduct(nn.Module):
 
     def __init__(self, linear: W8A8Linear, products: str):
         super().__init__()
-        self.linear, weight = linear, linear.weight.t().contiguous()
+        self.linear, self.out_features, weight = linear, linear.out_features, linear.weight.t().contiguous()
         signed = products == "u8s8"
         self.register_buffer("weight", weight if signed else (weight.to(torch.int16) + ZERO).to(torch.uint8))
         zeros = {"zero": ZERO} if signed else {"zero": ZERO, "weight_zero": ZERO}
@@ -98,8 +100,8 @@ class IntegerProduct(nn.Module):
 def traceable(model: PreTrainedModel, products: str) -> PreTrainedModel:
     """Return a copy to be traced, not to be run: W8A8 linears are nodes of ONNX, whatever multiplies them here.
 
-    Tables of 8 bits are bytes, narrower ones stay packed. Its blocks have the forward pass of transformers: that of W8A8 blocks is written
-    for PyTorch's caches.
+    The last block computes its first token alone, which is all that is read of it. Tables of 8 bits are bytes, narrower ones stay packed.
+    Its blocks have the forward pass of transformers: that of W8A8 blocks is written for PyTorch's caches.
     """
     model = copy.deepcopy(model).cpu().eval()
     for name, module in list(model.named_modules()):
@@ -109,6 +111,9 @@ def traceable(model: PreTrainedModel, products: str) -> PreTrainedModel:
             model.set_submodule(name, IntegerProduct(module, products))
         if isinstance(module, GroupedWeight):
             module.kernel = "dequantized"
+    with suppress(CompactMindError):  # of another family: all tokens
+        read_all_tokens(model)
+        read_first_token_only(model)
     forget_unpacked(model)  # rows of narrow tables stay packed in the file
     for module in model.modules():
         if isinstance(module, GroupedWeight) and module.grid.bits == 8:

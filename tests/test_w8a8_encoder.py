@@ -12,7 +12,7 @@ from compactmind import kernels
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.formats import w8a8
 from compactmind.formats.table import parameters_of
-from compactmind.methods.pruning.encoder import encoder_layers
+from compactmind.methods.pruning.encoder import encoder_blocks, encoder_layers
 from compactmind.methods.pruning.masks import compact
 from compactmind.methods.quantization import w8a8_encoder
 from compactmind.methods.quantization.packed_model import linears_to_quantize
@@ -153,3 +153,44 @@ def test_a_plain_reader_is_told_that_the_weights_are_integers(model):
     config = w8a8.quantization_config(small, description)
     heads = {name for name, module in small.named_modules() if isinstance(module, torch.nn.Linear)}
     assert config["quant_method"] == "compressed-tensors" and set(config["ignore"]) == heads != set()
+
+
+# ------------------------------------------------------------------------------------------------------- the first token
+@pytest.mark.parametrize("tokens", [24, 512])
+def test_a_classifier_computes_the_first_token_of_its_last_block_and_whoever_sees_more_gets_all(model, monkeypatch, tokens):
+    monkeypatch.setattr(w8a8_encoder, "TOKENS", tokens)
+    small, _ = quantized(model)
+    last, seen = encoder_blocks(small)[-1], []
+    original = last.first_token
+    monkeypatch.setitem(last.__dict__, "first_token", lambda *given: seen.append(1) or original(*given))
+    batch = helpers.example_batch()
+    logits = helpers.logits_of(small, batch)
+    assert len(seen) == 1
+    with torch.no_grad():
+        whole = small(**batch, output_hidden_states=True)
+        encoder = small.base_model(**batch).last_hidden_state
+    assert len(seen) == 1  # not of these
+    assert whole.hidden_states[-1].shape == encoder.shape == (*batch["input_ids"].shape, encoder.shape[-1])
+    assert torch.allclose(whole.logits, logits, atol=1e-4) and torch.allclose(whole.hidden_states[-1], encoder, atol=1e-4)
+    small.config.output_hidden_states = True
+    assert torch.allclose(helpers.logits_of(small, batch), logits, atol=1e-4) and len(seen) == 1
+
+
+def test_after_a_forward_pass_that_fails_the_encoder_alone_computes_all_tokens(model):
+    small, _ = quantized(model)
+    batch = helpers.example_batch()
+    with pytest.raises(RuntimeError, match="in the head"), torch.no_grad():
+        small.classifier.register_forward_hook(lambda *_: exec("raise RuntimeError('in the head')"))
+        small(**batch)
+    assert small.base_model(**batch).last_hidden_state.shape[:2] == batch["input_ids"].shape
+
+
+def test_a_block_without_ffn_or_attention_is_computed_at_the_first_token_too(model):
+    masks = helpers.uneven_masks(model)
+    masks[-1].neurons[:] = False
+    small, _ = quantized(compact(model, masks))
+    batch = helpers.example_batch()
+    with torch.no_grad():
+        whole = small(**batch, output_hidden_states=True)
+    assert torch.allclose(helpers.logits_of(small, batch), whole.logits, atol=1e-4)
+    assert not isinstance(encoder_blocks(small)[-1], W8A8EncoderBlock)

@@ -123,6 +123,14 @@ def joined(linears: Sequence[W8A8Linear]) -> W8A8Linear:
     return joined.prepare()
 
 
+def rows_of(linear: W8A8Linear, start: int) -> W8A8Linear:
+    """Return a linear with the output channels of another from number `start` on; its weight is a view."""
+    part = W8A8Linear(linear.in_features, linear.out_features - start, bias=False, activations=linear.activations, device="meta")
+    part.weight, part.weight_scale = linear.weight[start:], linear.weight_scale[start:]
+    part.input_scale, part.hadamard_input = linear.input_scale, linear.hadamard_input
+    return part.prepare()
+
+
 @functools.cache
 def _with_int8_forward(layer_class: type[nn.Module]) -> type[nn.Module]:
     return type(f"W8A8{layer_class.__name__}", (W8A8Block, layer_class), {})

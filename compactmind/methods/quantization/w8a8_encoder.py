@@ -3,7 +3,8 @@
 Nothing is smoothed: these blocks normalize behind the addition, so what a linear reads is the residual stream itself, and dividing
 its channels would need a multiplication on the way around. A scale per token is enough for them. The forward pass quantizes
 every input once, takes q, k and v as one product, and handles so few sentences at a time that what lies between two products stays in
-the processor's cache: in a batch of 32 passes over memory would otherwise take longer than the products. What the file looks like:
+the processor's cache: in a batch of 32 passes over memory would otherwise take longer than the products. Of the last block a classifier
+computes the first token alone, which is all its head reads (compactmind/methods/first_token.py). What the file looks like:
 compactmind/formats/w8a8.py.
 """
 
@@ -17,9 +18,10 @@ from transformers.activations import GELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
+from compactmind.methods.first_token import read_first_token_in_classifier
 from compactmind.methods.pruning.encoder import EncoderLayer, encoder_blocks, encoder_layers, family_of
 from compactmind.methods.quantization.packed_model import linears_to_quantize, require_quantizable, store_tables
-from compactmind.methods.quantization.w8a8_block import joined
+from compactmind.methods.quantization.w8a8_block import joined, rows_of
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 
 TOKENS = 512
@@ -67,6 +69,7 @@ class W8A8EncoderBlock:
         parts = [self.layer.query, self.layer.key, self.layer.value]
         self.__dict__["qkv"] = joined(parts)
         self.__dict__["qkv_bias"] = torch.cat([linear.bias for linear in parts])
+        self.__dict__["kv"] = rows_of(self.qkv, parts[0].out_features)
         norms = (self.layer.attention_norm, self.layer.output_norm)
         floats = all(tensor.dtype == torch.float32 for norm in norms for tensor in (norm.weight, norm.bias))
         exact = isinstance(self.activation, (nn.GELU, GELUActivation)) and getattr(self.activation, "approximate", "none") == "none"
@@ -87,6 +90,15 @@ class W8A8EncoderBlock:
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *_: Any, **kwargs: Any
     ) -> torch.Tensor:
         """hidden_states: (batch, tokens, channels) -> the same shape and dtype."""
+        return self._in_parts(self._some_sentences, hidden_states, attention_mask)
+
+    def first_token(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """hidden_states: (batch, tokens, channels) and a mask as SDPA has it -> (batch, 1, channels): `forward` at the first token."""
+        attended = self._in_parts(self._attended_by_first, hidden_states, attention_mask)
+        first = hidden_states[:, 0].float().contiguous()
+        return after_attention(first, attended, self)[:, None].to(hidden_states.dtype)
+
+    def _in_parts(self, function, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         sentences = max(1, TOKENS // max(hidden_states.shape[1], 1))
         if not hidden_states.is_cpu or not isinstance(attention_mask, torch.Tensor | None):
             sentences = len(hidden_states)  # a GPU wants all at once, and the mask of flex_attention is of the whole batch
@@ -94,16 +106,30 @@ class W8A8EncoderBlock:
         masks = [attention_mask] * len(parts)
         if isinstance(attention_mask, torch.Tensor) and len(attention_mask) == len(hidden_states):
             masks = attention_mask.split(sentences)
-        results = [self._some_sentences(*each) for each in zip(parts, masks, strict=True)]
+        results = [function(*each) for each in zip(parts, masks, strict=True)]
         return (results[0] if len(results) == 1 else torch.cat(results)).to(hidden_states.dtype)
 
     def _some_sentences(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        attention, hidden = self.attention_module, hidden_states.flatten(0, 1)
-        heads = self.qkv.parts.linear(hidden, self.qkv_bias)
-        query, key, value = heads.view(*hidden_states.shape[:2], 3, -1, self.layer.head_dim).permute(2, 0, 3, 1, 4)
+        hidden = hidden_states.flatten(0, 1)
+        heads = self._split_heads(self.qkv.parts.linear(hidden, self.qkv_bias), hidden_states, 3)
+        return after_attention(hidden, self._attend(*heads, attention_mask), self).view(hidden_states.shape)
+
+    def _attended_by_first(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        first, query = hidden_states[:, :1], self.layer.query
+        (query,) = self._split_heads(query.parts.linear(first.flatten(0, 1), query.bias), first, 1)
+        keys = self.kv.parts.linear(hidden_states.flatten(0, 1), self.qkv_bias[-self.kv.out_features :])
+        mask = None if attention_mask is None else attention_mask[:, :, :1]
+        return self._attend(query, *self._split_heads(keys, hidden_states, 2), mask)
+
+    def _split_heads(self, product: torch.Tensor, like: torch.Tensor, parts: int) -> torch.Tensor:
+        """(batch * tokens, parts * heads * head_dim) -> (parts, batch, heads, tokens, head_dim)."""
+        return product.view(*like.shape[:2], parts, -1, self.layer.head_dim).permute(2, 0, 3, 1, 4)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Each (batch, heads, tokens, head_dim) -> (batch * queries, heads * head_dim)."""
+        attention = self.attention_module
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
-        attended, _ = attend(attention, query, key, value, attention_mask, dropout=0.0, scaling=attention.scaling)
-        return after_attention(hidden, attended.flatten(2).flatten(0, 1), self).view(hidden_states.shape)
+        return attend(attention, query, key, value, mask, dropout=0.0, scaling=attention.scaling)[0].flatten(2).flatten(0, 1)
 
 
 @functools.cache
@@ -121,6 +147,7 @@ def fuse_encoder(model: PreTrainedModel) -> None:
             continue  # fused already
         block.__class__ = _with_int8_forward(type(block))
         block.fuse(layer, block.get_submodule(layout.attention), block.get_submodule(layout.activation))
+    read_first_token_in_classifier(model)
 
 
 # ---------------------------------------------------------------------------------------------------------- quantizing
