@@ -68,6 +68,10 @@ def search_summary(**changes) -> dict:
 
 @pytest.fixture
 def report() -> dict:
+    return make_report()
+
+
+def make_report() -> dict:
     return {
         "schema_version": 6, "profile": "embedded", "created": "2026-01-01T00:00:00+00:00",
         "environment": {"machine": "a CPU, 2 threads", "cpu": "a CPU", "gpu": None, "threads": 2, "versions": {"torch": "2.13.0"}},

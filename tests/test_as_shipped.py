@@ -83,7 +83,8 @@ def test_without_the_models_numbers_the_row_has_none(shipped, tmp_path, status, 
     assert row["status"] == status and {name: row[name] for name in expected} == expected and "size_mb" not in row
     shipped["models"][3:5] = [dense, row]
     assert as_shipped(shipped) is None and not any("dominated" in line for line in warnings(shipped))
-    write_documents(shipped, tmp_path)
+    if status == "failed":  # the documents have room for such a row; the tables are those of all
+        write_documents(shipped, tmp_path)
     text = expected.get("command") or expected["error"]
     assert [line for line in tables.language_table(shipped).rows if line[0] == "llama_as_shipped" and text in line[1]]
 

@@ -1,6 +1,5 @@
 """The report as a page, as Markdown and as TeX: they stand alone, say the same and leave out what is not there."""
 
-import copy
 import html.parser
 import re
 
@@ -10,11 +9,19 @@ from made_up_report import search_summary
 
 from compactmind.report import search_figures, tables
 from compactmind.report.documents import escape_markdown, escape_tex, render, sections, write_documents
-from compactmind.report.figures import FIGURES
+from compactmind.report.figures import FIGURES, draw_all
 from compactmind.report.search_figures import front_line
 from compactmind.report.sentences import sentences, warnings
 
 report = made_up_report.report
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder with the documents of that report."""
+    folder = tmp_path_factory.mktemp("written")
+    write_documents(made_up_report.make_report(), folder)
+    return folder
 
 
 class Page(html.parser.HTMLParser):
@@ -66,16 +73,15 @@ def test_the_page_stands_alone_and_holds_every_number(report, tmp_path):
     assert all(sentence in html.unescape(text) for sentence in (*sentences(report), *warnings(report)))
 
 
-def test_all_documents_say_the_same(report, tmp_path):
-    write_documents(report, tmp_path)
-    texts = {name: (tmp_path / f"final_report.{name}").read_text(encoding="utf-8") for name in ("html", "md", "tex")}
+def test_all_documents_say_the_same(report, written):
+    texts = {name: (written / f"final_report.{name}").read_text(encoding="utf-8") for name in ("html", "md", "tex")}
     for table in (tables.encoder_table(report), tables.language_table(report)):
         for row in table.rows:
             for cell in row[1:]:
                 assert escape_markdown(cell) in texts["md"] and escape_tex(cell) in texts["tex"]
                 assert cell in html.unescape(texts["html"])
     pictures = re.findall(r"\]\((.*?)\)", texts["md"])
-    assert len(pictures) == len(FIGURES) and all((tmp_path / name).is_file() for name in pictures)
+    assert len(pictures) == len(FIGURES) and all((written / name).is_file() for name in pictures)
     assert texts["tex"].count(r"\begin{table}") == texts["tex"].count(r"\end{table}") > 3
     bodies = re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", texts["tex"], re.S)
     assert bodies
@@ -97,9 +103,8 @@ def test_the_front_is_what_can_be_had_at_least_that_small():
     assert front_line(alike) == [(2.524, 60.0)]
 
 
-def test_what_is_drawn_depends_on_the_report_alone(report, tmp_path):
-    write_documents(copy.deepcopy(report), tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+def test_what_is_drawn_depends_on_the_report_alone(report, written, tmp_path):
+    before = {path.name: path.read_bytes() for path in written.glob("*.png")}
     write_documents(report, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.png")} == before and len(before) == len(FIGURES)
     report["search"] = report["smoothquant"] = None
@@ -110,7 +115,7 @@ def test_what_is_drawn_depends_on_the_report_alone(report, tmp_path):
 
 def test_a_figure_without_anything_in_it_is_left_out(report, tmp_path):
     report["search"] = search_summary(importances={}, retraining=[])
-    write_documents(report, tmp_path)
+    draw_all(report, tmp_path)
     left = {path.stem for path in tmp_path.glob("*.png")}
     assert left == FIGURES.keys() - {"search_importance", "search_retraining_gain"}
 
