@@ -201,18 +201,24 @@ def test_after_a_duplicate_comes_a_neighbour_of_the_best(space, monkeypatch):
     assert proposer.propose(study, all_but_one | {key_of(read_pipeline(space.pipeline(left)))}, seed=0) is None
 
 
+def study_told(space, *trials: tuple[dict, list[float]]) -> optuna.Study:
+    """Return a study in which these points were told these values."""
+    study = optuna.create_study(directions=["minimize"] * 2)
+    for point, values in trials:
+        study.enqueue_trial(point)
+        asked = study.ask()
+        space.suggest(asked)
+        study.tell(asked, values)
+    return study
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_what_helped_at_one_size_is_tried_at_the_others_first(space, seed):
     usual = {"order": "prune > nf4", "nf4.double_quantization": True}
     small = {**usual, "prune.sparsity": 0.4, "prune.criterion": "l2", "nf4.embeddings": "int8"}
     large = {**usual, "prune.sparsity": 0.1, "prune.criterion": "taylor", "nf4.embeddings": "as_released"}
     beaten = {**usual, "prune.sparsity": 0.2, "prune.criterion": "taylor", "nf4.embeddings": "as_released"}
-    study = optuna.create_study(directions=["minimize"] * 2)
-    for point, values in ((small, [2.0, 1.0]), (large, [1.0, 2.0]), (beaten, [3.0, 3.0])):
-        study.enqueue_trial(point)
-        asked = study.ask()
-        space.suggest(asked)
-        study.tell(asked, values)
+    study = study_told(space, (small, [2.0, 1.0]), (large, [1.0, 2.0]), (beaten, [3.0, 3.0]))
     proposer = Proposer(space, "bayesian", "tpe", lambda _: 0.0)
     pairs, names = ((small, large), (large, small)), ("prune.criterion", "nf4.embeddings")
     helped = [{**one, name: other[name]} for one, other in pairs for name in names]
@@ -227,12 +233,7 @@ def test_what_made_another_worse_is_tried_last(space, seed):
     one = {**usual, "prune.sparsity": 0.1, "prune.criterion": "taylor"}
     other = {**usual, "prune.sparsity": 0.2, "prune.criterion": "taylor"}
     worse = {**one, "prune.criterion": "l2"}
-    study = optuna.create_study(directions=["minimize"] * 2)
-    for point, values in ((one, [2.0, 1.0]), (worse, [3.0, 1.0]), (other, [1.0, 2.0])):
-        study.enqueue_trial(point)
-        asked = study.ask()
-        space.suggest(asked)
-        study.tell(asked, values)
+    study = study_told(space, (one, [2.0, 1.0]), (worse, [3.0, 1.0]), (other, [1.0, 2.0]))
     change = ("prune.criterion", "taylor", "l2")
     assert changes_seen(study.trials) == {change: 1.0, (change[0], "l2", "taylor"): -1.0}  # of one size
     harmful, unknown = {**other, "prune.criterion": "l2"}, {**other, "nf4.embeddings": "int8"}

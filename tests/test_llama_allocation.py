@@ -41,7 +41,7 @@ def scores(model, windows):
 def kl(dense: torch.Tensor, logits: torch.Tensor) -> float:
     """Return KL(dense || other) in nats a token of logits (1, tokens, vocabulary)."""
     wanted, given = (each[0].log_softmax(dim=-1) for each in (dense, logits))
-    return float((wanted.exp() * (wanted - given)).sum(dim=-1).mean())
+    return (wanted.exp() * (wanted - given)).sum(dim=-1).mean().item()
 
 
 def test_a_cut_costs_the_divergence_of_the_model_in_which_it_is_made(model, scores, windows, monkeypatch):
