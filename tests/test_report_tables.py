@@ -31,6 +31,15 @@ def of_classes(report: dict, labels: tuple[str, ...], **task) -> dict:
     return report
 
 
+def test_that_w8a8_computes_less_is_said_where_it_is_there(report):
+    said = "of the last block the first token alone"
+    assert said not in tables.encoder_table(report).note
+    report["models"][1]["kind"] = "w8a8"
+    assert said in tables.encoder_table(report).note
+    report["models"][1] |= {"kind": "pruned", "onnx_latency": {}}
+    assert said in tables.encoder_table(report).note
+
+
 # --------------------------------------------------------------------------------------------------------- other classes
 def test_several_classes_have_a_table_of_their_own_and_no_other_names(report):
     report = of_classes(report, ("food", "law", "space", "sport"))

@@ -123,6 +123,8 @@ def encoder_table(report: dict[str, Any]) -> Table:
         f"p: McNemar against {reference} (Holm: corrected for the number of rows); speed-up: against it, at the largest batch; ms for "
         f"sentences of {tokens} tokens."
     ) + (NOTE if seeds else "")
+    if onnx or any(row["status"] == "measured" and row["kind"] == "w8a8" for row in rows):
+        note += " W8A8 and ONNX compute of the last block the first token alone, which is all that is read of it; GFLOPs count all."
     if task:
         f1 = "mean over the classes" if many else f"of {task['labels'][1]}"
         judged = {"mcc": "MCC", "f1": "F1"}.get(task["metric"], "accuracy")
