@@ -19,6 +19,7 @@ from compactmind.methods.registry import METHODS, Resources, method_named
 from compactmind.search.compressor import (
     EXAMPLE,
     Measure,
+    idle_step,
     interaction,
     layer_errors,
     read_pipeline,
@@ -244,6 +245,17 @@ def test_retraining_is_given_the_dense_model_and_never_makes_it_worse(resources,
     done = result.steps[2]["done"]
     assert result.kind == "pruned" and done["tokens_seen"] >= 96
     assert done["loss_after"] <= done["loss_before"]
+
+
+@pytest.mark.parametrize("before", [[], [SMOOTH]], ids=str)
+def test_what_would_learn_from_the_model_that_it_still_equals_is_refused(resources, measure, before):
+    alone = {**RETRAIN, "params": {**RETRAIN["params"], "alpha": 1.0}}
+    message = f"step {len(before) + 1}, retrain, would change nothing: .* set alpha below 1, or put a prune step before it"
+    with pytest.raises(CompactMindError, match=message):
+        run_pipeline(read_pipeline([*before, alone, NF4]), resources, measure)
+    assert idle_step(read_pipeline([*before, RETRAIN, NF4])) is None and idle_step(read_pipeline([*before, PRUNE, alone, NF4])) is None
+    rounded = {**alone, "params": {**alone["params"], "mode": "lora", "base": "nf4"}}
+    assert idle_step(read_pipeline([*before, rounded, NF4])) is None  # beside weights that were rounded there is something to learn
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,25 @@ def test_what_helped_at_one_size_is_tried_at_the_others_first(space, seed):
     assert proposer.near_the_best(study.trials, True, {key_of(read_pipeline(space.pipeline(near)))}, seed) in helped
 
 
+@pytest.mark.parametrize("strategy", ["bayesian", "evolution", "random"])
+def test_what_is_the_same_without_one_of_its_steps_is_never_asked_for(strategy):
+    methods, first = ("prune", "retrain", "nf4"), {"prune.sparsity": [0.2], "prune.criterion": ["taylor"], "prune.scope": ["global"]}
+    one = {name: [value] for name, value in (("retrain.tokens", 4096), ("retrain.lr", 1e-4), ("nf4.double_quantization", True))}
+    few = {"prune.structures": [["channels"]], "prune.blocks": [0], "nf4.compensation": [True], "nf4.embeddings": ["int8"]}
+    small = make_space(methods, choices={**first, **one, **few, "retrain.alpha": [0.5, 1.0]}, by_text=True)
+    everything = {key_of(read_pipeline(small.pipeline(point))): point for point in small.points()}
+    idle = {key for key, point in everything.items() if point.get("retrain.alpha") == 1.0 and "prune" not in point["order"]}
+    assert len(idle) == 1  # retrain > nf4 with nothing cut before it
+    study, known = optuna.create_study(), set()
+    proposer = Proposer(small, strategy, "tpe", lambda _: 0.0)
+    while (point := proposer.propose(study, known, seed=len(known))) is not None:
+        study.enqueue_trial(point)
+        asked = study.ask()
+        known.add(key_of(read_pipeline(small.suggest(asked))))
+        study.tell(asked, len(known))
+    assert known == everything.keys() - idle
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_what_made_another_worse_is_tried_last(space, seed):
     usual = {"order": "prune > nf4", "nf4.double_quantization": True, "nf4.embeddings": "as_released"}

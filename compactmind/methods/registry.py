@@ -89,6 +89,8 @@ class Method:
 
     fills_zeros: Callable[[Any], str | None] | None = None
     """recipe -> why zeros that a method before it has made would not be left, in words, None if they are; None: they are left."""
+    idle: Callable[[Any], bool] | None = None
+    """recipe -> whether it leaves a model that computes what the dense one does as it is; None: it never does."""
 
     def suggest(
         self, trial: "Trial", label: str | None = None, choices: dict[str, Sequence[Any]] | None = None
@@ -319,6 +321,7 @@ METHODS: dict[str, Method] = {
         "retrain", "retrain", RetrainRecipe, _retrain,
         {"tokens": (4096, 8192), "lr": (5e-5, 1e-4, 2e-4, 4e-4), "alpha": (0.5, 1.0, 0.0), "evaluations": (1,)},
         trains="tokens", beforehand=_read_teacher, needs=memory.retrain, check=_check_retrain, fills_zeros=_filled_by_retraining,
+        idle=lambda recipe: recipe.chosen_by_divergence and recipe.base == "as_released",
     ),
     "smooth": Method("smooth", "smooth", SmoothRecipe, _smooth, {"alpha": (0.5, 0.6, 0.7, 0.8, 0.9)}, needs=memory.smooth),
     "w8a8": Method(

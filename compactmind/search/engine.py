@@ -32,7 +32,7 @@ from optuna.pruners import BasePruner, NopPruner
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from compactmind.errors import CompactMindError
-from compactmind.search.compressor import Step, read_pipeline
+from compactmind.search.compressor import Step, idle_step, read_pipeline
 from compactmind.search.machine import HEARTBEAT_SECONDS, heartbeat, this_worker, worker_is_alive
 from compactmind.search.notes import Notes, Skipped, Stopped
 from compactmind.search.space import Space
@@ -203,7 +203,8 @@ def search(
         queue = [*first[: n_trials - n_trials // 3]]
         if strategy == "grid":
             points = (point for point in shuffled_points(space, seed) if point not in queue)
-            possible = (point for point in points if excess(read_pipeline(space.pipeline(point))) <= 0)
+            pipelines = ((point, read_pipeline(space.pipeline(point))) for point in points)
+            possible = (point for point, steps in pipelines if excess(steps) <= 0 and not idle_step(steps))
             queue += itertools.islice(possible, n_trials - len(queue))
         queue_once(study, queue)
     proposer, study.pruner = Proposer(space, strategy, sampler, excess), pruner or NopPruner()

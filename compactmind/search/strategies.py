@@ -1,4 +1,4 @@
-"""What is asked for next: TPE, a Gaussian process, evolution or chance, and nothing twice.
+"""What is asked for next: TPE, a Gaussian process, evolution or chance, and nothing twice, nor what is the same without one of its steps.
 
 A pipeline is drawn in a copy of the study in memory, until it is one that has not been run and can be small enough; only that one becomes a
 trial. So the study holds no copies, nothing is told twice, and every strategy chooses among the same pipelines. Who proposes what is known
@@ -23,7 +23,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from compactmind.search.compressor import Step, read_pipeline
+from compactmind.search.compressor import Step, idle_step, read_pipeline
 from compactmind.search.space import Space
 
 SAMPLERS = ("tpe", "gp")
@@ -104,7 +104,7 @@ class Proposer:
             if too_much > 0:  # the draft learns it, the study need not
                 trial.set_constraint("compression", too_much)
                 draft.tell(trial, state=TrialState.FAIL if several else TrialState.PRUNED)
-            elif key_of(steps) not in known:
+            elif key_of(steps) not in known and not idle_step(steps):
                 return trial.params
             else:
                 draft.tell(trial, state=TrialState.FAIL)
@@ -143,7 +143,7 @@ class Proposer:
 
     def _is_new(self, point: dict[str, Any], known: set[str]) -> bool:
         steps = read_pipeline(self.space.pipeline(point))
-        return self.excess(steps) <= 0 and key_of(steps) not in known
+        return self.excess(steps) <= 0 and key_of(steps) not in known and not idle_step(steps)
 
     def _any(self, known: set[str], seed: int) -> dict[str, Any] | None:
         if self.space.size() > ENUMERABLE:
