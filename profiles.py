@@ -17,9 +17,9 @@ PRUNE_AND_RETRAIN_LARGE = (
 
 CHOICES_OF_A_LARGE_MODEL = (
     '{"retrain.mode": ["lora"], "retrain.gradient_checkpointing": [true], "retrain.batch_size": [1], "retrain.accumulation": [2], '
-    '"retrain.lr": [1e-4, 2e-4, 4e-4], "retrain.tokens": [131072]}'
+    '"retrain.lr": [1e-4, 2e-4, 4e-4], "retrain.tokens": [262144]}'
 )
-"""What a search retrains such a model with: 32 steps of two windows of 2,048 tokens."""
+"""What a search retrains such a model with: 64 steps of two windows of 2,048 tokens."""
 
 PROFILES: dict[str, dict[str, dict]] = {
     "embedded": {},

@@ -1,10 +1,11 @@
 """Classifiers as ONNX files that onnxruntime runs, for any batch size and length.
 
-The int8 linears of a W8A8 model become MatMulInteger, the integer product ONNX has: the same integers as in PyTorch. Activations are
-shifted to unsigned bytes, and weights too in a u8u8 file: onnxruntime has no fast product of two signed ones on x86. A u8s8 file leaves
-weights signed: its products are over twice as fast on CPUs with VNNI, and on x86 CPUs without they saturate (wrong numbers) unless the
-session has `session.x64quantprecision` set to 1. The file is the same to the byte whatever machine writes it. Needs the packages of
-requirements-export.txt.
+The int8 linears of a W8A8 model become onnxruntime's MatMulIntegerToFloat, its integer product that scales what it has added up: the
+same integers as in PyTorch. Activations are shifted to unsigned bytes, and weights too in a u8u8 file: onnxruntime has no fast product
+of two signed ones on x86. A u8s8 file leaves weights signed: its products are over twice as fast on CPUs with VNNI, and on x86 CPUs
+without they saturate (wrong numbers) unless the session has `session.x64quantprecision` set to 1. A u8s7 file has weights of seven
+bits, which fast products of any x86 CPU add up without saturating: the sum of two is at most 2 x 255 x 63; they are rounded once more.
+The file is the same to the byte whatever machine writes it. Needs the packages of requirements-export.txt.
 """
 
 import copy
@@ -32,9 +33,16 @@ FILE = "model.onnx"
 """Its name in the directory of a checkpoint."""
 INPUTS = ("input_ids", "attention_mask")
 """And of a model of pairs that has two token types `token_type_ids`."""
-OPSET = 18
-PRODUCTS = ("u8u8", "u8s8")
-"""Of a W8A8 model: unsigned activations by unsigned or by signed weights, see above."""
+OPSET = 23
+"""The first one with attention as one operator; onnxruntime 1.23 reads it."""
+PRODUCT = "MatMulIntegerToFloat"
+"""Of onnxruntime (com.microsoft), for a MatMulInteger and two passes over its result, which ONNX has no single operator for."""
+LEFT_ALONE = ("LayerNormalization", "Gelu")
+"""What onnxruntime would join with the addition before it into one operator, which is slower than the two: 16 ms for 7 of norms."""
+PRODUCTS = ("u8u8", "u8s8", "u8s7")
+"""Of a W8A8 model: unsigned activations by unsigned weights, by signed ones, or by signed ones of seven bits, see above."""
+SEVEN_BITS = 63
+"""Largest magnitude of these."""
 ZERO = 128
 """The unsigned byte that stands for 0."""
 
@@ -76,8 +84,11 @@ class IntegerProduct(nn.Module):
     def __init__(self, linear: W8A8Linear, products: str):
         super().__init__()
         self.linear, self.out_features, weight = linear, linear.out_features, linear.weight.t().contiguous()
-        signed = products == "u8s8"
+        signed, finer = products != "u8u8", LEVELS / SEVEN_BITS if products == "u8s7" else 1
+        weight = (weight / finer).round().to(torch.int8)
         self.register_buffer("weight", weight if signed else (weight.to(torch.int16) + ZERO).to(torch.uint8))
+        self.register_buffer("channel_scale", linear.weight_scale.flatten() * finer)
+        self.register_buffer("one", torch.tensor(1.0))
         zeros = {"zero": ZERO} if signed else {"zero": ZERO, "weight_zero": ZERO}
         for name, value in zeros.items():
             self.register_buffer(name, torch.tensor(value, dtype=torch.uint8))
@@ -89,11 +100,14 @@ class IntegerProduct(nn.Module):
         if linear.hadamard_input is not None:
             x = rotate(x, linear.hadamard_input.matrix)
         scale = activation_scale(x, linear.activations, linear.input_scale)
-        q = ((x * scale.reciprocal()).round().clamp(-LEVELS, LEVELS) + ZERO).to(torch.uint8)
-        factors = q, self.weight, *(getattr(self, name) for name in self.zeros)
+        scaled = x * scale.reciprocal()
+        if linear.activations == "per_tensor_static":  # the others' reach the largest level and no further
+            scaled = scaled.clamp(-LEVELS, LEVELS)
+        symbolic = torch.onnx.ops.symbolic
+        q = symbolic("com.microsoft::QuantizeLinear", (scaled, self.one, self.zero), dtype=torch.uint8, shape=x.shape, version=1)
+        factors = q, self.weight, self.one, self.channel_scale, *(getattr(self, name) for name in self.zeros)
         shape = *x.shape[:-1], linear.out_features
-        product = torch.onnx.ops.symbolic("MatMulInteger", factors, dtype=torch.int32, shape=shape, version=OPSET)
-        result = product.float() * linear.weight_scale.flatten() * scale
+        result = symbolic(f"com.microsoft::{PRODUCT}", factors, dtype=torch.float32, shape=shape, version=1) * scale
         return result if linear.bias is None else result + linear.bias
 
 
@@ -130,7 +144,7 @@ def export_classifier(
     """
     require_onnx()
     plain = traceable(model, products)
-    plain.set_attn_implementation("eager")
+    plain.set_attn_implementation("sdpa")  # one operator, Attention
     example = torch.ones(2, 8, dtype=torch.long)
     names = inputs_of(model)
     batch, tokens = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=2)
@@ -143,6 +157,10 @@ def export_classifier(
         )  # fmt: skip
     for node in program.model.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # it names directories of this machine
+        if node.op_type in LEFT_ALONE and (before := node.inputs[0].producer()) and before.op_type == "Add":
+            before.op_type = "Sum"  # the same, but it is not joined
+    if any(isinstance(module, IntegerProduct) for module in plain.modules()):
+        program.model.metadata_props["int8_products"] = products
     with replace_file(path) as temporary:
         program.save(temporary, external_data=False)
         check(OnnxClassifier(temporary))
@@ -158,13 +176,18 @@ class OnnxClassifier:
         require_onnx()
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        if not torch.cpu._is_vnni_supported():
-            options.add_session_config_entry("session.x64quantprecision", "1")  # else products of a u8s8 file saturate on x86
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # else it takes the cores from who comes next
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        def session(saturating: bool) -> "onnxruntime.InferenceSession":
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            options.log_severity_level = 3
+            if not saturating:
+                options.add_session_config_entry("session.x64quantprecision", "1")
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # else it takes the cores from who comes next
+            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+        self.session = session(torch.cpu._is_vnni_supported())  # else products of a u8s8 file saturate on x86
+        if self.session.get_modelmeta().custom_metadata_map.get("int8_products") == "u8s7":  # none of these does
+            self.session = session(True)
 
     def __call__(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None, **_: Any

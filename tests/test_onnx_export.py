@@ -18,7 +18,7 @@ from compactmind.methods.pruning.masks import compact
 from compactmind.methods.quantization.grouped import GroupedWeight
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
-from compactmind.onnx_export import FILE, OnnxClassifier, export_classifier, require_onnx
+from compactmind.onnx_export import FILE, PRODUCT, OnnxClassifier, export_classifier, require_onnx
 
 needs_onnx = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")),
@@ -53,7 +53,24 @@ def test_equal_logits_for_any_shape(tmp_path, name, pruned):
 
 
 @needs_onnx
-@pytest.mark.parametrize(("name", "kernel", "products"), [("bert", "simulated", "u8u8"), ("distilbert", "", "u8s8")])
+def test_additions_stay_apart_from_the_norm_and_the_gelu_behind_them(tmp_path):
+    import onnx
+    import onnxruntime
+
+    model = helpers.make_bert(num_hidden_layers=1)
+    export_classifier(model, tmp_path / FILE)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "as_it_is_run.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(tmp_path / FILE), options, providers=["CPUExecutionProvider"])
+    run = [node.op_type for node in onnx.load(tmp_path / "as_it_is_run.onnx").graph.node]
+    assert run.count("LayerNormalization") == 3 and run.count("Gelu") == run.count("Attention") == 1, run
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    ("name", "kernel", "products"), [("bert", "simulated", "u8u8"), ("distilbert", "", "u8s8"), ("distilbert", "", "u8s7")]
+)
 def test_int8_products_are_int8_in_the_file(tmp_path, monkeypatch, name, kernel, products):
     import onnx
 
@@ -64,15 +81,38 @@ def test_int8_products_are_int8_in_the_file(tmp_path, monkeypatch, name, kernel,
     kernels, before = [linear.kernel for linear in int8_linears(model)], helpers.logits_of(model)
     export_classifier(model, tmp_path / FILE, products=products)
     graph = onnx.load(tmp_path / FILE).graph
-    nodes, types = [node for node in graph.node if node.op_type == "MatMulInteger"], onnx.TensorProto
+    nodes, types = [node for node in graph.node if node.op_type == PRODUCT], onnx.TensorProto
     stored = {each.name: each.data_type for each in graph.initializer}
     assert len(nodes) == 6 * 2
-    assert all(len(node.input) == (3 if products == "u8s8" else 4) for node in nodes)  # unsigned bytes have a zero point
-    assert {stored[node.input[1]] for node in nodes} == {types.INT8 if products == "u8s8" else types.UINT8}
-    assert difference(model, tmp_path / FILE) < 0.02
+    assert all(len(node.input) == (6 if products == "u8u8" else 5) for node in nodes)  # unsigned bytes have a zero point
+    assert {stored[node.input[1]] for node in nodes} == {types.UINT8 if products == "u8u8" else types.INT8}
+    weights = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    largest = {int(abs(weights[node.input[1]].astype(int) - (128 if products == "u8u8" else 0)).max()) for node in nodes}
+    assert largest == {63 if products == "u8s7" else 127}
+    assert difference(model, tmp_path / FILE) < (0.04 if products == "u8s7" else 0.02)
     assert torch.equal(helpers.logits_of(model), before)  # what was exported is a copy
     assert [linear.kernel for linear in int8_linears(model)] == kernels
     assert not kernel or set(kernels) == {kernel}
+
+
+@needs_onnx
+@pytest.mark.parametrize(("products", "vnni", "precise"), [("u8s8", False, True), ("u8s8", True, False), ("u8s7", False, False)])
+def test_products_that_saturate_are_asked_not_to(tmp_path, monkeypatch, products, vnni, precise):
+    import onnxruntime
+
+    model = helpers.make_distilbert(scale=0.1, n_layers=1)
+    quantize_encoder(model)
+    export_classifier(model, tmp_path / FILE, products=products)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    made, original = [], onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *given, **more: made.append(given[1]) or original(*given, **more))
+    assert difference(model, tmp_path / FILE, [(2, 9)]) < 0.04
+    entries = made[-1].get_session_config_entry
+    if precise:
+        assert entries("session.x64quantprecision") == "1"
+    else:
+        with pytest.raises(RuntimeError, match="does not have configuration"):
+            entries("session.x64quantprecision")
 
 
 @needs_onnx

@@ -320,7 +320,7 @@ METHODS: dict[str, Method] = {
     "retrain": Method(
         "retrain", "retrain", RetrainRecipe, _retrain,
         # tokens are not searched for: more of them are better; what is chosen learns on more before it is saved
-        {"tokens": (4096,), "lr": (5e-5, 1e-4, 2e-4, 4e-4), "alpha": (0.5, 1.0, 0.0), "evaluations": (1,)},
+        {"tokens": (8192,), "lr": (5e-5, 1e-4, 2e-4, 4e-4), "alpha": (0.5, 1.0, 0.0), "evaluations": (1,)},
         trains="tokens", beforehand=_read_teacher, needs=memory.retrain, check=_check_retrain, fills_zeros=_filled_by_retraining,
         idle=lambda recipe: recipe.chosen_by_divergence and recipe.base == "as_released",
     ),
