@@ -14,6 +14,7 @@ import torch
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.kernels import KERNEL_VARIABLE
+from compactmind.methods.pruning.encoder import encoder_layers
 from compactmind.methods.pruning.masks import compact
 from compactmind.methods.quantization.grouped import GroupedWeight
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
@@ -41,6 +42,37 @@ def difference(model, path, shapes=((1, 3), (5, 12), (2, 40))) -> float:
     return largest
 
 
+def operators_run(path: Path) -> list[str]:
+    """Return the operators onnxruntime makes of a file."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(path.with_suffix(".run")), 3
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(path.with_suffix(".run")).graph.node]
+
+
+def settings_of(path: Path, monkeypatch) -> dict[str, str]:
+    """Return the settings with which a file is run."""
+    import onnxruntime
+
+    class Options(onnxruntime.SessionOptions):
+        def add_session_config_entry(self, name: str, value: str) -> None:
+            settings[name] = value
+            super().add_session_config_entry(name, value)
+
+    def options() -> Options:
+        settings.clear()
+        return Options()
+
+    settings: dict[str, str] = {}
+    with monkeypatch.context() as patched:
+        patched.setattr(onnxruntime, "SessionOptions", options)
+        OnnxClassifier(path)
+    return settings
+
+
 @needs_onnx
 @pytest.mark.parametrize(("name", "pruned"), [("bert", False), ("distilbert", True)])
 def test_equal_logits_for_any_shape(tmp_path, name, pruned):
@@ -50,21 +82,9 @@ def test_equal_logits_for_any_shape(tmp_path, name, pruned):
     export_classifier(model, tmp_path / FILE)
     assert difference(model, tmp_path / FILE) < 1e-4
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
-
-
-@needs_onnx
-def test_additions_stay_apart_from_the_norm_and_the_gelu_behind_them(tmp_path):
-    import onnx
-    import onnxruntime
-
-    model = helpers.make_bert(num_hidden_layers=1)
-    export_classifier(model, tmp_path / FILE)
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "as_it_is_run.onnx")
-    options.log_severity_level = 3
-    onnxruntime.InferenceSession(str(tmp_path / FILE), options, providers=["CPUExecutionProvider"])
-    run = [node.op_type for node in onnx.load(tmp_path / "as_it_is_run.onnx").graph.node]
-    assert run.count("LayerNormalization") == 3 and run.count("Gelu") == run.count("Attention") == 1, run
+    operators, layers = operators_run(tmp_path / FILE), len(encoder_layers(model))
+    assert operators.count("LayerNormalization") == 2 * layers + 1, operators  # the sums before them and before GELU are apart
+    assert operators.count("Gelu") == operators.count("Attention") == layers, operators
 
 
 @needs_onnx
@@ -91,28 +111,11 @@ def test_int8_products_are_int8_in_the_file(tmp_path, monkeypatch, name, kernel,
     assert largest == {63 if products == "u8s7" else 127}
     assert difference(model, tmp_path / FILE) < (0.04 if products == "u8s7" else 0.02)
     assert torch.equal(helpers.logits_of(model), before)  # what was exported is a copy
+    for vnni in (True, False):  # products that would saturate are asked not to
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda vnni=vnni: vnni)
+        assert settings_of(tmp_path / FILE, monkeypatch).get("session.x64quantprecision") == (None if vnni or products == "u8s7" else "1")
     assert [linear.kernel for linear in int8_linears(model)] == kernels
     assert not kernel or set(kernels) == {kernel}
-
-
-@needs_onnx
-@pytest.mark.parametrize(("products", "vnni", "precise"), [("u8s8", False, True), ("u8s8", True, False), ("u8s7", False, False)])
-def test_products_that_saturate_are_asked_not_to(tmp_path, monkeypatch, products, vnni, precise):
-    import onnxruntime
-
-    model = helpers.make_distilbert(scale=0.1, n_layers=1)
-    quantize_encoder(model)
-    export_classifier(model, tmp_path / FILE, products=products)
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
-    made, original = [], onnxruntime.InferenceSession
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *given, **more: made.append(given[1]) or original(*given, **more))
-    assert difference(model, tmp_path / FILE, [(2, 9)]) < 0.04
-    entries = made[-1].get_session_config_entry
-    if precise:
-        assert entries("session.x64quantprecision") == "1"
-    else:
-        with pytest.raises(RuntimeError, match="does not have configuration"):
-            entries("session.x64quantprecision")
 
 
 @needs_onnx
