@@ -33,9 +33,9 @@ RANGES: dict[str, str] = {
     "max_repeats": "[1, inf)", "cache_gb": "[0, inf)", "top": "[1, inf)", "train_windows": "[0, inf)",
     "held_out_windows": "[1, inf)", "few_windows": "[1, inf)", "search_windows": "[1, inf)", "confirm_windows": "[1, inf)",
     # export and report
-    "sentences": "[1, inf)", "tolerance": "[0, inf)", "int8_tolerance": "[0, inf)", "seven_bit_tolerance": "[0, inf)", "cost_length": "[1, inf)",
-    "latency_batches": "[1, inf)", "latency_repeats": "[1, inf)", "prompt_tokens": "[1, inf)", "gsm8k_problems": "[0, inf)",
-    "zero_shot_limit": "[0, inf)",
+    "sentences": "[1, inf)", "tolerance": "[0, inf)", "int8_tolerance": "[0, inf)", "seven_bit_tolerance": "[0, inf)",
+    "cost_length": "[1, inf)", "latency_batches": "[1, inf)", "latency_repeats": "[1, inf)", "prompt_tokens": "[1, inf)",
+    "gsm8k_problems": "[0, inf)", "zero_shot_limit": "[0, inf)",
 }  # fmt: skip
 """Field -> the interval its number, or each of its numbers, lies in; `Config.field` where a config means something else by the name."""
 
