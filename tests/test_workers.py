@@ -1,6 +1,7 @@
 """Workers of one machine: what each gets of it, how they end, who is dead, which machines measure together, and --workers as a user
 runs it."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -106,6 +107,42 @@ try:
 except KeyboardInterrupt:
     open(os.path.join({folder!r}, "interrupted"), "w").close()
 """
+
+
+DEAF = """
+import sys, threading, time
+sys.path.insert(0, {repository!r})
+from compactmind.search import workers
+workers.SECONDS_TO_HEAR = 0.5
+workers.begin_as_worker()
+
+class Slow:
+    def __del__(self):
+        print("in a destructor", flush=True)
+        time.sleep(60)
+
+try:
+    slow = Slow()
+    del slow
+    print("goes on", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(2)  # longer than it is given to hear: it is not told again meanwhile
+    print("ends", flush=True)
+"""
+
+
+@posix
+def test_a_worker_that_does_not_hear_the_end_is_told_again():
+    code, environment = DEAF.format(repository=str(helpers.REPOSITORY)), os.environ | {workers.THREADS[0]: "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout.readline() == "in a destructor\n"
+        child.stdin.close()
+        assert child.stdout.read() == "goes on\nends\n"
+        assert "Exception ignored in" in child.stderr.read()
+    assert child.returncode == 0
 
 
 @posix
@@ -343,7 +380,7 @@ def test_ctrl_c_ends_all_and_the_same_command_goes_on(tmp_path, run_here):
     status, output = scripts.run_script_until("to go", signal.SIGINT, SCRIPT, *arguments, cwd=tmp_path)
     assert status == 1 and "ending 2 workers" in output and "goes on where this run was" in output and "Traceback" not in output, output
     study = optuna.load_study(study_name="llama-bayesian", storage=f"sqlite:///{tmp_path / 'results/search/study.db'}")
-    assert not any(trial.state == TrialState.RUNNING and "runs" in trial.user_attrs for trial in study.trials)
+    assert not any(trial.state == TrialState.RUNNING and "runs" in trial.user_attrs for trial in study.trials), output
     status, output = run_here(*arguments)
     assert status == 0, output
     assert helpers.read_json(tmp_path / "results" / "search" / "summary.json")["trials"] == 6

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ GPUS = "CUDA_VISIBLE_DEVICES"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 SECONDS_TO_END = 60
 """So long a worker that was told to end may take, to say in the study that its trial is to be run again."""
+SECONDS_TO_HEAR = 5
+"""After so long one that has not begun to is told again."""
 
 
 def number_of_cores() -> int:
@@ -84,19 +87,39 @@ def together_on_one_device(planned: Sequence[Share]) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------------ a worker
+class Ended(KeyboardInterrupt):
+    """What interrupts a worker that is told to end; unlike an exception of Python's own it can be asked whether it is still there."""
+
+
 def begin_as_worker() -> None:
-    """Do what a worker does first: use its threads, and end as at Ctrl-C as soon as the process that started it says so or is gone."""
+    """Do what a worker does first: use its threads, and end as at Ctrl-C as soon as the process that started it says so or is gone.
+
+    An interrupt that comes while Python runs a destructor or a callback of its garbage collection is printed and forgotten. So whoever is
+    told to end is told again, until the exception is on its way.
+    """
     torch.set_num_threads(int(os.environ[THREADS[0]]))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes its background jobs ignore it, and children inherit that
+    raised: list[weakref.ref] = []
+
+    def ended() -> Ended:
+        new = Ended()
+        raised.append(weakref.ref(new))
+        return new
+
+    def interrupt(*_) -> None:
+        raise ended()  # in no variable of this frame: it would hold itself by its traceback
+
+    signal.signal(signal.SIGINT, interrupt)  # a shell makes its background jobs ignore it, and children inherit that
 
     def wait_for_the_end() -> None:
         with suppress(OSError):
             while os.read(0, 1024):
                 pass
-        if hasattr(signal, "pthread_kill"):
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # wakes it if it sleeps
-        else:
-            _thread.interrupt_main()
+        while not (raised and raised[-1]()):
+            if hasattr(signal, "pthread_kill"):
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # wakes it if it sleeps
+            else:
+                _thread.interrupt_main()
+            time.sleep(SECONDS_TO_HEAR)
 
     threading.Thread(target=wait_for_the_end, daemon=True).start()
 
