@@ -19,7 +19,7 @@ from compactmind.methods.registry import METHODS, Resources, method_named
 from compactmind.search.compressor import (
     EXAMPLE,
     Measure,
-    idle_step,
+    idle_problem,
     interaction,
     layer_errors,
     read_pipeline,
@@ -253,9 +253,10 @@ def test_what_would_learn_from_the_model_that_it_still_equals_is_refused(resourc
     message = f"step {len(before) + 1}, retrain, would change nothing: .* set alpha below 1, or put a prune step before it"
     with pytest.raises(CompactMindError, match=message):
         run_pipeline(read_pipeline([*before, alone, NF4]), resources, measure)
-    assert idle_step(read_pipeline([*before, RETRAIN, NF4])) is None and idle_step(read_pipeline([*before, PRUNE, alone, NF4])) is None
+    for some in ([*before, RETRAIN, NF4], [*before, PRUNE, alone, NF4]):
+        assert idle_problem(read_pipeline(some)) is None
     rounded = {**alone, "params": {**alone["params"], "mode": "lora", "base": "nf4"}}
-    assert idle_step(read_pipeline([*before, rounded, NF4])) is None  # beside weights that were rounded there is something to learn
+    assert idle_problem(read_pipeline([*before, rounded, NF4])) is None  # beside weights that were rounded there is something to learn
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,19 @@ def test_what_a_step_is_worth_is_the_whole_without_it_and_the_step_alone():
     assert "+0.6500" in lines[2] and "+0.1500" in lines[2] and "-0.1000" in lines[3] and "put one behind it" in lines[4]
 
 
+def test_what_only_makes_up_for_another_step_is_not_run_without_it():
+    steps = read_pipeline([{"method": "prune"}, {"method": "retrain", "params": {"alpha": 1.0}}, {"method": "nf4"}])
+    asked = []
+
+    def run(some):
+        asked.append([step.method.name for step in some])
+        return SimpleNamespace(steps=[{"kl": 0.0}, {"kl": 0.5}])
+
+    prune, retrain, nf4 = ablation(steps, run, "kl", [{"kl": 0.0}, {"kl": 0.9}])
+    assert prune["without"] is None and "step 1, retrain, would change nothing" in prune["reason"]
+    assert retrain["without"] == nf4["without"] == 0.5 and ["retrain", "nf4"] not in asked and ["prune", "nf4"] in asked
+
+
 # ------------------------------------------------------------------------------------------------------- what comes next
 @pytest.fixture
 def space():

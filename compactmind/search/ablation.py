@@ -4,13 +4,14 @@
     alone         measure of the step alone on the dense model - of the dense model
     interaction   change - alone: 0 where the errors of steps add up, above 0 where they make each other worse
 
-A step that the others need (a quantization that was smoothed for) cannot be left out, and says why.
+A step that the others need (a quantization that was smoothed for, a pruning of which a retraining makes up) cannot be left out, and says
+why.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from compactmind.search.compressor import Compressed, Step, order_problem
+from compactmind.search.compressor import Compressed, Step, idle_problem, order_problem
 
 
 def ablation(
@@ -26,7 +27,7 @@ def ablation(
     dense, whole, effects = rows[0][unit], rows[-1][unit], []
 
     def last(some: Sequence[Step]) -> tuple[float | None, str | None]:
-        problem = order_problem([step.method for step in some])
+        problem = order_problem([step.method for step in some]) or idle_problem(some)
         return (None, problem) if problem else (run(some).steps[-1][unit], None)
 
     for index, step in enumerate(steps):

@@ -118,11 +118,14 @@ def read_pipeline(pipeline: str | Sequence[dict[str, Any]]) -> list[Step]:
     return steps
 
 
-def idle_step(steps: Sequence[Step]) -> int | None:
-    """Return the number, from 1 on, of a step that would change nothing because all before it left what the model computes as it was."""
+def idle_problem(steps: Sequence[Step]) -> str | None:
+    """Return which step would change nothing because all before it left what the model computes as it was, None if all do something."""
     for number, step in enumerate(steps, start=1):
         if step.method.idle and step.method.idle(step.recipe):
-            return number
+            return (
+                f"step {number}, {step.method.name}, would change nothing: it learns from the dense model alone, which the model before it "
+                "still equals; set alpha below 1, or put a prune step before it"
+            )
         if step.method.kind != "smooth":
             return None
     return None
@@ -130,11 +133,8 @@ def idle_step(steps: Sequence[Step]) -> int | None:
 
 def check_steps(steps: Sequence[Step], dense: PreTrainedModel) -> None:
     """Raise CompactMindError if a step cannot be done to this model, as far as the models' shapes tell: nothing is computed."""
-    if number := idle_step(steps):
-        raise CompactMindError(
-            f"step {number}, {steps[number - 1].method.name}, would change nothing: it learns from the dense model alone, which the model "
-            "before it still equals; set alpha below 1, or put a prune step before it"
-        )
+    if problem := idle_problem(steps):
+        raise CompactMindError(problem)
     shapes_are_known, zeros = True, None
     for step in steps:
         if zeros and step.method.fills_zeros and (why := step.method.fills_zeros(step.recipe)):

@@ -32,7 +32,7 @@ from optuna.pruners import BasePruner, NopPruner
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from compactmind.errors import CompactMindError
-from compactmind.search.compressor import Step, idle_step, read_pipeline
+from compactmind.search.compressor import Step, idle_problem, read_pipeline
 from compactmind.search.machine import HEARTBEAT_SECONDS, heartbeat, this_worker, worker_is_alive
 from compactmind.search.notes import Notes, Skipped, Stopped
 from compactmind.search.space import Space
@@ -204,7 +204,7 @@ def search(
         if strategy == "grid":
             points = (point for point in shuffled_points(space, seed) if point not in queue)
             pipelines = ((point, read_pipeline(space.pipeline(point))) for point in points)
-            possible = (point for point, steps in pipelines if excess(steps) <= 0 and not idle_step(steps))
+            possible = (point for point, steps in pipelines if excess(steps) <= 0 and not idle_problem(steps))
             queue += itertools.islice(possible, n_trials - len(queue))
         queue_once(study, queue)
     proposer, study.pruner = Proposer(space, strategy, sampler, excess), pruner or NopPruner()

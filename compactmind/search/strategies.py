@@ -23,7 +23,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from compactmind.search.compressor import Step, idle_step, read_pipeline
+from compactmind.search.compressor import Step, idle_problem, read_pipeline
 from compactmind.search.space import Space
 
 SAMPLERS = ("tpe", "gp")
@@ -104,7 +104,7 @@ class Proposer:
             if too_much > 0:  # the draft learns it, the study need not
                 trial.set_constraint("compression", too_much)
                 draft.tell(trial, state=TrialState.FAIL if several else TrialState.PRUNED)
-            elif key_of(steps) not in known and not idle_step(steps):
+            elif key_of(steps) not in known and not idle_problem(steps):
                 return trial.params
             else:
                 draft.tell(trial, state=TrialState.FAIL)
@@ -143,7 +143,7 @@ class Proposer:
 
     def _is_new(self, point: dict[str, Any], known: set[str]) -> bool:
         steps = read_pipeline(self.space.pipeline(point))
-        return self.excess(steps) <= 0 and key_of(steps) not in known and not idle_step(steps)
+        return self.excess(steps) <= 0 and key_of(steps) not in known and not idle_problem(steps)
 
     def _any(self, known: set[str], seed: int) -> dict[str, Any] | None:
         if self.space.size() > ENUMERABLE:
