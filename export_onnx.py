@@ -38,8 +38,8 @@ class ExportConfig(StageConfig):
     """The same with int8_products u8s7, whose weights are not quite the same."""
     int8_products: Literal["u8u8", "u8s8", "u8s7"] = "u8u8"
     """Of W8A8 models. u8u8 is right on every CPU; u8s8 is faster with VNNI (or on ARM) and saturates on x86 CPUs without, unless the
-    onnxruntime session there has session.x64quantprecision set to 1; u8s7 is as fast and right on every CPU, its weights rounded once
-    more, to seven bits."""
+    onnxruntime session there has session.x64quantprecision set to 1; u8s7 is as fast with VNNI and saturates on no CPU, its weights
+    rounded once more, to seven bits."""
 
 
 CONFIG = ExportConfig.for_profile(PROFILE)
