@@ -13,7 +13,8 @@ import torch
 from compactmind import kernels
 from compactmind.formats import w8a8
 from compactmind.kernels import KERNEL_VARIABLE
-from compactmind.methods.quantization.gptq import round_nearest
+from compactmind.methods.quantization.error_compensation import compensate_rounding, compensation_of, smaller_scales
+from compactmind.methods.quantization.gptq import columns_in_order, inverse_factor, round_compensated, round_nearest
 from compactmind.methods.quantization.grid import BITS, K_TYPES, ZEROS, Grid, fit, from_integers, to_integers
 from compactmind.methods.quantization.grouped import GroupedEmbedding, GroupedLinear, TiedHead, pack
 from compactmind.methods.quantization.rotation import hadamard, rotate
@@ -446,6 +447,64 @@ def test_scales_of_super_blocks_are_those_of_torch(bits, monkeypatch):
     monkeypatch.setenv(KERNEL_VARIABLE, "simulated")
     expected = fit_groups(weight, grid)
     assert all((one == other).float().mean() > 0.98 for one, other in zip(fitted, expected, strict=True))
+
+
+def moment_of(width: int) -> torch.Tensor:
+    x = drawn(4 * width + 8, width, seed=2) @ drawn(width, width, seed=3)
+    return x.t() @ x / len(x)
+
+
+@needs_kernels
+@pytest.mark.parametrize("zero", ZEROS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("rows", "width", "size"), [(5, 37, 16), (77, 64, 32), (130, 200, -1)])
+def test_columns_are_rounded_one_after_the_other_as_in_torch(rows, width, size, bits, zero, monkeypatch):
+    grid, moment, weight = Grid(bits, size, zero), moment_of(width), drawn(rows, width)
+    order = columns_in_order(moment, grid, "activation")
+    factor = inverse_factor(moment[order[:, None], order], 0.01)
+    rounded = round_compensated(weight, factor, order, grid)
+    monkeypatch.setenv(KERNEL_VARIABLE, "simulated")
+    expected = round_compensated(weight, factor, order, grid)
+    # a level beside, where two are as near: what follows makes up for another error then
+    assert (rounded.q == expected.q).float().mean() > 0.97
+    error = [((each.weight() - weight) @ moment * (each.weight() - weight)).sum().item() for each in (rounded, expected)]
+    assert error[0] == pytest.approx(error[1], rel=0.02)
+    nearest = round_nearest(weight, grid, moment.diagonal()).weight() - weight
+    assert error[0] < (nearest @ moment * nearest).sum()
+
+
+@needs_kernels
+def test_one_column_after_the_other_is_exact_where_none_is_near_two_levels(ops):
+    """Errors of 1/8 of a step and shares of a half: every number is exact, so kernel and definition agree to the bit."""
+    block, factor = torch.tensor([[1.125, -2.125, 3.0], [0.0, 1.0, 2.25]]), torch.tensor([[2.0, 0.5], [0.0, 4.0]])
+    ones, eights = torch.ones(3), torch.full((3,), 8.0)
+    q, errors = ops.round_columns(block, factor, ones, eights, 4, ZEROS.index("symmetric"))
+    assert q.tolist() == [[9, 6, 11], [8, 9, 10]]
+    assert errors.tolist() == [[0.0625, -0.0625, 0.0], [-0.0078125, 0.0078125, 0.0625]]
+    with pytest.raises(RuntimeError, match="factor"):
+        ops.round_columns(block, factor[:1], ones, eights, 4, 0)
+    with pytest.raises(RuntimeError, match="each output"):
+        ops.round_columns(block, factor, ones[:2], eights, 4, 0)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("rows", "width"), [(5, 64), (77, 128)])
+@pytest.mark.parametrize("levels", [[-1.0, -0.3, 0.0, 0.2, 1.0], torch.linspace(-1, 1, 16).tolist()], ids=len)
+def test_levels_and_where_they_end_are_those_of_torch(rows, width, levels, monkeypatch):
+    weight, levels, moment, found = drawn(rows, width), torch.tensor(levels), moment_of(width), []
+    weight[0] = 0
+    compensation = compensation_of(moment, largest_first=True)
+    for kernel in ("", "simulated"):
+        monkeypatch.setenv(KERNEL_VARIABLE, kernel)
+        cut = smaller_scales(weight, compensation.importance, levels, 32)
+        scale = cut.unflatten(1, (-1, 32)).abs().amax(-1, keepdim=True).expand(-1, -1, 32).flatten(1)
+        found.append((cut, compensate_rounding(cut, compensation, levels, scale, scale * 1.01)))
+    (cut, rounded), (expected_cut, expected) = found
+    assert (cut == expected_cut).all(dim=1).float().mean() > 0.98
+    assert (rounded == expected).float().mean() > 0.97
+    assert rounded[0].eq(0).all() or not levels.eq(0).any()
+    pinned = cut.abs() >= cut.unflatten(1, (-1, 32)).abs().amax(-1, keepdim=True).expand(-1, -1, 32).flatten(1)
+    assert torch.equal(rounded[pinned], cut[pinned])
 
 
 def test_a_changed_header_is_another_library(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 // Products of quantized linears on x86 CPUs with AVX2 and FMA: what __init__.py beside this file builds, loads and describes.
 #include <torch/library.h>
 
+#include "columns.h"
 #include "decode.h"
 #include "encoder.h"
 #include "fit.h"
@@ -20,6 +21,10 @@ TORCH_LIBRARY(compactmind, m) {
   m.def("decode(Tensor hidden, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] linears, int[] kinds, Tensor(a!)[] keys, Tensor(b!)[] values, "
         "float eps, float scaling) -> Tensor");
   m.def("fit(Tensor weight, Tensor counts, int bits, int zero, int ranges, bool one_sided) -> (Tensor, Tensor)");
+  m.def("round_columns(Tensor block, Tensor factor, Tensor scale, Tensor zero, int bits, int zero_kind) -> (Tensor, Tensor)");
+  m.def("round_columns_to_levels(Tensor block, Tensor factor, Tensor pinned, Tensor sign, Tensor scale, Tensor decoded, Tensor levels) -> "
+        "(Tensor, Tensor)");
+  m.def("cut_off(Tensor weight, Tensor counts, Tensor levels, float[] shares) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(compactmind, CPU, m) {
@@ -34,4 +39,7 @@ TORCH_LIBRARY_IMPL(compactmind, CPU, m) {
   m.impl("levels_linear", &levels_linear);
   m.impl("decode", &decode);
   m.impl("fit", &fit);
+  m.impl("round_columns", &round_columns);
+  m.impl("round_columns_to_levels", &round_columns_to_levels);
+  m.impl("cut_off", &cut_off);
 }

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from compactmind import kernels
 from compactmind.data import model_inputs
 from compactmind.methods.quantization.replayed import replayed
 
@@ -110,6 +111,9 @@ def smaller_scales(
     in what is returned; the weights beyond them are for `compensate_rounding` to cut.
     """
     importance = importance.unflatten(0, (-1, block_size))  # (blocks, block_size)
+    if kernels.usable_on(weight.device) and block_size % 8 == 0:
+        blocks = weight.float().contiguous().view(-1, block_size)
+        return torch.ops.compactmind.cut_off(blocks, importance.float().contiguous(), levels, SHRINK).view(weight.shape)
     blocks = weight.float().unflatten(1, (-1, block_size))  # (out_features, blocks, block_size)
     largest, boundaries = blocks.abs().amax(-1, keepdim=True), (levels[1:] + levels[:-1]) / 2
     least = torch.full_like(largest, torch.inf)
@@ -122,12 +126,24 @@ def smaller_scales(
     return torch.maximum(torch.minimum(blocks, limit), -limit).flatten(1)
 
 
-@replayed
 def _round_columns(
     block: torch.Tensor, pinned: torch.Tensor, sign: torch.Tensor, scale: torch.Tensor, decoded_scale: torch.Tensor,
     factor: torch.Tensor, levels: torch.Tensor, boundaries: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return what some columns (columns, out) are rounded to, one after the other, and their errors; changes `block`, in place."""
+    """Return what some columns (columns, out) are rounded to, one after the other, and their errors; `block` may be changed.
+
+    By kernels/columns.h where that can be had, whose sums may round otherwise in their last bit.
+    """
+    if kernels.usable_on(block.device):
+        return torch.ops.compactmind.round_columns_to_levels(block, factor, pinned, sign, scale, decoded_scale, levels)
+    return _round_columns_in_torch(block, pinned, sign, scale, decoded_scale, factor, levels, boundaries)
+
+
+@replayed
+def _round_columns_in_torch(
+    block: torch.Tensor, pinned: torch.Tensor, sign: torch.Tensor, scale: torch.Tensor, decoded_scale: torch.Tensor,
+    factor: torch.Tensor, levels: torch.Tensor, boundaries: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     rounded, errors = torch.empty_like(block), torch.empty_like(block)
     for column, wanted in enumerate(block):
         nearest = torch.bucketize(wanted / decoded_scale[column].clamp_min(1e-12), boundaries)

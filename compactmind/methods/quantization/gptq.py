@@ -10,8 +10,9 @@ behind j cannot make up for. That is the importance by which the scales of a gro
 
 import torch
 
+from compactmind import kernels
 from compactmind.methods.quantization.error_compensation import factor_of_inverse
-from compactmind.methods.quantization.grid import Grid, from_integers, to_integers
+from compactmind.methods.quantization.grid import ZEROS, Grid, from_integers, to_integers
 from compactmind.methods.quantization.replayed import replayed
 from compactmind.methods.quantization.superblocks import fit_groups
 
@@ -80,11 +81,24 @@ def _fit(weight: torch.Tensor, importance: torch.Tensor, grid: Grid) -> tuple[to
     return fit_groups(weight, grid, importance)
 
 
-@replayed
 def _round_columns(
     block: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the integers of some columns (columns, out), one after the other, and their errors; changes `block`, in place."""
+    """Return the integers of some columns (columns, out), one after the other, and their errors; `block` may be changed.
+
+    By kernels/columns.h where that can be had, whose sums may round otherwise in their last bit.
+    """
+    if kernels.usable_on(block.device):
+        return torch.ops.compactmind.round_columns(
+            block, factor, scale.contiguous(), zero.contiguous(), grid.bits, ZEROS.index(grid.zero)
+        )
+    return _round_columns_in_torch(block, factor, scale, zero, grid)
+
+
+@replayed
+def _round_columns_in_torch(
+    block: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
     q, errors = torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
     for column, wanted in enumerate(block):
         integers = to_integers(wanted, scale, zero, grid)
