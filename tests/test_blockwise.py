@@ -4,7 +4,7 @@ import helpers
 import pytest
 import torch
 
-from compactmind.methods.blockwise import block_inputs, in_float32, run_block, walk_blocks
+from compactmind.methods.blockwise import SecondMoment, block_inputs, in_float32, run_block, walk_blocks
 from compactmind.methods.llama import llama_blocks
 from compactmind.methods.quantization.calibration import SITES
 from compactmind.methods.registry import METHODS, Resources
@@ -101,3 +101,12 @@ def test_what_stops_in_the_middle_leaves_the_model_as_it_was(where):
     assert state_of(model) == before and not any("forward" in block.module.__dict__ for block in llama_blocks(model))
     failing.remove()
     assert len(block_inputs(model, helpers.example_windows(1, 8))[0]) == 1
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 8, 33])
+def test_half_of_a_second_moment_is_summed_and_the_other_filled_in(width):
+    x, moment = torch.randn(40, width, generator=torch.Generator().manual_seed(width)), SecondMoment(width, torch.device("cpu"))
+    for part, share in zip(x.split(25), (1.0, 0.5), strict=True):
+        moment.add(part, share)
+    expected = x[:25].t() @ x[:25] + 0.5 * x[25:].t() @ x[25:]
+    torch.testing.assert_close(moment.whole(), expected, rtol=1e-5, atol=1e-5)

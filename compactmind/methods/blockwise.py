@@ -98,6 +98,30 @@ class Reached(Exception):
     """Raised by a hook at the place behind which nothing of a block is needed."""
 
 
+PARTS = 4
+"""Strips of columns in which a second moment is summed: of its symmetric halves one is, and the diagonal's squares, 5/8 of the products."""
+
+
+class SecondMoment:
+    """The sum of x x^T over tokens, float32 (width, width)."""
+
+    def __init__(self, width: int, device: torch.device):
+        self.total = torch.zeros(width, width, device=device)
+        size = -(-width // PARTS)
+        self.strips = [slice(start, min(start + size, width)) for start in range(0, width, size)]
+
+    def add(self, x: torch.Tensor, share: float = 1.0) -> None:
+        """Add `share` of what the tokens x (tokens, width) make."""
+        for strip in self.strips:
+            self.total[strip.start :, strip].addmm_(x[:, strip.start :].t(), x[:, strip], alpha=share)
+
+    def whole(self) -> torch.Tensor:
+        """Return the sum itself, its other half filled in."""
+        for strip in self.strips:
+            self.total[strip, strip.stop :] = self.total[strip.stop :, strip].t()
+        return self.total
+
+
 Moments = dict[str, torch.Tensor]
 """Site of SITES -> weighted mean of x x^T of what its linears read, float32 (in, in)."""
 
@@ -125,7 +149,7 @@ def walk_blocks(
 
 
 def _moments(block: LlamaBlock, states: list[torch.Tensor], arguments: dict, tokens: dict[str, torch.Tensor] | None) -> Moments:
-    sums: Moments = {}
+    sums: dict[str, SecondMoment] = {}
     window, total, last = 0, sum(each.shape[1] for each in states), list(SITES)[-1]
 
     def watch(site: str):
@@ -134,10 +158,9 @@ def _moments(block: LlamaBlock, states: list[torch.Tensor], arguments: dict, tok
             if tokens is not None:
                 x = x * tokens[site][window].sqrt()[:, None].to(x.device)
             with observing(x.device, enabled=False):
-                if site in sums:
-                    sums[site].addmm_(x.t(), x, alpha=1 / total)
-                else:
-                    sums[site] = (x.t() @ x).div_(total)
+                if site not in sums:
+                    sums[site] = SecondMoment(x.shape[1], x.device)
+                sums[site].add(x, 1 / total)
             if site == last:
                 raise Reached
 
@@ -151,10 +174,11 @@ def _moments(block: LlamaBlock, states: list[torch.Tensor], arguments: dict, tok
     finally:
         for handle in handles:
             handle.remove()
-    for site, moment in sums.items():
+    moments = {site: each.whole() for site, each in sums.items()}
+    for site, moment in moments.items():
         if not torch.isfinite(moment.diagonal()).all():
             raise CompactMindError(
                 f"{block.name}: the input of {'/'.join(SITES[site])} is NaN or infinite on calibration text: the weights of this layer or "
                 "of one before it are damaged, download or make the model again"
             )
-    return sums
+    return moments

@@ -9,13 +9,12 @@ smaller blocks before it pass it on; at no time is more than one block's moments
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compactmind.methods.blockwise import Reached, block_inputs, observe_block, observing
+from compactmind.methods.blockwise import Reached, SecondMoment, block_inputs, observe_block, observing
 from compactmind.methods.llama import LlamaBlock
 
 SMALLEST = 1e-3
@@ -117,22 +116,21 @@ class _Moments:
 
     def __init__(self, linear: nn.Linear):
         self.linear, self.tokens = linear, 0
-        zeros = partial(torch.zeros, device=linear.weight.device)
-        self.total = zeros(linear.in_features, linear.in_features)
-        self.cross = zeros(linear.out_features, linear.in_features)
+        self.moment = SecondMoment(linear.in_features, linear.weight.device)
+        self.cross = torch.zeros(linear.out_features, linear.in_features, device=linear.weight.device)
 
     def add(self, x: torch.Tensor, wanted: torch.Tensor) -> None:
         if self.linear.bias is not None:
             wanted = wanted - self.linear.bias
         x, wanted = x.flatten(0, -2).float(), wanted.flatten(0, -2).float()
-        self.total.addmm_(x.t(), x)
+        self.moment.add(x)
         self.cross.addmm_(wanted.t(), x)
         self.tokens += len(x)
 
     def refit(self, keep: torch.Tensor, damping: float) -> None:
         """Give the linear, in place, the weights that `refit` finds."""
         weight = self.linear.weight
-        weight.copy_(refit(weight, self.total.div_(self.tokens), self.cross.div_(self.tokens), keep, damping))
+        weight.copy_(refit(weight, self.moment.whole().div_(self.tokens), self.cross.div_(self.tokens), keep, damping))
 
 
 @contextmanager
