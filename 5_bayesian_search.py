@@ -304,7 +304,7 @@ def run_search(config: SearchConfig, output: Path) -> None:
     )  # fmt: skip
     runner.learn(study)
     progress, targets = findings.SearchProgress(study, config.n_trials, floor_of(config)), targets_of(config)
-    guesses = space.guesses_for(targets, lambda pipeline: runner.expected_ratio(read_pipeline(pipeline)))
+    guesses = space.guesses_for(targets, lambda pipeline: runner.expected_ratio(read_pipeline(pipeline)), config.workers)
     require_kind(study, config.objectives, kind)  # another worker may have begun meanwhile
     search(
         study, space, config.n_trials, recording_machine_kind(runner.evaluate, config.objectives, kind), strategy=config.strategy,

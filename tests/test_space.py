@@ -147,6 +147,20 @@ def test_the_first_guesses_are_the_least_sparse_pipelines_that_reach_the_target(
     assert [guess["order"] for guess in untrained.first_guesses(ratio, 2.5)] == ["prune > nf4", "prune > smooth > nf4"]
 
 
+def test_the_guesses_of_several_workers_do_not_begin_alike_at_the_same_time():
+    space, targets = make_space(("prune", "retrain", "smooth", "gptq"), targets=(2.5, 3.0, 4.0), by_text=True), (2.5, 3.0, 4.0)
+
+    def ratio(pipeline):
+        return pipeline[-1]["params"].get("target_compression", 1.0)
+
+    alone, of_two = (space.guesses_for(targets, ratio, workers) for workers in (1, 2))
+    assert [guess["order"] for guess in alone[:6]] == ["gptq"] * 3 + ["retrain > gptq"] * 3
+    assert of_two[:6] == [alone[0], alone[3], alone[1], alone[4], alone[2], alone[5]]
+    assert len(alone) == len(of_two) and all(guess in alone for guess in of_two)
+    pairs = list(zip(of_two[:12:2], of_two[1:12:2], strict=True))  # of four orders; the last one has no other beside it
+    assert len({guess["order"] for guess in alone}) == 5 and all(one["order"] != other["order"] for one, other in pairs)
+
+
 def test_a_first_guess_gives_away_no_more_bits_than_the_target_asks_for():
     choices = {"gptq.bits": [3, 4, 6], "gptq.group_size": [32, 128], "gptq.embeddings": ["int8", "int4"]}
     choices |= {"gptq.zero": ["symmetric"], "gptq.damping": [0.05]}

@@ -137,12 +137,19 @@ class Space:
                 guesses.append((sparsity, len(order), ratio, {"order": SEPARATOR.join(order), **params}))
         return [guess for *_, guess in sorted(guesses, key=lambda known: known[:3])]
 
-    def guesses_for(self, targets: Sequence[float], ratio_of: Callable[[list[dict[str, Any]]], float]) -> list[dict[str, Any]]:
-        """Return the first guesses for several targets, each once: the first one for every target, then the second ones ..."""
+    def guesses_for(
+        self, targets: Sequence[float], ratio_of: Callable[[list[dict[str, Any]]], float], at_once: int = 1
+    ) -> list[dict[str, Any]]:
+        """Return the first guesses for several targets, each once: the first one for every target, then the second ones ...
+
+        `at_once` of them take turns, for as many workers: a pipeline begins alike for every target, and what one worker has run of it
+        another one finds in the cache, unless both run it at the same time.
+        """
         of_each = [self.first_guesses(ratio_of, target) for target in targets]
-        ordered: list[dict[str, Any]] = []
-        for guesses in itertools.zip_longest(*of_each):
-            ordered += [guess for guess in guesses if guess is not None and guess not in ordered]
+        ranked, ordered = list(itertools.zip_longest(*of_each)), []
+        for start in range(0, len(ranked), at_once):
+            for guesses in zip(*ranked[start : start + at_once], strict=True):
+                ordered += [guess for guess in guesses if guess is not None and guess not in ordered]
         return ordered
 
     def _obvious_orders(self) -> Iterator[tuple[str, ...]]:
