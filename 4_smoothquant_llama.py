@@ -54,7 +54,7 @@ from compactmind.report.figures import save_figure
 from compactmind.room import require_room
 from compactmind.search.cache import Kept
 from compactmind.search.compressor import Step
-from compactmind.text import load_documents, token_windows
+from compactmind.text import calibration_windows, load_documents, token_windows
 
 # ------------------------------------------------------------------------------------------------------------ constants
 # Every field, its reason and its range: common.SmoothQuantConfig. For example: for_profile(PROFILE, alpha=0.85)
@@ -190,7 +190,7 @@ def make_and_measure(config: SmoothQuantConfig, source: Path) -> None:
 
     @functools.cache
     def calibration() -> torch.Tensor:
-        return token_windows(tokenizer, load_documents(config.text_dir, "train"), config.seq_len, config.calibration_windows)
+        return calibration_windows(tokenizer, load_documents(config.text_dir, "train"), config.seq_len, config.calibration_windows)
 
     @functools.cache
     def statistics(stream_rotation: bool):

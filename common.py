@@ -258,7 +258,7 @@ class LlamaConfig(TextConfig):
     model_path: str = ""
     """The dense model, any local Hugging Face folder of a Llama-like causal LM; empty: <models_dir>/llama."""
     calibration_windows: int = 16
-    """Windows of training text on which activations (and gradients) are observed; the SmoothQuant paper: 512 sentences."""
+    """Windows of training text, spread over sixteen times as many, on which activations (and gradients) are observed."""
     dry_run: bool = False
     """Print what memory and disk it takes, from the shapes of the model alone, and do nothing."""
 

@@ -39,7 +39,7 @@ from compactmind.methods.pruning.llama_masks import PruneRecipe  # noqa: E402
 from compactmind.methods.pruning.llama_pruning import prune_llama  # noqa: E402
 from compactmind.methods.pruning.llama_structure import channel_parameters, prunable_parameters  # noqa: E402
 from compactmind.precision import work_in_float32  # noqa: E402
-from compactmind.text import load_documents, token_windows  # noqa: E402
+from compactmind.text import calibration_windows, load_documents, token_windows  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,11 @@ def main(config: BenchmarkConfig) -> None:
     stage = SearchConfig.for_profile(config.profile)
     model, tokenizer = load(config)
     windows = {
-        split: token_windows(tokenizer, load_documents(stage.text_dir, split), stage.seq_len, count)
-        for split, count in (("train", config.calibration_windows), ("test", stage.eval_windows))
-    }
+        split: cut(tokenizer, load_documents(stage.text_dir, split), stage.seq_len, count)
+        for split, cut, count in (
+            ("train", calibration_windows, config.calibration_windows), ("test", token_windows, stage.eval_windows)
+        )
+    }  # fmt: skip
     if config.only_memory:
         print(json.dumps(scoring_memory(model, windows["train"])))
         return

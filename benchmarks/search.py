@@ -50,7 +50,7 @@ from compactmind.search.engine import counted_trials, open_study, search  # noqa
 from compactmind.search.space import Space, make_space  # noqa: E402
 from compactmind.search.strategies import key_of  # noqa: E402
 from compactmind.search.trials import MARGIN, TrialRunner  # noqa: E402
-from compactmind.text import load_documents, token_windows  # noqa: E402
+from compactmind.text import calibration_of, load_documents, token_windows  # noqa: E402
 
 METHODS = ("prune", "retrain", "w8a8", "nf4")
 GRID = {
@@ -104,7 +104,7 @@ def make_runner(config: BenchmarkConfig, stage: SearchConfig, cache: PrefixCache
 
     train, validation = windows("train", 0), windows("validation", stage.held_out_windows + stage.confirm_windows)
     resources = Resources(
-        train[: config.calibration_windows], train, validation[: stage.held_out_windows],
+        calibration_of(train, config.calibration_windows), train, validation[: stage.held_out_windows],
         dense=lambda: load_as_released(source)[0].to(device).float(), released=model.dtype, device=device,
     )  # fmt: skip
     return TrialRunner(

@@ -17,6 +17,8 @@ LAST = 16
 """Tokens at the end of a prefix that may be others where the text goes on."""
 WINDOW_CHOICES = ("spread", "first")
 """Which windows of a text are taken where not all are. The first ones are of a few documents; spread ones stand for the whole text."""
+CALIBRATION_SPAN = 16
+"""Calibration text is spread over so many times as many windows: neighbouring ones are of one document."""
 READABLE = (".raw", ".txt", ".tokens", ".parquet", ".jsonl")
 
 
@@ -91,6 +93,23 @@ def token_windows(
             f"the text has {len(ids)} tokens, less than one window of {seq_len}: use more text or a smaller --seq_len"
         )
     windows = ids[: count * seq_len].view(count, seq_len)
-    if choice == "spread" and 0 < max_windows < count:  # the middles of as many equal parts of the text
-        return windows[torch.tensor([(2 * index + 1) * count // (2 * max_windows) for index in range(max_windows)])]
+    if choice == "spread" and max_windows:
+        return _spread(windows, max_windows)
     return windows[:max_windows] if max_windows else windows
+
+
+def _spread(windows: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the middles of `count` equal parts; all windows (windows, seq_len) if there are no more."""
+    of = len(windows)
+    return windows if of <= count else windows[torch.tensor([(2 * index + 1) * of // (2 * count) for index in range(count)])]
+
+
+def calibration_of(windows: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the windows (`count`, seq_len) of training text (windows, seq_len) that methods observe: spread over the first
+    CALIBRATION_SPAN times as many, fewer if there are not so many."""
+    return _spread(windows[: CALIBRATION_SPAN * count], count) if count else windows[:0]
+
+
+def calibration_windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], seq_len: int, count: int) -> torch.Tensor:
+    """Return `calibration_of` the windows that `token_windows` cuts documents into; it reads no more of them than that takes."""
+    return calibration_of(token_windows(tokenizer, documents, seq_len, CALIBRATION_SPAN * count), count)

@@ -10,7 +10,15 @@ import torch
 from compactmind.data import DESCRIPTION, SPLITS, data_fingerprint, read_dataset_description
 from compactmind.errors import CompactMindError
 from compactmind.sources.text import split_wikitext, wikitext_files
-from compactmind.text import JOIN, load_documents, read_documents, token_windows, write_text
+from compactmind.text import (
+    JOIN,
+    calibration_of,
+    calibration_windows,
+    load_documents,
+    read_documents,
+    token_windows,
+    write_text,
+)
 
 WIKITEXT = " \n = A Title = \n \n First line , with a @-@ sign . \n Second line . \n\n \t\n = = Another = = \n"
 DOCUMENTS = [
@@ -292,3 +300,13 @@ def test_the_first_windows_are_those_of_the_whole_text_however_long_its_tokens_a
         whole = token_windows(tokenizer, [document] * 20, 16)
         assert len(whole) > 40
         assert torch.equal(token_windows(tokenizer, [document] * 20, 16, windows), whole[:windows])
+
+
+def test_calibration_text_is_spread_and_does_not_depend_on_how_much_there_is_beyond_what_it_is_spread_over(byte_tokenizer):
+    documents = [f"{number:05d}" * 4 for number in range(200)]
+    whole = token_windows(byte_tokenizer, documents, 22)  # a document and what joins it to the next
+    chosen = calibration_windows(byte_tokenizer, documents, 22, 4)
+    assert torch.equal(chosen, whole[[8, 24, 40, 56]]) and torch.equal(chosen, calibration_of(whole, 4))
+    assert torch.equal(chosen, calibration_windows(byte_tokenizer, documents[:70], 22, 4))
+    assert torch.equal(calibration_of(whole[:6], 3), whole[[1, 3, 5]])
+    assert torch.equal(calibration_of(whole[:3], 4), whole[:3]) and len(calibration_of(whole, 0)) == 0

@@ -20,7 +20,7 @@ from compactmind.methods.registry import Resources
 from compactmind.precision import work_in_float32
 from compactmind.search.cache import Kept
 from compactmind.search.compressor import Compressed, Measure, store_as_released
-from compactmind.text import load_documents, token_windows
+from compactmind.text import calibration_of, load_documents, token_windows
 
 
 @dataclass
@@ -99,7 +99,7 @@ def read_inputs(
     """Load the tokenizer of a model and cut the text; the model itself is loaded whenever a fresh one is wanted.
 
     `check` looks at the dense model first: it raises CompactMindError if what is to be done to it cannot be done. `cut` returns windows
-    of tokens (windows, seq_len) by what they are for: train, of which the first ones calibrate, held_out, choose and test. `keep`: what
+    of tokens (windows, seq_len) by what they are for: train, of which some calibrate, held_out, choose and test. `keep`: what
     is kept between runs.
     """
     model, tokenizer = load_as_released(source)
@@ -107,7 +107,7 @@ def read_inputs(
     released = model.dtype
     del model
     windows = cut(tokenizer)
-    train, calibration = windows["train"], windows["train"][:calibration_windows]
+    train, calibration = windows["train"], calibration_of(windows["train"], calibration_windows)
     print(f"{len(train)} windows of {train.shape[1]} tokens to train on, {len(calibration)} of them to calibrate on")
     resources = Resources(
         calibration=calibration, train=train, held_out=windows["held_out"], released=released,
