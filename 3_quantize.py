@@ -23,7 +23,7 @@ from common import PROFILE, QuantizeConfig, parse_command_line, run_stage
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.classifier_room import require_room_for
 from compactmind.code_version import code_version
-from compactmind.data import EncodedSentences, data_fingerprint, load_split
+from compactmind.data import EncodedSentences, data_fingerprint, load_split, spread
 from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import accuracy_of
@@ -86,7 +86,8 @@ def quantize(name: str, method: str, config: QuantizeConfig, device: str) -> Non
     if method == "w8a8":
         description = quantize_encoder(parent.model, config.embeddings)
     else:
-        sentences = load_split(config.data_dir, "train")[: config.calibration_sentences]
+        train = load_split(config.data_dir, "train")
+        sentences = [train[number] for number in spread(len(train), config.calibration_sentences)]
         calibration = EncodedSentences(parent.tokenizer, sentences, config.max_length) if sentences else None
         description = quantize_model(
             parent.model,

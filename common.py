@@ -224,7 +224,7 @@ class QuantizeConfig(StageConfig):
     double_quantization: bool = True
     """nf4: quantize the block scales too (0.37 bit per weight less)."""
     calibration_sentences: int = 256
-    """nf4: training sentences on which rounding errors are compensated (GPTQ); 0 = round to nearest."""
+    """nf4: training sentences, spread over all, on which rounding errors are compensated (GPTQ); 0 = round to nearest."""
     embeddings: Literal["int8", "int6", "int5", "int4", "fp16", "float32"] = "int8"
     """What embedding tables are stored in, two thirds of a small encoder that 4-bit kernels do not touch: integers with a scale for every
     64 weights of a row, fp16, or float32 as they are."""

@@ -273,6 +273,14 @@ def data_fingerprint(data_dir: Path) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def spread(of: int, count: int) -> list[int]:
+    """Return the numbers, from 0 to before `of`, of the middles of `count` equal parts; all where there are no more.
+
+    What is next to each other in a text or a table is often of one kind: of one document, or of one class.
+    """
+    return list(range(of)) if of <= count else [(2 * index + 1) * of // (2 * count) for index in range(count)]
+
+
 def load_split(data_dir: Path, split: str) -> list[Sentence]:
     """Return the sentences of train, validation or test. Raises CompactMindError if they are missing or malformed."""
     if split not in SPLITS:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from compactmind.data import BLANK, HALF_A_PAIR, SPLITS, read_json_lines, unreadable, write_splits
+from compactmind.data import BLANK, HALF_A_PAIR, SPLITS, read_json_lines, spread, unreadable, write_splits
 from compactmind.errors import CompactMindError
 
 JOIN = "\n\n"
@@ -94,20 +94,14 @@ def token_windows(
         )
     windows = ids[: count * seq_len].view(count, seq_len)
     if choice == "spread" and max_windows:
-        return _spread(windows, max_windows)
+        return windows[spread(count, max_windows)]
     return windows[:max_windows] if max_windows else windows
-
-
-def _spread(windows: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the middles of `count` equal parts; all windows (windows, seq_len) if there are no more."""
-    of = len(windows)
-    return windows if of <= count else windows[torch.tensor([(2 * index + 1) * of // (2 * count) for index in range(count)])]
 
 
 def calibration_of(windows: torch.Tensor, count: int) -> torch.Tensor:
     """Return the windows (`count`, seq_len) of training text (windows, seq_len) that methods observe: spread over the first
     CALIBRATION_SPAN times as many, fewer if there are not so many."""
-    return _spread(windows[: CALIBRATION_SPAN * count], count) if count else windows[:0]
+    return windows[spread(min(len(windows), CALIBRATION_SPAN * count), count)]
 
 
 def calibration_windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], seq_len: int, count: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import helpers
 import pytest
 import torch
 
-from compactmind.data import EncodedSentences, Sentence, deduplicate, normalize, split_by_hash, stable_share
+from compactmind.data import EncodedSentences, Sentence, deduplicate, normalize, split_by_hash, spread, stable_share
 from compactmind.phrases import hold_out_whole_sentences
 
 
@@ -158,3 +158,12 @@ def test_training_batches_waste_less_than_half_of_the_padding_of_a_plain_order(t
 
     plain = padding(encoded.collate(range(start, start + 8)) for start in range(0, 400, 8))
     assert 0 < padding(encoded.training_batches(8, seed=1)) < plain / 2
+
+
+def test_some_of_many_are_spread_evenly():
+    assert spread(10, 2) == [2, 7] and spread(3, 5) == [0, 1, 2] and spread(6, 6) == list(range(6))
+    assert spread(4, 0) == spread(0, 3) == []
+    for of, count in ((1000, 7), (21, 20), (512, 16)):
+        places = spread(of, count)
+        gaps = {after - before for before, after in zip(places, places[1:], strict=False)}
+        assert len(places) == count and places[0] >= 0 and places[-1] < of and max(gaps) - min(gaps) <= 1

@@ -6,7 +6,7 @@ import torch
 
 from compactmind import checkpoint
 from compactmind.checkpoint import save_checkpoint
-from compactmind.data import write_dataset
+from compactmind.data import EncodedSentences, write_dataset
 
 METHODS = ("nf4", "int8", "w8a8")
 
@@ -79,3 +79,22 @@ def test_a_table_beyond_float16_is_named_with_the_way_out(folder, tokenizer, run
     assert status == 0, output
     model = checkpoint.load_checkpoint(folder / "models" / f"student_{method}").model
     assert model.distilbert.embeddings.position_embeddings.weight[100, 3] == 7e4
+
+
+def test_a_table_that_is_sorted_by_class_is_calibrated_on_all_classes(folder, tokenizer, run_here, monkeypatch):
+    sentences = sorted(helpers.make_sentences(80), key=lambda sentence: sentence.label)
+    parts = {"train": sentences, "validation": sentences[::4], "test": sentences[1::4]}
+    write_dataset(folder / "sst2_data", parts, "made up")
+    save_student(folder, tokenizer)
+    read, encode = [], EncodedSentences.evaluation_batches
+
+    def watched(self, *arguments):
+        read.append(self.labels.tolist())
+        return encode(self, *arguments)
+
+    monkeypatch.setattr(EncodedSentences, "evaluation_batches", watched)
+    arguments = ("--parents", "student", "--w8a8_parents", "--calibration_sentences", "8")
+    status, output = run_here("3_quantize.py", *arguments, cwd=folder)
+    assert status == 0, output
+    (calibration,) = (labels for labels in read if len(labels) == 8)
+    assert 2 <= sum(calibration) <= 6
