@@ -31,6 +31,7 @@ from typing import Literal
 
 import optuna
 import torch
+from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -43,14 +44,13 @@ from compactmind.errors import CompactMindError  # noqa: E402
 from compactmind.evaluation.cost import weight_bytes  # noqa: E402
 from compactmind.evaluation.perplexity import perplexity  # noqa: E402
 from compactmind.files import write_json_atomically  # noqa: E402
-from compactmind.methods.registry import Resources  # noqa: E402
 from compactmind.search.cache import PrefixCache  # noqa: E402
 from compactmind.search.compressor import Measure, pipeline_name, read_pipeline, run_pipeline  # noqa: E402
 from compactmind.search.engine import counted_trials, open_study, search  # noqa: E402
+from compactmind.search.inputs import read_inputs, windows_of_folder  # noqa: E402
 from compactmind.search.space import Space, make_space  # noqa: E402
 from compactmind.search.strategies import key_of  # noqa: E402
 from compactmind.search.trials import MARGIN, TrialRunner  # noqa: E402
-from compactmind.text import calibration_of, load_documents, token_windows  # noqa: E402
 
 METHODS = ("prune", "retrain", "w8a8", "nf4")
 GRID = {
@@ -93,22 +93,21 @@ class BenchmarkConfig(StageConfig):
     """Windows on which pipelines are compared; from scratch all of SearchConfig's are read."""
 
 
+def windows_of(stage: SearchConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    """Return the windows that a search with these settings has, by what they are for."""
+    counts = stage.relevant("train_windows", "held_out_windows", "confirm_windows", "eval_windows")
+    return windows_of_folder(tokenizer, stage.text_dir, stage.seq_len, stage.window_choice, **counts)
+
+
 def make_runner(config: BenchmarkConfig, stage: SearchConfig, cache: PrefixCache | None) -> TrialRunner:
     """Return what runs pipelines as the search does."""
     source = config.models_dir / "llama"
-    device = default_device()
-    model, tokenizer = load_as_released(source)
-
-    def windows(split: str, count: int) -> torch.Tensor:
-        return token_windows(tokenizer, load_documents(stage.text_dir, split), stage.seq_len, count)
-
-    train, validation = windows("train", 0), windows("validation", stage.held_out_windows + stage.confirm_windows)
-    resources = Resources(
-        calibration_of(train, config.calibration_windows), train, validation[: stage.held_out_windows],
-        dense=lambda: load_as_released(source)[0].to(device).float(), released=model.dtype, device=device,
+    inputs = read_inputs(
+        source, default_device(), lambda _: None, lambda tokenizer: windows_of(stage, tokenizer), config.calibration_windows,
+        text=str(stage.text_dir), window_choice=stage.window_choice, fingerprint="",
     )  # fmt: skip
     return TrialRunner(
-        resources, validation[stage.held_out_windows :][: config.search_windows], config.few_windows,
+        inputs.resources, inputs.choose[: config.search_windows], config.few_windows,
         released_bytes=weight_bytes(source), target=config.target_compression, cache=cache,
     )  # fmt: skip
 
@@ -277,12 +276,8 @@ def flat(config: BenchmarkConfig, stage: SearchConfig) -> dict:
 
 
 def make_windows(config: BenchmarkConfig, stage: SearchConfig) -> torch.Tensor:
-    """Return all validation windows: what the best trials are confirmed on."""
-    _, tokenizer = load_as_released(config.models_dir / "llama")
-    count = stage.held_out_windows + stage.confirm_windows
-    return token_windows(tokenizer, load_documents(stage.text_dir, "validation"), stage.seq_len, count)[
-        stage.held_out_windows :
-    ]
+    """Return all windows that the best trials of a search are confirmed on."""
+    return windows_of(stage, load_as_released(config.models_dir / "llama")[1])["choose"]
 
 
 def main(config: BenchmarkConfig) -> None:

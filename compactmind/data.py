@@ -281,6 +281,14 @@ def spread(of: int, count: int) -> list[int]:
     return list(range(of)) if of <= count else [(2 * index + 1) * of // (2 * count) for index in range(count)]
 
 
+def far_first(of: int) -> list[int]:
+    """Return the numbers from 0 to before `of` in an order of which every beginning is spread over all of them.
+
+    Digits of the binary number backwards (van der Corput 1935): half way comes second, the quarters next. For what is read in part first.
+    """
+    return sorted(range(of), key=lambda number: f"{number:0{max(of - 1, 1).bit_length()}b}"[::-1])
+
+
 def load_split(data_dir: Path, split: str) -> list[Sentence]:
     """Return the sentences of train, validation or test. Raises CompactMindError if they are missing or malformed."""
     if split not in SPLITS:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from compactmind.data import BLANK, HALF_A_PAIR, SPLITS, read_json_lines, spread, unreadable, write_splits
+from compactmind.data import BLANK, HALF_A_PAIR, SPLITS, far_first, read_json_lines, spread, unreadable, write_splits
 from compactmind.errors import CompactMindError
 
 JOIN = "\n\n"
@@ -100,8 +100,9 @@ def token_windows(
 
 def calibration_of(windows: torch.Tensor, count: int) -> torch.Tensor:
     """Return the windows (`count`, seq_len) of training text (windows, seq_len) that methods observe: spread over the first
-    CALIBRATION_SPAN times as many, fewer if there are not so many."""
-    return windows[spread(min(len(windows), CALIBRATION_SPAN * count), count)]
+    CALIBRATION_SPAN times as many, fewer if there are not so many, in an order of which every beginning is spread too."""
+    chosen = windows[spread(min(len(windows), CALIBRATION_SPAN * count), count)]
+    return chosen[far_first(len(chosen))]
 
 
 def calibration_windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], seq_len: int, count: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import helpers
 import pytest
 import torch
 
-from compactmind.data import EncodedSentences, Sentence, deduplicate, normalize, split_by_hash, spread, stable_share
+from compactmind.data import EncodedSentences, Sentence, deduplicate, far_first, normalize, split_by_hash, spread, stable_share
 from compactmind.phrases import hold_out_whole_sentences
 
 
@@ -167,3 +167,13 @@ def test_some_of_many_are_spread_evenly():
         places = spread(of, count)
         gaps = {after - before for before, after in zip(places, places[1:], strict=False)}
         assert len(places) == count and places[0] >= 0 and places[-1] < of and max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("of", [0, 1, 2, 3, 5, 16, 28, 100, 257])
+def test_far_first_has_each_once_and_every_beginning_of_it_is_spread(of):
+    order = far_first(of)
+    assert sorted(order) == list(range(of))
+    for count in range(2, of):
+        places = [0, *sorted(order[:count]), of]
+        assert max(after - before for before, after in zip(places, places[1:], strict=False)) <= 4 * of / count
+    assert far_first(8) == [0, 4, 2, 6, 1, 5, 3, 7]

@@ -24,12 +24,14 @@ def test_a_probe_measures_what_the_whole_model_does():
     model, window = helpers.make_llama(), helpers.example_windows(1, 40)[0]
     probe, other = Probe(model, window), helpers.make_llama()
     for index in (0, 1):
-        weight = round_nearest(llama_blocks(model)[index].down.weight, Grid(3, 16)).weight()
-        result = probe.with_weight(index, "down", weight)
-        other.load_state_dict(model.state_dict())
-        llama_blocks(other)[index].down.weight.data = weight
-        p, q = (each(window[None]).logits[0].detach().double().log_softmax(-1) for each in (model, other))
-        assert result == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+        changes = [(field, round_nearest(getattr(llama_blocks(model)[index], field).weight, Grid(3, 16)).weight()) for field in LINEARS]
+        results = probe.with_weights(index, iter(changes))
+        for (field, weight), result in zip(changes, results, strict=True):
+            other.load_state_dict(model.state_dict())
+            getattr(llama_blocks(other)[index], field).weight.data = weight
+            p, q = (each(window[None]).logits[0].detach().double().log_softmax(-1) for each in (model, other))
+            assert result == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+    assert probe.with_weights(0, []) == []
     assert torch.equal(model(window[None]).logits, helpers.make_llama()(window[None]).logits)  # as it was
 
 
@@ -102,4 +104,4 @@ def test_divergence_agrees_with_the_probe_on_the_same_tokens():
     weight = round_nearest(llama_blocks(model)[0].up.weight, Grid(3, 16)).weight()
     llama_blocks(other)[0].up.weight.data = weight
     result = divergence(model, other, windows)["mean"]  # of the predicted tokens: all but the last
-    assert Probe(model, windows[0]).with_weight(0, "up", weight) == pytest.approx(result, rel=0.1)
+    assert Probe(model, windows[0]).with_weights(0, [("up", weight)])[0] == pytest.approx(result, rel=0.1)

@@ -9,9 +9,11 @@ import torch
 
 from compactmind.data import DESCRIPTION, SPLITS, data_fingerprint, read_dataset_description
 from compactmind.errors import CompactMindError
+from compactmind.search.inputs import windows_of_folder
 from compactmind.sources.text import split_wikitext, wikitext_files
 from compactmind.text import (
     JOIN,
+    WINDOW_CHOICES,
     calibration_of,
     calibration_windows,
     load_documents,
@@ -306,7 +308,19 @@ def test_calibration_text_is_spread_and_does_not_depend_on_how_much_there_is_bey
     documents = [f"{number:05d}" * 4 for number in range(200)]
     whole = token_windows(byte_tokenizer, documents, 22)  # a document and what joins it to the next
     chosen = calibration_windows(byte_tokenizer, documents, 22, 4)
-    assert torch.equal(chosen, whole[[8, 24, 40, 56]]) and torch.equal(chosen, calibration_of(whole, 4))
+    assert torch.equal(chosen, whole[[8, 40, 24, 56]]) and torch.equal(chosen, calibration_of(whole, 4))  # its first half is spread too
     assert torch.equal(chosen, calibration_windows(byte_tokenizer, documents[:70], 22, 4))
-    assert torch.equal(calibration_of(whole[:6], 3), whole[[1, 3, 5]])
-    assert torch.equal(calibration_of(whole[:3], 4), whole[:3]) and len(calibration_of(whole, 0)) == 0
+    assert torch.equal(calibration_of(whole[:6], 3), whole[[1, 5, 3]])
+    assert torch.equal(calibration_of(whole[:3], 4), whole[[0, 2, 1]]) and len(calibration_of(whole, 0)) == 0
+
+
+@pytest.mark.parametrize("choice", WINDOW_CHOICES)
+def test_what_a_search_looks_at_first_is_not_one_place_of_the_validation_text(byte_tokenizer, tmp_path, choice):
+    documents = {name: [f"{name[0]}{number:04d}" * 4 for number in range(64)] for name in ("train", "validation", "test")}
+    write_text(tmp_path, documents, {})
+    counts = {"train_windows": 8, "held_out_windows": 4, "confirm_windows": 28, "eval_windows": 8}
+    windows = windows_of_folder(byte_tokenizer, tmp_path, 22, choice, **counts)
+    whole = token_windows(byte_tokenizer, documents["validation"], 22, 32, choice)
+    held_out, choose = ([whole.eq(window).all(dim=1).nonzero().item() for window in windows[name]] for name in ("held_out", "choose"))
+    assert held_out == [0, 16, 8, 24] and choose[:8] == [4, 20, 12, 28, 2, 18, 10, 26] and sorted(held_out + choose) == list(range(32))
+    assert torch.equal(windows["test"], token_windows(byte_tokenizer, documents["test"], 22, 8, choice))

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compactmind.checkpoint import load_as_released, save_checkpoint
+from compactmind.data import far_first
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.cost import weight_bytes
 from compactmind.evaluation.divergence import measure_logits, measure_windows
@@ -66,7 +67,8 @@ def windows_of_folder(
 ) -> dict[str, torch.Tensor]:
     """Return windows (windows, seq_len) of a folder of text by what they are for: train, held_out and choose (both of validation), test.
 
-    Raises CompactMindError if the validation text has not one each.
+    Validation windows are in an order of which every beginning is spread over them: held_out are the first, and a search looks at the
+    first few of choose before the rest. Raises CompactMindError if the validation text has not one each.
     """
 
     def windows(split: str, count: int, choice: str) -> torch.Tensor:
@@ -79,6 +81,7 @@ def windows_of_folder(
             f"the validation text has {len(validation)} window(s) of {seq_len} tokens: retraining and choosing need one each; use more "
             "text or a smaller --seq_len"
         )
+    validation = validation[far_first(len(validation))]
     held_out = min(held_out_windows, len(validation) // 2)  # a short text is shared
     test = windows("test", eval_windows, window_choice)
     return {"train": train, "held_out": validation[:held_out], "choose": validation[held_out:], "test": test}

@@ -7,6 +7,7 @@ ZipLM does with the error of each layer's output (Kurtic et al. 2023, https://ar
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy
 import torch
@@ -73,13 +74,14 @@ def _losses(
 ) -> list[list[float]]:
     """Return [[columns kept, nats], ...] of a projection of which the columns with the lowest scores go; never less for fewer."""
     weight, order = getattr(probe.blocks[index], field).weight, scores.argsort(descending=True)
-    result = [[len(scores), 0.0]]
-    for kept in widths:
+
+    def left(kept: int) -> torch.Tensor:
         keep = torch.zeros(len(scores), dtype=torch.bool)
         keep[order[:kept]] = True
-        left = weight * keep.to(weight.device) if damping is None else refit(weight, moment, weight.float() @ moment, keep, damping)
-        result.append([kept, max(probe.with_weight(index, field, left), result[-1][1])])
-    return result
+        return weight * keep.to(weight.device) if damping is None else refit(weight, moment, weight.float() @ moment, keep, damping)
+
+    costs = probe.with_weights(index, ((field, left(kept)) for kept in widths))
+    return [[len(scores), 0.0], *map(list, zip(widths, accumulate(costs, max), strict=True))]
 
 
 def widths_within(

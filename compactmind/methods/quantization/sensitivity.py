@@ -196,12 +196,12 @@ def measured_sensitivities(
     squares = squares or _mean_squares(model, windows)
     probe, sensitivities = Probe(model, windows.flatten()[:PROBE_TOKENS]), {}
     for index, block in enumerate(probe.blocks):
-        for site, fields in SITES.items():
-            for field in fields:
-                weight, columns = getattr(block, field).weight, squares[index][site]
-                measured = probe.with_weight(index, field, round_nearest(weight, reference, columns, RANGES).weight())
-                (error,) = _errors(weight, [reference], torch.ones(len(weight), device=weight.device), columns)
-                sensitivities[f"{block.name}.{LINEARS[field]}"] = measured / max(error, 1e-30)
+        columns = {field: squares[index][site] for site, fields in SITES.items() for field in fields}
+        rounded = ((field, round_nearest(getattr(block, field).weight, reference, columns[field], RANGES).weight()) for field in columns)
+        for field, measured in zip(columns, probe.with_weights(index, rounded), strict=True):
+            weight = getattr(block, field).weight
+            (error,) = _errors(weight, [reference], torch.ones(len(weight), device=weight.device), columns[field])
+            sensitivities[f"{block.name}.{LINEARS[field]}"] = measured / max(error, 1e-30)
     return sensitivities
 
 
@@ -233,7 +233,7 @@ def measured_table_cost(model: PreTrainedModel, windows: torch.Tensor, tables: S
         for table, data in before:
             table.weight.data = rounded[data.data_ptr()]
         (states,), _ = block_inputs(model, windows.flatten()[None, :PROBE_TOKENS])
-        return probe.divergence(states, 0)
+        return probe.divergences(states, 0)[0]
     finally:
         for table, data in before:
             table.weight.data = data
