@@ -24,17 +24,17 @@ from common import PROFILE, DistillConfig, parse_command_line, run_stage
 from compactmind.checkpoint import first_not_finite, load_checkpoint, save_checkpoint
 from compactmind.classifier_room import require_room_for
 from compactmind.code_version import code_version
-from compactmind.data import EncodedSentences, data_fingerprint, load_split, model_inputs
+from compactmind.data import EncodedSentences, Sentence, data_fingerprint, load_split, model_inputs
 from compactmind.errors import CompactMindError
 from compactmind.guards import check_outputs, check_tokenizer
 from compactmind.limits import require_positions
 from compactmind.loop import EpochLoop, LastNotWorse
 from compactmind.manifest import is_up_to_date, read_manifest, weights_fingerprint
-from compactmind.methods.distillation.augmentation import augmented, label_copies, mask_of
+from compactmind.methods.distillation.augmentation import augmented, mask_of
 from compactmind.methods.distillation.schedules import linear_anneal
 from compactmind.methods.distillation.soft_targets import distillation_loss, hidden_state_loss
 from compactmind.methods.distillation.student import alternate_layers, matching_layers, student_from_teacher
-from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
+from compactmind.methods.distillation.transfer_set import SETTINGS, read_with_teacher, unlabelled_record, unlabelled_texts
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only
 from compactmind.methods.pruning.encoder import classifier_class, encoder_layers, family_name
 from compactmind.methods.vocabulary import same_tokenizer
@@ -137,11 +137,12 @@ def check(config: DistillConfig) -> None:
             f"hidden_loss_weight {config.hidden_loss_weight} is for student_distilled, which is not among students "
             f"{', '.join(config.students)}: add it, or use --hidden_loss_weight 0"
         )
-    if config.augment and not distilled:
-        raise CompactMindError(
-            f"augment {config.augment} is for student_distilled, which is not among students {', '.join(config.students)}: "
-            "add it, or use --augment 0"
-        )
+    for name, without in (("augment", "0"), ("unlabelled", '""')):
+        if (value := getattr(config, name)) and not distilled:
+            raise CompactMindError(
+                f"{name} {value} is for student_distilled, which is not among students {', '.join(config.students)}: add it, or use "
+                f"--{name} {without}"
+            )
     if distilled and config.alpha_start == config.alpha_end == config.hidden_loss_weight == 0:
         raise CompactMindError(
             "student_distilled would learn nothing from its teacher with alpha_start 0, alpha_end 0 and hidden_loss_weight 0: "
@@ -204,6 +205,7 @@ def main(config: DistillConfig) -> None:
         "inputs": {"teacher_base": weights_fingerprint(models / "teacher_base")},
     }
     task = read_task(config.data_dir)
+    unlabelled = unlabelled_texts(config.unlabelled, config.data_dir, task, accelerator.print)
     read_with: list[tuple[PreTrainedTokenizerBase, dict[str, EncodedSentences]]] = []
 
     def load_splits(tokenizer: PreTrainedTokenizerBase) -> dict[str, EncodedSentences]:
@@ -220,10 +222,10 @@ def main(config: DistillConfig) -> None:
         accelerator.print(f"train: {splits['train'].describe_cut()}")
         return splits
 
-    def load_splits_with_copies(tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, EncodedSentences]:
-        """Return the splits with changed copies of the training sentences behind these."""
-        sentences = augmented(load_split(config.data_dir, "train"), config.augment, mask_of(tokenizer), seed)
-        return {**load_splits(tokenizer), "train": EncodedSentences(tokenizer, sentences, config.max_length)}
+    def read_by_student(tokenizer: PreTrainedTokenizerBase, labelled: list[Sentence], seed: int) -> list[Sentence]:
+        """Return the training sentences, changed copies of them, and texts without labels."""
+        copies = augmented(labelled, config.augment, mask_of(tokenizer), seed) if config.augment else labelled
+        return [*copies, *unlabelled]
 
     # ---- teacher
     def train_teacher(name: str, run: str, config: DistillConfig, stage: dict) -> None:
@@ -256,6 +258,7 @@ def main(config: DistillConfig) -> None:
     else:
         student_config["student_layers"] = config.student_layers
     distill_config = config.relevant("temperature_start", "temperature_end", "alpha_start", "alpha_end", "hidden_loss_weight", "augment")
+    distill_config |= unlabelled_record(config.unlabelled)
     stages = {
         "student_finetuned": {**made_by, "config": student_config, "inputs": inputs},
         "student_distilled": {**made_by, "config": {**student_config, **distill_config}, "inputs": inputs},
@@ -282,15 +285,12 @@ def main(config: DistillConfig) -> None:
             freeze_word_embeddings(student)
         distilled, logits = name == "student_distilled", None
         if distilled:
-            if config.augment:
-                one_tokenizer, originals = data is read_by_teacher, len(data["train"])
-                read_by_teacher = load_splits_with_copies(teacher.tokenizer, config.seed)
-                data = read_by_teacher if one_tokenizer else load_splits_with_copies(tokenizer, config.seed)
-            logits = cached_teacher_logits(
-                teacher.model, teacher.fingerprint, read_by_teacher["train"], config.eval_batch_size, config.models_dir, accelerator
-            )
-            if config.augment:
-                data["train"].labels = label_copies(data["train"].labels, logits, originals)
+            labelled = load_split(config.data_dir, "train")
+            train_set, logits = read_with_teacher(
+                lambda tokenizer: read_by_student(tokenizer, labelled, config.seed), len(labelled), tokenizer, teacher, accelerator,
+                **config.relevant(*SETTINGS),
+            )  # fmt: skip
+            data = {**data, "train": train_set}
         train(
             run, student, tokenizer, data, config, accelerator, stage, repeats=repeats_record(name, run),
             epochs=config.student_epochs, lr=config.student_lr, lr_name="student_lr",

@@ -39,16 +39,16 @@ from compactmind.loop import EpochLoop, FirstBest
 from compactmind.manifest import is_up_to_date, read_manifest, weights_fingerprint
 from compactmind.methods.distillation.soft_targets import distillation_loss, hidden_state_loss
 from compactmind.methods.distillation.student import matching_layers
-from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
+from compactmind.methods.distillation.transfer_set import SETTINGS, read_with_teacher, unlabelled_record, unlabelled_texts
 from compactmind.methods.first_token import read_all_tokens, read_first_token_only
 from compactmind.methods.pruning.encoder import block_linears, layer_shapes
 from compactmind.methods.pruning.importance import ImportanceScorer, LayerScores, prunable_parameters
 from compactmind.methods.pruning.masks import LayerMask, apply_masks, compact, compact_and_compare, full_masks
 from compactmind.methods.pruning.schedule import cubic_sparsity
 from compactmind.methods.pruning.two_of_four import PATTERN, apply_pattern, is_two_of_four, share_of_zeros
-from compactmind.methods.vocabulary import same_tokenizer
 from compactmind.report.history import plot_history
 from compactmind.seeds import format_spread, repeats_record, runs_of
+from compactmind.task import read_task
 from compactmind.training import (
     accelerator_record,
     freeze_word_embeddings,
@@ -69,6 +69,8 @@ STRUCTURED = ("criterion", "round_to", "prune_start_epoch", "prune_end_epoch", "
 # ---------------------------------------------------------------------------------------------------------------- checks
 def check(config: PruneConfig) -> None:
     """Raise CompactMindError on settings that do not go together, before anything is loaded."""
+    if config.unlabelled and not config.alpha:
+        raise CompactMindError(f"unlabelled {config.unlabelled} is learnt from the teacher, and alpha is 0: raise --alpha")
     if config.pattern == PATTERN:
         if config.target_speedups or config.target_gflops:
             raise CompactMindError(f"pattern {PATTERN} leaves every head and neuron, so no family can be made by it: leave one of both out")
@@ -135,7 +137,7 @@ def make(
             "average_share", "hidden_loss_weight", *(("pattern",) if pattern else STRUCTURED),
             *(("cost_length",) if goal else () if pattern else ("target_sparsity",)),
         ) | accelerator_record(accelerator, config.batch_size)
-        | {"selection": str(selection_of(config)), "data": data_fingerprint(config.data_dir)}
+        | {"selection": str(selection_of(config)), "data": data_fingerprint(config.data_dir)} | unlabelled_record(config.unlabelled)
         | ({"goal": asdict(goal)} if goal else {}),
         "inputs": {name: weights_fingerprint(config.models_dir / name) for name in sorted(read)},
     }  # fmt: skip
@@ -155,25 +157,22 @@ def make(
             print(f"plot {plot}")
 
 
-def read_all(
-    config: PruneConfig, accelerator: Accelerator
-) -> tuple[Checkpoint, dict[str, EncodedSentences], torch.Tensor | None]:
-    """Return the parent, the sentences by split, and the teacher's logits of those to train on if they are learnt from."""
+def read_all(config: PruneConfig, accelerator: Accelerator) -> tuple[Checkpoint, dict[str, EncodedSentences], torch.Tensor | None]:
+    """Return the parent, what is read by split, and the teacher's logits of what is trained on if they are learnt from."""
     parent = load_checkpoint(config.models_dir / config.parent, accelerator.device)
     check_tokenizer(parent.model, parent.tokenizer, config.models_dir / config.parent, padding=True)
-    splits = {
-        name: EncodedSentences(parent.tokenizer, load_split(config.data_dir, name), config.max_length)
-        for name in ("train", "validation")
-    }
+    labelled = load_split(config.data_dir, "train")
+    splits = {"validation": EncodedSentences(parent.tokenizer, load_split(config.data_dir, "validation"), config.max_length)}
+    if config.alpha:
+        texts = unlabelled_texts(config.unlabelled, config.data_dir, read_task(config.data_dir), accelerator.print)
+        teacher = load_checkpoint(config.models_dir / "teacher", accelerator.device)
+        splits["train"], logits = read_with_teacher(
+            lambda _: [*labelled, *texts], len(labelled), parent.tokenizer, teacher, accelerator, **config.relevant(*SETTINGS)
+        )
+    else:
+        splits["train"], logits = EncodedSentences(parent.tokenizer, labelled, config.max_length), None
     accelerator.print(f"train: {splits['train'].describe_cut()}")
-    if not config.alpha:
-        return parent, splits, None
-    teacher, read_by_teacher = load_checkpoint(config.models_dir / "teacher", accelerator.device), splits["train"]
-    if not same_tokenizer(teacher.tokenizer, parent.tokenizer):
-        read_by_teacher = EncodedSentences(teacher.tokenizer, load_split(config.data_dir, "train"), config.max_length)
-    return parent, splits, cached_teacher_logits(
-        teacher.model, teacher.fingerprint, read_by_teacher, config.eval_batch_size, config.models_dir, accelerator
-    )
+    return parent, splits, logits
 
 
 def ready(model: torch.nn.Module, config: PruneConfig) -> torch.nn.Module:

@@ -119,6 +119,8 @@ class EncoderConfig(StageConfig):
     """Keep the students' word embedding table as the teacher left it: two thirds of a small encoder."""
     average_share: float = 0.15
     """Keep an exponential average of the weights over about this share of all steps (pruning: of recovery); 0 = those of the last."""
+    unlabelled: str = ""
+    """Table of texts without labels (csv, tsv, jsonl, parquet) that students and pruned models read too, with the teacher's answers."""
     log_every: int = 50
     """Optimizer steps between two log lines."""
     track: Literal["", "trackio", "wandb", "mlflow", "tensorboard"] = ""
@@ -226,11 +228,9 @@ class QuantizeConfig(StageConfig):
     calibration_sentences: int = 256
     """nf4: training sentences, spread over all, on which rounding errors are compensated (GPTQ); 0 = round to nearest."""
     embeddings: Literal["int8", "int6", "int5", "int4", "fp16", "float32"] = "int8"
-    """What embedding tables are stored in, two thirds of a small encoder that 4-bit kernels do not touch: integers with a scale for every
-    64 weights of a row, fp16, or float32 as they are."""
+    """What embedding tables, two thirds of a small encoder, are stored in: integers in groups of 64, fp16, or float32 as they are."""
     vocabulary_coverage: float = 0.0
-    """Make <parent>_small of every parent too, and quantize it: its vocabulary is the fewest tokens that make up this share of the training
-    text, and what others are split into (0.99 to 1; 1 keeps every token that occurs). 0 = whole vocabularies alone."""
+    """Make <parent>_small of every parent too: the fewest tokens that are this share of the training text (0.99 to 1); 0: none."""
     max_length: int = 64
     """Tokens after which a sentence is cut, in calibration and in the check of parent against result."""
     eval_batch_size: int = 64

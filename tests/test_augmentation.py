@@ -4,13 +4,12 @@ import json
 
 import helpers
 import pytest
-import torch
 
 from compactmind.checkpoint import save_checkpoint
 from compactmind.data import Sentence
 from compactmind.errors import CompactMindError
 from compactmind.methods.distillation import augmentation
-from compactmind.methods.distillation.augmentation import LONGEST_RUN, MASKED, RUNS, augmented, label_copies, mask_of
+from compactmind.methods.distillation.augmentation import LONGEST_RUN, MASKED, RUNS, augmented, mask_of
 
 TEXTS = [Sentence(" ".join(f"w{row}x{word}" for word in range(20)), row % 3) for row in range(500)]
 
@@ -59,11 +58,6 @@ def test_of_pairs_both_are_masked_and_neither_is_cut():
 def test_short_texts_are_copied(text):
     (copy,) = augmented([Sentence(text, 1)], 1, "[MASK]", 0)[1:]
     assert set(copy.text.split()) <= {*text.split(), "[MASK]"} and copy.label == 1
-
-
-def test_copies_are_what_the_teacher_takes_them_for():
-    logits = torch.tensor([[0.0, 9.0], [9.0, 0.0], [1.0, 2.0], [2.0, 1.0]])
-    assert label_copies(torch.tensor([0, 1, 0, 0]), logits, 2).tolist() == [0, 1, 1, 0]
 
 
 def test_a_tokenizer_without_a_mask_is_refused(tmp_path):

@@ -9,7 +9,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from compactmind.data import Sentence
@@ -58,8 +57,3 @@ def augmented(sentences: Sequence[Sentence], copies: int, mask: str, seed: int) 
         return replace(sentence, text=masked(text))
 
     return [*sentences, *(changed(sentence) for _ in range(copies) for sentence in sentences)]
-
-
-def label_copies(labels: torch.Tensor, teacher_logits: torch.Tensor, originals: int) -> torch.Tensor:
-    """Return labels (rows,) in which the rows after the first `originals` have the class of the largest teacher logit, (rows, classes)."""
-    return torch.cat([labels[:originals], teacher_logits[originals:].argmax(dim=-1).to(labels.device, labels.dtype)])
