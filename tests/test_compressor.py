@@ -11,7 +11,7 @@ from compactmind.checkpoint import bytes_to_save, load_checkpoint, save_checkpoi
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.perplexity import perplexity
 from compactmind.methods import registry
-from compactmind.methods.llama import llama_shapes
+from compactmind.methods.llama import llama_blocks, llama_shapes
 from compactmind.methods.quantization import gptq_model
 from compactmind.methods.quantization.gptq_model import SENSITIVITY_WINDOWS
 from compactmind.methods.quantization.w8a8_linear import W8A8Linear
@@ -279,11 +279,23 @@ def test_errors_cost_what_they_do_in_the_dense_model_where_channels_are_its_own(
     last = {"method": "gptq", "params": {"target_compression": 1.5, **params}}
     result = run_pipeline(read_pipeline([*before, last]), resources, measure)
     assert result.quantization["expected_kl"] > 0
-    of_dense = kept.get(f"sensitivities, {SENSITIVITY_WINDOWS} windows")
+    of_dense = next((kept[name] for name in kept if name.startswith(f"sensitivities, {SENSITIVITY_WINDOWS} windows")), None)
     if expected:
         assert given == [of_dense] and all(value > 0 for value in of_dense.values())
     else:
         assert given == ([None] if expected is False else [])
+
+
+def test_tokens_are_told_apart_by_the_gradients_of_the_dense_model_measured_once(windows, measure, monkeypatch):
+    measured, original = [], registry.measure_gradients
+    monkeypatch.setattr(registry, "measure_gradients", lambda model, text: measured.append(model) or original(model, text))
+    resources = Resources(windows, windows, windows[:2], helpers.make_llama, torch.bfloat16)
+    last = {"method": "gptq", "params": {"bits": 3, "weigh_tokens": True}}
+    for before in ([], [PRUNE, RETRAIN], [SMOOTH]):
+        run_pipeline(read_pipeline([*before, last]), resources, measure)
+    assert len(measured) == 1 and measured[0] is resources.teacher()
+    run_pipeline(read_pipeline([{"method": "prune", "params": {"sparsity": 0.0, "blocks": 1}}, last]), resources, measure)
+    assert len(measured) == 2 and len(llama_blocks(measured[1])) == len(llama_blocks(measured[0])) - 1  # one less: its own
 
 
 def test_what_learns_after_rounding_reads_the_text_of_retraining(windows, measure, monkeypatch):

@@ -4,6 +4,7 @@ A method takes a model and gives back a model (the same object or another) and a
 directories or searches.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from compactmind.methods.quantization.gptq_model import (
     tensor_choices,
 )
 from compactmind.methods.quantization.nf4_model import NF4Recipe, quantize_nf4
-from compactmind.methods.quantization.sensitivity import measured_sensitivities
+from compactmind.methods.quantization.sensitivity import Gradients, measure_gradients, measured_sensitivities
 from compactmind.methods.quantization.tables import table_bits
 from compactmind.methods.quantization.w8a8_model import (
     W8A8Recipe,
@@ -166,7 +167,7 @@ def _losses_of_cuts(model, resources: Resources, recipe: PruneRecipe, scores):
     """Return what cuts of every block cost, measured once for all sparsities; of the dense model for all runs."""
     fitted = f"re-fitted, damping {recipe.damping:g}" if recipe.compensate else "not re-fitted"
     parts = f"{' and '.join(recipe.structures)} by {recipe.criterion} {recipe.aggregate} {recipe.seed}, round_to {recipe.round_to}"
-    name = f"cuts of {parts}, {fitted}, {len(resources.calibration)} windows"
+    name = f"cuts of {parts}, {fitted}, {_named(resources.calibration)}"
 
     def measured():
         return losses_for(model, recipe, resources.calibration, scores)
@@ -240,7 +241,7 @@ def _gptq(model, resources: Resources, recipe: GPTQRecipe):
     description = quantize_gptq(
         model, resources.calibration, recipe, released_bytes=resources.released_bytes, released=resources.released,
         teacher=resources.teacher, learn_from=_learn_from(resources), choices=lambda: _choices(model, resources, recipe),
-        show=now_and_then(),
+        gradients=lambda: _gradients(model, resources), show=now_and_then(),
     )  # fmt: skip
     return model, description
 
@@ -254,7 +255,7 @@ def _choices(model, resources: Resources, recipe: GPTQRecipe):
     """Measure what tensors cost once for all targets; of the dense model for all runs."""
     settings = ["stream turned"] * recipe.stream_rotation + [f"damping {recipe.damping:g}"] * (recipe.sensitivity == "gradients")
     settings += ["with K types"] * (recipe.layout == "gguf_k")
-    name = ", ".join([f"costs {recipe.sensitivity}", f"{len(resources.calibration[:SENSITIVITY_WINDOWS])} windows", *settings])
+    name = ", ".join([f"costs {recipe.sensitivity}", _named(resources.calibration[:SENSITIVITY_WINDOWS]), *settings])
 
     def measured():
         known = _sensitivities(resources) if _go_by_dense(recipe) and "smooth" not in resources.kinds_before else {}
@@ -267,6 +268,11 @@ def _choices(model, resources: Resources, recipe: GPTQRecipe):
     return choices_from(resources.remember(name, numbers if resources.before else lambda: resources.keep(name, numbers), numbers=True))
 
 
+def _named(windows: torch.Tensor) -> str:
+    """Return a name for what is measured on windows (windows, seq_len): with more or less text to calibrate on they are others."""
+    return f"{len(windows)} windows {hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest()[:8]}"
+
+
 def _go_by_dense(recipe: GPTQRecipe) -> bool:
     """Tell whether errors of linears cost what they do in the dense model; where channels are scaled or mixed they do not."""
     return bool(recipe.target_compression and recipe.sensitivity == "measured" and not recipe.stream_rotation)
@@ -275,16 +281,28 @@ def _go_by_dense(recipe: GPTQRecipe) -> bool:
 def _sensitivities(resources: Resources) -> dict[str, float]:
     """Return what errors of the dense model's linears cost; measured once."""
     windows = resources.calibration[:SENSITIVITY_WINDOWS]
-    name = f"sensitivities, {len(windows)} windows"
+    name = f"sensitivities, {_named(windows)}"
     if ((), name) not in resources.remembered:
         measured = resources.keep(name, lambda: measured_sensitivities(resources.teacher(), windows))
         resources.remembered[(), name] = measured
     return resources.remembered[(), name]
 
 
-def _measure_sensitivities(resources: Resources, recipe: GPTQRecipe) -> None:
+def _gradients(model, resources: Resources) -> Gradients:
+    """Return the gradients of the calibration text: the dense model's, measured once, which tell tokens apart whatever was done to it.
+
+    A turned stream leaves them as they are. A model that has lost blocks, or that comes alone, has its own.
+    """
+    known = resources.remembered.get(((), "gradients"))
+    return known if known and len(known.tokens) == len(llama_blocks(model)) else measure_gradients(model, resources.calibration)
+
+
+def _measure_dense(resources: Resources, recipe: GPTQRecipe) -> None:
+    """Measure of the dense model what a recipe goes by, before there is another one beside it."""
     if _go_by_dense(recipe):
         _sensitivities(resources)
+    if recipe.weigh_tokens and recipe.compensation and ((), "gradients") not in resources.remembered:
+        resources.remembered[(), "gradients"] = measure_gradients(resources.teacher(), resources.calibration)
 
 
 def _filled_by_retraining(recipe: RetrainRecipe) -> str | None:
@@ -345,7 +363,7 @@ METHODS: dict[str, Method] = {
             "bits": (3, 4, 5, 6), "group_size": (32, 64, 128), "zero": ("symmetric", "float"), "embeddings": ("int8", "int6", "int4"),
             "damping": (0.01, 0.05, 0.2),
         }, "grouped",
-        beforehand=_measure_sensitivities, needs=memory.gptq, bits=lambda recipe: recipe.bits_per_weight, fills_zeros=_filled_by_gptq,
+        beforehand=_measure_dense, needs=memory.gptq, bits=lambda recipe: recipe.bits_per_weight, fills_zeros=_filled_by_gptq,
         ratio=lambda recipe: recipe.target_compression or None, aim="target_compression", trains="tuning_tokens",
         aimed={"damping": (0.01, 0.05, 0.2), "weigh_tokens": (False, True), "stream_rotation": (False, True)},
     ),

@@ -27,6 +27,7 @@ from compactmind.methods.quantization.grouped import GroupedLinear, forget_unpac
 from compactmind.methods.quantization.scale_tuning import tune_scales
 from compactmind.methods.quantization.sensitivity import (
     SHARPNESS,
+    Gradients,
     gradient_costs,
     measure_gradients,
     measured_costs,
@@ -275,6 +276,7 @@ def quantize_gptq(
     teacher: Callable[[], PreTrainedModel] | None = None,
     learn_from: tuple[torch.Tensor, torch.Tensor] | None = None,
     choices: Callable[[], Choices] | None = None,
+    gradients: Callable[[], Gradients] | None = None,
     show: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Make, in place, the linears of the blocks, the table and the head of a Llama integers; return what a loader and a manifest need.
@@ -284,7 +286,8 @@ def quantize_gptq(
     Raises CompactMindError before anything but the basis of the stream is changed: a weight that is NaN or infinite, too little text, a
     quantized model, a target that no widths reach. `teacher` makes the dense model that tuning_tokens learn from, `learn_from` is
     the text for it and text that decides whether that is kept (None: `windows`, the last eighth of them held out), `choices` what
-    `tensor_choices` returns, if that is known. A model whose quantization is interrupted is of no use.
+    `tensor_choices` returns and `gradients` what `measure_gradients` does, if that is known. A model whose quantization is interrupted is
+    of no use.
     """
     require_dense(model)
     require_text(model, windows)
@@ -308,9 +311,8 @@ def quantize_gptq(
     tokens = None
     if recipe.weigh_tokens and recipe.compensation:
         show("gptq: gradients of the tokens")
-        tokens = [
-            {site: _sharpened(weights) for site, weights in each.items()} for each in measure_gradients(model, windows).tokens
-        ]
+        measured = gradients() if gradients else measure_gradients(model, windows)
+        tokens = [{site: _sharpened(weights) for site, weights in each.items()} for each in measured.tokens]
     for index, block, moments in walk_blocks(model, windows, tokens):
         show(f"gptq: rounding block {index + 1}/{len(llama_blocks(model))}")
         if index:
