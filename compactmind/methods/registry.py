@@ -258,14 +258,21 @@ def _choices(model, resources: Resources, recipe: GPTQRecipe):
     name = ", ".join([f"costs {recipe.sensitivity}", _named(resources.calibration[:SENSITIVITY_WINDOWS]), *settings])
 
     def measured():
-        known = _sensitivities(resources) if _go_by_dense(recipe) and "smooth" not in resources.kinds_before else {}
-        has_its_blocks = len(known) == len(LINEARS) * len(llama_blocks(model))
-        return tensor_choices(model, resources.calibration, recipe, known=known if has_its_blocks else None)
+        known = _sensitivities(resources) if _go_by_dense(recipe) else {}
+        if len(known) != len(LINEARS) * len(llama_blocks(model)):
+            known = {}  # it has lost blocks
+        if "smooth" in resources.kinds_before:
+            known = {name: cost for name, cost in known.items() if not name.endswith(SCALED)}
+        return tensor_choices(model, resources.calibration, recipe, known=known)
 
     def numbers():
         return choices_to_keep(measured())
 
     return choices_from(resources.remember(name, numbers if resources.before else lambda: resources.keep(name, numbers), numbers=True))
+
+
+SCALED = tuple(LINEARS[field] for field in ("v", "up"))
+"""Linears whose outputs smoothing scales, for those that read them; what the others write is what it was."""
 
 
 def _named(windows: torch.Tensor) -> str:
@@ -274,7 +281,7 @@ def _named(windows: torch.Tensor) -> str:
 
 
 def _go_by_dense(recipe: GPTQRecipe) -> bool:
-    """Tell whether errors of linears cost what they do in the dense model; where channels are scaled or mixed they do not."""
+    """Tell whether errors of linears cost what they do in the dense model; where channels are mixed they do not."""
     return bool(recipe.target_compression and recipe.sensitivity == "measured" and not recipe.stream_rotation)
 
 

@@ -141,7 +141,7 @@ def tensor_choices(
 ) -> Choices:
     """Return what every tensor can be stored in and what that costs, tables too; the same for every target.
 
-    Costs are measured on the first SENSITIVITY_WINDOWS of `windows`, those of linears by `known` if it is given, see `measured_costs`.
+    Costs are measured on the first SENSITIVITY_WINDOWS of `windows`, those of linears by what is `known`, see `measured_costs`.
     Tables named in `uncounted` take what the counted one does: what they cost is in its costs.
     """
     windows = windows[:SENSITIVITY_WINDOWS]
