@@ -14,7 +14,7 @@ from compactmind.methods.distillation.transfer_set import label_by_teacher, read
 from compactmind.task import Task
 
 KNOWN = [Sentence("A good film.", 1), Sentence("no", 0)]
-ROWS = [{"text": "A fine plot"}, {"text": "a FINE plot!"}, {"text": "a good film"}, {"text": "  "}, {"text": None}, {"text": " Dull. "}]
+ROWS = [{"text": text} for text in ("A fine plot", "a FINE plot!", "a good film", "  ", None, " Dull. ", "cut \ud83d")]
 
 
 def write_lines(path, rows):
@@ -24,7 +24,7 @@ def write_lines(path, rows):
 
 def test_a_text_is_read_once_and_not_where_it_is_labelled(tmp_path):
     texts, left_out = read_unlabelled(write_lines(tmp_path / "more.jsonl", ROWS), Task(), KNOWN)
-    assert texts == [Sentence("A fine plot", 0), Sentence("Dull.", 0)] and left_out == 4
+    assert texts == [Sentence("A fine plot", 0), Sentence("Dull.", 0)] and left_out == 5
 
 
 @pytest.mark.parametrize("name", ["more.csv", "more.tsv", "more.parquet"])
@@ -94,7 +94,7 @@ def test_the_distilled_student_and_what_is_pruned_read_them(tmp_path, run_here):
     assert "unlabelled" not in before["student_distilled"]["stage"]["config"]
     status, output = run_here("1_distill.py", *given, cwd=tmp_path)
     left_out = len(texts) - rows
-    assert status == 0 and f"{rows} texts without labels" in output and f"; {left_out} rows are empty, repeated" in output
+    assert status == 0 and f"{rows} texts without labels" in output and f"; {left_out} rows are left out" in output
     assert "student_finetuned is up to date" in output and "teacher is up to date" in output
     after = {name: helpers.read_json(models / name / "manifest.json") for name in before}
     assert after["student_finetuned"] == before["student_finetuned"]

@@ -1,7 +1,7 @@
 """What students read with their teacher: the labelled texts, changed copies of them, and texts that nobody has labelled.
 
-Hinton et al. 2015 (https://arxiv.org/abs/1503.02531) call it the transfer set; that plain text of the same kind is the best one where
-labels are few is Turc et al. 2019 (https://arxiv.org/abs/1908.08962). What has no label gets the class the teacher gives it.
+Hinton et al. 2015 (https://arxiv.org/abs/1503.02531) call it the transfer set; Turc et al. 2019 (https://arxiv.org/abs/1908.08962) add
+plain text of the domain to it. What has no label gets the class the teacher gives it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from compactmind.checkpoint import Checkpoint
-from compactmind.data import BLANK, SPLITS, TEXT_COLUMNS, EncodedSentences, Sentence, load_split, read_rows
+from compactmind.data import BLANK, HALF_A_PAIR, SPLITS, TEXT_COLUMNS, EncodedSentences, Sentence, load_split, read_rows
 from compactmind.errors import CompactMindError
 from compactmind.files import sha256_of
 from compactmind.labelled import key_of
@@ -26,8 +26,8 @@ SETTINGS = ("max_length", "eval_batch_size", "models_dir")
 
 def read_unlabelled(path: Path, task: Task, known: Iterable[Sentence]) -> tuple[list[Sentence], int]:
     """Return the texts of a csv, tsv, jsonl or parquet file (column sentence, text or content; of a task of pairs `pair` too), each once,
-    and the number of rows that were left out: empty ones, repeated ones, and those that ask the same as one of `known`, the labelled
-    texts, held-out ones among them.
+    and the number of rows that were left out: empty or broken ones, repeated ones, and those that ask the same as one of `known`, the
+    labelled texts, held-out ones among them.
 
     Labels are 0 until the teacher has read them. Raises CompactMindError on a file that cannot be read, a column that is not there, and if
     nothing is left.
@@ -43,7 +43,7 @@ def read_unlabelled(path: Path, task: Task, known: Iterable[Sentence]) -> tuple[
             wanted = f"a column {', '.join(TEXT_COLUMNS[:-1])} or {TEXT_COLUMNS[-1]}" + " and a column pair" * task.pairs
             raise CompactMindError(f"{where}: expected {wanted}, found {', '.join(map(str, names)) or type(row).__name__}")
         texts = [row[column], *([row["pair"]] if task.pairs else [])]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
+        if not all(isinstance(text, str) and text.strip() and not HALF_A_PAIR.search(text) for text in texts):
             continue
         sentence = Sentence(texts[0].strip(), 0, texts[1].strip() if task.pairs else None)
         if (key := key_of(sentence)) not in seen:
@@ -70,7 +70,7 @@ def unlabelled_texts(file: str, data_dir: Path, task: Task, say: Callable[[str],
     if not file:
         return []
     texts, left_out = read_unlabelled(_there(file), task, [sentence for name in SPLITS for sentence in load_split(data_dir, name)])
-    say(f"{len(texts)} texts without labels from {file}; {left_out} rows are empty, repeated or among the labelled ones and left out")
+    say(f"{len(texts)} texts without labels from {file}; {left_out} rows are left out: empty, broken, repeated or among the labelled ones")
     return texts
 
 
