@@ -6,12 +6,12 @@ plain text of the domain to it. What has no label gets the class the teacher giv
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compactmind.checkpoint import Checkpoint
 from compactmind.data import BLANK, HALF_A_PAIR, SPLITS, TEXT_COLUMNS, EncodedSentences, Sentence, load_split, read_rows
 from compactmind.errors import CompactMindError
 from compactmind.files import sha256_of
@@ -22,6 +22,15 @@ from compactmind.task import Task
 
 SETTINGS = ("max_length", "eval_batch_size", "models_dir")
 """What `read_with_teacher` takes of the settings of a script."""
+
+
+class Teacher(Protocol):
+    """Who answers, as a checkpoint is loaded."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    """Of the weights."""
 
 
 def read_unlabelled(path: Path, task: Task, known: Iterable[Sentence]) -> tuple[list[Sentence], int]:
@@ -81,7 +90,7 @@ def label_by_teacher(labels: torch.Tensor, teacher_logits: torch.Tensor, labelle
 
 def read_with_teacher(
     sentences_for: Callable[[PreTrainedTokenizerBase], Sequence[Sentence]], labelled: int, tokenizer: PreTrainedTokenizerBase,
-    teacher: Checkpoint, accelerator: Accelerator, *, max_length: int, eval_batch_size: int, models_dir: Path,
+    teacher: Teacher, accelerator: Accelerator, *, max_length: int, eval_batch_size: int, models_dir: Path,
 ) -> tuple[EncodedSentences, torch.Tensor]:  # fmt: skip
     """Return what a student with this tokenizer reads, and the teacher's logits of it, (rows, classes), from the cache if they are there.
 
