@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from compactmind import kernels
-from compactmind.formats import w8a8
+from compactmind.formats import grouped, w8a8
 from compactmind.kernels import KERNEL_VARIABLE
 from compactmind.methods.quantization.error_compensation import compensate_rounding, compensation_of, smaller_scales
 from compactmind.methods.quantization.gptq import columns_in_order, inverse_factor, round_compensated, round_nearest
@@ -41,6 +41,16 @@ def ops():
     return torch.ops.compactmind
 
 
+@pytest.fixture(params=[False, True], ids=["avx2", "avx512"])
+def instructions(request, ops):
+    """Products of few rows by either, where the CPU has both."""
+    ops.use_avx512(request.param)
+    if request.param and not ops.avx512():
+        pytest.skip("this CPU has no AVX-512 with VNNI and VBMI")
+    yield kernels.few_rows_instructions()
+    ops.use_avx512(True)
+
+
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -55,7 +65,7 @@ def integers(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(("width", "channels"), [(1, 1), (8, 3), (31, 16), (32, 17), (576, 50), (1030, 33)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("vnni", [False, True], ids=["avx2", "avx_vnni"])
-def test_products_of_int8_are_exact_and_scaled_in_a_known_order(ops, rows, width, channels, bias, vnni):
+def test_products_of_int8_are_exact_and_scaled_in_a_known_order(ops, instructions, rows, width, channels, bias, vnni):
     q, weight = integers(rows, width), integers(channels, width, seed=1)
     if rows:
         q[0], weight[0], weight[-1] = 127, 127, -127
@@ -67,7 +77,7 @@ def test_products_of_int8_are_exact_and_scaled_in_a_known_order(ops, rows, width
 
 @needs_kernels
 @pytest.mark.parametrize("vnni", [False, True], ids=["avx2", "avx_vnni"])
-def test_the_largest_sums_do_not_overflow_or_saturate(ops, vnni):
+def test_the_largest_sums_do_not_overflow_or_saturate(ops, instructions, vnni):
     for rows, width in ((1, 11008), (4, 11008), (8, 11008), (8, 131072)):
         for sign in (-1, 1):
             q = torch.full((rows, width), 127, dtype=torch.int8)
@@ -237,7 +247,7 @@ def rounded(grid: Grid, rows: int, width: int) -> tuple[GroupedLinear, torch.Ten
 @needs_kernels
 @pytest.mark.parametrize("width", [5, 40, 96, 100])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_packed_integers_are_the_weights_they_stand_for(grid, width):
+def test_packed_integers_are_the_weights_they_stand_for(grid, width, instructions):
     layer, weight = rounded(grid, 11, width)
     assert layer.kernel == "avx2" and torch.equal(layer.dequantize(), weight)
     for rows in (1, 2, 3, 4, 5, 9):
@@ -246,6 +256,30 @@ def test_packed_integers_are_the_weights_they_stand_for(grid, width):
         allowed = 1e-6 * x.norm(dim=1, keepdim=True) * weight.norm(dim=1)
         assert ((layer(x) - expected).abs() <= allowed).all() and ((layer(x[None])[0] - expected).abs() <= allowed).all()
     assert layer.unpacked is None  # nothing was made larger on the way
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [8, 16, 24, 64, 128, 192])
+@pytest.mark.parametrize("bits", BITS)
+def test_groups_of_any_size_are_multiplied_however_their_inputs_differ(instructions, bits, size):
+    layer, weight = rounded(Grid(bits, size, "float"), 9, 576)
+    x = drawn(3, 576, seed=bits)
+    x[0, 5], x[1], x[2] = 1e4, x[1] * 1e-15, 0  # an outlier, small numbers, nothing
+    expected = (x.double() @ weight.double().t()).float()
+    allowed = 1e-6 * x.norm(dim=1, keepdim=True) * weight.norm(dim=1)
+    assert ((layer(x) - expected).abs() <= allowed).all() and not layer(x)[2].any()
+    assert (layer(torch.full((1, 576), 1e-37)).abs() < 1e-33).all()  # what one of them counts would be no normal number
+    for wrong in (float("nan"), float("inf"), float("-inf")):
+        x[1, 575] = wrong
+        assert not layer(x)[1].isfinite().any() and torch.equal(layer(x)[[0, 2]], layer(x[[0, 2]]))
+
+
+@needs_kernels
+def test_the_report_names_what_multiplies_few_rows(instructions):
+    layer, _ = rounded(Grid(4, 32), 6, 64)
+    assert grouped.kernel(torch.nn.Sequential(layer)) == instructions
+    layer.kernel = "dequantized"
+    assert grouped.kernel(torch.nn.Sequential(layer)) == "dequantized"
 
 
 @needs_kernels
@@ -301,7 +335,7 @@ def test_shapes_are_known_without_computing():
 @pytest.mark.parametrize("double_quantization", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("width", [64, 100, 192])
-def test_nf4_is_multiplied_as_bitsandbytes_decodes_it(width, bias, double_quantization):
+def test_nf4_is_multiplied_as_bitsandbytes_decodes_it(width, bias, double_quantization, instructions):
     from compactmind.methods.quantization.packed_linear import packed_linear_like
 
     linear = torch.nn.Linear(width, 11, bias=bias).requires_grad_(False)

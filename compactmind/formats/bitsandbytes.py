@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from compactmind import kernels
 from compactmind.files import WEIGHTS
 from compactmind.formats.grouped import take_grouped
 from compactmind.formats.loading import require_every_tensor, uninitialized_model
@@ -78,7 +79,7 @@ def weights(module: nn.Module) -> list[tuple[torch.Tensor, int]]:
 def kernel(model: PreTrainedModel) -> str:
     """Return what multiplies the blocks: few rows of NF4 our own kernel, where it can be had."""
     ours = any(getattr(module, "levels", None) is not None for module in model.modules())
-    return "avx2, bitsandbytes" if ours else "bitsandbytes"
+    return f"{kernels.few_rows_instructions()}, bitsandbytes" if ours else "bitsandbytes"
 
 
 def int8_caveat(quantization: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from compactmind import kernels
 from compactmind.files import WEIGHTS
 from compactmind.formats import compressed_tensors
 from compactmind.formats.loading import require_every_tensor, tie_table
@@ -131,5 +132,6 @@ def weights(module: nn.Module) -> list[tuple[torch.Tensor, int]]:
 
 
 def kernel(model: PreTrainedModel) -> str:
-    """Return what multiplies, see methods/quantization/grouped.py."""
-    return ", ".join(sorted({module.kernel for module in model.modules() if isinstance(module, GroupedWeight)}))
+    """Return what multiplies, see methods/quantization/grouped.py; `avx2` as `avx512` where it is that."""
+    names = {module.kernel for module in model.modules() if isinstance(module, GroupedWeight)}
+    return ", ".join(sorted(kernels.few_rows_instructions() if name == "avx2" else name for name in names))

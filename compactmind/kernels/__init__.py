@@ -3,6 +3,7 @@
 avx2.cpp   x86 CPUs with AVX2 and FMA, Linux, a C++ compiler (g++ or clang++, or what CXX names): int8 times int8, exact, where there are no
            int8 instructions; few rows times integers of 2 to 8 bits in groups, read as they lie in a file, and times bf16; scales of
            groups, and rounding column by column
+avx512.h   few rows times int8, integers in groups and NF4 again, on CPUs that have AVX-512 with VNNI and VBMI
 
 Where they cannot be had everything runs without them, slower (w8a8_linear.py, grouped.py). They are built when first asked for, in some 20
 seconds, into TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions, under a name that changes with the source, torch and the options.
@@ -50,6 +51,11 @@ def usable_on(device: torch.device) -> bool:
 def int8_instructions() -> str:
     """Return what the int8 products of the kernels, which are there, are made of: "avx_vnni" where the CPU has it, else "avx2"."""
     return "avx_vnni" if torch.ops.compactmind.avx_vnni() else "avx2"
+
+
+def few_rows_instructions() -> str:
+    """Return what the products of few rows with integers in groups and NF4 are made of, where the kernels are there: "avx512" or "avx2"."""
+    return "avx512" if torch.ops.compactmind.avx512() else "avx2"
 
 
 def compiler() -> list[str] | None:

@@ -4,9 +4,8 @@
 
 namespace {
 
-// x (width) -> q, int8 or wider, and the scale: max(|x|, SMALLEST) / 127, halves to even; `fixed`: the scale there is, not positive: none.
-template <class Q>
-float quantize_row(const float* x, int64_t width, float fixed, Q* q) {
+// x (width) -> q and the scale: max(|x|, SMALLEST) / 127, halves to even; `fixed`: the scale there is, not positive: none.
+float quantize_row(const float* x, int64_t width, float fixed, int8_t* q) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   __m256 most = _mm256_setzero_ps(), unordered = _mm256_setzero_ps();
   int64_t i = 0;
@@ -32,15 +31,10 @@ float quantize_row(const float* x, int64_t width, float fixed, Q* q) {
   };
   for (i = 0; i + 32 <= width; i += 32) {
     const __m256i first = _mm256_packs_epi32(eight(i), eight(i + 8)), second = _mm256_packs_epi32(eight(i + 16), eight(i + 24));
-    if constexpr (sizeof(Q) == 1) {
-      const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(first, second), order);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), bytes);
-    } else {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), _mm256_permute4x64_epi64(first, 0xd8));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i + 16), _mm256_permute4x64_epi64(second, 0xd8));
-    }
+    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(first, second), order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), bytes);
   }
-  for (; i < width; ++i) q[i] = static_cast<Q>(_mm_cvtss_si32(_mm_set_ss(std::max(std::min(x[i] * inverse, 127.0f), -127.0f))));
+  for (; i < width; ++i) q[i] = static_cast<int8_t>(_mm_cvtss_si32(_mm_set_ss(std::max(std::min(x[i] * inverse, 127.0f), -127.0f))));
   return step;
 }
 

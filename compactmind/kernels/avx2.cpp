@@ -1,4 +1,4 @@
-// Products of quantized linears on x86 CPUs with AVX2 and FMA: what __init__.py beside this file builds, loads and describes.
+// Products of quantized linears on x86 CPUs with AVX2 and FMA, few rows by AVX-512 where there is one: what __init__.py beside this file builds, loads and describes.
 #include <torch/library.h>
 
 #include "columns.h"
@@ -14,6 +14,8 @@ TORCH_LIBRARY(compactmind, m) {
   m.def("add_norm_quantize(Tensor product, Tensor? row_scale, Tensor? channel_scale, Tensor? bias, Tensor residual, Tensor norm, Tensor norm_bias, "
         "float eps) -> (Tensor, Tensor, Tensor)");
   m.def("avx_vnni", &has_avx_vnni);
+  m.def("avx512", &has_avx512);
+  m.def("use_avx512", &use_avx512);
   m.def("grouped_dequantize(Tensor packed, Tensor scale, Tensor zero, int bits, int size, int width) -> Tensor");
   m.def("grouped_linear(Tensor x, Tensor packed, Tensor scale, Tensor zero, int bits, int size) -> Tensor");
   m.def("bfloat16_linear(Tensor x, Tensor weight) -> Tensor");

@@ -35,13 +35,9 @@ struct Linear {
       rotate(turned.data(), width, first);
       x = turned.data();
     }
-    const int64_t stride = (width + 31) / 32 * 32;
-    std::vector<int16_t> wide(stride, 0);
-    const float step = quantize_row(x, width, c.numel() ? *c.const_data_ptr<float>() : 0.0f, wide.data());
-    const Scales scales{&step, b.const_data_ptr<float>(), nullptr};
-    at::parallel_for(0, out(), std::max<int64_t>(16, 65536 / width), [&](int64_t n0, int64_t n1) {
-      few_rows<1>(wide.data(), stride, a.const_data_ptr<int8_t>(), width, n0, n1, scales, y, out());
-    });
+    std::vector<int8_t> q(width);
+    const float step = quantize_row(x, width, c.numel() ? *c.const_data_ptr<float>() : 0.0f, q.data());
+    few_int8(q.data(), 1, width, a.const_data_ptr<int8_t>(), out(), Scales{&step, b.const_data_ptr<float>(), nullptr}, y);
   }
 
   void grouped_product(const float* x, int64_t width, float* y) const {

@@ -12,6 +12,8 @@
 #include <limits>
 #include <vector>
 
+#include "avx512.h"
+
 namespace {
 
 using at::Tensor;

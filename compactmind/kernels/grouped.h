@@ -59,8 +59,9 @@ struct Grouped {
 
 // What the weights of a row are made of its integers by, eight groups at a time: weight = step * (q - half) + offset.
 struct Steps {
+  int64_t padded;  // groups, filled up to whole eights; behind them eight more may be read
   std::vector<float> step, offset;
-  explicit Steps(const Grouped& g) : step((g.groups + 7) / 8 * 8), offset(step.size()) {}
+  explicit Steps(const Grouped& g) : padded((g.groups + 7) / 8 * 8), step(padded + 8), offset(padded) {}
 
   // What is behind the last group of a row is another row's: it meets sums of 0.
   void read(const Grouped& g, int64_t row) {
@@ -102,7 +103,7 @@ void few_rows_grouped(const Grouped& g, const float* x, int64_t stride, const fl
   const Eight<BITS> eight;
   std::vector<uint8_t> copy;
   Steps steps(g);
-  const auto padded = static_cast<int64_t>(steps.step.size());
+  const int64_t padded = steps.padded;
   for (int64_t j = n0; j < n1; ++j) {
     const uint8_t* row = g.row(j, copy);
     steps.read(g, j);
@@ -140,6 +141,99 @@ void few_rows_grouped(const Grouped& g, const float* x, int64_t stride, const fl
       for (int r = 0; r < ROWS; ++r) total[r] = _mm256_fmadd_ps(acc[r][0], step, total[r]);
     }
     for (int r = 0; r < ROWS; ++r) out[r * g.rows + j] = sum_of(total[r]);
+  }
+}
+
+// Rows of x (m, width) as whole numbers of `unit` (m), 24 bits in three digits, the highest first: `of` (m, 3, stride) int8, zeros behind the width. Beside
+// the largest of its row float32 says no more of a number.
+struct Digits {
+  int64_t stride;
+  std::vector<int8_t> bytes;
+  int8_t* of;  // in `bytes`, where a line of the cache begins
+  std::vector<float> unit;
+
+  AVX512 Digits(const float* x, int64_t m, int64_t width) : stride((width + 63) / 64 * 64), bytes(m * 3 * stride + 63), unit(m) {
+    of = bytes.data() + (64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64) % 64;
+    for (int64_t r = 0; r < m; ++r, x += width) {
+      __m512 most = _mm512_setzero_ps();
+      __mmask16 wrong = 0;
+      for (int64_t i = 0; i < width; i += 16) {
+        const __m512 v = _mm512_maskz_loadu_ps(first16(width - i), x + i);
+        most = _mm512_max_ps(most, _mm512_abs_ps(v));
+        wrong |= _mm512_fpclass_ps_mask(v, 0x99);  // NaN, infinite
+      }
+      const float largest = _mm512_reduce_max_ps(most) / ((1 << 23) - (1 << 16));  // the highest digit is no more than 127
+      unit[r] = wrong ? std::numeric_limits<float>::quiet_NaN() : largest;  // as every product will be
+      if (unit[r] < std::numeric_limits<float>::min()) unit[r] = 0;
+      if (!(unit[r] > 0)) continue;
+      const __m512 inverse = _mm512_set1_ps(1.0f / unit[r]);
+      for (int64_t i = 0; i < width; i += 16) {
+        __m512i left = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(first16(width - i), x + i), inverse));
+        for (int digit = 2; digit >= 0; --digit) {
+          const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(left, 24), 24);
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(of + (r * 3 + digit) * stride + i), _mm512_cvtepi32_epi8(low));
+          left = _mm512_srai_epi32(_mm512_sub_epi32(left, low), 8);
+        }
+      }
+    }
+  }
+};
+
+// Where each of eight numbers of BITS bits is in the bytes of 64 of them: the eight bytes from where the eight begin, and the bit there.
+template <int BITS>
+struct Places {
+  alignas(64) uint8_t byte[64] = {}, bit[64] = {};
+  constexpr Places() {
+    for (int i = 0; i < 64; ++i) byte[i] = static_cast<uint8_t>((i / 8 * BITS + i % 8) % 64), bit[i] = static_cast<uint8_t>(i % 8 * BITS);
+  }
+};
+
+// As `few_rows_grouped`, of inputs in digits; groups of 8, 16, 32, or of a multiple of 64, or one.
+template <int BITS, int ROWS>
+AVX512 void few_rows_digits(const Grouped& g, const Digits& x, const float* sums, float* out, int64_t n0, int64_t n1) {
+  static constexpr Places<BITS> places;
+  const __m512i byte = _mm512_load_si512(places.byte), bit = _mm512_load_si512(places.bit), all = _mm512_set1_epi8(static_cast<char>((1 << BITS) - 1));
+  const int64_t size = g.groups == 1 ? std::numeric_limits<int64_t>::max() : g.size, at_once = size < 64 ? 64 / size : 1;
+  alignas(64) int32_t group_of[16];
+  for (int lane = 0; lane < 16; ++lane) group_of[lane] = static_cast<int32_t>(lane * at_once / 16);
+  const __m512i order = _mm512_load_si512(group_of);
+  const __mmask64 whole = first64(8 * BITS);
+  Steps steps(g);
+  const int64_t padded = steps.padded;
+  for (int64_t j = n0; j < n1; ++j) {
+    steps.read(g, j);
+    const uint8_t* row = g.packed + j * g.bytes;
+    __m256 beside[ROWS];
+    __m512 total[ROWS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      beside[r] = _mm256_setzero_ps(), total[r] = _mm512_setzero_ps();
+      for (int64_t group = 0; group < padded; group += 8) {  // the integers have no sign here
+        const __m256 step = _mm256_loadu_ps(steps.step.data() + group), offset = _mm256_loadu_ps(steps.offset.data() + group);
+        beside[r] = _mm256_fmadd_ps(_mm256_fnmadd_ps(_mm256_set1_ps(g.half), step, offset), _mm256_loadu_ps(sums + r * padded + group), beside[r]);
+      }
+    }
+    int64_t group = 0, end = size;
+    for (int64_t i = 0, at = 0; i < g.width; i += 64, at += 8 * BITS) {
+      __m512i q = _mm512_maskz_loadu_epi8(at + 8 * BITS <= g.bytes ? whole : first64(g.bytes - at), row + at);
+      if constexpr (BITS < 8) q = _mm512_and_si512(_mm512_multishift_epi64_epi8(bit, _mm512_permutexvar_epi8(byte, q)), all);
+      const float* from = steps.step.data() + group;
+      const __m512 step = at_once == 1 ? _mm512_set1_ps(*from) : _mm512_permutexvar_ps(order, _mm512_castps256_ps512(_mm256_loadu_ps(from)));
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        const int8_t* digits = x.of + 3 * r * x.stride + i;
+        __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), q, _mm512_loadu_si512(digits));
+        high = _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), q, _mm512_loadu_si512(digits + x.stride));
+        const __m512 low = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), q, _mm512_loadu_si512(digits + 2 * x.stride)));
+        total[r] = _mm512_fmadd_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0f), low), step, total[r]);
+      }
+      if (at_once > 1) {
+        group += at_once;
+      } else if (i + 64 == end) {
+        ++group, end += size;
+      }
+    }
+    for (int r = 0; r < ROWS; ++r) out[r * g.rows + j] = _mm512_reduce_add_ps(total[r]) * x.unit[r] + sum_of(beside[r]);
   }
 }
 
@@ -226,10 +320,17 @@ void few_grouped(const Grouped& g, int64_t bits, const float* x, int64_t m, floa
       sums[r * groups + group] = sum;
     }
   }
+  const bool in_digits = has_avx512() && (g.groups == 1 || g.size == 8 || g.size == 16 || g.size == 32 || g.size % 64 == 0);
+  const int64_t at_once = std::max<int64_t>(16, 32768 / g.width);
+  const optional<Digits> digits = in_digits ? optional<Digits>(std::in_place, x, m, g.width) : std::nullopt;
   with_bits(bits, [&](auto b) {
-    const auto run = m == 1 ? few_rows_grouped<b, 1> : m == 2 ? few_rows_grouped<b, 2> : m == 3 ? few_rows_grouped<b, 3> : few_rows_grouped<b, 4>;
-    at::parallel_for(0, g.rows, std::max<int64_t>(16, 32768 / g.width),
-                     [&](int64_t n0, int64_t n1) { run(g, padded.data(), stride, sums.data(), out, n0, n1); });
+    if (in_digits) {
+      const auto run = m == 1 ? few_rows_digits<b, 1> : m == 2 ? few_rows_digits<b, 2> : m == 3 ? few_rows_digits<b, 3> : few_rows_digits<b, 4>;
+      at::parallel_for(0, g.rows, at_once, [&](int64_t n0, int64_t n1) { run(g, *digits, sums.data(), out, n0, n1); });
+    } else {
+      const auto run = m == 1 ? few_rows_grouped<b, 1> : m == 2 ? few_rows_grouped<b, 2> : m == 3 ? few_rows_grouped<b, 3> : few_rows_grouped<b, 4>;
+      at::parallel_for(0, g.rows, at_once, [&](int64_t n0, int64_t n1) { run(g, padded.data(), stride, sums.data(), out, n0, n1); });
+    }
   });
 }
 

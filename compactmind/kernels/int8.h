@@ -51,6 +51,43 @@ void few_rows(const int16_t* x, int64_t stride, const int8_t* w, int64_t k, int6
   }
 }
 
+// y (n) = sums of int8 products, times the scale of each channel and of the row, plus the bias if there is one.
+void scale_row(const int32_t* sums, const float* channels, float row, const float* bias, int64_t n, float* y) {
+  for (int64_t j = 0; j < n; ++j) {
+    const float scaled = static_cast<float>(sums[j]) * channels[j] * row;
+    y[j] = bias ? scaled + bias[j] : scaled;
+  }
+}
+
+// x (m, k) int8, m from 1 to FEW, times w (n, k), scaled: y (m, n).
+void few_int8(const int8_t* x, int64_t m, int64_t k, const int8_t* w, int64_t n, Scales scales, float* y) {
+  const int64_t at_once = std::max<int64_t>(16, 65536 / std::max<int64_t>(k, 1));
+  if (has_avx512()) {
+    const int64_t stride = (k + 63) / 64 * 64;
+    std::vector<int8_t> padded(m * stride, 0);
+    std::vector<uint32_t> excess(m, 0);
+    for (int64_t r = 0; r < m; ++r) {
+      std::memcpy(padded.data() + r * stride, x + r * k, k);
+      int64_t sum = 0;
+      for (int64_t i = 0; i < k; ++i) sum += x[r * k + i];
+      excess[r] = static_cast<uint32_t>(128 * sum);
+    }
+    std::vector<int32_t> sums(m * n);
+    const auto run = m == 1 ? few_sums64<1> : m == 2 ? few_sums64<2> : m == 3 ? few_sums64<3> : few_sums64<4>;
+    at::parallel_for(0, n, at_once, [&](int64_t n0, int64_t n1) {
+      run(padded.data(), stride, excess.data(), w, k, n0, n1, sums.data(), n);
+      for (int64_t r = 0; r < m; ++r)
+        scale_row(sums.data() + r * n + n0, scales.channel + n0, scales.row[r], scales.bias ? scales.bias + n0 : nullptr, n1 - n0, y + r * n + n0);
+    });
+    return;
+  }
+  const int64_t stride = (k + 31) / 32 * 32;
+  std::vector<int16_t> wide(m * stride, 0);
+  for (int64_t r = 0; r < m; ++r) std::copy(x + r * k, x + (r + 1) * k, wide.begin() + r * stride);
+  const auto run = m == 1 ? few_rows<1> : m == 2 ? few_rows<2> : m == 3 ? few_rows<3> : few_rows<4>;
+  at::parallel_for(0, n, at_once, [&](int64_t n0, int64_t n1) { run(wide.data(), stride, w, k, n0, n1, scales, y, n); });
+}
+
 // 8 rows of 8 int32 become 8 columns.
 void transpose8(__m256i* r) {
   __m256i t[8], s[8];
@@ -211,13 +248,7 @@ Tensor int8_linear(const Tensor& q, const Tensor& row_scale, const Tensor& weigh
   const Scales scales{row_scale.const_data_ptr<float>(), channel_scale.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr};
   auto* y = out.mutable_data_ptr<float>();
   if (m <= FEW) {
-    const int64_t stride = (k + 31) / 32 * 32;
-    std::vector<int16_t> wide(m * stride, 0);
-    for (int64_t r = 0; r < m; ++r) std::copy(x + r * k, x + (r + 1) * k, wide.begin() + r * stride);
-    const auto run = m <= 1 ? few_rows<1> : m == 2 ? few_rows<2> : m == 3 ? few_rows<3> : few_rows<4>;
-    if (m > 0)
-      at::parallel_for(0, n, std::max<int64_t>(16, 65536 / std::max<int64_t>(k, 1)),
-                       [&](int64_t n0, int64_t n1) { run(wide.data(), stride, w, k, n0, n1, scales, y, n); });
+    if (m > 0) few_int8(x, m, k, w, n, scales, y);
     return out;
   }
   const int64_t panels = (m + MR - 1) / MR, whole = (n + NR - 1) / NR;
@@ -265,14 +296,6 @@ Tensor int8_linear(const Tensor& q, const Tensor& row_scale, const Tensor& weigh
     }
   });
   return out;
-}
-
-// y (n) = sums of int8 products, times the scale of each channel and of the row, plus the bias if there is one.
-void scale_row(const int32_t* sums, const float* channels, float row, const float* bias, int64_t n, float* y) {
-  for (int64_t j = 0; j < n; ++j) {
-    const float scaled = static_cast<float>(sums[j]) * channels[j] * row;
-    y[j] = bias ? scaled + bias[j] : scaled;
-  }
 }
 
 // product (m, n) int32 of another kernel, scaled: float32.

@@ -45,11 +45,47 @@ void few_rows_levels(const Levels& w, const float* x, float* out, int64_t n0, in
   }
 }
 
+template <int ROWS>
+AVX512 void few_rows_levels512(const Levels& w, const float* x, float* out, int64_t n0, int64_t n1) {
+  const __m512 levels = _mm512_loadu_ps(w.levels);
+  const __m128i places = _mm_setr_epi8(4, 0, 12, 8, 20, 16, 28, 24, 36, 32, 44, 40, 52, 48, 60, 56);
+  const int64_t blocks = w.width / LEVEL_BLOCK;
+  for (int64_t j = n0; j < n1; ++j) {
+    __m512 total[ROWS];
+    for (int r = 0; r < ROWS; ++r) total[r] = _mm512_setzero_ps();
+    for (int64_t block = 0; block < blocks; ++block) {
+      const uint8_t* p = w.packed + (j * w.width + block * LEVEL_BLOCK) / 2;
+      __m512 acc[ROWS][2];
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
+#pragma GCC unroll 4
+      for (int c = 0; c < LEVEL_BLOCK / 16; ++c) {
+        int64_t v;
+        std::memcpy(&v, p + 8 * c, sizeof v);
+        const __m512i number = _mm512_cvtepu8_epi32(_mm_multishift_epi64_epi8(places, _mm_set1_epi64x(v)));  // its lowest four bits
+        const __m512 q = _mm512_permutexvar_ps(number, levels);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r)
+          acc[r][c % 2] = _mm512_fmadd_ps(q, _mm512_loadu_ps(x + r * w.width + block * LEVEL_BLOCK + 16 * c), acc[r][c % 2]);
+      }
+      const __m512 scale = _mm512_set1_ps(w.scale[j * blocks + block]);
+      for (int r = 0; r < ROWS; ++r) total[r] = _mm512_fmadd_ps(_mm512_add_ps(acc[r][0], acc[r][1]), scale, total[r]);
+    }
+    for (int r = 0; r < ROWS; ++r) out[r * w.rows + j] = _mm512_reduce_add_ps(total[r]);
+  }
+}
+
+// Which of them multiplies m rows on this CPU.
+auto for_rows_levels(int64_t m) {
+  if (has_avx512()) return m == 1 ? few_rows_levels512<1> : m == 2 ? few_rows_levels512<2> : m == 3 ? few_rows_levels512<3> : few_rows_levels512<4>;
+  return m == 1 ? few_rows_levels<1> : m == 2 ? few_rows_levels<2> : m == 3 ? few_rows_levels<3> : few_rows_levels<4>;
+}
+
 // `x` has `given` columns of the `width` that the weights have: behind them rows are filled up with zeros.
 void few_levels(const Levels& w, const float* x, int64_t m, int64_t given, float* out) {
   std::vector<float> filled(m * w.width, 0.0f);
   for (int64_t r = 0; r < m; ++r) std::memcpy(filled.data() + r * w.width, x + r * given, given * sizeof(float));
-  const auto run = m == 1 ? few_rows_levels<1> : m == 2 ? few_rows_levels<2> : m == 3 ? few_rows_levels<3> : few_rows_levels<4>;
+  const auto run = for_rows_levels(m);
   at::parallel_for(0, w.rows, std::max<int64_t>(16, 32768 / w.width), [&](int64_t n0, int64_t n1) { run(w, filled.data(), out, n0, n1); });
 }
 

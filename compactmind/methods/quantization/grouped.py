@@ -15,7 +15,8 @@ weight_scale_step and weight_minimum_step, fp16 (out, super-blocks); those of a 
 Without a minimum and super-blocks that is the layout `pack-quantized` of compressed-tensors 0.20.0 to the bit (formats/grouped.py says who
 reads it); 0.15 packed widths that do not divide 32 otherwise. What multiplies them:
 
-avx2         compactmind/kernels: few rows of inputs times the packed integers, which are made floating-point in registers
+avx2         compactmind/kernels: few rows of inputs times the packed integers, which are made floating-point in registers; with AVX-512
+             (`avx512` in the report) inputs are whole numbers of 24 bits, which multiply the integers as they are
 dequantized  all integers are unpacked, a byte each, at the first product and made floating-point for every one
 """
 
