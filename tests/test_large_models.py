@@ -1,7 +1,9 @@
 """A model that is large beside the memory goes through the whole LLM track: each stage in a process that is killed beyond a limit."""
 
 import json
+import os
 import sys
+from pathlib import Path
 
 import helpers
 import pytest
@@ -59,21 +61,29 @@ def workspace(tmp_path_factory):
     return folder
 
 
-def run_limited(name: str, folder, share: float, small: int):
-    command = [str(helpers.REPOSITORY / name), "--profile", "smoke", *STAGES[name]]
-    runner = folder / "limited.py"
+@pytest.fixture
+def run_limited(workspace):
+    """Run a script with less memory, `run_limited(name, small)` -> (exit status, output); each a fork of one process with all it imports."""
+    launcher, runner, said = scripts.Launcher(workspace), workspace / "limited.py", workspace / "said.txt"
     runner.write_text(LIMITED, encoding="utf-8")
-    return scripts.run_python(runner, json.dumps([share, small, command]), cwd=folder)
+
+    def run(name: str, small: int) -> tuple[int, str]:
+        command = [str(helpers.REPOSITORY / name), "--profile", "smoke", *STAGES[name]]
+        status = launcher.run([sys.executable, str(runner), json.dumps([SHARE, small, command])], workspace, Path(os.devnull), said)
+        return status, said.read_text(encoding="utf-8")
+
+    yield run
+    launcher.close()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process holds that cannot be dropped")
-def test_every_stage_of_a_large_model_keeps_to_a_small_multiple_of_its_weights(workspace):
-    whole = run_limited("5_bayesian_search.py", workspace, SHARE, small=10**9)  # float32 as a whole, and the teacher beside it
-    assert whole.returncode == 137 and "more than its limit" in whole.stderr, whole.stderr[-1000:]
+def test_every_stage_of_a_large_model_keeps_to_a_small_multiple_of_its_weights(workspace, run_limited):
+    status, output = run_limited("5_bayesian_search.py", small=10**9)  # float32 as a whole, and the teacher beside it
+    assert status == 137 and "more than its limit" in output, output[-1000:]
     for name in STAGES:
-        done = run_limited(name, workspace, SHARE, small=0)
-        assert done.returncode == 0, f"{name}: {done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+        status, output = run_limited(name, small=0)
+        assert status == 0, f"{name}: {output[-3000:]}"
     report = helpers.read_json(workspace / "results" / "final_report.json")
     rows = {row["name"]: row for row in report["models"] if row["track"] == "llm" and row["status"] == "measured"}
     assert {"llama", "llama_w8a8", "llama_nf4", "llama_pruned"} <= set(rows)

@@ -347,7 +347,7 @@ def test_what_several_workers_need_together_must_be_there(tmp_path, run_here, mo
 @pytest.mark.slow
 def test_two_workers_search_one_is_killed_and_the_first_process_finishes(tmp_path):
     helpers.add_llama(tmp_path)
-    command = scripts._command(SCRIPT, ("--n_trials", 8, "--target_compression", 1.05, "--workers", 2))
+    command = scripts._command(SCRIPT, ("--n_trials", 5, "--target_compression", 1.05, "--workers", 2))
     with subprocess.Popen(
         command, cwd=tmp_path, env=scripts.environment(tmp_path), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
@@ -365,10 +365,10 @@ def test_two_workers_search_one_is_killed_and_the_first_process_finishes(tmp_pat
     assert process.returncode == 0, output
     assert f"worker {killed} was killed by SIGKILL" in output and "the 1 other(s) go on" in output
     summary = helpers.read_json(tmp_path / "results" / "search" / "summary.json")
-    assert summary["trials"] == 8 and not summary["states"]["RUNNING"] and (tmp_path / "models" / "llama_searched").is_dir()
+    assert summary["trials"] == 5 and not summary["states"]["RUNNING"] and (tmp_path / "models" / "llama_searched").is_dir()
     study = optuna.load_study(study_name="llama-bayesian", storage=f"sqlite:///{tmp_path / 'results/search/study.db'}")
     counted = counted_trials(study)
-    assert len(counted) == 8 == len({trial.user_attrs["key"] for trial in counted})
+    assert len(counted) == 5 == len({trial.user_attrs["key"] for trial in counted})
     assert len({trial.user_attrs["worker"]["pid"] for trial in study.trials if "worker" in trial.user_attrs}) == 2
     assert output.count("confirming trial") == output.count("\nconfirming trial")  # by the first process alone
 
@@ -376,14 +376,14 @@ def test_two_workers_search_one_is_killed_and_the_first_process_finishes(tmp_pat
 @pytest.mark.slow
 def test_ctrl_c_ends_all_and_the_same_command_goes_on(tmp_path, run_here):
     helpers.add_llama(tmp_path)
-    arguments = ("--n_trials", 6, "--target_compression", 1.05, "--workers", 2)
+    arguments = ("--n_trials", 4, "--target_compression", 1.05, "--workers", 2)
     status, output = scripts.run_script_until("to go", signal.SIGINT, SCRIPT, *arguments, cwd=tmp_path)
     assert status == 1 and "ending 2 workers" in output and "goes on where this run was" in output and "Traceback" not in output, output
     study = optuna.load_study(study_name="llama-bayesian", storage=f"sqlite:///{tmp_path / 'results/search/study.db'}")
     assert not any(trial.state == TrialState.RUNNING and "runs" in trial.user_attrs for trial in study.trials), output
     status, output = run_here(*arguments)
     assert status == 0, output
-    assert helpers.read_json(tmp_path / "results" / "search" / "summary.json")["trials"] == 6
+    assert helpers.read_json(tmp_path / "results" / "search" / "summary.json")["trials"] == 4
 
 
 def test_all_workers_failing_is_a_failure(tmp_path, run_here, monkeypatch):
