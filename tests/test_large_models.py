@@ -63,7 +63,7 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture
 def run_limited(workspace):
-    """Run a script with less memory, `run_limited(name, small)` -> (exit status, output); each a fork of one process with all it imports."""
+    """Run a script with less memory, `run_limited(name, small)` -> (exit status, output); each forked from a process that has imported all."""
     launcher, runner, said = scripts.Launcher(workspace), workspace / "limited.py", workspace / "said.txt"
     runner.write_text(LIMITED, encoding="utf-8")
 

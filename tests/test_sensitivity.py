@@ -1,6 +1,5 @@
 """What it costs to round a tensor: measured, it is the KL of the rounded model; by gradients, near it where errors are small."""
 
-import math
 
 import helpers
 import pytest
@@ -9,7 +8,6 @@ import torch
 from compactmind.evaluation.divergence import divergence
 from compactmind.methods.llama import LINEARS, llama_blocks
 from compactmind.methods.probe import Probe
-from compactmind.methods.quantization import sensitivity
 from compactmind.methods.quantization.gptq import round_nearest
 from compactmind.methods.quantization.grid import Grid
 from compactmind.methods.quantization.sensitivity import (
@@ -19,8 +17,6 @@ from compactmind.methods.quantization.sensitivity import (
     measured_sensitivities,
     measured_table_cost,
 )
-from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, smooth_llama
-from compactmind.methods.registry import SCALED
 
 GRIDS = [Grid(bits, 16) for bits in (3, 4, 6, 8)]
 
@@ -58,25 +54,6 @@ def test_what_is_made_of_a_model_goes_by_what_errors_cost_in_that_model():
     llama_blocks(smaller)[0].down.weight.data[0] = 0.0
     errors = measured_costs(smaller, windows, GRIDS, known=known)[0, "down"]  # its own, at the price of the other model
     assert all(0 < cost < before for cost, before in zip(errors, own[0, "down"], strict=True))
-
-
-def test_what_is_known_is_not_measured_again_and_the_rest_is(monkeypatch):
-    model, windows = helpers.make_llama(), helpers.example_windows(2, 64)
-    whole = measured_sensitivities(model, windows, GRIDS[0])
-    known = {name: -1.0 for name in whole if "layers.0" in name or name.endswith("o_proj")}
-    assert measured_sensitivities(model, windows, GRIDS[0], known=known) == pytest.approx({**whole, **known})
-    monkeypatch.setattr(sensitivity, "Probe", None)
-    assert measured_sensitivities(model, windows, GRIDS[0], known=whole) == whole
-
-
-def test_smoothing_leaves_what_errors_cost_where_it_scales_no_output():
-    model, windows = helpers.make_llama(), helpers.example_windows(4, 64)
-    before, moved = measured_sensitivities(model, windows, GRIDS[0]), helpers.make_llama()
-    smooth_llama(moved, calibrate_llama(moved, windows), W8A8Recipe(alpha=0.8, rotations=()))
-    after = measured_sensitivities(moved, windows, GRIDS[0])
-    change = {name: abs(math.log(after[name] / before[name])) for name in before}
-    scaled = {name: each for name, each in change.items() if name.endswith(SCALED)}
-    assert max(change[name] for name in change if name not in scaled) < min(scaled.values())
 
 
 def test_a_grid_on_which_the_weights_lie_already_costs_nothing():

@@ -259,20 +259,14 @@ def _choices(model, resources: Resources, recipe: GPTQRecipe):
 
     def measured():
         known = _sensitivities(resources) if _go_by_dense(recipe) else {}
-        if len(known) != len(LINEARS) * len(llama_blocks(model)):
-            known = {}  # it has lost blocks
-        if "smooth" in resources.kinds_before:
-            known = {name: cost for name, cost in known.items() if not name.endswith(SCALED)}
+        if len(known) != len(LINEARS) * len(llama_blocks(model)) or "smooth" in resources.kinds_before:
+            known = {}  # it has lost blocks, or its errors lie in other channels
         return tensor_choices(model, resources.calibration, recipe, known=known)
 
     def numbers():
         return choices_to_keep(measured())
 
     return choices_from(resources.remember(name, numbers if resources.before else lambda: resources.keep(name, numbers), numbers=True))
-
-
-SCALED = tuple(LINEARS[field] for field in ("v", "up"))
-"""Linears whose outputs smoothing scales, for those that read them; what the others write is what it was."""
 
 
 def _named(windows: torch.Tensor) -> str:

@@ -169,11 +169,11 @@ def measured_costs(
     """Return what each grid would cost for every linear of the blocks, by block and field: KL in nats a token.
 
     A grid costs its squared error at the output of the linear on `windows` (windows, seq_len), times what such an error costs: `known`,
-    what `measured_sensitivities` returns of this model, or of the one it was made from and has the blocks of; what is not in it is
+    what `measured_sensitivities` returns of this model, or of the one it was made from and has the blocks and channels of; nothing known:
     measured now.
     """
     squares = _mean_squares(model, windows)
-    known = measured_sensitivities(model, windows, reference, squares, known)
+    known = known or measured_sensitivities(model, windows, reference, squares)
     costs = {}
     for index, block in enumerate(llama_blocks(model)):
         for site, fields in SITES.items():
@@ -186,26 +186,19 @@ def measured_costs(
 
 @torch.no_grad()
 def measured_sensitivities(
-    model: PreTrainedModel, windows: torch.Tensor, reference: Grid = REFERENCE, squares: list[dict[str, torch.Tensor]] | None = None,
-    known: dict[str, float] | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """Return what a squared error at the output of every linear of the blocks costs, by its name in a file: KL in nats a token, measured
-    where it is not `known`.
+    model: PreTrainedModel, windows: torch.Tensor, reference: Grid = REFERENCE, squares: list[dict[str, torch.Tensor]] | None = None
+) -> dict[str, float]:
+    """Return what a squared error at the output of every linear of the blocks costs, by its name in a file: KL in nats a token.
 
     One linear after the other is rounded to `reference`, and the first PROBE_TOKENS tokens of `windows` (windows, seq_len) are read; other
     errors cost in proportion. That an error is the same at every token, that it meets a softmax and that it is not small are in it, which
     an estimate by gradients does not know.
     """
-    sensitivities = {**(known or {})}
-    missing = [
-        [field for field, path in LINEARS.items() if f"{block.name}.{path}" not in sensitivities] for block in llama_blocks(model)
-    ]
-    if not any(missing):
-        return sensitivities
+    sensitivities: dict[str, float] = {}
     squares, sites = squares or _mean_squares(model, windows), {field: site for site, fields in SITES.items() for field in fields}
     probe = Probe(model, windows.flatten()[:PROBE_TOKENS])
     for index, block in enumerate(probe.blocks):
-        columns = {field: squares[index][sites[field]] for field in missing[index]}
+        columns = {field: squares[index][sites[field]] for field in LINEARS}
         rounded = ((field, round_nearest(getattr(block, field).weight, reference, columns[field], RANGES).weight()) for field in columns)
         for field, measured in zip(columns, probe.with_weights(index, rounded), strict=True):
             weight = getattr(block, field).weight
