@@ -63,7 +63,7 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture
 def run_limited(workspace):
-    """Run a script with less memory, `run_limited(name, small)` -> (exit status, output); each forked from a process that has imported all."""
+    """Run a script with less memory: `run_limited(name, small)` -> (exit status, output); forks of one that has imported all."""
     launcher, runner, said = scripts.Launcher(workspace), workspace / "limited.py", workspace / "said.txt"
     runner.write_text(LIMITED, encoding="utf-8")
 
