@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from common import PROFILE, ReportConfig, parse_command_line, run_stage
-from compactmind import classifier_room
+from compactmind import classifier_room, kernels
 from compactmind.checkpoint import Checkpoint, load_any
 from compactmind.data import data_fingerprint, load_split, read_dataset_description
 from compactmind.devices import default_device
@@ -155,7 +155,8 @@ def measure_track(
     if not present:
         return
     try:
-        what = {"data": data_fingerprint(data), "machine": machine, "versions": versions(), **config.relevant(*settings)}
+        what = {"data": data_fingerprint(data), "machine": machine, "versions": versions(), "kernels": kernels.identity()}
+        what |= config.relevant(*settings)
         text = read_dataset_description(data)["source"]["source"]
         held_out = load_split(data, "test") if track == "encoder" else load_documents(data, "test")
     except CompactMindError as error:

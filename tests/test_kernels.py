@@ -423,6 +423,21 @@ def test_a_machine_that_cannot_build_them_goes_on_without_and_says_why(tmp_path)
     assert not list(tmp_path.rglob("*.so"))
 
 
+def test_what_a_time_depends_on_changes_with_what_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "reason_against", lambda: None)
+    before = kernels.identity()
+    assert before == kernels.library().stem
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert kernels.identity() == before  # wherever they lie
+    monkeypatch.setattr(kernels, "OPTIONS", [*kernels.OPTIONS, "-g"])
+    assert kernels.identity() not in (before, "none")
+    monkeypatch.setenv(KERNEL_VARIABLE, "simulated")
+    assert kernels.identity() == "none"
+    monkeypatch.delenv(KERNEL_VARIABLE)
+    monkeypatch.setattr(kernels, "reason_against", lambda: "there is no C++ compiler")
+    assert kernels.identity() == "none"
+
+
 def test_other_machines_are_told_apart(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert "Linux on x86-64" in kernels.reason_against() and "darwin" in kernels.reason_against()

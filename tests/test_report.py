@@ -13,6 +13,7 @@ from finished_pipeline import LANGUAGE_ROWS, ROWS
 from goals import goals as project_goals
 from tokenizers import normalizers, pre_tokenizers
 
+from compactmind import kernels
 from compactmind.checkpoint import load_checkpoint
 from compactmind.data import EncodedSentences, load_split
 from compactmind.evaluation.divergence import divergence
@@ -232,8 +233,10 @@ def test_what_has_changed_is_measured_again_beside_the_reference_and_the_rest_is
     assert after["student_pruned_nf4"]["latency"]["batch_32"]["speedup"] > 0
 
 
-@pytest.mark.parametrize("arguments", [("--fresh", "True"), ("--cost_length", "12")])
-def test_everything_is_measured_again_if_asked_or_if_the_protocol_is_another(copy, run_here, arguments):
+@pytest.mark.parametrize("arguments", [("--fresh", "True"), ("--cost_length", "12"), ()])
+def test_everything_is_measured_again_if_asked_or_if_the_protocol_or_the_kernels_are_others(copy, run_here, arguments, monkeypatch):
+    if not arguments:
+        monkeypatch.setattr(kernels, "identity", lambda: "newer ones")
     for name in ROWS[1:]:
         if name != "student_distilled":
             shutil.rmtree(copy / "models" / name)

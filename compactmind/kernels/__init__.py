@@ -84,6 +84,11 @@ def library() -> Path:
     return Path(root) / "compactmind" / f"avx2-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
 
 
+def identity() -> str:
+    """Return which of them run here, "none" where none can be had or are wanted: what a time that is measured depends on."""
+    return "none" if simulated_wanted() or reason_against() else library().stem
+
+
 @functools.cache
 def available() -> bool:
     """Tell whether torch.ops.compactmind can be called; the first time they are loaded and, if need be, built.
