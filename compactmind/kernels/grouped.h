@@ -152,6 +152,7 @@ struct Digits {
   int8_t* of;  // in `bytes`, where a line of the cache begins
   std::vector<float> unit;
 
+  Digits(const Digits&) = delete;
   AVX512 Digits(const float* x, int64_t m, int64_t width) : stride((width + 63) / 64 * 64), bytes(m * 3 * stride + 63), unit(m) {
     of = bytes.data() + (64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64) % 64;
     for (int64_t r = 0; r < m; ++r, x += width) {
