@@ -39,7 +39,14 @@ def run_stage(main, config: Any, others=None) -> None:
     if the script is for one process, and then several are refused.
     """
     from compactmind.checkpoint import silence_libraries
-    from compactmind.devices import device_problem, is_main_process, is_worker, number_of_processes, process_number
+    from compactmind.devices import (
+        device_problem,
+        is_main_process,
+        is_worker,
+        leave_the_others,
+        number_of_processes,
+        process_number,
+    )
     from compactmind.errors import CompactMindError
     from compactmind.files import why_unwritable
     from compactmind.tracking import tracking
@@ -56,6 +63,7 @@ def run_stage(main, config: Any, others=None) -> None:
     try:
         with tracking(getattr(config, "track", ""), Path(script).stem, shown_settings(config), config.results_dir):
             (main if speaks else others)(config)
+        leave_the_others()
     except CompactMindError as error:
         raise SystemExit(f"error: {error}" if speaks else f"error of process {process_number()}: {error}") from None
     except Exception as error:
