@@ -1,13 +1,9 @@
 """Try a language model: what `python -m compactmind.generate` does, from this folder. `python generate.py --help`"""
 
-import gc
+from compactmind.quick_start import quick_start
 
-gc.disable()  # what importing makes stays: looking for garbage in it is a third of the time until the first answer
-
-from compactmind.generate import main
-
-gc.freeze()
-gc.enable()
+with quick_start():
+    from compactmind.generate import main
 
 if __name__ == "__main__":
     main()

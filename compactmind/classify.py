@@ -9,10 +9,11 @@ Prints: label, probability of the label and text, tab-separated; with --json an 
         of its classes, positive and negative where it has two without names.
 """
 
-import gc
-
 if __name__ == "__main__":
-    gc.disable()  # what importing makes stays: looking for garbage in it is a third of the time until the first answer
+    from compactmind.quick_start import quick_start
+
+    with quick_start():  # what is imported below
+        from compactmind import checkpoint, forward  # noqa: F401
 
 import argparse
 import json
@@ -28,10 +29,6 @@ from compactmind.errors import CompactMindError
 from compactmind.evaluation.classifiers import class_names
 from compactmind.forward import predict_logits
 from compactmind.limits import positions_of
-
-if __name__ == "__main__":
-    gc.freeze()
-    gc.enable()
 
 
 def as_sentences(texts: list[str], pair: str | None, reads_pairs: bool | None) -> list[Sentence]:

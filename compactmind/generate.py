@@ -7,10 +7,11 @@ Reads: any directory under models/ with a Llama, or any Hugging Face causal lang
 Prints: the text as it comes, tokens per second on standard error; with --json an object per line.
 """
 
-import gc
-
 if __name__ == "__main__":
-    gc.disable()  # what importing makes stays: looking for garbage in it is a third of the time until the first answer
+    from compactmind.quick_start import quick_start
+
+    with quick_start():  # what is imported below
+        from compactmind import checkpoint, generation  # noqa: F401
 
 import argparse
 import json
@@ -28,10 +29,6 @@ from compactmind.console import errors_in_one_line, open_model, texts_of
 from compactmind.errors import CompactMindError
 from compactmind.generation import cache_for
 from compactmind.limits import positions_of, require_known_ids
-
-if __name__ == "__main__":
-    gc.freeze()
-    gc.enable()
 
 
 @torch.inference_mode()

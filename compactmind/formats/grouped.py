@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from compactmind import kernels
 from compactmind.files import WEIGHTS
 from compactmind.formats import compressed_tensors
-from compactmind.formats.loading import require_every_tensor, tie_table
+from compactmind.formats.loading import meta_model, require_every_tensor, tie_table
 from compactmind.methods.quantization.grid import Grid
 from compactmind.methods.quantization.grouped import TENSORS, GroupedEmbedding, GroupedLinear, GroupedWeight, TiedHead
 
@@ -38,15 +38,13 @@ def load(
     Raises ValueError or KeyError if a tensor is missing or left over.
     """
     config, state = model_class.config_class.from_pretrained(directory), load_file(directory / WEIGHTS)
-    with torch.device("meta"):
-        model = model_class(config)
+    model = meta_model(model_class, config)
     take_grouped(model, state, quantization["tensors"])
     if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     state = {name: tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     require_every_tensor(model_class, *model.load_state_dict(state, strict=False, assign=True))
     tie_table(model)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # computed, not stored: the one on meta is empty
     return model
 
 

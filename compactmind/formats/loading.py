@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -13,6 +15,23 @@ def uninitialized_model(model_class: type[PreTrainedModel], config: PretrainedCo
         model = model_class(config)
     model.tie_weights()  # a part of the initialization that was left out
     return model
+
+
+class EmptyOnMeta(TorchFunctionMode):
+    """Puts what torch.empty makes, as weights are made, on the meta device, and nothing else (`torch.device("meta")` imports sympy)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """The arguments are those that torch calls it with."""
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def meta_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """Return a model to assign weights to: they are on the meta device, what it computes for itself is not, and nothing is tied."""
+    with EmptyOnMeta(), no_init_weights():
+        return model_class(config)
 
 
 def tie_table(model: PreTrainedModel) -> None:

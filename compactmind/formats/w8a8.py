@@ -17,7 +17,7 @@ from compactmind import kernels
 from compactmind.files import WEIGHTS
 from compactmind.formats import compressed_tensors
 from compactmind.formats.grouped import take_grouped
-from compactmind.formats.loading import require_every_tensor, tie_table, uninitialized_model
+from compactmind.formats.loading import meta_model, require_every_tensor, tie_table, uninitialized_model
 from compactmind.methods.llama import LINEARS, is_llama, llama_blocks
 from compactmind.methods.quantization.calibration import SITES
 from compactmind.methods.quantization.packed_model import linears_to_quantize, replace_by_half_tables
@@ -63,8 +63,7 @@ def _llama(
     dtype: torch.dtype | None,
 ) -> PreTrainedModel:
     activations = quantization["granularity"]["activations"]
-    with torch.device("meta"):
-        model = model_class(config)
+    model = meta_model(model_class, config)
     for block in llama_blocks(model):
         for field, path in LINEARS.items():
             linear, rotation = getattr(block, field), running_rotation(quantization["rotations"], field)
@@ -89,7 +88,6 @@ def _llama(
             state[name] = state[name.replace("lm_head.", "model.embed_tokens.")]
     require_every_tensor(model_class, *model.load_state_dict(state, strict=False, assign=True))
     tie_table(model)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # computed, not stored: the one on meta is empty
     return model
 
 

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -143,44 +144,54 @@ def build(path: Path) -> None:
         os.replace(linked, path)
 
 
-def _tell_shapes() -> None:
-    """Tell torch.compile and the meta device what comes out."""
+@functools.cache  # what is told is known as long as the library lives
+def _tell_shapes() -> torch.library.Library:
+    """Tell torch.compile and the meta device what comes out.
 
-    @torch.library.register_fake("compactmind::quantize_rows")
+    (Not by `torch.library.register_fake`, which reads the source of who calls it: a tenth of a second.)
+    """
+    told = torch.library.Library("compactmind", "FRAGMENT")
+
+    def shape_of(name: str) -> Callable[[Callable], None]:
+        return lambda function: told.impl(name, function, "Meta")
+
+    @shape_of("quantize_rows")
     def _(x, norm, eps, gate, rotation):
         width = x.shape[1] // 2 if gate else x.shape[1]
         return x.new_empty(x.shape[0], width, dtype=torch.int8), x.new_empty(x.shape[0], 1)
 
-    @torch.library.register_fake("compactmind::int8_linear")
+    @shape_of("int8_linear")
     def _(q, row_scale, weight, channel_scale, bias, vnni=True):
         return q.new_empty(q.shape[0], weight.shape[0], dtype=torch.float32)
 
-    @torch.library.register_fake("compactmind::scale_product")
+    @shape_of("scale_product")
     def _(product, row_scale, channel_scale, bias):
         return product.new_empty(product.shape, dtype=torch.float32)
 
-    @torch.library.register_fake("compactmind::gelu_quantize")
+    @shape_of("gelu_quantize")
     def _(product, row_scale, channel_scale, bias):
         rows = product.new_empty(product.shape[0], 1, dtype=torch.float32)
         return product.new_empty(product.shape, dtype=torch.int8), rows
 
-    @torch.library.register_fake("compactmind::add_norm_quantize")
+    @shape_of("add_norm_quantize")
     def _(product, row_scale, channel_scale, bias, residual, norm, norm_bias, eps):
         rows = residual.new_empty(residual.shape[0], 1)
         return residual.new_empty(residual.shape), residual.new_empty(residual.shape, dtype=torch.int8), rows
 
-    @torch.library.register_fake("compactmind::grouped_dequantize")
+    @shape_of("grouped_dequantize")
     def _(packed, scale, zero, bits, size, width):
         return scale.new_empty(packed.shape[0], width, dtype=torch.float32)
 
-    @torch.library.register_fake("compactmind::bfloat16_linear")
+    @shape_of("bfloat16_linear")
     def _(x, weight):
         return x.new_empty(x.shape[0], weight.shape[0])
 
-    @torch.library.register_fake("compactmind::levels_linear")
+    @shape_of("levels_linear")
     def _(x, packed, scale, levels):
         return x.new_empty(x.shape[0], scale.shape[0])
 
-    @torch.library.register_fake("compactmind::grouped_linear")
+    @shape_of("grouped_linear")
     def _(x, packed, scale, zero, bits, size):
         return x.new_empty(x.shape[0], packed.shape[0])
+
+    return told
