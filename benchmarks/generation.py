@@ -6,7 +6,8 @@ Reads: language models under models/
 Writes: results/benchmark_generation.json, and prints it
 
 All ways of all models take turns, batch 1: a prompt of random tokens, then 8 tokens one by one; medians of --repeats rounds after one to
-warm up. The first model is also run as transformers does it (`by transformers`: its DynamicCache, its blocks): what every ratio is against.
+warm up. The first model is also run as transformers does it (`by transformers`: its DynamicCache and blocks, torch's attention): what every
+ratio is against.
 
 cold start   generate.py as a process of its own, from its start to its end with one token: imports, loading, a short prompt, a token
 """
@@ -56,13 +57,14 @@ def measure(config: GenerationConfig) -> dict[str, dict]:
     loaded = {name: load_any(folder(config, name), default_device()) for name in config.models}
     models = {name: each.model for name, each in loaded.items()}
     first = config.models[0]
-    ways = {f"{first}, by transformers": (models[first], lambda _: None)} | {
-        name: (model, cache_for) for name, model in models.items()
+    ways = {f"{first}, by transformers": (models[first], lambda _: None, "sdpa")} | {
+        name: (model, cache_for, model.config._attn_implementation) for name, model in models.items()
     }
     prompt = random_tokens(models, 1, config.prompt_tokens)
 
     def once(way) -> tuple[float, float]:
-        model, cache = way
+        model, cache, attention = way
+        model.set_attn_implementation(attention)
         ids = prompt.to(model.device)
         synchronize(model.device)
         started = time.perf_counter()

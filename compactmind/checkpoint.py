@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from compactmind.attention import with_attention_kernel
 from compactmind.errors import CompactMindError
 from compactmind.files import WEIGHTS, replace_directory, sha256_of, write_json_atomically, write_text_atomically
 from compactmind.formats.table import FORMATS, Format, format_named, is_quantized, parameters_of
@@ -274,6 +275,8 @@ def _load_once(directory: Path, device: str | torch.device, dtype: torch.dtype |
     if verify and (bad := first_not_finite(model.state_dict().items())):
         raise CompactMindError(f"{directory}: {bad} holds NaN or infinite numbers, so the model is of no use: {again}")
     model = model.to(device).eval()
+    if "CausalLM" in architecture:
+        with_attention_kernel(model)
     return Checkpoint(model if held else prepare_for_inference(model, is_quantized(manifest["kind"])), tokenizer, manifest)
 
 
@@ -306,6 +309,8 @@ def load_any(directory: Path, device: str | torch.device = "cpu", verify: bool =
         model = model.to(device).eval()
         if generates and not quantized:
             model = model.float() if model.device.type == "cpu" and is_small(model) else prepare_for_inference(model, quantized=False)
+        if generates:
+            with_attention_kernel(model)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise CompactMindError(f"{directory} could not be loaded ({str(error).strip()[:300]})") from error
     manifest = {
@@ -333,7 +338,7 @@ def load_as_released(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     """
     check_released(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True).eval()
+        model = with_attention_kernel(AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True).eval())
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # noqa: BLE001  safetensors, json and transformers each have their own way to say "damaged"
         raise CompactMindError(f"{path} could not be loaded ({error}): it is damaged, or its tokenizer is missing") from None

@@ -1,9 +1,9 @@
 """Kernels of our own, in C++, for what torch has no fast product for: built once on the machine that runs them.
 
 avx2.cpp   x86 CPUs with AVX2 and FMA, Linux, a C++ compiler (g++ or clang++, or what CXX names): int8 times int8, exact, where there are no
-           int8 instructions; few rows times integers of 2 to 8 bits in groups, read as they lie in a file, and times bf16; scales of
-           groups, and rounding column by column
-avx512.h   few rows times int8, integers in groups and NF4 again, on CPUs that have AVX-512 with VNNI and VBMI
+           int8 instructions; few rows times integers of 2 to 8 bits in groups, read as they lie in a file, and times bf16; attention
+           of a whole text in float32; scales of groups, and rounding column by column
+avx512.h   few rows times int8, integers in groups and NF4 again, and attention, on CPUs that have AVX-512 with VNNI and VBMI
 
 Where they cannot be had everything runs without them, slower (w8a8_linear.py, grouped.py). They are built when first asked for, in some 20
 seconds, into TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions, under a name that changes with the source, torch and the options.

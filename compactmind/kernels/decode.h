@@ -1,6 +1,7 @@
 // One token of a Llama, all blocks in one call.
 #pragma once
 #include "activations.h"
+#include "attention.h"
 #include "grouped.h"
 #include "int8.h"
 #include "levels.h"
@@ -45,17 +46,6 @@ struct Linear {
     few_grouped(g, first, x, 1, y);
   }
 };
-
-// Each head of x (heads, size) turned by its position: halves (a, b) become (a cos - b sin, b cos + a sin).
-void turn(float* x, int64_t heads, int64_t size, const float* cos, const float* sin) {
-  const int64_t half = size / 2;
-  for (float* head = x; head < x + heads * size; head += size)
-    for (int64_t i = 0; i < half; ++i) {
-      const float a = head[i], b = head[i + half];
-      head[i] = a * cos[i] - b * sin[i];
-      head[i + half] = b * cos[i + half] + a * sin[i + half];
-    }
-}
 
 // What one query reads of keys and values (tokens, size), rows `apart` from each other: out (size).
 void attend(const float* query, const float* keys, const float* values, int64_t apart_keys, int64_t apart_values, int64_t tokens, int64_t size,

@@ -35,12 +35,6 @@ struct Eight {
   }
 };
 
-// The first `count` of `eight`, zeros behind them.
-__m256 first_of(__m256 eight, int64_t count) {
-  const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm256_and_ps(eight, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(count)), places)));
-}
-
 struct Grouped {
   const uint8_t* packed;
   const uint16_t *scale, *minimum;  // fp16; either a minimum or

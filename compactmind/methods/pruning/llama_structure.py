@@ -237,4 +237,5 @@ def rebuilt(model: PreTrainedModel) -> PreTrainedModel:
     result.tie_weights()
     result.model.rotary_emb = model.model.rotary_emb  # computed, not stored: the one on meta is empty
     result.generation_config = model.generation_config
+    result.set_attn_implementation(model.config._attn_implementation)
     return result.train(model.training)

@@ -38,6 +38,9 @@ def before_attention(
     (batch, heads, tokens, head_dim) in the dtype of `hidden`.
     """
     heads = qkv.linear(hidden, norm=norm_weight, eps=eps).unflatten(-1, (-1, head_dim))
+    if qkv.around and hidden.dtype == torch.float32 and not torch.compiler.is_compiling():
+        heads = torch.ops.compactmind.turn_heads(heads, cos.float().contiguous(), sin.float().contiguous(), rotated).transpose(1, 2)
+        return heads[:, :rotated], heads[:, rotated:]
     first, second = heads[:, :, :rotated].chunk(2, dim=-1)  # not torch.roll: compiled, its indices make this 50 times slower
     cos, sin = (angle.float().unsqueeze(2).chunk(2, dim=-1) for angle in (cos, sin))
     turned = torch.cat((first * cos[0] - second * sin[0], second * cos[1] + first * sin[1]), dim=-1)
