@@ -1,6 +1,6 @@
-"""Attention of language models on CPUs: a whole text at once by a kernel of our own, everything else by torch.
+"""Attention on CPUs: of a whole text by a kernel of our own, everything else by torch.
 
-torch's kernel for CPUs computes most of what a causal mask then takes away: 4.4 ms for 512 tokens of nine heads, 1.9 by `causal_attention`
+torch's kernel for CPUs computes most of what a causal mask then takes away: 4.4 ms for 512 tokens of nine heads, 1.9 by a kernel of ours
 (kernels/attention.h), which is a quarter of what a W8A8 Llama takes for a prompt.
 """
 
@@ -26,19 +26,25 @@ def attention_forward(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """query (batch, heads, tokens, head_dim), key and value (batch, key heads, tokens, head_dim) -> (batch, tokens, heads, head_dim).
 
-    The arguments are those of transformers' attention functions; a mask of None means that nothing is masked but what comes later.
+    What is in bf16 is computed in float32. The arguments are those of transformers' attention functions; a mask of None means that nothing
+    is masked but, in a causal model, what comes later.
     """
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    same = query.shape[2] == key.shape[2] > 1 and key.shape == value.shape
-    plain = attention_mask is None and not dropout and not any(kwargs.get(name) for name in OTHER)
-    float32 = query.dtype == key.dtype == value.dtype == torch.float32 and not torch.is_grad_enabled()
-    if causal and same and plain and float32 and kernels.usable_on(query.device):
+    causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    whole = query.shape[2] > 1 and key.shape == value.shape and (query.shape[2] == key.shape[2] or not causal)
+    plain = not dropout and not any(kwargs.get(name) for name in OTHER) and not torch.is_grad_enabled()
+    held = query.dtype in (torch.float32, torch.bfloat16) and query.dtype == key.dtype == value.dtype
+    if whole and plain and held and _is_of_tokens(attention_mask) and kernels.usable_on(query.device):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
-        return torch.ops.compactmind.causal_attention(query, key, value, scaling), None
+        parts = (each.float() if each.stride(-1) == 1 else each.float().contiguous() for each in (query, key, value))
+        return torch.ops.compactmind.attention(*parts, attention_mask, causal, scaling).to(query.dtype), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
+
+
+def _is_of_tokens(mask: Tensor | None) -> bool:
+    """Tell whether a mask says which tokens are read, the same for all heads."""
+    return mask is None or mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == 1 and mask.stride(-1) == 1
 
 
 AttentionInterface.register(NAME, attention_forward)

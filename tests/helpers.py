@@ -26,6 +26,7 @@ from transformers import (
     RobertaTokenizerFast,
 )
 
+from compactmind.attention import with_attention_kernel
 from compactmind.checkpoint import save_checkpoint
 from compactmind.data import Sentence, normalize
 from compactmind.methods.pruning.encoder import layer_shapes
@@ -101,6 +102,8 @@ def randomize(model: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> torc
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * scale
         parameter.copy_(1 + noise if "norm" in name.lower() and name.endswith("weight") else noise)
+    if "CausalLM" in type(model).__name__:
+        with_attention_kernel(model)  # as a loaded one has
     return model.eval()
 
 

@@ -13,6 +13,7 @@ from search_runs import SCRIPT, models_in
 from transformers import AutoModelForCausalLM
 
 from compactmind import forward
+from compactmind.attention import with_attention_kernel
 from compactmind.checkpoint import load_checkpoint
 from compactmind.evaluation.divergence import divergence
 from compactmind.evaluation.perplexity import paired_ratio, perplexity
@@ -43,7 +44,7 @@ def test_the_default_pipeline_prunes_and_retrains(finished):
     assert helpers.read_json(folder / "results" / "pipeline_llama_pruned.json")["pipeline"] == manifest["pipeline"]
     assert all(word in output for word in ("dense", "prune", "retrain", "models/llama_pruned"))
     model = load_checkpoint(folder / "models" / "llama_pruned").model
-    plain = AutoModelForCausalLM.from_pretrained(folder / "models" / "llama_pruned", dtype=torch.float32)
+    plain = with_attention_kernel(AutoModelForCausalLM.from_pretrained(folder / "models" / "llama_pruned", dtype=torch.float32))
     with torch.no_grad():
         assert torch.equal(model(helpers.example_windows()).logits, plain(helpers.example_windows()).logits)
     assert AutoModelForCausalLM.from_pretrained(folder / "models" / "llama_pruned").dtype == torch.bfloat16  # as released

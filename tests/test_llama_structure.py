@@ -11,6 +11,7 @@ import torch
 from llamas import BIASES, OTHERS, WHOLE_HEADS, logits_of, make, make_other, random_masks, save, shrunk
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM
 
+from compactmind.attention import with_attention_kernel
 from compactmind.checkpoint import load_checkpoint
 from compactmind.methods.llama import ARCHITECTURES, llama_blocks
 from compactmind.methods.pruning.llama_importance import score
@@ -89,7 +90,7 @@ def test_without_hidden_channels_it_computes_what_it_does_with_silent_ones(kind,
     remove_hidden_channels(small, keep)
     small = rebuilt(small)
     assert small.config.hidden_size == small.get_input_embeddings().weight.shape[1] == kept
-    torch.testing.assert_close(logits_of(small), logits_of(model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(small), logits_of(model), rtol=0, atol=2e-5)
     assert not torch.allclose(logits_of(small), before, atol=1e-2)
     assert (small.lm_head.weight is small.model.embed_tokens.weight) == changes["tie_word_embeddings"]
 
@@ -132,7 +133,7 @@ def test_a_process_without_this_package_reloads_them(tmp_path):
     unusual = [case for case in small if CASES[case][-1] is PrunedLlamaForCausalLM]
     assert unusual
     for case, logits in logits_elsewhere(tmp_path, small, unusual).items():
-        assert torch.allclose(logits, logits_of(small[case]), atol=1e-6), case
+        assert torch.allclose(logits, logits_of(small[case]), atol=1e-5), case
 
 
 # --------------------------------------------------------------------------------------------------- other model types
@@ -141,10 +142,10 @@ def test_all_that_can_be_taken_apart_can_be_pruned():
 
 
 def reloaded(model, directory):
-    """Return what transformers alone reads of a checkpoint."""
+    """Return what transformers alone reads of a checkpoint, with the attention that a loaded one has."""
     save(model, directory)
     assert torch.equal(logits_of(load_checkpoint(directory).model), logits_of(model))
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return with_attention_kernel(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32))
 
 
 EQUAL = [*((kind, ("channels",)) for kind in OTHERS), *((kind, ("channels", "groups")) for kind in WHOLE_HEADS)]
@@ -204,7 +205,7 @@ def test_a_process_without_this_package_reloads_every_type_with_unequal_widths(t
         save(small, tmp_path / kind)
         assert torch.equal(logits_of(load_checkpoint(tmp_path / kind).model), logits_of(small))
     for kind, logits in logits_elsewhere(tmp_path, kinds, kinds).items():
-        assert torch.allclose(logits, logits_of(load_checkpoint(tmp_path / kind).model), atol=1e-6), kind
+        assert torch.allclose(logits, logits_of(load_checkpoint(tmp_path / kind).model), atol=1e-5), kind
 
 
 @pytest.mark.parametrize("kind", OTHERS)

@@ -1,4 +1,4 @@
-// Causal attention of a whole text in float32: every token reads itself and those before it, and nothing behind them is computed.
+// Attention of whole texts in float32; where every token reads itself and those before it, nothing behind them is computed.
 #pragma once
 #include "floats.h"
 
@@ -58,7 +58,12 @@ float exponentials(float* x, int64_t count, int64_t padded) {
   for (int64_t i = 8; i < last; i += 8) most = _mm256_max_ps(most, _mm256_loadu_ps(x + i));
   alignas(32) float lanes[8];
   _mm256_store_ps(lanes, most);
-  const __m256 top = _mm256_set1_ps(*std::max_element(lanes, lanes + 8));
+  const float largest = *std::max_element(lanes, lanes + 8);
+  if (largest == -std::numeric_limits<float>::infinity()) {  // nothing is read
+    std::fill(x, x + padded, 0.0f);
+    return 1.0f;
+  }
+  const __m256 top = _mm256_set1_ps(largest);
   for (int64_t i = 0; i < last; i += 8) {
     const __m256 e = first_of(exponential(_mm256_sub_ps(_mm256_loadu_ps(x + i), top)), count - i);
     _mm256_storeu_ps(x + i, e);
@@ -113,14 +118,38 @@ Text text_of(const Tensor& x) {
   return {x.const_data_ptr<float>(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// query (batch, heads, tokens, head_dim), key and value (batch, key heads, tokens, head_dim) -> (batch, tokens, heads, head_dim): the values of each
-// token and those before it, by the softmax of their keys' products with its query times `scaling`. Key head i is for heads / key heads in a row.
-Tensor causal_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scaling) {
+// x (count): -inf where `read` is 0.
+void only_read(float* x, const uint8_t* read, int64_t count) {
+  const __m256 none = _mm256_set1_ps(-std::numeric_limits<float>::infinity());
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m256i flags = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(read + i)));
+    const __m256 masked = _mm256_castsi256_ps(_mm256_cmpeq_epi32(flags, _mm256_setzero_si256()));
+    _mm256_storeu_ps(x + i, _mm256_blendv_ps(_mm256_loadu_ps(x + i), none, masked));
+  }
+  for (; i < count; ++i)
+    if (!read[i]) x[i] = -std::numeric_limits<float>::infinity();
+}
+// query (batch, heads, queries, head_dim), key and value (batch, key heads, tokens, head_dim) -> (batch, queries, heads, head_dim): the values of all
+// tokens by the softmax of their keys' products with the query times `scaling`; `causal`, for as many queries as tokens: of a query's own token and
+// those before it. mask (batch or 1, 1, queries or 1, tokens): which are read of these. Key head i is for heads / key heads in a row.
+Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const optional<Tensor>& mask, bool causal, double scaling) {
   const Text q = text_of(query), k = text_of(key), v = text_of(value);
-  const int64_t batch = query.size(0), heads = query.size(1), tokens = query.size(2), size = query.size(3), key_heads = key.size(1);
-  TORCH_CHECK(key.sizes() == value.sizes() && key.size(0) == batch && key.size(2) == tokens && key.size(3) == size, "keys and values of the same tokens");
+  const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2), size = query.size(3), key_heads = key.size(1), tokens = key.size(2);
+  TORCH_CHECK(key.sizes() == value.sizes() && key.size(0) == batch && key.size(3) == size && tokens > 0, "keys and values of the same tokens");
+  TORCH_CHECK(!causal || queries == tokens, queries, " queries of ", tokens, " tokens");
   TORCH_CHECK(key_heads > 0 && heads % key_heads == 0, heads, " heads for ", key_heads, " of keys");
-  Tensor out = at::empty({batch, tokens, heads, size}, query.options());
+  const uint8_t* flags = nullptr;
+  int64_t next_text = 0, next_query = 0;
+  if (mask) {
+    TORCH_CHECK(mask->dim() == 4 && mask->scalar_type() == at::kBool && mask->stride(3) == 1 && (mask->size(0) == 1 || mask->size(0) == batch) &&
+                    mask->size(1) == 1 && (mask->size(2) == 1 || mask->size(2) == queries) && mask->size(3) == tokens,
+                "mask: bool (batch or 1, 1, queries or 1, tokens), the last contiguous");
+    flags = static_cast<const uint8_t*>(mask->const_data_ptr());
+    next_text = mask->size(0) == 1 ? 0 : mask->stride(0);
+    next_query = mask->size(2) == 1 ? 0 : mask->stride(2);
+  }
+  Tensor out = at::empty({batch, queries, heads, size}, query.options());
   const int64_t panels = (tokens + ACROSS - 1) / ACROSS, padded = panels * ACROSS, wide = (size + ACROSS - 1) / ACROSS * ACROSS;
   const bool zmm = has_avx512();
   const auto tile = zmm ? &tile_of_floats512 : &tile_of_floats;
@@ -141,23 +170,28 @@ Tensor causal_attention(const Tensor& query, const Tensor& key, const Tensor& va
     }
   });
   auto* result = out.mutable_data_ptr<float>();
-  const int64_t blocks = (tokens + QUERIES - 1) / QUERIES;
+  const int64_t blocks = (queries + QUERIES - 1) / QUERIES;
   at::parallel_for(0, batch * heads * blocks, 1, [&](int64_t first, int64_t last) {
     std::vector<float> asked(QUERIES * size), weights(QUERIES * padded), attended(QUERIES * wide);
     for (int64_t each = first; each < last; ++each) {
-      const int64_t head = each / blocks, number = each % blocks, of = head / heads * key_heads + head % heads / (heads / key_heads);
-      const int64_t token = (number % 2 ? blocks - 1 - number / 2 : number / 2) * QUERIES;  // short and long ones in turn, for all threads the same
-      const int64_t count = std::min(QUERIES, tokens - token), seen = std::min(token + QUERIES, tokens), read = (seen + ACROSS - 1) / ACROSS * ACROSS;
-      const float* from = q.of(head / heads, head % heads) + token * q.token;
+      const int64_t head = each / blocks, number = each % blocks, text = head / heads, of = text * key_heads + head % heads / (heads / key_heads);
+      const int64_t start = (number % 2 ? blocks - 1 - number / 2 : number / 2) * QUERIES;  // short and long ones in turn, for all threads the same
+      const int64_t count = std::min(QUERIES, queries - start), seen = causal ? std::min(start + QUERIES, tokens) : tokens;
+      const int64_t read = (seen + ACROSS - 1) / ACROSS * ACROSS;
+      const float* from = q.of(text, head % heads) + start * q.token;
       for (int64_t r = 0; r < QUERIES; ++r)
         for (int64_t d = 0; d < size; ++d) asked[r * size + d] = r < count ? from[r * q.token + d] * static_cast<float>(scaling) : 0.0f;
       for (int64_t t = 0; t < read; t += ACROSS)
         tile(asked.data(), size, all_keys + (of * panels * ACROSS + t) * size, ACROSS, size, weights.data() + t, padded);
       float sums[QUERIES];
-      for (int64_t r = 0; r < QUERIES; ++r) sums[r] = exponentials(weights.data() + r * padded, std::min(token + r + 1, tokens), read);
+      for (int64_t r = 0; r < QUERIES; ++r) {
+        float* row = weights.data() + r * padded;
+        if (flags && r < count) only_read(row, flags + text * next_text + (start + r) * next_query, seen);
+        sums[r] = exponentials(row, causal ? std::min(start + r + 1, tokens) : tokens, read);
+      }
       for (int64_t d = 0; d < wide; d += ACROSS) tile(weights.data(), padded, all_values + of * padded * wide + d, wide, seen, attended.data() + d, wide);
       for (int64_t r = 0; r < count; ++r) {
-        float* to = result + ((head / heads * tokens + token + r) * heads + head % heads) * size;
+        float* to = result + ((text * queries + start + r) * heads + head % heads) * size;
         for (int64_t d = 0; d < size; ++d) to[d] = attended[r * wide + d] / sums[r];
       }
     }

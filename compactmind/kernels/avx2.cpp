@@ -23,7 +23,7 @@ TORCH_LIBRARY(compactmind, m) {
   m.def("decode(Tensor hidden, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] linears, int[] kinds, Tensor(a!)[] keys, Tensor(b!)[] values, "
         "float eps, float scaling) -> Tensor");
   m.def("turn_heads(Tensor x, Tensor cos, Tensor sin, int turned) -> Tensor");
-  m.def("causal_attention(Tensor query, Tensor key, Tensor value, float scaling) -> Tensor");
+  m.def("attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scaling) -> Tensor");
   m.def("fit(Tensor weight, Tensor counts, int bits, int zero, int ranges, bool one_sided) -> (Tensor, Tensor)");
   m.def("round_columns(Tensor block, Tensor factor, Tensor scale, Tensor zero, int bits, int zero_kind) -> (Tensor, Tensor)");
   m.def("round_columns_to_levels(Tensor block, Tensor factor, Tensor pinned, Tensor sign, Tensor scale, Tensor decoded, Tensor levels) -> "
@@ -43,7 +43,7 @@ TORCH_LIBRARY_IMPL(compactmind, CPU, m) {
   m.impl("levels_linear", &levels_linear);
   m.impl("decode", &decode);
   m.impl("turn_heads", &turn_heads);
-  m.impl("causal_attention", &causal_attention);
+  m.impl("attention", &attention);
   m.impl("fit", &fit);
   m.impl("round_columns", &round_columns);
   m.impl("round_columns_to_levels", &round_columns_to_levels);

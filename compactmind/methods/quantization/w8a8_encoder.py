@@ -18,6 +18,7 @@ from transformers.activations import GELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
+from compactmind.attention import attention_forward
 from compactmind.methods.first_token import read_first_token_in_classifier
 from compactmind.methods.pruning.encoder import EncoderLayer, encoder_blocks, encoder_layers, family_of
 from compactmind.methods.quantization.packed_model import linears_to_quantize, require_quantizable, store_tables
@@ -128,7 +129,9 @@ class W8A8EncoderBlock:
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Each (batch, heads, tokens, head_dim) -> (batch * queries, heads * head_dim)."""
         attention = self.attention_module
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+        implementation = attention.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attend = attention_forward if implementation == "sdpa" else attend
         return attend(attention, query, key, value, mask, dropout=0.0, scaling=attention.scaling)[0].flatten(2).flatten(0, 1)
 
 
