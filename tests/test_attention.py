@@ -11,8 +11,6 @@ from transformers import OPTConfig, OPTForCausalLM
 from compactmind import attention, kernels
 from compactmind.checkpoint import load_any, load_checkpoint, save_checkpoint
 from compactmind.methods.pruning.llama_structure import rebuilt
-from compactmind.methods.quantization.w8a8_block import before_attention
-from compactmind.methods.quantization.w8a8_linear import W8A8Linear
 
 needs_kernels = pytest.mark.skipif(kernels.reason_against() is not None, reason=f"no kernels: {kernels.reason_against()}")
 pytestmark = needs_kernels
@@ -116,21 +114,6 @@ def test_what_does_not_fit_together_is_refused(ops):
     for mask in (torch.ones(1, 4, 6, 6).bool(), torch.ones(1, 1, 6, 5).bool(), torch.ones(1, 1, 6, 6), torch.ones(6, 6).bool()):
         with pytest.raises(RuntimeError, match="mask: bool"):
             ops.attention(query, query, query, mask, True, 1.0)
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_heads_are_turned_as_transformers_turns_them(ops, monkeypatch, batch):
-    linear = W8A8Linear.from_linear(torch.nn.Linear(48, 5 * 16, bias=False))
-    hidden, norm, angles = drawn(2, 9, 48), drawn(48), drawn(batch, 9, 8, seed=3).repeat(1, 1, 2)
-    given = hidden, norm, 1e-5, linear.parts, angles.cos(), angles.sin(), 3, 16
-    turned, others = before_attention(*given)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    for result, reference in zip((turned, others), before_attention(*given), strict=True):
-        torch.testing.assert_close(result, reference, rtol=1e-6, atol=1e-6)
-    with pytest.raises(RuntimeError, match="6 of 5 heads"):
-        ops.turn_heads(drawn(2, 9, 5, 16), angles.cos(), angles.sin(), 6)
-    with pytest.raises(RuntimeError, match="cos and sin"):
-        ops.turn_heads(drawn(2, 8, 5, 16), angles.cos(), angles.sin(), 3)
 
 
 @pytest.fixture

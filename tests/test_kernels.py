@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from compactmind import kernels
 from compactmind.formats import grouped, w8a8
@@ -111,7 +112,8 @@ def product_of(scaled: bool, rows: int, width: int) -> tuple[tuple[torch.Tensor 
 def check_rounded(q: torch.Tensor, scale: torch.Tensor, expected: torch.Tensor) -> None:
     """Check int8 and the scales of rows against what they are of, but for values that are all but half way between two levels."""
     assert torch.allclose(scale, activation_scale(expected, "per_token"), rtol=1e-5, atol=1e-12)
-    assert q.dtype == torch.int8 and ((q * scale - expected).abs() <= 0.501 * scale + 1e-6 * expected.abs().max()).all()
+    largest = expected.abs().max() if expected.numel() else 0.0
+    assert q.dtype == torch.int8 and ((q * scale - expected).abs() <= 0.501 * scale + 1e-6 * largest).all()
 
 
 @needs_kernels
@@ -125,6 +127,42 @@ def test_what_lies_between_two_products_of_an_encoder_is_what_torch_computes(ops
     expected = torch.nn.functional.layer_norm((values + residual).double(), (width,), weight.double(), bias.double(), 1e-12).float()
     assert torch.allclose(y, expected, rtol=1e-4, atol=1e-5)
     check_rounded(q, scale, y)
+
+
+@needs_kernels
+@pytest.mark.parametrize("scaled", [False, True], ids=["int32", "float32"])
+@pytest.mark.parametrize(("rows", "width", "rotation"), [(0, 8, 0), (1, 7, 0), (5, 8, 8), (3, 33, 0), (70, 96, 32), (4, 1032, 4)])
+def test_what_lies_between_two_products_of_a_llama_is_what_torch_computes(ops, rows, width, rotation, scaled):
+    turn = (lambda x: rotate(x, hadamard(rotation))) if rotation else (lambda x: x)
+    product, values = product_of(scaled, rows, 2 * width)
+    first, second = values.chunk(2, dim=-1) if scaled else (values - product_of(False, rows, 2 * width)[0][3]).chunk(2, dim=-1)
+    check_rounded(*ops.gate_quantize(*product[:3], rotation), turn(torch.nn.functional.silu(first) * second))
+    product, values = product_of(scaled, rows, width)
+    values = values if scaled else values - product_of(False, rows, width)[0][3]
+    residual, weight = drawn(rows, width, seed=3), drawn(width, seed=4)
+    y, q, scale = ops.add_rms_quantize(*product[:3], residual, weight, 1e-6, rotation)
+    assert torch.allclose(y, values + residual, rtol=1e-5, atol=1e-5)
+    check_rounded(q, scale, turn(torch.nn.functional.rms_norm(y.double(), (width,), weight.double(), 1e-6).float()))
+    alone, q, scale = ops.add_rms_quantize(*product[:3], residual, None, 0.0, 0)
+    assert torch.equal(alone, y) and q.numel() == scale.numel() == 0
+
+
+@needs_kernels
+@pytest.mark.parametrize("scaled", [False, True], ids=["int32", "float32"])
+@pytest.mark.parametrize(("batch", "of_each"), [(1, 1), (3, 1), (3, 3)])
+def test_heads_are_turned_by_the_place_of_their_token(ops, batch, of_each, scaled):
+    product, values = product_of(scaled, batch * 7, 5 * 12)
+    heads = (values if scaled else values - product_of(False, batch * 7, 5 * 12)[0][3]).view(batch, 7, 5, 12)
+    angles = drawn(of_each, 7, 6, seed=3).repeat(1, 1, 2)
+    result = ops.turn_heads(*product[:3], angles.cos(), angles.sin(), 3)
+    expected, other = apply_rotary_pos_emb(*(heads[:, :, part] for part in (slice(3), slice(3, None))), angles.cos(), angles.sin(), 2)
+    assert torch.allclose(result[:, :, :3], expected, rtol=1e-5, atol=1e-5) and not torch.allclose(result[:, :, 3:], other)
+    assert torch.allclose(result[:, :, 3:], heads[:, :, 3:], rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match="6 of 5 heads"):
+        ops.turn_heads(*product[:3], angles.cos(), angles.sin(), 6)
+    for wrong in (angles[:, :6], angles[..., :8], angles.double(), angles[:0]):
+        with pytest.raises(RuntimeError, match="cos and sin: contiguous float32|cos: "):
+            ops.turn_heads(*product[:3], wrong.cos(), wrong.sin(), 3)
 
 
 @needs_kernels

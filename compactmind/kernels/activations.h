@@ -38,13 +38,17 @@ float quantize_row(const float* x, int64_t width, float fixed, int8_t* q) {
   return step;
 }
 
+void require_rotation(int64_t rotation, int64_t width) {
+  TORCH_CHECK(rotation == 0 || (width % rotation == 0 && (rotation & (rotation - 1)) == 0), "a rotation of ", rotation, " of ", width, " channels");
+}
+
 // x (rows, width) float32 -> int8 and the scale of each row. With a `norm` RMSNorm first; `gate`: x is (rows, 2 width), and SiLU of the first
 // half times the second is taken; then, with a `rotation`, every so many channels are rotated.
 std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, const optional<Tensor>& norm, double eps, bool gate, int64_t rotation) {
   TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == at::kFloat, "x: contiguous float32 (rows, width)");
   const int64_t rows = x.size(0), given = x.size(1), width = gate ? given / 2 : given;
   TORCH_CHECK(!norm || (norm->is_contiguous() && norm->scalar_type() == at::kFloat && norm->numel() == width), "norm: contiguous float32 (width,)");
-  TORCH_CHECK(rotation == 0 || (width % rotation == 0 && (rotation & (rotation - 1)) == 0), "a rotation of ", rotation, " of ", width, " channels");
+  require_rotation(rotation, width);
   Tensor q = at::empty({rows, width}, x.options().dtype(at::kChar)), scale = at::empty({rows, 1}, x.options());
   const auto* from = x.const_data_ptr<float>();
   const auto* weight = norm ? norm->const_data_ptr<float>() : nullptr;

@@ -84,29 +84,6 @@ void turn(float* x, int64_t heads, int64_t size, const float* cos, const float* 
     }
 }
 
-// x (batch, tokens, heads, head_dim) with the first `turned` heads turned by their position: halves (a, b) become (a cos - b sin, b cos + a sin).
-// cos, sin (batch or 1, tokens, head_dim).
-Tensor turn_heads(const Tensor& x, const Tensor& cos, const Tensor& sin, int64_t turned) {
-  TORCH_CHECK(x.dim() == 4 && x.is_contiguous() && x.scalar_type() == at::kFloat, "x: contiguous float32 (batch, tokens, heads, head_dim)");
-  const int64_t batch = x.size(0), tokens = x.size(1), heads = x.size(2), size = x.size(3);
-  for (const Tensor* each : {&cos, &sin})
-    TORCH_CHECK(each->dim() == 3 && each->is_contiguous() && each->scalar_type() == at::kFloat && (each->size(0) == 1 || each->size(0) == batch) &&
-                    each->size(1) == tokens && each->size(2) == size && size % 2 == 0,
-                "cos and sin: contiguous float32 (batch or 1, tokens, head_dim)");
-  TORCH_CHECK(0 <= turned && turned <= heads, turned, " of ", heads, " heads");
-  Tensor out = at::empty(x.sizes(), x.options());
-  const float *from = x.const_data_ptr<float>(), *c = cos.const_data_ptr<float>(), *s = sin.const_data_ptr<float>();
-  auto* to = out.mutable_data_ptr<float>();
-  at::parallel_for(0, batch * tokens, std::max<int64_t>(1, 16384 / std::max<int64_t>(heads * size, 1)), [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      const int64_t angle = (cos.size(0) == 1 ? row % tokens : row) * size;
-      std::memcpy(to + row * heads * size, from + row * heads * size, heads * size * sizeof(float));
-      turn(to + row * heads * size, turned, size, c + angle, s + angle);
-    }
-  });
-  return out;
-}
-
 struct Text {
   const float* at;
   int64_t batch, head, token;  // strides

@@ -1,6 +1,7 @@
 // Products of quantized linears on x86 CPUs with AVX2 and FMA, few rows by AVX-512 where there is one: what __init__.py beside this file builds, loads and describes.
 #include <torch/library.h>
 
+#include "block.h"
 #include "columns.h"
 #include "decode.h"
 #include "encoder.h"
@@ -22,7 +23,10 @@ TORCH_LIBRARY(compactmind, m) {
   m.def("levels_linear(Tensor x, Tensor packed, Tensor scale, Tensor levels) -> Tensor");
   m.def("decode(Tensor hidden, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] linears, int[] kinds, Tensor(a!)[] keys, Tensor(b!)[] values, "
         "float eps, float scaling) -> Tensor");
-  m.def("turn_heads(Tensor x, Tensor cos, Tensor sin, int turned) -> Tensor");
+  m.def("turn_heads(Tensor product, Tensor? row_scale, Tensor? channel_scale, Tensor cos, Tensor sin, int turned) -> Tensor");
+  m.def("gate_quantize(Tensor product, Tensor? row_scale, Tensor? channel_scale, int rotation) -> (Tensor, Tensor)");
+  m.def("add_rms_quantize(Tensor product, Tensor? row_scale, Tensor? channel_scale, Tensor residual, Tensor? norm, float eps, int rotation) -> "
+        "(Tensor, Tensor, Tensor)");
   m.def("attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scaling) -> Tensor");
   m.def("fit(Tensor weight, Tensor counts, int bits, int zero, int ranges, bool one_sided) -> (Tensor, Tensor)");
   m.def("round_columns(Tensor block, Tensor factor, Tensor scale, Tensor zero, int bits, int zero_kind) -> (Tensor, Tensor)");
@@ -43,6 +47,8 @@ TORCH_LIBRARY_IMPL(compactmind, CPU, m) {
   m.impl("levels_linear", &levels_linear);
   m.impl("decode", &decode);
   m.impl("turn_heads", &turn_heads);
+  m.impl("gate_quantize", &gate_quantize);
+  m.impl("add_rms_quantize", &add_rms_quantize);
   m.impl("attention", &attention);
   m.impl("fit", &fit);
   m.impl("round_columns", &round_columns);

@@ -37,10 +37,12 @@ def before_attention(
     hidden (batch, tokens, channels), cos and sin (batch or 1, tokens, head_dim). Returns the turned heads and the others, both
     (batch, heads, tokens, head_dim) in the dtype of `hidden`.
     """
-    heads = qkv.linear(hidden, norm=norm_weight, eps=eps).unflatten(-1, (-1, head_dim))
-    if qkv.around and hidden.dtype == torch.float32 and not torch.compiler.is_compiling():
-        heads = torch.ops.compactmind.turn_heads(heads, cos.float().contiguous(), sin.float().contiguous(), rotated).transpose(1, 2)
+    if _by_kernels(hidden, qkv):
+        q, scale = torch.ops.compactmind.quantize_rows(hidden.flatten(0, 1), norm_weight, eps, False, qkv.turned)
+        product = qkv.unscaled(q, scale, None)[:3]
+        heads = torch.ops.compactmind.turn_heads(*product, cos.float().contiguous(), sin.float().contiguous(), rotated).transpose(1, 2)
         return heads[:, :rotated], heads[:, rotated:]
+    heads = qkv.linear(hidden, norm=norm_weight, eps=eps).unflatten(-1, (-1, head_dim))
     first, second = heads[:, :, :rotated].chunk(2, dim=-1)  # not torch.roll: compiled, its indices make this 50 times slower
     cos, sin = (angle.float().unsqueeze(2).chunk(2, dim=-1) for angle in (cos, sin))
     turned = torch.cat((first * cos[0] - second * sin[0], second * cos[1] + first * sin[1]), dim=-1)
@@ -51,9 +53,21 @@ def after_attention(
     residual: Tensor, attended: Tensor, o: Int8Parts, norm_weight: Tensor, eps: float, gate_up: Int8Parts, down: Int8Parts
 ) -> Tensor:
     """o_proj, RMSNorm, SiLU(gate) * up and down_proj with their two additions to the residual stream (batch, tokens, channels)."""
+    if _by_kernels(residual, o, gate_up, down):
+        ops, rows = torch.ops.compactmind, residual.flatten(0, 1)
+        q, scale = ops.quantize_rows(attended.flatten(0, 1).contiguous(), None, 0.0, False, o.turned)
+        hidden, q, scale = ops.add_rms_quantize(*o.unscaled(q, scale, None)[:3], rows, norm_weight.float(), eps, gate_up.turned)
+        q, scale = ops.gate_quantize(*gate_up.unscaled(q, scale, None)[:3], down.turned)
+        return ops.add_rms_quantize(*down.unscaled(q, scale, None)[:3], hidden, None, 0.0, 0)[0].view(residual.shape)
     hidden = (residual.float() + o.linear(attended)).to(residual.dtype)
     gate_and_up = gate_up.linear(hidden, norm=norm_weight, eps=eps)
     return (hidden.float() + down.linear(gate_and_up, gate=True)).to(residual.dtype)
+
+
+def _by_kernels(hidden: Tensor, *linears: Int8Parts) -> bool:
+    """Tell whether kernels do what lies between the products: one function each, that leaves nothing to be read again."""
+    fit = all(linear.around and linear.activations == "per_token" and linear.kernel != "simulated" for linear in linears)
+    return fit and hidden.dtype == torch.float32 and hidden.is_contiguous() and not torch.compiler.is_compiling()
 
 
 COMPILED_TOKENS = 16

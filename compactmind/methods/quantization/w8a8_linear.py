@@ -87,6 +87,11 @@ class Int8Parts(NamedTuple):
     around: bool
     """Whether compactmind/kernels do what is around the product: norm, gate, rotation, rounding, scales."""
 
+    @property
+    def turned(self) -> int:
+        """Size of the rotation, 0 if there is none."""
+        return 0 if self.rotation is None else len(self.rotation)
+
     def linear(
         self,
         x: torch.Tensor,
@@ -102,8 +107,8 @@ class Int8Parts(NamedTuple):
         """
         native = self.around and self.activations == "per_token"
         if native:
-            rows, rotation = x.reshape(-1, x.shape[-1]).float().contiguous(), 0 if self.rotation is None else len(self.rotation)
-            q, scale = torch.ops.compactmind.quantize_rows(rows, None if norm is None else norm.float(), eps, gate, rotation)
+            rows = x.reshape(-1, x.shape[-1]).float().contiguous()
+            q, scale = torch.ops.compactmind.quantize_rows(rows, None if norm is None else norm.float(), eps, gate, self.turned)
         else:
             if norm is not None:
                 x = nn.functional.rms_norm(x.float(), norm.shape, norm.float(), eps)
@@ -124,7 +129,7 @@ class Int8Parts(NamedTuple):
         scale = scale.flatten().expand(len(q)).contiguous()
         return torch.ops.compactmind.int8_linear(q, scale, self.weight, self.channel_scale, bias).view(*x.shape[:-1], -1)
 
-    def unscaled(self, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def unscaled(self, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Return the product of int8 q (rows, in) with scales (rows, 1) as the kernels around it take it: int32 (rows, out) with the scales
         and the bias that are missing, or float32 and three times None."""
         if self.kernel == "int_mm":
