@@ -42,6 +42,7 @@ from compactmind.evaluation.rows import (
 from compactmind.evaluation.seeds import add_seeds, is_repeat
 from compactmind.evaluation.zero_shot import compare_zero_shot, load_tasks, measure_zero_shot, require_tasks
 from compactmind.files import read_json, write_json_atomically
+from compactmind.gguf_source import folder_of
 from compactmind.manifest import MADE_BY, MANIFEST, read_manifest, versions
 from compactmind.report import tables
 from compactmind.report.as_shipped import SUFFIX, row_of_llama_cpp, with_as_shipped
@@ -60,8 +61,8 @@ from compactmind.text import load_documents, token_windows
 CONFIG = ReportConfig.for_profile(PROFILE)
 
 MODELS_TO_EVALUATE: dict[str, str] = {}
-"""Your own models, name -> folder: any Hugging Face sequence classifier of the same classes or causal language model becomes a row. For
-example {"my-bert": "/models/my-bert"}; also on the command line: --models my-bert=/models/my-bert."""
+"""Your own models, name -> folder: any Hugging Face sequence classifier of the same classes or causal language model becomes a row, a GGUF
+file too. For example {"my-bert": "/models/my-bert"}; also on the command line: --models my-bert=/models/my-bert."""
 
 SCHEMA_VERSION = 6
 
@@ -89,13 +90,14 @@ LANGUAGE_SETTINGS = ("seq_len", "eval_windows", "window_choice", "prompt_tokens"
 
 # ------------------------------------------------------------------------------------------------------------------ rows
 def own_models(config: ReportConfig) -> dict[str, Path]:
-    """Return the user's own models, name -> folder. Raises CompactMindError on one that is not there."""
+    """Return the user's own models, name -> folder, a GGUF file's made. Raises CompactMindError on one that is not there."""
     models = dict(MODELS_TO_EVALUATE)
     for entry in config.models:
         name, separator, folder = entry.partition("=")
         if not (name and separator and folder):
             raise CompactMindError(f"--models {entry!r} is not name=folder: for example --models my-bert=/models/my-bert")
         models[name] = folder
+    models = {name: str(folder_of(Path(folder), config.models_dir)) for name, folder in models.items()}
     for name, folder in models.items():
         if not (Path(folder) / "config.json").is_file():
             raise CompactMindError(f"{name}: {folder} holds no model (no config.json); mend MODELS_TO_EVALUATE or --models")
@@ -109,15 +111,15 @@ def list_rows(config: ReportConfig) -> list[dict[str, Any]]:
 
     The standard rows come first, then every other checkpoint under models/, then the user's own.
     """
+    rows, own = [], own_models(config)
     places = {name: config.models_dir / name for name in (*ENCODER_ROWS, *LANGUAGE_ROWS)}
     for manifest in sorted(config.models_dir.glob(f"[!.]*/{MANIFEST}")):
-        if not is_repeat(manifest.parent):
+        if not is_repeat(manifest.parent) and manifest.parent not in own.values():
             places.setdefault(manifest.parent.name, manifest.parent)
     if AS_SHIPPED in places:
         raise CompactMindError(
             f"{places[AS_SHIPPED]} has the name of the file that {DENSE_LANGUAGE_MODEL} was published as: rename it"
         )
-    rows, own = [], own_models(config)
     for name, directory in {**places, **own}.items():
         row = {"name": name, "track": "llm" if name in LANGUAGE_ROWS else "encoder", "directory": str(directory)}
         if not directory.exists():

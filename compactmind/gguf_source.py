@@ -7,6 +7,7 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from compactmind.attention import with_attention_kernel
 from compactmind.checkpoint import save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.files import lock_directory
@@ -45,7 +46,7 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if (way := PRE_TOKENIZERS.get(pre_tokenizer_name(path))) and tokenizer.is_fast:
         tokenizer.backend_tokenizer.pre_tokenizer = way()
-    return model, tokenizer
+    return with_attention_kernel(model), tokenizer
 
 
 def pre_tokenizer_name(path: Path) -> str | None:
@@ -55,6 +56,19 @@ def pre_tokenizer_name(path: Path) -> str | None:
     fields = GGUFReader(path).fields
     kind, way = (fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     return way.contents() if kind and kind.contents() == "gpt2" and way else None
+
+
+def require_readable(path: Path) -> None:
+    """Raise CompactMindError if a file's heads do not divide its channels, which transformers does not read from GGUF."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    channels, heads = (fields.get(f"llama.{name}") for name in ("embedding_length", "attention.head_count"))
+    if channels and heads and channels.contents() % heads.contents():
+        raise CompactMindError(
+            f"{path} has {heads.contents()} heads for {channels.contents()} channels, as a model whose heads were pruned has: "
+            "transformers reads none such from GGUF; give the folder that it was made from"
+        )
 
 
 def folder_of(source: Path, models_dir: Path, show=print) -> Path:
@@ -70,6 +84,7 @@ def folder_of(source: Path, models_dir: Path, show=print) -> Path:
         published = published_as(source)
     except (ValueError, OSError) as error:
         raise CompactMindError(f"{source} is no whole GGUF file ({error}): download it again") from None
+    require_readable(source)
     directory = models_dir / source.stem.replace(".", "_")
     config = {"source": f"GGUF file {source.name}", "manifest_version": MANIFEST_VERSION}
     stage = {"script": "gguf_source.py", "config": config, "inputs": {"weights": published["sha256"]}}
@@ -80,7 +95,8 @@ def folder_of(source: Path, models_dir: Path, show=print) -> Path:
             try:
                 model, tokenizer = read_gguf(source)
             except Exception as error:  # noqa: BLE001  gguf, transformers and tokenizers each have their own way to say "damaged"
-                raise CompactMindError(f"{source} could not be read ({str(error).strip()[:300]}): is it a Llama's?") from None
+                reason = " ".join(str(error).split())[:300]
+                raise CompactMindError(f"{source} could not be read ({reason}): is it a Llama's?") from None
             save_checkpoint(
                 directory,
                 model,

@@ -27,6 +27,17 @@ def pre_tokenizer_of(description: dict[str, Any]) -> str | None:
     return None
 
 
+def dropped_normalizer(description: dict[str, Any], pieces: bool) -> str | None:
+    """Return the name of what a tokenizer does to a text first and a GGUF file cannot say, from its tokenizer.json; None: nothing.
+
+    llama.cpp leaves out NFC too, which Qwen's has and which changes no text that is typed.
+    """
+    normalizer = description.get("normalizer") or {}
+    known = ("Prepend", "Replace") if pieces else ("NFC",)
+    parts = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    return next((part["type"] for part in parts if part["type"] not in known), None)
+
+
 def write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
     """Write a tokenizer and its chat template with an open `gguf.GGUFWriter`: pieces of the first `rows` ids.
 
@@ -45,7 +56,13 @@ def write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, rows: int) 
             f"the tokenizer ({model['type']}, {json.dumps(description.get('pre_tokenizer'))[:120]}) is none that GGUF has a name for: "
             "BPE of SentencePiece as of Llama 2 and Mistral, and byte-level BPE as of GPT-2, SmolLM, Llama 3 and Qwen 2 are exported"
         )
+    if way := dropped_normalizer(description, pieces):
+        raise CompactMindError(f"the tokenizer changes texts first ({way}), which GGUF has no way to say: it is not exported")
     names = {number: name for name, number in tokenizer.get_vocab().items()}
+    if max(names, default=0) >= rows:
+        raise CompactMindError(
+            f"the tokenizer has {names[max(names)]!r} as number {max(names)} and the table {rows} rows: they do not belong together"
+        )
     tokens, types = [], []
     for number in range(rows):
         name = names.get(number)

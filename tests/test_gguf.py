@@ -10,14 +10,17 @@ import scripts
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.errors import CompactMindError
-from compactmind.gguf_export import encoded, export_gguf, largest_difference, rope_order
+from compactmind.gguf_blocks import encoded
+from compactmind.gguf_export import export_gguf, largest_difference, rope_order
 from compactmind.gguf_source import LLAMA3, PRE_TOKENIZERS, QWEN2, folder_of, read_gguf
 from compactmind.gguf_tokenizer import pre_tokenizer_of
 from compactmind.methods.llama import LINEARS, llama_blocks
+from compactmind.methods.pruning.llama_masks import PruneRecipe
+from compactmind.methods.pruning.llama_pruning import prune_llama
 from compactmind.methods.quantization.gptq import round_nearest
 from compactmind.methods.quantization.gptq_model import GPTQRecipe, quantize_gptq
 from compactmind.methods.quantization.grid import BITS, GGUF_TYPES, ZEROS, Grid
@@ -143,6 +146,19 @@ def test_a_file_that_is_not_the_model_is_told(tmp_path):
     assert largest_difference(other, tmp_path / "x.gguf").startswith("blk.1.attn_k.weight by ")
 
 
+@pytest.mark.parametrize(
+    "part", ["model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.k_proj.bias", "model.layers.1.input_layernorm.weight"]
+)
+def test_all_of_a_model_is_compared(tmp_path, part):
+    model = llama(False, attention_bias=True)
+    export(model, tmp_path / "x.gguf")
+    assert largest_difference(model, tmp_path / "x.gguf") == ""
+    with torch.no_grad():
+        model.get_parameter(part).mul_(1.5)
+    assert " by " in largest_difference(model, tmp_path / "x.gguf")
+    assert "output.weight: in one of both alone" in largest_difference(llama(), tmp_path / "x.gguf")
+
+
 # ---------------------------------------------------------------------------------------------------------------- metadata
 def test_the_file_says_how_to_run_it(tmp_path):
     tokenizer = byte_level()
@@ -181,6 +197,42 @@ def test_a_mistral_and_a_llama_3_1_are_llamas_to_it(tmp_path):
     plain = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
     assert torch.allclose(plain / factors, helpers.make_llama(rope_parameters=rope, hidden_size=64).model.rotary_emb.inv_freq)
     assert factors.min() < 2 and factors.max() == pytest.approx(8)
+
+
+def other(kind: str, **changes):
+    settings = helpers.llama_settings(hidden_size=64, intermediate_size=96, num_key_value_heads=2, **changes)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    return helpers.cast_parameters(helpers.randomize(model), torch.bfloat16)
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["dense", "gptq"])
+@pytest.mark.parametrize(("kind", "changes"), [("qwen2", {}), ("qwen3", {"head_dim": 128})])
+def test_a_qwen_keeps_its_rows_its_biases_and_its_norms(tmp_path, kind, changes, rounded):
+    model = other(kind, **changes)
+    if rounded:
+        model = helpers.released_llama(model.float())
+        quantize_gptq(model, helpers.example_windows(4, 32), GPTQRecipe(compensation=False, layout="gguf"))
+    export(model, tmp_path / "x.gguf", dtype="F32")
+    assert values(tmp_path / "x.gguf")["general.architecture"] == kind
+    again = read_gguf(tmp_path / "x.gguf")[0]
+    if not rounded:
+        assert torch.equal(logits_of(again), logits_of(model))
+    for own, read in zip(llama_blocks(model), llama_blocks(again), strict=True):
+        for field in LINEARS:
+            weight = getattr(own, field).dequantize() if rounded else getattr(own, field).weight
+            assert torch.equal(weight.bfloat16(), getattr(read, field).weight.bfloat16())
+
+
+def test_a_granite_says_what_its_numbers_are_multiplied_by(tmp_path):
+    scales = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.25, "logits_scaling": 2.0}
+    export(other("granite", **scales), tmp_path / "x.gguf")
+    text, names = values(tmp_path / "x.gguf"), ("embedding_scale", "residual_scale", "attention.scale", "logit_scale")
+    assert [text[f"granite.{name}"] for name in names] == list(scales.values())
+
+
+def test_a_window_of_attention_is_what_the_file_gives_as_its_context(tmp_path):
+    export(other("mistral", sliding_window=24), tmp_path / "x.gguf")
+    assert values(tmp_path / "x.gguf")["llama.context_length"] == 24
 
 
 # --------------------------------------------------------------------------------------------------------------- tokenizers
@@ -269,6 +321,25 @@ def uneven():
     return model
 
 
+def pruned(scope: str):
+    recipe = PruneRecipe(0.3, "l2", scope, ("channels", "groups"), round_to=8, compensate=False)
+    model = helpers.make_llama(hidden_size=64, intermediate_size=96, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+    return helpers.cast_parameters(prune_llama(model, recipe, helpers.example_windows(6, 24))[0], torch.bfloat16)
+
+
+def with_a(value: float):
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = value
+    return model
+
+
+def lowercase() -> PreTrainedTokenizerFast:
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    return tokenizer
+
+
 def words() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")), unk_token="[UNK]"
@@ -279,7 +350,12 @@ def words() -> PreTrainedTokenizerFast:
     ("make", "tokenizer", "said"),
     [
         (w8a8, None, "is a W8A8Linear: dense and gptq models are exported to GGUF; make one with `python 5_bayesian"),
-        (uneven, None, '64 x 64, 96 x 64 in different blocks.*prune with `"scope": "uniform"`'),
+        (uneven, None, "64 x 64, 96 x 64 in different blocks.*prune so with `python 5_bayesian_search.py --strategy fixed .*uniform"),
+        (lambda: pruned("global"), None, "in different blocks.*prune so with `python 5_bayesian_search.py --strategy fixed .*uniform"),
+        (lambda: pruned("uniform"), None, None),
+        (lambda: with_a(float("nan")), None, "up_proj.weight holds NaN or infinite numbers"),
+        (lambda: llama(vocab_size=100), None, "as number 257 and the table 100 rows: they do not belong together"),
+        (llama, lowercase, r"changes texts first \(Lowercase\)"),
         (lambda: in_integers(bits=4, zero="integer"), None, 'no GGUF type holds.*"layout": "gguf"'),
         (lambda: llama(intermediate_size=100), None, None),
         (lambda: in_integers(bits=4, group_size=24), None, "no GGUF type holds rows of 64 weights in 4b g24"),
@@ -289,12 +365,17 @@ def words() -> PreTrainedTokenizerFast:
             None,
             "rope_type 'dynamic'",
         ),
-        (lambda: helpers.make_bert(), None, "a bert model .* is not exported to GGUF: llama and mistral are"),
+        (lambda: helpers.make_bert(), None, "a bert model .* is not exported to GGUF: llama, mistral, granite, qwen2, qwen3 are"),
         (llama, words, "WordLevel.*is none that GGUF has a name for"),
     ],
     ids=[
         "w8a8",
         "uneven",
+        "pruned globally",
+        "pruned uniformly",
+        "nan",
+        "small table",
+        "lowercase",
         "integer zero",
         "any width when dense",
         "other groups",
@@ -314,6 +395,18 @@ def test_what_cannot_be_written_is_named_and_nothing_is_left(tmp_path, make, tok
     with pytest.raises(CompactMindError, match=said):
         export(make(), path, tokenizer and tokenizer())
     assert path.read_text() == "older" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_number_beyond_f16_is_named(tmp_path):
+    with pytest.raises(CompactMindError, match="blk.0.ffn_up: 9.99e.05 is beyond F16, which ends at 65504; write it as BF16"):
+        export(with_a(1e6), tmp_path / "x.gguf", dtype="F16")
+
+
+def test_a_layout_of_gguf_is_for_models_that_go_into_one():
+    model = helpers.released_llama(other("smollm3").float())
+    for layout in ("gguf", "gguf_k"):
+        with pytest.raises(CompactMindError, match=f"layout {layout} is for models that go into a GGUF file: llama, .*, not smollm3"):
+            quantize_gptq(model, helpers.example_windows(4, 32), GPTQRecipe(compensation=False, layout=layout))
 
 
 @pytest.mark.parametrize(
@@ -360,6 +453,12 @@ def test_a_file_that_is_no_gguf_is_refused_in_one_line(tmp_path, content, said):
     assert not (tmp_path / "models").exists()
 
 
+def test_heads_that_transformers_reads_from_no_gguf_are_told(tmp_path):
+    export(pruned("uniform"), tmp_path / "x.gguf")
+    with pytest.raises(CompactMindError, match="6 heads for 64 channels.*give the folder that it was made from"):
+        folder_of(tmp_path / "x.gguf", tmp_path / "models")
+
+
 def test_a_tokenizer_of_another_kind_is_told(tmp_path, monkeypatch):
     said = []
     export(llama(), tmp_path / "x.gguf")
@@ -385,3 +484,5 @@ def test_scripts_take_and_make_them(tmp_path):
         helpers.REPOSITORY / "generate.py", "--model", "out.gguf", "--max_new_tokens", "3", "--json", "abc", cwd=tmp_path
     )
     assert json.loads(text.stdout)["new_tokens"] <= 3 and "is that file in another format" in text.stderr
+    done = scripts.run_script("export_gguf.py", "--model", "out.gguf", "--dtype", "Q8_0", "--output", "again.gguf", cwd=tmp_path)
+    assert "again.gguf" in done.stdout and "Q8_0" in done.stdout

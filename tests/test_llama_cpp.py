@@ -4,7 +4,7 @@ import gguf
 import helpers
 import pytest
 import torch
-from test_gguf import byte_level, llama, logits_of, tensors
+from test_gguf import byte_level, llama, logits_of, other, tensors
 
 from compactmind.checkpoint import load_any, save_checkpoint
 from compactmind.errors import CompactMindError
@@ -61,6 +61,23 @@ def test_it_computes_what_pytorch_does(tmp_path):
     assert logits_of(model).shape  # the model is as it was
     with pytest.raises(CompactMindError, match="llama.cpp cannot read 1 tokens behind 64"):
         run(input_ids=windows[:1, :1], past_key_values=64)
+    run.close()
+
+
+GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.25, "logits_scaling": 2.0}
+GRANITE |= {"attention_bias": True}
+
+
+@needs_it
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("mistral", {"head_dim": 16}), ("qwen2", {}), ("qwen3", {"head_dim": 128}), ("granite", GRANITE)]
+)
+def test_it_computes_other_families_as_pytorch_does(tmp_path, kind, changes):
+    model, windows = other(kind, **changes), helpers.example_windows()
+    export_gguf(model, byte_level(), tmp_path / "x.gguf", "tiny", "F32")
+    run = LlamaCpp(tmp_path / "x.gguf", 64, model.config.vocab_size, threads=1)
+    wanted = logits_of(model)[:1]
+    assert torch.allclose(run(input_ids=windows[:1]).logits, wanted, atol=0.02 * float(wanted.std()))
     run.close()
 
 

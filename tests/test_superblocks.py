@@ -8,7 +8,8 @@ from test_gguf import byte_level
 
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.errors import CompactMindError
-from compactmind.gguf_export import encoded, export_gguf, largest_difference
+from compactmind.gguf_blocks import encoded
+from compactmind.gguf_export import export_gguf, largest_difference
 from compactmind.methods.llama import llama_blocks
 from compactmind.methods.quantization.gptq import columns_in_order, inverse_factor, round_compensated, round_nearest
 from compactmind.methods.quantization.gptq_model import GPTQRecipe, quantize_gptq

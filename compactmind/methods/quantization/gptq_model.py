@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from compactmind.errors import CompactMindError
 from compactmind.methods.allocation import Choice, allocate, least_size
 from compactmind.methods.blockwise import walk_blocks
-from compactmind.methods.llama import LINEARS, llama_blocks
+from compactmind.methods.llama import LINEARS, llama_blocks, llama_type
 from compactmind.methods.quantization.calibration import SITES, require_dense, require_text
 from compactmind.methods.quantization.gptq import ORDERS, columns_in_order, inverse_factor, round_compensated, round_nearest
-from compactmind.methods.quantization.grid import BITS, GGUF_BLOCK, GGUF_TYPES, Grid
+from compactmind.methods.quantization.grid import BITS, GGUF_ARCHITECTURES, GGUF_BLOCK, GGUF_TYPES, Grid
 from compactmind.methods.quantization.grouped import GroupedLinear, forget_unpacked
 from compactmind.methods.quantization.scale_tuning import tune_scales
 from compactmind.methods.quantization.sensitivity import (
@@ -291,6 +291,10 @@ def quantize_gptq(
     """
     require_dense(model)
     require_text(model, windows)
+    if recipe.layout != "any" and (kind := llama_type(model)) not in GGUF_ARCHITECTURES:
+        raise CompactMindError(
+            f"layout {recipe.layout} is for models that go into a GGUF file: {', '.join(GGUF_ARCHITECTURES)}, not {kind}; leave it out"
+        )
     whole = released_bytes or sum(each.numel() * (released or model.dtype).itemsize for each in model.parameters())
     if recipe.stream_rotation:
         rotate_stream(model, random_orthogonal(model.config.hidden_size))

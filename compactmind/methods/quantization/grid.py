@@ -13,6 +13,7 @@ squared error, fitted to its integers by least squares (as `make_qx_quants` of l
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -28,6 +29,20 @@ GGUF_TYPES = {
     ("symmetric", 4): "Q4_0", ("symmetric", 5): "Q5_0", ("symmetric", 8): "Q8_0", ("float", 4): "Q4_1", ("float", 5): "Q5_1",
 }  # fmt: skip
 """Zero and bits -> the type of GGUF that has these levels."""
+
+
+class GGUFArchitecture(NamedTuple):
+    """What llama.cpp calls a family, and whether its file has the rows of q and k in turns."""
+
+    name: str
+    in_turns: bool
+
+
+GGUF_ARCHITECTURES = {
+    "llama": GGUFArchitecture("llama", True), "mistral": GGUFArchitecture("llama", True), "granite": GGUFArchitecture("granite", True),
+    "qwen2": GGUFArchitecture("qwen2", False), "qwen3": GGUFArchitecture("qwen3", False),
+}  # fmt: skip
+"""`model_type` of a family -> what llama.cpp computes it as."""
 SUPERBLOCK = 256
 """Weights of a row that share one number for their scales, and one for their minima, in the K types of GGUF (superblocks.py)."""
 K_TYPES = {2: (16, "float", 4), 3: (16, "symmetric", 6), 4: (32, "float", 6), 5: (32, "float", 6), 6: (16, "symmetric", 8)}
