@@ -8,12 +8,14 @@ import helpers
 import pytest
 import torch
 from downloads import WHOLE, smoke, written
+from test_gguf import byte_level, llama, logits_of
 from transformers import BertModel
 
 import download_model
 from compactmind.checkpoint import load_checkpoint
 from compactmind.data import load_split
 from compactmind.errors import CompactMindError
+from compactmind.gguf_export import export_gguf
 from compactmind.manifest import read_manifest
 
 wheels, workspace = downloads.wheels, downloads.workspace
@@ -63,6 +65,16 @@ def test_a_folder_named_like_the_hub_is_found(workspace, capsys):
     download_model.main(smoke(teacher_name="google-bert/bert-tiny-uncased"))
     assert "local_assets/google-bert/bert-tiny-uncased" in capsys.readouterr().out
     assert "teacher_base" in written(workspace)
+
+
+def test_a_gguf_file_among_the_local_folders_is_a_language_model(workspace, capsys):
+    export_gguf(llama(), byte_level(), workspace / "local_assets" / "tiny.gguf", "tiny")
+    download_model.main(smoke(llama_name="tiny.gguf"))
+    assert "llama: fetching from local folder local_assets/tiny.gguf" in capsys.readouterr().out
+    checkpoint = load_checkpoint(workspace / "models" / "llama")
+    assert torch.equal(logits_of(checkpoint.model), logits_of(llama())) and checkpoint.manifest["published_as"]["file"] == "tiny.gguf"
+    download_model.main(smoke(llama_name="tiny.gguf"))
+    assert "llama: models/llama is up to date" in capsys.readouterr().out
 
 
 def test_source_local_without_the_model_says_where_it_looked(workspace):

@@ -2,6 +2,7 @@
 
 import copy
 
+import helpers
 import pytest
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from compactmind import kernels
 from compactmind.errors import CompactMindError
 from compactmind.kernels import KERNEL_VARIABLE
+from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
 from compactmind.methods.quantization.w8a8_linear import (
     ACTIVATIONS,
     W8A8Linear,
@@ -17,6 +19,7 @@ from compactmind.methods.quantization.w8a8_linear import (
     quantize_activation,
     quantize_weight,
 )
+from compactmind.methods.quantization.w8a8_model import W8A8Recipe, calibrate_llama, quantize_llama
 
 needs_vnni = pytest.mark.skipif(
     not torch.cpu._is_vnni_supported(), reason="torch._int_mm saturates on processors without int8 instructions"
@@ -361,3 +364,21 @@ def test_a_copy_computes_the_same_and_shares_nothing():
 def test_static_activations_need_the_calibrated_maximum():
     with pytest.raises(ValueError, match="input_absmax"):
         W8A8Linear.from_linear(torch.nn.Linear(4, 4), "per_tensor_static")
+
+
+def test_a_model_without_an_int8_kernel_says_so_when_it_is_made(monkeypatch, capsys):
+    def made(model, kernel: str) -> str:
+        monkeypatch.setenv(kernels.KERNEL_VARIABLE, kernel)
+        capsys.readouterr()
+        if "CausalLM" in type(model).__name__:
+            quantize_llama(model, calibrate_llama(model, helpers.example_windows()), W8A8Recipe())
+        else:
+            quantize_encoder(model)
+        return capsys.readouterr().err
+
+    for make, count in ((helpers.make_llama, 14), (helpers.make_distilbert, 18)):
+        said = made(make(), "simulated")
+        assert f"{count} of {count} int8 linears run simulated on cpu" in said and "COMPACTMIND_KERNEL says simulated" in said
+        assert len(said.splitlines()) == 1
+    if kernels.reason_against() is None:
+        assert "simulated" not in made(helpers.make_llama(), "")

@@ -31,7 +31,10 @@ def choose_model(config: Any, role: str, wheel: Wheel | None, hub_answers: Calla
     local = None
     if config.source in ("auto", "local"):
         folder = next((folder for folder in candidates if (folder / "config.json").is_file()), None)
-        if folder:
+        file = next((file for file in candidates if role == "llama" and file.suffix == SUFFIX and file.is_file()), None)
+        if file:
+            local = {"source": f"local folder {file}", "identity": {file.name: sha256_of(file)}}
+        elif folder:
             if not any(folder.glob("*.safetensors")):
                 raise CompactMindError(f"{folder} has a config.json but no *.safetensors: put the weights beside it")
             files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})

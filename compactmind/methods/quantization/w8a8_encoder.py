@@ -23,7 +23,7 @@ from compactmind.methods.first_token import read_first_token_in_classifier
 from compactmind.methods.pruning.encoder import EncoderLayer, encoder_blocks, encoder_layers, family_of
 from compactmind.methods.quantization.packed_model import linears_to_quantize, require_quantizable, store_tables
 from compactmind.methods.quantization.w8a8_block import joined, rows_of
-from compactmind.methods.quantization.w8a8_linear import W8A8Linear
+from compactmind.methods.quantization.w8a8_linear import W8A8Linear, say_if_simulated
 
 TOKENS = 512
 """Tokens handled at a time, at least a sentence: with 700 channels in float32 1.4 MB, near what a core's cache holds. All 2,048 of 32
@@ -166,6 +166,7 @@ def quantize_encoder(model: PreTrainedModel, embeddings: str = "fp16") -> dict[s
         model.set_submodule(name, W8A8Linear.from_linear(linear))
     tables = store_tables(model, embeddings)
     fuse_encoder(model)
+    say_if_simulated(model)
     return {
         "method": "w8a8",
         "bits": 8,

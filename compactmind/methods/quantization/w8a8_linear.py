@@ -20,6 +20,7 @@ Not onednn.qlinear_pointwise with prepacked weights: no faster on 512 tokens, th
 signed activations torch 2.13 ships only its reference loop, a thousand times slower.
 """
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -221,3 +222,23 @@ class W8A8Linear(nn.Module):
     def extra_repr(self) -> str:
         """Return what print(model) shows of it."""
         return f"{self.in_features}, {self.out_features}, activations={self.activations}, kernel={self.kernel}"
+
+
+def say_if_simulated(model: nn.Module) -> None:
+    """Say in one line on standard error, when a model was made, that products of it have no int8 kernel here; nothing if all have one."""
+    linears = [module for module in model.modules() if isinstance(module, W8A8Linear)]
+    slow = [linear for linear in linears if linear.kernel == "simulated"]
+    if not slow:
+        return
+    device = slow[0].weight.device
+    if kernels.simulated_wanted():
+        reason = f"{kernels.KERNEL_VARIABLE} says simulated"
+    elif device.type == "cuda":
+        reason = "a GPU needs compute capability 7.5 and widths that are multiples of 8"
+    else:
+        reason = kernels.reason_against() or "the kernels could not be built"
+    print(
+        f"compactmind: {len(slow)} of {len(linears)} int8 linears run simulated on {device.type}, slower than before they were quantized "
+        f"({reason}); the file is as it would be with a kernel",
+        file=sys.stderr,
+    )

@@ -35,6 +35,7 @@ from compactmind.methods.quantization.w8a8_linear import (
     activation_scale,
     quantize_activation,
     quantize_weight,
+    say_if_simulated,
 )
 from compactmind.precision import is_small, widen
 
@@ -268,6 +269,7 @@ def quantize_llama(
         "tables": tables,
     }
     fuse_blocks(model)
+    say_if_simulated(model)
     return description
 
 
