@@ -5,6 +5,7 @@ import csv
 import html
 import io
 import json
+import runpy
 import shutil
 from types import SimpleNamespace
 
@@ -14,9 +15,11 @@ import rows_workspace
 import scripts
 from goals import goals as project_goals
 from rows_workspace import save_classifier
+from test_gguf import byte_level, llama
 
 from compactmind.errors import CompactMindError
 from compactmind.evaluation import classifiers, language
+from compactmind.gguf_export import export_gguf
 from compactmind.report.documents import write_documents
 from compactmind.report.figures import latency, model_comparison, perplexity_against_size
 from compactmind.report.sentences import sentences, warnings
@@ -264,3 +267,13 @@ def test_every_document_is_written_of_rows_with_holes(reported, tmp_path):
 )
 def test_next_to_no_divergence_is_not_told_as_none(mean, interval, cell):
     assert divergence({"mean": mean, "interval": interval}) == cell
+
+
+def test_a_gguf_file_of_ones_own_is_one_row_however_often(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    export_gguf(llama(), byte_level(), tmp_path / "x.gguf", "tiny")
+    stage = runpy.run_path(str(helpers.REPOSITORY / "6_evaluate_report.py"), run_name="stage")
+    for _ in range(2):
+        rows = stage["list_rows"](stage["ReportConfig"].for_profile("smoke", models=("mine=x.gguf",)))
+        present = {row["name"]: (row["track"], row["directory"]) for row in rows if row["status"] == "present"}
+        assert present == {"mine": ("llm", "models/x")}
