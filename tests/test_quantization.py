@@ -229,9 +229,11 @@ def test_what_a_format_cannot_hold_is_named_before_anything_is_changed(distilber
         assert torch.isfinite(helpers.logits_of(distilbert)).all()
 
 
-def test_four_bit_weights_are_multiplied_in_float_on_a_cpu(distilbert):
+def test_four_bit_weights_are_multiplied_in_what_the_device_multiplies(distilbert, monkeypatch):
     assert compute_dtype_for("cpu") == torch.float32
-    assert compute_dtype_for("cuda:0") == torch.bfloat16
+    for has_bf16, wanted in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_bf16: has or including_emulation)
+        assert compute_dtype_for("cuda:0") == wanted
     quantize_model(distilbert, "nf4")
     assert {linear.compute_dtype for _, linear in linears_to_quantize(distilbert)} == {torch.float32}
 

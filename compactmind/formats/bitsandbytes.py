@@ -59,12 +59,14 @@ def nf4_config(model: PreTrainedModel, quantization: dict[str, Any]) -> dict[str
     """
     if quantization.get("tables") or any(linear.padding for _, linear in linears_to_quantize(model)):
         return None
+    from compactmind.methods.quantization.packed_linear import compute_dtype_for  # takes seconds to import
+
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": quantization["double_quantization"],
-        "bnb_4bit_compute_dtype": "float32" if model.device.type == "cpu" else "bfloat16",
+        "bnb_4bit_compute_dtype": str(compute_dtype_for(model.device)).removeprefix("torch."),
         "llm_int8_skip_modules": quantization["skipped_modules"],
     }
 

@@ -27,8 +27,10 @@ BLOCK_SIZE = 64
 
 
 def compute_dtype_for(device: torch.device | str) -> torch.dtype:
-    """Return the dtype 4-bit weights are multiplied in: bf16 on a GPU; fp32 on a CPU, where bf16 is slower."""
-    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    """Return the dtype 4-bit weights are multiplied in: bf16 on a GPU that has it, fp16 on others; fp32 on a CPU, where bf16 is slower."""
+    if torch.device(device).type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 class NF4Linear(bnb.nn.Linear4bit):
