@@ -23,7 +23,7 @@ from common import PROFILE, QuantizeConfig, parse_command_line, run_stage
 from compactmind.checkpoint import load_checkpoint, save_checkpoint
 from compactmind.classifier_room import require_room_for
 from compactmind.code_version import code_version
-from compactmind.data import EncodedSentences, data_fingerprint, load_split, spread
+from compactmind.data import EncodedSentences, all_texts, data_fingerprint, load_split, spread
 from compactmind.devices import default_device
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.accuracy import accuracy_of
@@ -141,8 +141,7 @@ def cut_vocabulary(name: str, config: QuantizeConfig, device: str) -> None:
     sentences = load_split(config.data_dir, "validation")
     validation = EncodedSentences(parent.tokenizer, sentences, config.max_length)
     before, rows = predict_logits(parent.model, validation, config.eval_batch_size), parent.model.config.vocab_size
-    texts = [sentence.text for sentence in load_split(config.data_dir, "train")]
-    kept = tokens_to_keep(parent.tokenizer, texts, config.vocabulary_coverage)
+    kept = tokens_to_keep(parent.tokenizer, all_texts(load_split(config.data_dir, "train")), config.vocabulary_coverage)
     tokenizer = smaller_tokenizer(parent.tokenizer, kept)
     cut_table(parent.model, kept)
     validation = EncodedSentences(tokenizer, sentences, config.max_length)

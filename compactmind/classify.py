@@ -52,8 +52,8 @@ def as_sentences(texts: list[str], pair: str | None, reads_pairs: bool | None) -
 def classify(model, tokenizer, texts: list[Sentence], max_length: int) -> list[dict[str, object]]:
     """Return, per text, `text`, of a pair `pair`, `label`, `score` (probability of the label), and the probability of every class.
 
-    These are `positive` of negative and positive, else `scores` by name. Raises CompactMindError on a text without tokens and on a model
-    whose answers are no classes or no numbers.
+    These are `positive` of negative and positive, else `scores` by name; `cut`: true where the end was not read. Raises CompactMindError
+    on a text without tokens and on a model whose answers are no classes or no numbers.
     """
     names = class_names(model)
     encoded = EncodedSentences(tokenizer, texts, min(max_length, positions_of(model) or max_length))
@@ -64,13 +64,15 @@ def classify(model, tokenizer, texts: list[Sentence], max_length: int) -> list[d
     if not probabilities.isfinite().all():
         raise CompactMindError("the model's logits are not numbers: its weights are damaged, or its training diverged")
     answers = []
-    for sentence, row in zip(texts, probabilities.tolist(), strict=True):
+    for sentence, row, length in zip(texts, probabilities.tolist(), encoded.whole_lengths, strict=True):
         score, pair = max(row), {} if sentence.pair is None else {"pair": sentence.pair}
         answers.append({"text": sentence.text, **pair, "label": names[row.index(score)], "score": score})
         if set(names) == {"negative", "positive"}:
             answers[-1]["positive"] = row[names.index("positive")]
         else:
             answers[-1]["scores"] = dict(zip(names, row, strict=True))
+        if length > encoded.max_length:
+            answers[-1]["cut"] = True
     return answers
 
 
@@ -87,10 +89,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pair", help="second text of every one, for a model trained on pairs of texts")
     parser.add_argument("--model", type=Path, default=Path("models/student_pruned"), help="directory of the classifier")
     parser.add_argument("--batch_size", type=int, default=32, help="sentences at a time")
-    parser.add_argument("--max_length", type=int, default=128, help="tokens after which a sentence is cut")
+    parser.add_argument("--max_length", type=int, help="tokens after which a sentence is cut; default: as in training, or 128")
     parser.add_argument("--json", action="store_true", help="print an object per line")
     options = parser.parse_args(arguments)
-    if options.batch_size < 1 or options.max_length < 2:
+    if options.batch_size < 1 or options.max_length is not None and options.max_length < 2:
         parser.error(f"batch_size {options.batch_size} and max_length {options.max_length} must be at least 1 and 2")
     if not options.texts and (sys.stdin is None or sys.stdin.isatty()):
         parser.error('no sentence: give some, or pipe them in, for example "a lovely film"')
@@ -99,14 +101,20 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoint = open_model(options.model, "SequenceClassification")
         foreign = checkpoint.manifest["kind"] == "foreign"
         reads_pairs = getattr(checkpoint.model.config, "sentence_pairs", None if foreign else False)
+        max_length = options.max_length or checkpoint.manifest["stage"].get("config", {}).get("max_length", 128)
+        read = cut = 0
         for batch in in_batches(texts_of(options.texts, sys.stdin and sys.stdin.buffer), options.batch_size):
             texts = as_sentences(batch, options.pair, reads_pairs)
-            for row in classify(checkpoint.model, checkpoint.tokenizer, texts, options.max_length):
+            for row in classify(checkpoint.model, checkpoint.tokenizer, texts, max_length):
+                read, cut = read + 1, cut + row.get("cut", False)
                 if options.json:
                     print(json.dumps(row, ensure_ascii=False))
                 else:
                     print(row["label"], f"{row['score']:.3f}", row["text"], *filter(None, [row.get("pair")]), sep="\t")
             sys.stdout.flush()
+        if cut:
+            longest = min(max_length, positions_of(checkpoint.model) or max_length)
+            print(f"{cut} of {read} texts had more than {longest} tokens: their ends were not read", file=sys.stderr)
 
 
 if __name__ == "__main__":

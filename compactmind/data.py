@@ -8,7 +8,8 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +99,17 @@ def _read_table(path: Path, names: Sequence[str] = ()) -> list[dict[str, str]]:
     header = pandas.read_csv(io.StringIO(content), header=None, nrows=1, **options).iloc[0].tolist()
     if twice := [name for name in (*TEXT_COLUMNS, "label") if header.count(name) > 1]:
         raise ValueError(f"two columns are named {twice[0]!r}")
-    return pandas.read_csv(io.StringIO(content), **options).to_dict("records")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pandas.errors.ParserWarning)  # what the first row has too much would be left out
+        try:
+            return pandas.read_csv(io.StringIO(content), **options).to_dict("records")
+        except pandas.errors.ParserWarning:
+            raise ValueError(f"row 1 has more columns than the {len(header)} of the header: quote what holds a {separator!r}") from None
+
+
+def all_texts(sentences: Iterable[Sentence]) -> list[str]:
+    """Return all texts of sentences, the second ones of pairs too."""
+    return [text for sentence in sentences for text in (sentence.text, sentence.pair) if text is not None]
 
 
 def read_json_lines(path: Path) -> list:

@@ -6,7 +6,7 @@ import pandas
 import pytest
 from sentence_files import CONTENTS, ROWS, write
 
-from compactmind.data import BLANK, Sentence, read_json_lines, read_labelled_sentences
+from compactmind.data import BLANK, Sentence, all_texts, read_json_lines, read_labelled_sentences
 from compactmind.errors import CompactMindError
 
 
@@ -67,6 +67,20 @@ def test_json_lines_that_cannot_be_read_are_named_by_file_and_row(tmp_path):
         with pytest.raises(CompactMindError, match="cannot be read.*python download_model.py") as caught:
             read_json_lines(file)
         assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("row", [1, 2])
+@pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])
+def test_what_a_row_has_too_much_is_not_left_out(tmp_path, suffix, separator, row):
+    lines = [separator.join(["sentence", "label"]), separator.join(["good", "1"]), separator.join(["bad", "0"])]
+    lines[row] = separator.join(["good", " but long", "1"])
+    write(tmp_path / f"a.{suffix}", "\n".join(lines) + "\n")
+    with pytest.raises(CompactMindError, match="row 1 has more columns than the 2 of the header" if row == 1 else "Expected 2 fields"):
+        read_labelled_sentences(tmp_path / f"a.{suffix}")
+
+
+def test_all_texts_are_those_of_pairs_too():
+    assert all_texts([Sentence("a", 0), Sentence("b", 1, "c")]) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("suffix", CONTENTS)

@@ -302,11 +302,22 @@ def test_nothing_in_nothing_out(run):
 def test_a_text_longer_than_the_model_is_cut_and_a_prompt_refused(run, foreign):
     long = "good " * 20_000
     status, output, error = run("classify.py", "--json", "--max_length", "1000", stdin=f"{long}\nbad\n")  # positions for 64
-    assert status == 0 and len(output.splitlines()) == 2, error
+    assert status == 0 and [json.loads(line).get("cut") for line in output.splitlines()] == [True, None], error
+    assert "1 of 2 texts had more than 64 tokens: their ends were not read" in error
     status, output, error = run("generate.py", "--model", "models/llama", stdin=f"{long}\n")
     assert status == 1 and "the prompt has 100000 tokens, and the model was made for 128" in error
     status, output, _ = run("generate.py", "good " * 25, "--json", "--model", "models/llama")
     assert status == 0 and json.loads(output)["new_tokens"] == 3  # after 1 + 124 of the prompt
+
+
+def test_texts_are_cut_where_the_model_was_trained_to_cut_them(run, tmp_path, tokenizer):
+    stage = {"script": "1_distill.py", "config": {"max_length": 6}, "inputs": {}}
+    save_checkpoint(tmp_path / "m", helpers.make_distilbert(), tokenizer, kind="dense", parent=None, stage=stage)
+    given = ("a film that is good", "good", "--model", str(tmp_path / "m"), "--json")
+    status, output, error = run("classify.py", *given)
+    assert status == 0 and "1 of 2 texts had more than 6 tokens" in error and output.count('"cut": true') == 1
+    status, output, error = run("classify.py", *given, "--max_length", "20")
+    assert status == 0 and "cut" not in output and "were not read" not in error
 
 
 def test_a_text_without_tokens_is_refused(run, tmp_path, tokenizer):
