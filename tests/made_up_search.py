@@ -39,8 +39,9 @@ def cost_of(trial) -> float:
 
 
 def abandoned(study, space, point, worker):
-    """Leave a trial running as a worker that is gone would."""
-    study.enqueue_trial(point)
+    """Leave a trial of a point, or of what waits, running as a worker that is gone would."""
+    if point is not None:
+        study.enqueue_trial(point)
     trial = study.ask()
     space.suggest(trial)
     trial.set_user_attr("worker", worker)

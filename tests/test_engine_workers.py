@@ -1,5 +1,7 @@
 """Several workers on one study, step by step: none runs what another does, is lost when taken for dead, or ends before the others."""
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -264,6 +266,39 @@ def test_an_interrupted_trial_is_queued_at_once(tmp_path, space):
         run(study, space, 3, interrupted)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.WAITING]
     assert len(run(study, space, 3)) == 3
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+def test_a_trial_whose_search_was_told_to_end_is_run_once_more_however_often_that_was(tmp_path, space, how):
+    study, asked = fresh(tmp_path), []
+    study.enqueue_trial(POINT)
+
+    def interrupted(notes, steps):
+        asked.append(steps)
+        if how == "SIGTERM":  # what a batch system ends its jobs with
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            run(study, space, 1, interrupted)
+    abandoned(study, space, None, this_worker() | {"started": 0.0})  # the first time that it ends its process
+    with pytest.raises(KeyboardInterrupt):
+        run(study, space, 1, interrupted)
+    (trial,) = run(study, space, 1)
+    assert trial.params == POINT and trial.state == TrialState.COMPLETE and len(asked) == 4
+    assert not study.get_trials(states=[TrialState.WAITING])
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP")
+def test_what_nohup_has_started_does_not_hear_that_its_terminal_is_gone(tmp_path, space):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trials = run(fresh(tmp_path), space, 2, lambda _, steps: (os.kill(os.getpid(), signal.SIGHUP), [cost(steps)])[1])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
 
 
 # ------------------------------------------------------------------------------------------------------------ the last trials

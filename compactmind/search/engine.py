@@ -38,6 +38,7 @@ from compactmind.search.notes import Notes, Skipped, Stopped
 from compactmind.search.space import Space
 from compactmind.search.storage import differences, open_storage, without_password
 from compactmind.search.strategies import Proposer, key_of, make_sampler, shuffled_points
+from compactmind.search.workers import signals_as_interrupts
 
 REPEATS = 100
 """Trials in a row that are skipped before the search ends: there is nothing new to find."""
@@ -121,15 +122,17 @@ def retry_interrupted(study: optuna.Study) -> int:
     return queued_again
 
 
-def _interrupt(study: optuna.Study, frozen: FrozenTrial) -> bool:
+def _interrupt(study: optuna.Study, frozen: FrozenTrial, told_to_end: bool = False) -> bool:
     """Let a trial end that nobody runs any more and queue it once more; tell whether it had not ended yet.
 
-    What was run twice and ended its process both times is not queued again.
+    What was run twice and ended its process both times is not queued again; a search that was told to end says nothing against its trial.
     """
     trial = Trial(study, frozen._trial_id)
-    again = _times_run(study, frozen) < 2
+    again = told_to_end or _times_run(study, frozen) < 2
     try:
-        trial.set_user_attr("reason", "interrupted: its process is gone")
+        trial.set_user_attr("reason", f"interrupted: its process {'was told to end' if told_to_end else 'is gone'}")
+        if told_to_end:
+            trial.set_user_attr("told_to_end", True)
         if again:
             trial.set_user_attr("queued_again", {**this_worker(), "at": time.time()})  # means nothing unless the trial ends here
         study.tell(frozen.number, state=TrialState.FAIL)
@@ -147,10 +150,10 @@ def _queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
 
 
 def _times_run(study: optuna.Study, trial: FrozenTrial) -> int:
-    """Return how often a trial and those it was queued again for have begun to run their pipeline."""
+    """Return how often a trial and those it was queued again for have begun to run their pipeline and not been told to end."""
     before = trial.user_attrs.get("retry_of")
     earlier = 0 if before is None else _times_run(study, study.get_trials(deepcopy=False)[before])
-    return earlier + ("runs" in trial.user_attrs)
+    return earlier + ("runs" in trial.user_attrs and "told_to_end" not in trial.user_attrs)
 
 
 def queue_once(study: optuna.Study, points: Sequence[dict[str, Any]]) -> None:
@@ -172,6 +175,7 @@ def sampler_seed(seed: int, trials: Sequence[FrozenTrial]) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------------- loop
+@signals_as_interrupts()
 def search(
     study: optuna.Study,
     space: Space,
@@ -191,6 +195,7 @@ def search(
 
     `evaluate` gets the notes of the trial, on which it may set attributes and constraints, and the checked pipeline, and returns the values
     of the objectives. It may raise Stopped; any other error but an interrupt is the trial's reason to have failed, and the search goes on.
+    SIGTERM and SIGHUP interrupt it as Ctrl-C does.
     `first` are the parameters of trials a new study begins with, whatever the strategy; the last third of the trials is the sampler's in
     any case. `excess` tells by how much a pipeline is expected to miss the target: what is above 0 is not asked for. `pruner` decides what
     `should_prune` of the notes says.
@@ -238,7 +243,7 @@ def search(
         except UpdateFinishedTrialError:
             number = None  # this worker was taken for dead before it had begun: the trial is queued once more
         except (KeyboardInterrupt, SystemExit):
-            _interrupt(study, study.get_trials(deepcopy=False)[trial.number])
+            _interrupt(study, study.get_trials(deepcopy=False)[trial.number], told_to_end=True)
             raise
         ended = None if number is None else study.get_trials(deepcopy=False)[number]
         repeats = 0 if ended is not None and is_counted(ended) else repeats + 1

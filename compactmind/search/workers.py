@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO
@@ -131,7 +131,7 @@ def run_workers(planned: Sequence[Share], command: Sequence[str] = ()) -> list[i
     `command` is this very one unless it is given. An interrupt, or a signal to end, ends all of them first and is passed on then.
     """
     command, running, ending, threads = list(command) or [sys.executable, *sys.argv], [], threading.Event(), []
-    with _signals_as_interrupts():
+    with signals_as_interrupts():
         try:
             for number, share in enumerate(planned, start=1):
                 name = f"{number}/{len(planned)}"
@@ -210,8 +210,8 @@ def _end(running: Sequence[subprocess.Popen]) -> None:
 
 
 @contextmanager
-def _signals_as_interrupts():
-    """Inside the `with` block SIGTERM and SIGHUP are what Ctrl-C is."""
+def signals_as_interrupts() -> Iterator[None]:
+    """Inside the `with` block SIGTERM and SIGHUP are what Ctrl-C is; one that is ignored, as nohup has it, stays so."""
 
     def interrupt(*_) -> None:
         raise KeyboardInterrupt
@@ -219,7 +219,8 @@ def _signals_as_interrupts():
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {}
     with suppress(ValueError):  # not in the main thread: whoever called sees to it
-        before = {number: signal.signal(number, interrupt) for number in numbers}
+        heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, interrupt) for number in heeded}
     try:
         yield
     finally:
