@@ -61,9 +61,9 @@ from compactmind.search.machine import machine_kind, recording_machine_kind, req
 from compactmind.search.making import known_record, make_pipeline
 from compactmind.search.places import findings_folder, front_name, searched_name, study_name, trial_name
 from compactmind.search.space import Space, check_space, make_space, read_choices
-from compactmind.search.storage import without_password
 from compactmind.search.trials import TrialRunner
 from compactmind.search.workers import begin_as_worker, run_workers, shares, together_on_one_device
+from compactmind.settings import without_password
 from compactmind.settings_file import changed_options
 from compactmind.training import accelerator_record, make_accelerator, trains_sharded
 
@@ -255,7 +255,7 @@ def origin(config: SearchConfig, study: optuna.Study, storage: str, trial: int) 
 
 
 def replay_command(config: SearchConfig, trial: int) -> str:
-    """Return the command that makes the model of a trial of this very study again: with every setting that is not the default."""
+    """Return the command that makes a trial's model again: with every setting that is not the default, *** for a password."""
     profile = ["--profile", config.profile] if config.profile != PROFILE else []
     changed = changed_options(config, SearchConfig.for_profile(config.profile), NOT_THE_STUDYS)
     return shlex.join(["python", "5_bayesian_search.py", *profile, *changed, "--replay", str(trial)])

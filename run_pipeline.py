@@ -31,7 +31,7 @@ from common import (
 )
 from compactmind.errors import CompactMindError
 from compactmind.seeds import runs_of
-from compactmind.settings import setting_problem
+from compactmind.settings import setting_problem, without_password
 from compactmind.settings_file import nearest, read_settings, settings_text
 from profiles import PROFILES
 
@@ -328,7 +328,8 @@ def run_all(config: PipelineConfig, given: dict[str, dict[str, Any]]) -> None:
     durations = {}
     for number, (section, stage) in enumerate(runs, start=1):
         settings = options_for(section, config, given.get(section, {}))
-        name = shlex.join((stage, *as_arguments({key: value for key, value in settings.items() if key not in SHARED})))
+        own = as_arguments({key: value for key, value in settings.items() if key not in SHARED})
+        name = shlex.join((stage, *map(without_password, own)))
         print(f"\n=== [{number}/{len(runs)}] {name}, {(time.perf_counter() - begun) / 60:.1f} min so far", flush=True)
         if stage in LLAMA_STAGES and not (config.models_dir / "llama").is_dir():
             print(f"skipped: there is no {config.models_dir / 'llama'} (`python download_model.py` makes it)")

@@ -1,12 +1,11 @@
 """How a script reads its command line, shows its settings, checks them and runs. Standard library only, until a stage runs."""
 
-import re
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from compactmind.settings import setting_problem
+from compactmind.settings import setting_problem, without_password
 
 Config = TypeVar("Config")
 
@@ -85,7 +84,4 @@ def show(config: Any) -> None:
 def shown_settings(config: Any) -> dict[str, Any]:
     """Return the settings of a stage as others may see them: without the password of a database."""
     values = {field.name: getattr(config, field.name) for field in fields(config)}
-    return {
-        name: re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", value) if isinstance(value, str) else value
-        for name, value in values.items()
-    }
+    return {name: without_password(value) if isinstance(value, str) else value for name, value in values.items()}

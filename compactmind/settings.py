@@ -86,3 +86,10 @@ def _within(value: float, interval: str) -> bool:
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
     return above and (value <= high if interval[-1] == "]" else value < high) and math.isfinite(value)
+
+
+def without_password(value: str) -> str:
+    """Return a setting as it may be shown and written down: an address, of a database for example, has *** where its password is."""
+    # up to the last @ before a ?, as a password may hold what a browser would not allow
+    value = re.sub(r"(://[^:/@]*):(?:[^?]*@|[^@]*@)", r"\1:***@", value)
+    return re.sub(r"(://.*[?&]\w*password=)[^&]*", r"\1***", value)

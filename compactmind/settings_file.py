@@ -22,6 +22,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from compactmind.errors import CompactMindError
+from compactmind.settings import without_password
 
 COMMENT_WIDTH = 118
 
@@ -139,10 +140,10 @@ def field_reasons(config: type) -> dict[str, str]:
 
 
 def changed_options(settings: Any, usual: Any, left_out: Sequence[str] = ()) -> list[str]:
-    """Return what differs between two sets of settings of one dataclass as options of a command line: --name value ..."""
+    """Return what differs between two sets of settings of one dataclass as options of a command line, *** for a password: --name value."""
     options: list[str] = []
     for field in fields(settings):
         value = getattr(settings, field.name)
         if field.name not in left_out and value != getattr(usual, field.name):
-            options += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+            options += [f"--{field.name}", *(without_password(str(each)) for each in (value if isinstance(value, tuple) else (value,)))]
     return options

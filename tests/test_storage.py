@@ -1,5 +1,8 @@
 """The storage of a study: a hiccup costs nothing, and one that stays away ends the search in one line."""
 
+import importlib
+from types import SimpleNamespace
+
 import made_up_search
 import optuna
 import pytest
@@ -7,6 +10,9 @@ from made_up_search import cost, fresh, run
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
+import run_pipeline
+from common import SearchConfig
+from compactmind.command_line import shown_settings
 from compactmind.errors import CompactMindError
 from compactmind.search import storage as storage_module
 
@@ -77,3 +83,34 @@ def test_a_storage_that_stays_away_ends_the_search_in_one_line(tmp_path, space, 
 
 def test_the_waits_of_the_storage_grow_and_last_for_minutes():
     assert list(storage_module.WAITS) == sorted(storage_module.WAITS) and 120 < sum(storage_module.WAITS) < 600
+
+
+# ---------------------------------------------------------------------------------------------------------------- passwords
+@pytest.mark.parametrize(
+    ("place", "shown"),
+    [
+        ("postgresql://me:secret@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://me:secret@host:port/db", "postgresql://me:***@host:port/db"),  # which no library reads
+        ("postgresql://me:se@cret@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://me:se?cr et@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://host/db?user=me&password=secret&x=a@b", "postgresql://host/db?user=me&password=***&x=a@b"),
+        ("postgresql://me@host:5432/db?x=a@b", "postgresql://me@host:5432/db?x=a@b"),
+        ("sqlite:///my study.db", "sqlite:///my study.db"),
+        ("folder/study.log", "folder/study.log"),
+    ],
+)
+def test_an_address_is_shown_without_its_password(place, shown):
+    assert storage_module.without_password(place) == shown
+    assert shown_settings(SearchConfig(storage=place))["storage"] == shown
+
+
+def test_no_command_that_is_printed_has_the_password(tmp_path, capfd, monkeypatch):
+    script, place = importlib.import_module("5_bayesian_search"), "postgresql://me:secret@host/db"
+    command = script.replay_command(SearchConfig(storage=place), 3)
+    assert command.endswith("--storage 'postgresql://me:***@host/db' --replay 3")
+    (tmp_path / "llama").mkdir()
+    monkeypatch.setattr(run_pipeline.subprocess, "run", lambda command: SimpleNamespace(returncode=int(f"--storage={place}" in command)))
+    with pytest.raises(SystemExit) as error:
+        only = run_pipeline.PipelineConfig(only=("5_bayesian_search.py",), models_dir=tmp_path)
+        run_pipeline.run_all(only, {"5_bayesian_search": {"storage": place}})
+    assert "failed (exit code 1)" in str(error.value) and "secret" not in capfd.readouterr().out + str(error.value)

@@ -36,9 +36,10 @@ from compactmind.search.compressor import Step, idle_problem, read_pipeline
 from compactmind.search.machine import HEARTBEAT_SECONDS, heartbeat, this_worker, worker_is_alive
 from compactmind.search.notes import Notes, Skipped, Stopped
 from compactmind.search.space import Space
-from compactmind.search.storage import differences, open_storage, without_password
+from compactmind.search.storage import differences, open_storage
 from compactmind.search.strategies import Proposer, key_of, make_sampler, shuffled_points
 from compactmind.search.workers import signals_as_interrupts
+from compactmind.settings import without_password
 
 REPEATS = 100
 """Trials in a row that are skipped before the search ends: there is nothing new to find."""

@@ -19,6 +19,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 
 from compactmind.errors import CompactMindError, first_line
+from compactmind.settings import without_password
 
 WAITS = (0.5, 1, 2, 4, 8, 15, 30, 60, 60, 60)
 """Seconds before a call that failed is made again, for the first time, the second ...: a database that restarts is back within minutes."""
@@ -153,14 +154,6 @@ def _patience(place: str) -> dict[str, int]:
 
 def _leave_transactions_to_us(connection, _) -> None:
     connection.isolation_level = None  # else Python's driver begins one of its own at the first write
-
-
-def without_password(place: str) -> str:
-    """Return a storage's address as it may be shown and written down."""
-    try:
-        return sqlalchemy.engine.make_url(place).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
-        return place  # the path of a journal file
 
 
 def differences(there: Any, here: Any, name: str) -> Iterator[str]:
