@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 import run_pipeline
 from common import SearchConfig
 from compactmind.command_line import shown_settings
+from compactmind.devices import WORKER
 from compactmind.errors import CompactMindError
 from compactmind.search import storage as storage_module
 
@@ -79,6 +80,26 @@ def test_a_storage_that_stays_away_ends_the_search_in_one_line(tmp_path, space, 
     with pytest.raises(CompactMindError, match="has not answered for .*starting up.*the same command goes on") as error:
         run(study, space, 3)
     assert "\n" not in str(error.value)
+
+
+def test_a_worker_that_starts_while_the_storage_is_away_waits_as_one_that_runs_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage_module, "WAITS", (0,) * 6)
+    monkeypatch.setattr(storage_module, "OPENING_WAITS", (0,) * 2)
+    original, place, away = storage_module._opened, f"sqlite:///{tmp_path / 'study.db'}", []
+
+    def not_yet(place):
+        if len(away) < 5:
+            away.append(place)
+            raise AWAY
+        return original(place)
+
+    monkeypatch.setattr(storage_module, "_opened", not_yet)
+    with pytest.raises(CompactMindError, match="cannot be opened: the database system is starting up"):
+        storage_module.open_storage(place)  # by hand: the address may be wrong
+    assert len(away) == 3
+    monkeypatch.setenv(WORKER, "1/2")  # whoever started it has opened that very storage
+    away.clear()
+    assert storage_module.open_storage(place).get_all_studies() == [] and len(away) == 5
 
 
 def test_the_waits_of_the_storage_grow_and_last_for_minutes():

@@ -18,13 +18,15 @@ from filelock import FileLock
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 
+from compactmind.devices import is_worker
 from compactmind.errors import CompactMindError, first_line
 from compactmind.settings import without_password
 
 WAITS = (0.5, 1, 2, 4, 8, 15, 30, 60, 60, 60)
 """Seconds before a call that failed is made again, for the first time, the second ...: a database that restarts is back within minutes."""
 OPENING_WAITS = (0.1, 0.3, 1)
-"""The same while the storage is opened: somebody who gave a wrong address does not want to wait."""
+"""The same while the storage is opened by hand: somebody who gave a wrong address does not want to wait. A worker's has been opened by who
+started it, and is waited for."""
 PATIENT_LIBPQ = {
     "connect_timeout": 20, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000,
 }  # fmt: skip
@@ -90,7 +92,7 @@ class PatientStorage:
 def open_storage(place: str) -> PatientStorage:
     """Return the storage at an Optuna URL or, if it ends in .log, in a journal file. Raises CompactMindError if it cannot be reached."""
     name = without_password(place)
-    for wait in (*OPENING_WAITS, None):
+    for wait in (*(WAITS if is_worker() else OPENING_WAITS), None):
         try:
             return PatientStorage(_opened(place), name)
         except Exception as error:  # noqa: BLE001  every database driver has its own way to say "not there"
