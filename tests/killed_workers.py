@@ -92,7 +92,10 @@ def search_with_kills(storage, n_trials, begun, kills, *, name="shared", seconds
 
 
 def assert_nothing_is_lost_or_double(storage, n_trials, begun, name="shared"):
-    """Every counted trial has ended, is of a pipeline of its own, and every pipeline was run once, and once more for every kill."""
+    """Every counted trial has ended, is of a pipeline of its own, and every pipeline was run once, and once more for every kill.
+
+    Return the trials that were interrupted, and those that were lost: kills are random, and may hit both runs of one pipeline.
+    """
     study = open_study(name, storage, DESCRIBED)
     everything, counted = study.get_trials(deepcopy=False), counted_trials(study)
     assert len(counted) == n_trials and all(trial.state.is_finished() for trial in counted)
@@ -101,6 +104,7 @@ def assert_nothing_is_lost_or_double(storage, n_trials, begun, name="shared"):
     interrupted = [trial for trial in everything if "queued_again" in trial.user_attrs and not is_counted(trial)]
     lost = [trial for trial in counted if trial.state.name != "COMPLETE"]
     assert all(trial.user_attrs["reason"].startswith("interrupted") and "retry_of" in trial.user_attrs for trial in lost)
+    assert all(engine._times_run(study, trial) == 2 for trial in lost)  # nothing is lost for one kill
     # of each that was interrupted there is a second trial, and its pipeline has a result or still waits
     again = {trial.user_attrs["retry_of"] for trial in everything if "retry_of" in trial.user_attrs}
     assert {trial.number for trial in interrupted} <= again
