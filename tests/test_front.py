@@ -304,6 +304,28 @@ def test_what_is_retrained_long_is_saved_only_if_it_is_better():
     assert choosing.retrain_longer(steps[:1], {"kl": 0.5}, chooser(0.1), 300) == (steps[:1], None)
 
 
+def test_two_machines_that_confirm_at_once_lose_nothing_of_each_other(tmp_path):
+    found = [trial(number, 50, 0.1) for number in range(3)]
+    ours, theirs = (open_study("one", f"sqlite:///{tmp_path / 'study.db'}", {}) for _ in range(2))
+    ours.set_user_attr("confirmed", {"2": {"kl": 2.0}})  # as earlier versions wrote all of them in one
+
+    def confirming(kl, meanwhile=lambda: None):
+        def run(_):
+            meanwhile()
+            return SimpleNamespace(steps=[])
+
+        measure = lambda *_, **__: {"kl": kl}  # noqa: E731
+        return SimpleNamespace(run=run, measure=measure, windows=[], resources=None, step_measure=None, cache=None)
+
+    def the_other_one_too():
+        assert set(choosing.confirm(theirs, [found[0], found[2]], confirming(0.5))) == {0, 2}
+
+    assert set(choosing.confirm(ours, [found[1]], confirming(1.0, the_other_one_too))) == {0, 1, 2}
+    for study in (ours, theirs):
+        known = choosing.confirm(study, found, confirming(0.0, lambda: pytest.fail("it is known")))
+        assert {number: each["kl"] for number, each in known.items()} == {0: 0.5, 1: 1.0, 2: 2.0}
+
+
 def test_integers_that_cost_something_learn_after_rounding_before_they_are_saved(monkeypatch):
     steps = read_pipeline([{"method": "prune"}, {"method": "gptq", "params": {"target_compression": 4}}])
     for kl, kept in ((0.4, True), (0.6, False)):

@@ -16,6 +16,9 @@ from compactmind.search.trials import TrialRunner, summarize_rows
 
 AS_GOOD = 0.01
 """Nats of KL to the dense model up to which integers are saved as the search made them: there is next to nothing to win."""
+CONFIRMED = "confirmed"
+"""With the number of a trial behind it the attribute of a study that says what that trial gives on all windows: one for each, as machines
+that end at the same time would overwrite what they share."""
 
 
 def best_trials_at(study: optuna.Study, ratios: Sequence[float], count: int) -> list[FrozenTrial]:
@@ -39,8 +42,7 @@ def choose_for_ratios(
 def confirm(study: optuna.Study, trials: Sequence[FrozenTrial], runner: TrialRunner) -> dict[int, dict[str, Any]]:
     """Run trials again and measure them on all of the runner's windows, unless the study knows what they give; return that by number."""
     for trial in trials:
-        confirmed = {int(number): measured for number, measured in study.user_attrs.get("confirmed", {}).items()}
-        if trial.number in confirmed:
+        if trial.number in confirmed_trials(study):
             continue
         steps = read_pipeline(trial.user_attrs["pipeline"])
         print(f"confirming trial {trial.number} on {len(runner.windows)} windows: {pipeline_name(steps)} ...", flush=True)
@@ -50,10 +52,18 @@ def confirm(study: optuna.Study, trials: Sequence[FrozenTrial], runner: TrialRun
             lambda steps=steps, rows=compressed.steps: interaction(steps, runner.resources, runner.step_measure, rows, runner.cache),
         )
         measured = runner.measure(compressed, known=trial.user_attrs.get("by_window"))
-        confirmed[trial.number] = {**measured, "steps": summarize_rows(compressed.steps), "interaction": together}
+        known = {**measured, "steps": summarize_rows(compressed.steps), "interaction": together}
         del compressed
-        study.set_user_attr("confirmed", confirmed)
-    return {int(number): measured for number, measured in study.user_attrs["confirmed"].items()}
+        study.set_user_attr(f"{CONFIRMED} {trial.number}", known)
+    return confirmed_trials(study)
+
+
+def confirmed_trials(study: optuna.Study) -> dict[int, dict[str, Any]]:
+    """Return by number what trials of a study give on all windows, as far as it is known."""
+    attributes = study.user_attrs
+    together = attributes.get(CONFIRMED, {})  # as earlier versions wrote it
+    single = {name.removeprefix(f"{CONFIRMED} "): known for name, known in attributes.items() if name.startswith(f"{CONFIRMED} ")}
+    return {int(number): known for number, known in (together | single).items()}
 
 
 def choose(
