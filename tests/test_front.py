@@ -10,6 +10,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from compactmind.errors import CompactMindError
 from compactmind.search import choosing, findings, strategies
 from compactmind.search.ablation import ablation
 from compactmind.search.ablation import table as ablation_table
@@ -302,6 +303,23 @@ def test_what_is_retrained_long_is_saved_only_if_it_is_better():
     for few in (0, 100):
         assert choosing.retrain_longer(steps, {"kl": 0.5}, chooser(0.1), few) == (steps, None)
     assert choosing.retrain_longer(steps[:1], {"kl": 0.5}, chooser(0.1), 300) == (steps[:1], None)
+
+
+@pytest.mark.parametrize("error", [CompactMindError("the model is damaged"), MemoryError("no memory left\nand more")], ids=repr)
+def test_a_final_training_that_fails_leaves_the_pipeline_as_the_search_made_it(error, capsys):
+    def failing(*_):
+        raise error
+
+    steps = read_pipeline([{"method": "prune"}, {"method": "retrain", "params": {"tokens": 100}}])
+    found = trial(7, 50, 0.1)
+    found.user_attrs["pipeline"], confirmed = [step.described() for step in steps], {7: {"kl": 0.5, "compression_ratio": 2.0}}
+    runner = chooser(0.1)
+    for name in ("run", "measure"):
+        chosen = choosing.choose(2.0, [found], confirmed, SimpleNamespace(**vars(runner) | {name: failing}), 300)
+        assert chosen["trial"] == 7 and chosen["pipeline"] == found.user_attrs["pipeline"]
+        why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        assert chosen["final_training"] == {"tokens": 300, "searched": 0.5, "final": None, "kept": False, "error": why}
+        assert f"final training failed ({why}): the pipeline of the search is kept\n" in capsys.readouterr().out
 
 
 def test_two_machines_that_confirm_at_once_lose_nothing_of_each_other(tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
+from compactmind.errors import first_line
 from compactmind.precision import is_small
 from compactmind.search.ablation import ablation
 from compactmind.search.compressor import Step, interaction, measure_or_none, pipeline_name, read_pipeline
@@ -103,7 +104,8 @@ def retrain_longer(
 
     That is its retraining; and where rounding cost more than AS_GOOD and the model is small enough to have gradients of all its weights,
     scales and norms learn from the dense model after it. The record: tokens, seconds of the steps that learn, the measure as in the search
-    and afterwards, and whether the long one was kept; None if the pipeline has nothing to learn, or learns on as many tokens already.
+    and afterwards, and whether the long one was kept, or the error it failed with; None if the pipeline has nothing to learn, or learns on
+    as many tokens already.
     """
     quality = runner.quality
     taught = quality == "perplexity" and any(step.method.kind == "retrain" for step in steps)  # of text: the dense model would undo it
@@ -112,11 +114,17 @@ def retrain_longer(
     if [step.identity() for step in final] == [step.identity() for step in steps]:
         return steps, None
     print(f"final training on {tokens} tokens: {pipeline_name(final)} ...", flush=True)
-    compressed, learning = runner.run(final), [step.method.name for step in final if step.method.trains]
-    final_quality = runner.measure(compressed)[quality]
-    record = {
-        "tokens": tokens, "seconds": sum(row["seconds"] for row in compressed.steps if row["method"] in learning),
-        "searched": confirmed[quality], "final": final_quality, "kept": final_quality <= confirmed[quality],
+    record = {"tokens": tokens, "searched": confirmed[quality], "final": None, "kept": False}
+    try:
+        compressed, learning = runner.run(final), [step.method.name for step in final if step.method.trains]
+        final_quality = runner.measure(compressed)[quality]
+    except Exception as error:  # noqa: BLE001  out of memory, a model it has damaged: the search is worth more
+        why = f"{type(error).__name__}: {first_line(error)}"
+        print(f"final training failed ({why}): the pipeline of the search is kept", flush=True)
+        return steps, record | {"error": why}
+    record |= {
+        "seconds": sum(row["seconds"] for row in compressed.steps if row["method"] in learning),
+        "final": final_quality, "kept": final_quality <= confirmed[quality],
     }  # fmt: skip
     print(f"search: {quality} {confirmed[quality]:.4g} on all windows\nfinal training: {quality} {final_quality:.4g}", end="")
     print("" if record["kept"] else "; the pipeline of the search is kept", flush=True)
