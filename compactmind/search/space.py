@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from optuna import Trial
@@ -74,6 +75,25 @@ class Space:
             choices = self.choices_for(order)
             for values in itertools.product(*choices.values()):
                 yield {"order": SEPARATOR.join(order), **dict(zip(choices, values, strict=True))}
+
+    def point(self, index: int) -> dict[str, Any]:
+        """Return the point that `points` has at an index, from 0 to size - 1, without those before it. Raises IndexError."""
+        rest = index
+        for name, choices, count in self._counted if index >= 0 else ():
+            if rest < count:
+                values = {}
+                for parameter in reversed(choices):  # the last one changes fastest
+                    rest, at = divmod(rest, len(choices[parameter]))
+                    values[parameter] = choices[parameter][at]
+                return {"order": name, **{parameter: values[parameter] for parameter in choices}}
+            rest -= count
+        raise IndexError(f"point {index} of a space that has {self.size()} points")
+
+    @cached_property
+    def _counted(self) -> list[tuple[str, dict[str, list[Any]], int]]:
+        """Every order by name, the choices where methods stand in it, and its number of points."""
+        choices = [self.choices_for(order) for order in self.orders]
+        return [(SEPARATOR.join(order), of, math.prod(map(len, of.values()))) for order, of in zip(self.orders, choices, strict=True)]
 
     def neighbours(self, point: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the points that differ from one in a single choice: in a parameter, for a number the next smaller or larger value; or in

@@ -15,7 +15,7 @@ import itertools
 import math
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import optuna
@@ -203,8 +203,13 @@ def front_of(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return [trial for trial in trials if not any(beaten(trial, other) for other in trials)]
 
 
-def shuffled_points(space: Space, seed: int) -> list[dict[str, Any]]:
-    """Return the points of a space in random order, so that the first ones are a fair sample."""
-    points = list(space.points())
-    random.Random(seed).shuffle(points)
-    return points
+def shuffled_points(space: Space, seed: int) -> Iterator[dict[str, Any]]:
+    """Return the points of a space in random order, so that the first ones are a fair sample: each is made when it is asked for, since a
+    space of the usual methods has millions of them."""
+    choose, size = random.Random(seed), space.size()
+    moved: dict[int, int] = {}  # Fisher and Yates' shuffle of the indices, of which only those that changed places are kept
+    for position in range(size):
+        other = choose.randrange(position, size)
+        index = moved.get(other, other)
+        moved[other] = moved.pop(position, position)
+        yield space.point(index)
