@@ -18,26 +18,26 @@ Optuna: Akiba et al. 2019 (https://arxiv.org/abs/1907.10902). TPE with constrain
 (https://arxiv.org/abs/2211.14411).
 """
 
-import itertools
 import math
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import optuna
 import psutil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import BasePruner, NopPruner
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 
 from compactmind.errors import CompactMindError
-from compactmind.search.compressor import Step, idle_problem, read_pipeline
+from compactmind.search.compressor import Step, read_pipeline
 from compactmind.search.machine import HEARTBEAT_SECONDS, heartbeat, this_worker, worker_is_alive
 from compactmind.search.notes import Notes, Skipped, Stopped
 from compactmind.search.space import Space
 from compactmind.search.storage import differences, open_storage
-from compactmind.search.strategies import Proposer, key_of, make_sampler, shuffled_points
+from compactmind.search.strategies import Proposer, key_of, make_sampler
 from compactmind.search.workers import signals_as_interrupts
 from compactmind.settings import without_password
 
@@ -157,16 +157,14 @@ def _times_run(study: optuna.Study, trial: FrozenTrial) -> int:
     return earlier + ("runs" in trial.user_attrs and "told_to_end" not in trial.user_attrs)
 
 
-def queue_once(study: optuna.Study, points: Sequence[dict[str, Any]]) -> None:
-    """Queue what a new study begins with, or what is missing of it: who was about to may have been killed, or be slower than this."""
-    if not study.get_trials(deepcopy=False):
-        study.set_user_attr("queueing", True)
-    if study.user_attrs.get("queueing"):
-        known = [trial.system_attrs.get("fixed_params") for trial in study.get_trials(deepcopy=False)]
-        for point in points:
-            if point not in known:
-                study.enqueue_trial(point)
-        study.set_user_attr("queueing", False)
+def asked_keys(space: Space, trials: Sequence[FrozenTrial]) -> set[str]:
+    """Return the keys of all pipelines that were ever asked for, those included that are queued or have not said their key yet."""
+    keys = {trial.user_attrs["key"] for trial in trials if "key" in trial.user_attrs}
+    for trial in trials:
+        if "key" not in trial.user_attrs and (point := trial.system_attrs.get("fixed_params")):
+            with suppress(ValueError, KeyError, CompactMindError):  # queued by hand: a part of a point, or of another space
+                keys.add(key_of(read_pipeline(space.suggest(FixedTrial(point)))))
+    return keys
 
 
 def sampler_seed(seed: int, trials: Sequence[FrozenTrial]) -> int:
@@ -197,30 +195,23 @@ def search(
     `evaluate` gets the notes of the trial, on which it may set attributes and constraints, and the checked pipeline, and returns the values
     of the objectives. It may raise Stopped; any other error but an interrupt is the trial's reason to have failed, and the search goes on.
     SIGTERM and SIGHUP interrupt it as Ctrl-C does.
-    `first` are the parameters of trials a new study begins with, whatever the strategy; the last third of the trials is the sampler's in
-    any case. `excess` tells by how much a pipeline is expected to miss the target: what is above 0 is not asked for. `pruner` decides what
-    `should_prune` of the notes says.
+    `first` are the parameters of trials that a study begins with, whatever the strategy, and that one which goes on has what is left of;
+    they are at most the first two thirds of `n_trials`. `excess` tells by how much a pipeline is expected to miss the target: what is
+    above 0 is not asked for. `pruner` decides what `should_prune` of the notes says.
     `finished` is called with every trial that counts. At the end the trials that other workers are still running are waited for, as long
     as these live and at most `patience` seconds. Raises CompactMindError if the storage does not answer for minutes.
     """
     if n_trials < 1:
         raise CompactMindError(f"n_trials {n_trials} is not at least 1: for example --n_trials 30")
-    if not study.get_trials(deepcopy=False) or study.user_attrs.get("queueing"):
-        queue = [*first[: n_trials - n_trials // 3]]
-        if strategy == "grid":
-            points = (point for point in shuffled_points(space, seed) if point not in queue)
-            pipelines = ((point, read_pipeline(space.pipeline(point))) for point in points)
-            possible = (point for point, steps in pipelines if excess(steps) <= 0 and not idle_problem(steps))
-            queue += itertools.islice(possible, n_trials - len(queue))
-        queue_once(study, queue)
-    proposer, study.pruner = Proposer(space, strategy, sampler, excess), pruner or NopPruner()
+    proposer = Proposer(space, strategy, sampler, excess, first[: n_trials - n_trials // 3], seed)
+    study.pruner = pruner or NopPruner()
     repeats, waiting_since = 0, None
     while True:
         if retry_interrupted(study):
             repeats = 0
         trials = study.get_trials(deepcopy=False)
         waiting = any(trial.state == TrialState.WAITING for trial in trials)
-        if sum(map(is_counted, trials)) >= n_trials or repeats >= REPEATS or (strategy == "grid" and not waiting):
+        if sum(map(is_counted, trials)) >= n_trials or repeats >= REPEATS:
             running = [trial.number for trial in trials if trial.state == TrialState.RUNNING]
             waiting_since = waiting_since or _say_waiting(running)
             if not running or time.monotonic() - waiting_since >= patience:
@@ -232,7 +223,7 @@ def search(
         own_seed = sampler_seed(seed, trials)
         study.sampler = make_sampler(strategy, sampler, own_seed)
         if not waiting:
-            point = proposer.propose(study, {trial.user_attrs.get("key") for trial in trials}, own_seed)
+            point = proposer.propose(study, asked_keys(space, trials), own_seed)
             if point is None:
                 repeats = REPEATS  # nothing is left, unless another worker's trial is to be run again
                 continue

@@ -64,7 +64,7 @@ class Evolution(NSGAIISampler):
 
 
 def make_sampler(strategy: str, sampler: str, seed: int) -> BaseSampler:
-    """Return what chooses the next pipeline; grid needs none, its points are queued."""
+    """Return what chooses the next pipeline; a grid has its points in a random order and needs none."""
     if strategy in ("random", "grid"):
         return RandomSampler(seed=seed)
     with warnings.catch_warnings():
@@ -77,19 +77,29 @@ def make_sampler(strategy: str, sampler: str, seed: int) -> BaseSampler:
 
 
 class Proposer:
-    """Proposes what a study has not seen.
+    """Proposes what a study has not seen: the `first` guesses, then what the strategy draws.
 
-    `excess` returns by how much a pipeline is expected to miss the target, 0 or less where it reaches it.
+    `excess` returns by how much a pipeline is expected to miss the target, 0 or less where it reaches it. `seed` is that of the search: it
+    says in which order a grid is looked through.
     """
 
-    def __init__(self, space: Space, strategy: str, sampler: str, excess: Callable[[Sequence[Step]], float]):
-        self.space, self.strategy, self.sampler, self.excess = space, strategy, sampler, excess
+    def __init__(
+        self, space: Space, strategy: str, sampler: str, excess: Callable[[Sequence[Step]], float],
+        first: Sequence[dict[str, Any]] = (), seed: int = 0,
+    ):  # fmt: skip
+        self.space, self.strategy, self.sampler, self.excess, self.first = space, strategy, sampler, excess, first
+        self.grid = shuffled_points(space, seed)
 
     def propose(self, study: optuna.Study, known: set[str], seed: int) -> dict[str, Any] | None:
         """Return the point to try next, None if nothing is left that is not `known` (keys, see `key_of`) and can reach the target.
 
         `seed` is of this proposal alone: another one for every worker and every number of trials.
         """
+        for guess in self.first:
+            if key_of(read_pipeline(self.space.pipeline(guess))) not in known:
+                return guess
+        if self.strategy == "grid":
+            return next((point for point in self.grid if self._is_new(point, known)), None)
         trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING and trial.params]
         several, draft = len(study.directions) > 1, optuna.create_study(directions=study.directions)
         in_turn = self.strategy == "bayesian" and len(trials) >= STARTUP_TRIALS and len(trials) % 2
