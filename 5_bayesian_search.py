@@ -309,7 +309,7 @@ def run_search(config: SearchConfig, output: Path) -> None:
     search(
         study, space, config.n_trials, recording_machine_kind(runner.evaluate, config.objectives, kind), strategy=config.strategy,
         sampler=config.sampler, seed=config.seed, first=guesses if config.first_guesses else (), finished=progress.update,
-        excess=runner.excess, pruner=runner.pruner(),
+        excess=runner.excess, pruner=runner.pruner(), aim=f"a compression of {floor_of(config):g}",
     )  # fmt: skip
     if is_worker():
         return  # who started it goes on when all have ended

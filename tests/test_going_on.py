@@ -1,4 +1,4 @@
-"""A search that goes on with more trials, and one whose space is large."""
+"""A search that goes on with more trials, and one whose space is large and has few pipelines that are small enough."""
 
 import itertools
 import tracemalloc
@@ -8,10 +8,11 @@ import pytest
 from made_up_search import cost, fresh, run
 from optuna.trial import TrialState
 
+from compactmind.search import strategies
 from compactmind.search.compressor import read_pipeline
 from compactmind.search.notes import Skipped
 from compactmind.search.space import make_space
-from compactmind.search.strategies import shuffled_points
+from compactmind.search.strategies import Proposer, key_of, shuffled_points
 
 space = made_up_search.space
 
@@ -80,3 +81,46 @@ def test_the_first_points_of_the_default_space_cost_no_memory():
     tracemalloc.stop()
     assert peak < 10e6 and len({str(point) for point in points}) == 100
     assert len({point["order"] for point in points}) > 3 and all(read_pipeline(large.pipeline(point)) for point in points)
+
+
+SCARCE = make_space(("prune", "retrain", "smooth", "w8a8", "nf4"))
+
+
+def scarce_excess(steps) -> float:
+    """Return what stands for a target that very few pipelines reach: two orders, each with certain values alone."""
+    if [step.method.name for step in steps] not in (["prune", "nf4"], ["prune", "retrain", "nf4"]):
+        return 1.0
+    pruned, rounded = steps[0].recipe, steps[-1].recipe
+    wanted = pruned.sparsity == 0.6 and pruned.criterion == "l2" and rounded.embeddings == "int8" and rounded.double_quantization
+    return 0.0 if wanted and getattr(steps[1].recipe, "tokens", 8192) == 8192 else 1.0
+
+
+@pytest.mark.parametrize("strategy", ["bayesian", "random", "grid"])
+def test_where_few_pipelines_are_small_enough_what_is_near_a_known_one_is_found(tmp_path, monkeypatch, strategy):
+    monkeypatch.setattr(strategies, "ENUMERABLE", 50)
+    usual = {name: values[0] for name, values in SCARCE.choices_for(("prune", "nf4")).items()}
+    small = {"prune.sparsity": 0.6, "prune.criterion": "l2", "nf4.embeddings": "int8", "nf4.double_quantization": True}
+    guess = {"order": "prune > nf4", **usual, **small}
+    assert scarce_excess(read_pipeline(SCARCE.pipeline(guess))) == 0.0
+    trials = run(fresh(tmp_path), SCARCE, 6, strategy=strategy, first=[guess], excess=scarce_excess)
+    assert len(trials) == len({trial.user_attrs["key"] for trial in trials}) == 6
+    assert trials[0].params == guess and all(trial.params["prune.sparsity"] == pytest.approx(0.6) for trial in trials)
+
+
+def test_a_neighbour_that_is_two_changes_away_is_found():
+    small = make_space(("nf4",), choices={"nf4.compensation": [True, False], "nf4.embeddings": ["as_released", "int8"]})
+    origin, far = ({"order": "nf4", "nf4.double_quantization": double, "nf4.compensation": True, "nf4.embeddings": table}
+                   for double, table in ((True, "int8"), (False, "as_released")))  # fmt: skip
+    keys = [key_of(read_pipeline(small.pipeline(point))) for point in (origin, far)]
+    proposer = Proposer(small, "bayesian", "tpe", lambda steps: float(key_of(steps) not in keys), [origin])
+    assert proposer.near_what_is_small([], {keys[0]}, 0) == far and proposer.near_what_is_small([], set(keys), 0) is None
+
+
+def test_a_search_that_ends_early_says_so_in_one_line_and_what_to_do(tmp_path, space, capsys):
+    nf4 = lambda steps: 0.0 if [step.method.name for step in steps] == ["nf4"] else 1.0  # noqa: E731
+    assert len(run(fresh(tmp_path), space, 9, excess=nf4, aim="a compression of 6")) == 4
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "trials" in line]
+    assert line.startswith("4 of 9 trials: nothing else that was drawn reaches a compression of 6; ")
+    assert "--methods" in line and "--target_compression" in line
+    run(fresh(tmp_path, "whole"), space, 3, excess=nf4)
+    assert "nothing else" not in capsys.readouterr().out

@@ -43,6 +43,8 @@ from compactmind.settings import without_password
 
 REPEATS = 100
 """Trials in a row that are skipped before the search ends: there is nothing new to find."""
+WAY_OUT = "more --methods, other --choices or a smaller --target_compression leave more to try"
+"""What to do where a search has nothing left to ask for."""
 POLL_SECONDS = 1.0
 """Between two looks at what another worker does; shorter at first."""
 PATIENCE_SECONDS = 6 * 3600
@@ -189,6 +191,7 @@ def search(
     pruner: BasePruner | None = None,
     finished: Callable[[FrozenTrial], None] = lambda _: None,
     patience: float = PATIENCE_SECONDS,
+    aim: str = "the target",
 ) -> None:
     """Run trials until the study has `n_trials` of them that count, those of other workers and earlier runs included.
 
@@ -199,7 +202,8 @@ def search(
     they are at most the first two thirds of `n_trials`. `excess` tells by how much a pipeline is expected to miss the target: what is
     above 0 is not asked for. `pruner` decides what `should_prune` of the notes says.
     `finished` is called with every trial that counts. At the end the trials that other workers are still running are waited for, as long
-    as these live and at most `patience` seconds. Raises CompactMindError if the storage does not answer for minutes.
+    as these live and at most `patience` seconds. If nothing is left that reaches the target, `aim` in words, that is printed. Raises
+    CompactMindError if the storage does not answer for minutes.
     """
     if n_trials < 1:
         raise CompactMindError(f"n_trials {n_trials} is not at least 1: for example --n_trials 30")
@@ -217,6 +221,8 @@ def search(
             if not running or time.monotonic() - waiting_since >= patience:
                 if running:
                     print(f"trials {running} of other workers are still running: going on without them", flush=True)
+                if 0 < (count := sum(map(is_counted, trials))) < n_trials:  # of none at all whoever asked says why
+                    print(f"{count} of {n_trials} trials: nothing else that was drawn reaches {aim}; {WAY_OUT}", flush=True)
                 return
             _pause(POLL_SECONDS)
             continue

@@ -7,6 +7,9 @@ what the Bayesian search asks for, every other pipeline is such a neighbour in a
 own, is too large for a model of it to learn from tens of trials (local search beside a model: SMAC, Hutter et al. 2011,
 https://doi.org/10.1007/978-3-642-25566-3_40).
 
+Where few pipelines of a large space reach the target, what is drawn seldom does: then what is near a trial or a first guess that does is
+looked through, before the search is said to be at its end.
+
 Evolution: NSGA-II (Deb et al. 2002, https://doi.org/10.1109/4235.996017) on pipelines of different orders. Optuna's crosses only what all
 trials have, which is the order; here a child has the order of one parent and takes each parameter from either that has it.
 """
@@ -24,7 +27,7 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from compactmind.search.compressor import Step, idle_problem, read_pipeline
-from compactmind.search.space import Space
+from compactmind.search.space import SEPARATOR, Space
 
 SAMPLERS = ("tpe", "gp")
 STARTUP_TRIALS = 8
@@ -36,7 +39,9 @@ DRAWS = 40
 BEST = 5
 """Of so many of the best trials the neighbours are looked at."""
 ENUMERABLE = 20_000
-"""A space of at most so many points is looked through before it is said to be used up."""
+"""A space of at most so many points is looked through before it is said to be used up; of a larger one so many are drawn."""
+MUTATIONS = 2000
+"""So often what is known to be small enough is changed in search of more, where what is drawn is too large."""
 
 
 class Evolution(NSGAIISampler):
@@ -98,9 +103,9 @@ class Proposer:
         for guess in self.first:
             if key_of(read_pipeline(self.space.pipeline(guess))) not in known:
                 return guess
-        if self.strategy == "grid":
-            return next((point for point in self.grid if self._is_new(point, known)), None)
         trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING and trial.params]
+        if self.strategy == "grid":
+            return self._any(self.grid, known) or self.near_what_is_small(trials, known, seed)
         several, draft = len(study.directions) > 1, optuna.create_study(directions=study.directions)
         in_turn = self.strategy == "bayesian" and len(trials) >= STARTUP_TRIALS and len(trials) % 2
         if in_turn and (near := self.near_the_best(trials, several, known, seed)):
@@ -120,7 +125,10 @@ class Proposer:
                 draft.tell(trial, state=TrialState.FAIL)
                 if self.strategy in ("bayesian", "evolution") and (near := self.near_the_best(trials, several, known, seed)):
                     return near
-        return self._any(known, seed)
+        points = shuffled_points(self.space, seed)
+        if self.strategy == "random" or self.space.size() <= ENUMERABLE:
+            return self._any(points, known) or self.near_what_is_small(trials, known, seed)
+        return self.near_what_is_small(trials, known, seed) or self._any(points, known)
 
     def near_the_best(self, trials: Sequence[FrozenTrial], several: bool, known: set[str], seed: int) -> dict[str, Any] | None:
         """Return a neighbour, not known, of the best finished trial that has one; None if none of the best ones has.
@@ -155,11 +163,29 @@ class Proposer:
         steps = read_pipeline(self.space.pipeline(point))
         return self.excess(steps) <= 0 and key_of(steps) not in known and not idle_problem(steps)
 
-    def _any(self, known: set[str], seed: int) -> dict[str, Any] | None:
-        if self.space.size() > ENUMERABLE:
-            return None
-        points = shuffled_points(self.space, seed)
-        return next((point for point in points if self._is_new(point, known)), None)
+    def near_what_is_small(self, trials: Sequence[FrozenTrial], known: set[str], seed: int) -> dict[str, Any] | None:
+        """Return a point, not known, that is near one that reaches the target: a neighbour of a finished trial, the best first, or of a
+        first guess; then one of these or of their neighbours with other values of one to three parameters. None if that has none."""
+        choose, done = random.Random(seed), [each for each in trials if each.state == TrialState.COMPLETE and is_feasible(each)]
+        origins = [each.params for each in sorted(done, key=lambda each: each.values[0])] + [*self.first]
+        near: list[dict[str, Any]] = []
+        for origin in origins:
+            points = self.space.neighbours(origin)
+            choose.shuffle(points)
+            if found := next((point for point in points if self._is_new(point, known)), None):
+                return found
+            near += points
+        for _ in range(MUTATIONS if near else 0):
+            point = choose.choice(choose.choice((origins, near)))
+            choices = self.space.choices_for(point["order"].split(SEPARATOR))
+            names = choose.sample(sorted(choices), min(len(choices), choose.randint(1, 3)))
+            mutated = {**point, **{name: choose.choice(choices[name]) for name in names}}
+            if self._is_new(mutated, known):
+                return mutated
+        return None
+
+    def _any(self, points: Iterator[dict[str, Any]], known: set[str]) -> dict[str, Any] | None:
+        return next((point for point in itertools.islice(points, ENUMERABLE) if self._is_new(point, known)), None)
 
 
 def has_change_of(point: dict[str, Any], origin: dict[str, Any], trials: Sequence[FrozenTrial]) -> bool:
