@@ -117,8 +117,8 @@ def run_grid(space: Space, runner: TrialRunner, path: Path, context: dict) -> di
     """Return what every point gives, by `key_of`; points of an earlier run with the same context are taken over."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     points = known.get("points", {}) if known.get("context") == context else {}
-    points, begun = list(space.points()), time.perf_counter()
-    for number, point in enumerate(points, start=1):
+    asked, begun = list(space.points()), time.perf_counter()
+    for number, point in enumerate(asked, start=1):
         steps = read_pipeline(space.pipeline(point))
         if key_of(steps) in points:
             continue
@@ -128,7 +128,7 @@ def run_grid(space: Space, runner: TrialRunner, path: Path, context: dict) -> di
         points[key_of(steps)] = row
         write_json_atomically(path, {"context": context, "points": points})
         print(
-            f"{number:>4}/{len(points)} {row['pipeline']:<20}{row['kl']:>12.4f}{row['compression_ratio']:>7.2f}x"
+            f"{number:>4}/{len(asked)} {row['pipeline']:<20}{row['kl']:>12.4f}{row['compression_ratio']:>7.2f}x"
             f"{(time.perf_counter() - begun) / 60:>8.1f} min",
             flush=True,
         )
