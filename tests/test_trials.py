@@ -354,3 +354,28 @@ def test_memory_does_not_grow_with_the_trials(windows, tmp_path):
     model = sum(weight.numel() * 4 for weight in helpers.make_llama().parameters())
     assert max(kept[7:]) < max(kept[:7]) + model  # what is remembered of the dense model comes early; no trial leaves its own behind
     assert all(trial.user_attrs["memory_mb"] > 0 for trial in counted_trials(study))
+
+
+def gptq_at(target, *before, **params):
+    return read_pipeline([*before, {"method": "gptq", "params": {"target_compression": target, **params}}])
+
+
+def test_what_rounding_cannot_reach_is_not_run_and_what_it_can_is(windows):
+    wide = partial(helpers.make_llama, hidden_size=256, intermediate_size=512, head_dim=64)
+    runner = make_runner(windows, dense=wide, skeleton=None, target=12.0)
+    most = runner.expected_ratio(gptq_at(12.0))
+    assert 5 < most < 12 and runner.excess(gptq_at(12.0)) > 0  # two bits and a bit for scales in the blocks, four in the tables
+    with pytest.raises(Skipped, match=r"not run: \d\.\d+ times smaller to expect, 12 wanted"):
+        runner.evaluate(make_trial(), gptq_at(12.0, PRUNE))
+    assert runner.expected_ratio(gptq_at(12.0, embeddings="int8")) < most < runner.expected_ratio(gptq_at(12.0, PRUNE))
+    runner.resources.released_bytes, runner.target = runner.released_bytes, 2.0  # of a front: each has to reach what it aims at
+    assert runner.excess(gptq_at(12.0)) > 0 >= runner.excess(gptq_at(2.0))
+    with pytest.raises(Skipped, match="12 wanted"):
+        runner.evaluate(make_trial(), gptq_at(12.0))
+    for before in ((), (PRUNE,), (BLOCK,)):  # a bound: nothing that can be made is refused
+        bound = runner.expected_ratio(gptq_at(15.9, *before))
+        runner.target, trial = bound * 0.9, make_trial()
+        runner.evaluate(trial, gptq_at(runner.target, *before))
+        assert trial.user_attrs["measured"]["compression_ratio"] >= runner.target
+        with pytest.raises(CompactMindError, match="the smallest that these widths can make"):
+            run_pipeline(gptq_at(bound * 1.03, *before), runner.resources, runner.step_measure, show=False)

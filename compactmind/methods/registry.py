@@ -27,6 +27,7 @@ from compactmind.methods.quantization.gptq_model import (
     GPTQRecipe,
     choices_from,
     choices_to_keep,
+    least_bytes,
     quantize_gptq,
     tensor_choices,
 )
@@ -73,6 +74,9 @@ class Method:
     """Of one that prunes: (recipe, blocks) -> the share of the blocks' parameters that is left; None: known when it has run."""
     ratio: Callable[[Any], float | None] | None = None
     """recipe -> the compression ratio it makes by itself, whatever was done before; None: `bits` tells."""
+    least: Callable[[PreTrainedModel, Any, int], tuple[float, float]] | None = None
+    """Of one that has a `ratio`: (dense model, recipe, bytes of a number as released) -> the fewest bytes that it can make of the blocks'
+    linears and of all else. The model need not have weights."""
     aim: str | None = None
     """The parameter of that ratio: a search for one size or for several sets it to its targets, and `aimed` takes the place of `space`."""
     aimed: dict[str, Sequence[Any]] = field(default_factory=dict)
@@ -365,7 +369,7 @@ METHODS: dict[str, Method] = {
             "damping": (0.01, 0.05, 0.2),
         }, "grouped",
         beforehand=_measure_dense, needs=memory.gptq, bits=lambda recipe: recipe.bits_per_weight, fills_zeros=_filled_by_gptq,
-        ratio=lambda recipe: recipe.target_compression or None, aim="target_compression", trains="tuning_tokens",
+        ratio=lambda recipe: recipe.target_compression or None, least=least_bytes, aim="target_compression", trains="tuning_tokens",
         aimed={"damping": (0.01, 0.05, 0.2), "weigh_tokens": (False, True), "stream_rotation": (False, True)},
     ),
 }  # fmt: skip

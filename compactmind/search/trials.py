@@ -12,6 +12,7 @@ of that is reported as measured. Where models of some sizes are asked for, bytes
 front of all sizes, most of which nobody wants.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -98,8 +99,13 @@ class TrialRunner:
     measured: int = field(default=0, repr=False)
     """Trials of the study that ran to their end."""
     sizes: tuple[int, int, int] | None = field(default=None, repr=False)
+    leasts: dict[Any, tuple[float, float]] = field(default_factory=dict, repr=False)
+    """Recipe -> the fewest bytes it can make of the dense model, see Method.least."""
     dense: Sequence[torch.Tensor] | None = field(default=None, repr=False)
     """The dense model's logits of the windows, once it has read them."""
+
+    def __post_init__(self):
+        self.skeleton = self.skeleton and functools.cache(self.skeleton)
 
     @property
     def quality(self) -> str:
@@ -181,10 +187,17 @@ class TrialRunner:
             raise CompactMindError("the vocabulary is no longer the dense model's: no token is another's")
         return {"loss": measured["losses"], "kl": torch.tensor(measured["divergence"]["divergences"], dtype=torch.float64)}
 
+    def shapes(self) -> PreTrainedModel:
+        """Return the dense model, without its weights where that is known."""
+        return self.skeleton() if self.skeleton else self.resources.teacher()
+
     def expected_ratio(self, steps: Sequence[Step]) -> float:
-        """Return the compression ratio a pipeline should come to, from the shapes of the dense model and the bits of its methods."""
+        """Return the compression ratio a pipeline should come to, from the shapes of the dense model and the bits of its methods.
+
+        Of one whose last method aims at a ratio that is this ratio, or the largest that its narrowest widths allow.
+        """
         if self.sizes is None:
-            model = self.skeleton() if self.skeleton else self.resources.teacher()
+            model = self.shapes()
             parameters = sum(weight.numel() for weight in model.parameters())
             self.sizes = (prunable_parameters(model), parameters, len(llama_blocks(model)))
         blocks, others = self.sizes[0], self.sizes[1] - self.sizes[0]
@@ -195,15 +208,29 @@ class TrialRunner:
                     return math.inf  # its bytes are known when it has run
                 blocks *= left
             if step.method.ratio and (ratio := step.method.ratio(step.recipe)):
-                return ratio
+                return min(ratio, self.largest_ratio(step, blocks / self.sizes[0]))
             if step.method.bits is not None:
                 bits_of_blocks, of_others = step.method.bits(step.recipe)
                 bits_of_others = of_others or bits_of_others
         return self.released_bytes / (blocks * bits_of_blocks / 8 + others * bits_of_others / 8)
 
+    def largest_ratio(self, step: Step, left: float) -> float:
+        """Return the largest ratio that a method can reach which aims at one, when a share `left` of the blocks is left."""
+        if step.method.least is None:
+            return math.inf
+        if step.recipe not in self.leasts:
+            self.leasts[step.recipe] = step.method.least(self.shapes(), step.recipe, self.resources.released.itemsize)
+        blocks, others = self.leasts[step.recipe]
+        return self.released_bytes / (left * blocks + others)
+
+    def wanted(self, steps: Sequence[Step]) -> float:
+        """Return the ratio that a pipeline has to reach: the target, or what its last method aims at, which it cannot miss, if that is
+        more."""
+        return max([self.target, *(step.method.ratio(step.recipe) or 0.0 for step in steps if step.method.ratio)])
+
     def excess(self, steps: Sequence[Step]) -> float:
-        """Return by how much a pipeline is expected to miss the target; 0 or less: it may reach it."""
-        return self.target * (1 - MARGIN) - self.expected_ratio(steps)
+        """Return by how much a pipeline is expected to miss the ratio it has to reach; 0 or less: it may reach it."""
+        return self.wanted(steps) * (1 - MARGIN) - self.expected_ratio(steps)
 
     def evaluate(self, trial: Notes, steps: list[Step]) -> list[float]:
         """Return the values of the objectives of a pipeline and describe it on the trial.
@@ -214,8 +241,8 @@ class TrialRunner:
         self.learn(trial.study, expected)  # other workers find good ones too
         trial.set_user_attr("expected_ratio", expected)
         if self.excess(steps) > 0:
-            trial.set_constraint("compression", self.target - expected)
-            raise Skipped(f"not run: {expected:.2f} times smaller to expect, {self.target:g} wanted")
+            trial.set_constraint("compression", self.wanted(steps) - expected)
+            raise Skipped(f"not run: {expected:.2f} times smaller to expect, {self.wanted(steps):g} wanted")
         try:
             self.try_short_retraining(steps, trial)
             compressed = self.run(steps, trial)

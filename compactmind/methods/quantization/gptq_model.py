@@ -158,9 +158,8 @@ def tensor_choices(
     for name in tables:
         if name in uncounted:
             continue
-        together = (
-            [model.get_input_embeddings(), model.get_output_embeddings()] if uncounted or len(tables) == 1 else [tables[name]]
-        )
+        both = [model.get_input_embeddings(), model.get_output_embeddings()]
+        together = both if uncounted or len(tables) == 1 else [tables[name]]
         weight = tables[name].weight
         measured = measured_table_cost(model, windows, together, TABLE_REFERENCE)
         grids = TABLE_GRIDS + more
@@ -226,6 +225,29 @@ def choose_grids(
         counted = next(name for name in tables if name not in uncounted)
         grids |= {name: grids[counted] for name in uncounted}
     return grids, sum(choice.cost for choice in picked.values())
+
+
+def least_bytes(model: PreTrainedModel, recipe: GPTQRecipe, itemsize: int) -> tuple[float, float]:
+    """Return how few bytes a target can make of the blocks' linears and of all else: a bound, its share for a share of the blocks."""
+    more = list(K_GRIDS.values()) if recipe.layout == "gguf_k" else []
+
+    def narrowest(grids: Sequence[Grid], width: int) -> float:
+        able = [grid for grid in (*grids, *more) if grid.fits(width) and (recipe.layout == "any" or grid.is_gguf)]
+        return min(grid.stored_bits(width) for grid in able) / width / 8
+
+    hidden, of_linear = model.config.hidden_size, narrowest(GRIDS, 2**20)
+    table = recipe.table_of(hidden)
+    of_table = table.stored_bits(hidden) / hidden / 8 if table else itemsize
+    of_table = narrowest(TABLE_GRIDS, hidden) if recipe.embeddings == AUTO else of_table
+    linears = {f"{block.name}.{path}.weight" for block in llama_blocks(model) for path in LINEARS.values()}
+    tables = [id(each.weight) for each in (model.get_input_embeddings(), model.get_output_embeddings())]
+    blocks, others = 0.0, float(HEADER)
+    for name, parameter in model.named_parameters():  # what is tied once
+        if name in linears:
+            blocks += parameter.numel() * of_linear + _bytes_of_head(name.removesuffix(".weight"), GRIDS[0], 1)
+        else:
+            others += parameter.numel() * (of_table if id(parameter) in tables else itemsize)
+    return blocks, others
 
 
 def _bytes_beside(
