@@ -55,6 +55,7 @@ from compactmind.search import findings, front
 from compactmind.search.cache import Kept, PrefixCache
 from compactmind.search.choosing import best_trials_at, choose_for_ratios
 from compactmind.search.compressor import Step, check_steps, read_pipeline
+from compactmind.search.described import require_described
 from compactmind.search.engine import PATIENCE_SECONDS, counted_trials, open_study, search
 from compactmind.search.inputs import PipelineInputs, read_inputs, windows_of_folder
 from compactmind.search.machine import machine_kind, recording_machine_kind, require_kind
@@ -236,10 +237,8 @@ def study_of(config: SearchConfig, space: Space) -> tuple[optuna.Study, str, dic
     (config.results_dir / "search").mkdir(parents=True, exist_ok=True)
     described = {
         **context_of(config), "space": space.described(), "objectives": list(config.objectives),
-        "target_compression": floor_of(config), "few_windows": config.few_windows,
-        "search_windows": config.search_windows,
+        "target_compression": floor_of(config), **config.relevant("few_windows", "search_windows"),
     }  # fmt: skip
-    described = json.loads(json.dumps(described))
     storage = config.storage or f"sqlite:///{study_file(config)}"
     study = open_study(study_name_of(config), storage, described, ["minimize"] * len(config.objectives), code_version(__file__))
     later = config.relevant("top", "save_front", "final_tokens")
@@ -305,7 +304,8 @@ def run_search(config: SearchConfig, output: Path) -> None:
     runner.learn(study)
     progress, targets = findings.SearchProgress(study, config.n_trials, floor_of(config)), targets_of(config)
     guesses = space.guesses_for(targets, lambda pipeline: runner.expected_ratio(read_pipeline(pipeline)), config.workers)
-    require_kind(study, config.objectives, kind)  # another worker may have begun meanwhile
+    require_described(study, depends_on, storage)  # another command may have begun meanwhile
+    require_kind(study, config.objectives, kind)
     search(
         study, space, config.n_trials, recording_machine_kind(runner.evaluate, config.objectives, kind), strategy=config.strategy,
         sampler=config.sampler, seed=config.seed, first=guesses if config.first_guesses else (), finished=progress.update,

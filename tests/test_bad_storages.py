@@ -36,7 +36,7 @@ def test_a_study_of_another_space_is_refused_by_what_differs(tmp_path):
     described = {"space": {"orders": orders, "choices": {"prune": {"sparsity": [0.1, 0.2], "round_to": [8]}}}}
     changed = {"space": {"orders": [*orders[1:], "new"], "choices": {"prune": {"sparsity": [0.1, 0.3], "round_to": [8]}}}}
     place = f"sqlite:///{tmp_path / 'study.db'}"
-    open_study("x", place, described)
+    open_study("x", place, described).ask()
     with pytest.raises(CompactMindError) as error:
         open_study("x", place, changed)
     said = str(error.value)

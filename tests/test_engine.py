@@ -16,8 +16,9 @@ from made_up_search import DESCRIBED, abandoned, cost, cost_of, fresh, run
 from optuna.trial import TrialState
 
 from compactmind.errors import CompactMindError
+from compactmind.search.described import require_described
 from compactmind.search.engine import counted_trials, is_counted, is_stopped, open_study, retry_interrupted
-from compactmind.search.machine import this_worker
+from compactmind.search.machine import require_kind, this_worker
 from compactmind.search.notes import Skipped, Stopped
 from compactmind.search.space import make_space
 
@@ -228,10 +229,33 @@ def test_after_a_kill_in_a_trial_the_next_run_goes_on_to_the_number(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------------ bad input
-def test_a_study_made_for_something_else_is_refused_and_both_are_named(tmp_path):
-    fresh(tmp_path)
+def test_a_study_made_for_something_else_is_refused_and_both_are_named(tmp_path, space):
+    run(fresh(tmp_path), space, 1)
     with pytest.raises(CompactMindError, match="made for something else.*model: abc there, xyz here"):
         open_study("made up", f"sqlite:///{tmp_path / 'study.db'}", DESCRIBED | {"model": "xyz"})
+
+
+def test_a_study_without_trials_becomes_what_the_next_command_asks_for(tmp_path, space):
+    place, other = f"sqlite:///{tmp_path / 'study.db'}", DESCRIBED | {"model": "xyz", "sizes": (1, 2)}
+    first = open_study("made up", place, DESCRIBED | {"more": 1}, code="old")
+    require_kind(first, ("latency",), "CPU A")  # and then memory is short, say
+    study = open_study("made up", place, other, code="new")
+    assert study.user_attrs["described"] == other | {"sizes": [1, 2]} and study.user_attrs["code"] == "new"
+    require_kind(study, ("latency",), "CPU B")
+    two = open_study("made up", place, other | {"objectives": ["kl", "latency"]}, ("minimize", "minimize"))
+    assert len(two.directions) == 2 and len(open_study("made up", place, other).directions) == 1
+    run(fresh(tmp_path), space, 1)
+    with pytest.raises(CompactMindError, match="made for something else"):
+        open_study("made up", place, other)
+
+
+def test_who_opened_a_study_that_another_command_has_taken_since_does_not_begin(tmp_path):
+    place = f"sqlite:///{tmp_path / 'study.db'}"
+    study = open_study("made up", place, DESCRIBED)
+    require_described(study, DESCRIBED, place)
+    open_study("made up", place, DESCRIBED | {"model": "xyz"})
+    with pytest.raises(CompactMindError, match="model: xyz there, abc here"):
+        require_described(study, DESCRIBED, place)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ import pytest
 import search_runs
 from search_runs import models_in
 
+from compactmind import room
+from compactmind.errors import CompactMindError
+
 run_here = search_runs.run_here
 
 
@@ -66,3 +69,22 @@ def test_bad_input_is_named_and_leaves_nothing_behind(tmp_path, run_here, argume
     assert "Traceback" not in output
     assert models_in(tmp_path) == ["llama"]
     assert not (tmp_path / "results").exists() or not list((tmp_path / "results").iterdir())
+
+
+def test_what_was_refused_before_its_first_trial_holds_nothing_up_that_is_mended(tmp_path, run_here, monkeypatch):
+    helpers.add_llama(tmp_path)
+    settings = ("--methods", "nf4", "--choices", "{}", "--target_compression", 1.05, "--n_trials", 1)
+
+    def refuse(*_):
+        raise CompactMindError("too little memory: a smaller --seq_len takes less")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "require_room", refuse)
+        status, output = run_here(*settings)
+    assert status == 1 and "too little memory" in output, output
+    status, output = run_here(*settings, "--seq_len", 24, "--dry_run", True)  # beside the study that is there now
+    assert status == 0, output
+    status, output = run_here(*settings, "--seq_len", 16)
+    assert status == 0 and "llama_searched" in models_in(tmp_path), output
+    status, output = run_here(*settings, "--seq_len", 24)
+    assert status == 1 and "made for something else (seq_len: 16 there, 24 here)" in output, output

@@ -273,6 +273,7 @@ def test_a_worker_among_others_has_a_seed_of_its_own(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------- kinds of machines
 def test_times_of_two_kinds_of_machines_are_not_compared(study):
+    study.ask()
     require_kind(study, ("perplexity", "latency"), "CPU A, AVX2, 2 thread(s)")
     require_kind(study, ("perplexity", "latency"), "CPU A, AVX2, 2 thread(s)")
     with pytest.raises(CompactMindError, match=r"latency in the study 'made up'.*\(CPU A.*than this one \(CPU B\).*--study_name") as error:

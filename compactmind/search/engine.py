@@ -33,13 +33,13 @@ from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 
 from compactmind.errors import CompactMindError
 from compactmind.search.compressor import Step, read_pipeline
+from compactmind.search.described import describe
 from compactmind.search.machine import HEARTBEAT_SECONDS, heartbeat, this_worker, worker_is_alive
 from compactmind.search.notes import Notes, Skipped, Stopped
 from compactmind.search.space import Space
-from compactmind.search.storage import differences, open_storage
+from compactmind.search.storage import open_storage
 from compactmind.search.strategies import Proposer, key_of, make_sampler
 from compactmind.search.workers import signals_as_interrupts
-from compactmind.settings import without_password
 
 REPEATS = 100
 """Trials in a row that are skipped before the search ends: there is nothing new to find."""
@@ -55,7 +55,7 @@ PATIENCE_SECONDS = 6 * 3600
 def open_study(
     name: str, storage: str, described: dict[str, Any], directions: Sequence[str] = ("minimize",), code: str = ""
 ) -> optuna.Study:
-    """Return a new study or the one of that name, whose model, text, space and objectives must be the same ones.
+    """Return a new study or the one of that name, whose model, text, space and objectives must be the same ones if it has trials.
 
     `code`: version of the code that measures; that it is another one than the study was begun by is printed.
 
@@ -64,23 +64,12 @@ def open_study(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     place = open_storage(storage)
-    study = optuna.create_study(study_name=name, storage=place, directions=list(directions), load_if_exists=True)
-    known = study.user_attrs.get("described")
-    if known is None:
-        study.set_user_attr("described", described)
-    elif different := sorted(
-        key for key in known if described.get(key) != known[key]
-    ):  # what an earlier version did not note is not asked
-        details = "; ".join(text for key in different for text in differences(known.get(key), described.get(key), key))
-        raise CompactMindError(
-            f"the study {name!r} in {without_password(storage)} was made for something else ({details}): choose another --study_name, "
-            "or delete it"
-        )
-    begun_by = study.user_attrs.get("code")
-    if code and begun_by is None:
-        study.set_user_attr("code", code)
-    elif code and begun_by != code:
-        print(f"study {name} was begun by another version of the code, which may measure otherwise: another --study_name begins anew")
+    new = lambda: optuna.create_study(study_name=name, storage=place, directions=list(directions), load_if_exists=True)  # noqa: E731
+    study = new()
+    if [each.name.lower() for each in study.directions] != list(directions) and not study.get_trials(deepcopy=False):
+        optuna.delete_study(study_name=name, storage=place)
+        study = new()
+    describe(study, described, code, storage)
     return study
 
 

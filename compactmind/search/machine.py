@@ -94,18 +94,19 @@ def machine_kind(device: str, threads: bool = True) -> str:
 def require_kind(study: Study, objectives: Sequence[str], kind: str) -> None:
     """Note on a study what kind of machine its times are of. Raises CompactMindError if they are of another kind than this one.
 
-    Nothing is asked of a study whose objectives are the same on every machine.
+    Nothing is asked of a study without trials, nor of one whose objectives are the same on every machine.
     """
     own = [name for name in objectives if name in MACHINE_DEPENDENT]
     if not own:
         return
-    known = {study.user_attrs.get("machine")} | {trial.user_attrs.get("machine") for trial in study.get_trials(deepcopy=False)}
-    if others := sorted(known - {None, kind}):
+    noted, trials = study.user_attrs.get("machine"), study.get_trials(deepcopy=False)
+    known = {noted, *(trial.user_attrs.get("machine") for trial in trials)}
+    if trials and (others := sorted(known - {None, kind})):
         raise CompactMindError(
             f"{' and '.join(own)} in the study {study.study_name!r} are of another kind of machine ({others[0]}) than this one ({kind}), "
             "and cannot be compared: go on there, or choose another --study_name here"
         )
-    if kind not in known:
+    if noted is None or not trials:
         study.set_user_attr("machine", kind)
 
 

@@ -8,7 +8,7 @@ transactions take the lock when they begin: what has been read in one is still s
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -31,8 +31,6 @@ PATIENT_LIBPQ = {
     "connect_timeout": 20, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000,
 }  # fmt: skip
 """What tells PostgreSQL's own client to notice that its server is gone: else it waits for an answer for a quarter of an hour."""
-FEW = 8
-"""Of so many values all are named where two studies differ."""
 LOCK_SECONDS = 60
 """So long one process waits for the lock of an SQLite file that another one has."""
 HICCUPS = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, OSError)
@@ -156,16 +154,3 @@ def _patience(place: str) -> dict[str, int]:
 
 def _leave_transactions_to_us(connection, _) -> None:
     connection.isolation_level = None  # else Python's driver begins one of its own at the first write
-
-
-def differences(there: Any, here: Any, name: str) -> Iterator[str]:
-    """Yield in words where two descriptions differ, each by its path: a space may be long, and differ in one choice."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in {**there, **here}:
-            if there.get(key) != here.get(key):
-                yield from differences(there.get(key), here.get(key), f"{name}.{key}")
-    elif isinstance(there, list) and isinstance(here, list) and max(len(there), len(here)) > FEW:
-        only = [[each for each in one if each not in other][:FEW] for one, other in ((there, here), (here, there))]
-        yield f"{name}: {len(there)} there, {len(here)} here; among those only there {only[0]}, only here {only[1]}"
-    else:
-        yield f"{name}: {str(there)[:200]} there, {str(here)[:200]} here"
