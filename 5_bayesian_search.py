@@ -61,6 +61,7 @@ from compactmind.search.inputs import PipelineInputs, read_inputs, windows_of_fo
 from compactmind.search.machine import machine_kind, recording_machine_kind, require_kind
 from compactmind.search.making import known_record, make_pipeline
 from compactmind.search.places import findings_folder, front_name, searched_name, study_name, trial_name
+from compactmind.search.reach import check_reach
 from compactmind.search.space import Space, check_space, make_space, read_choices
 from compactmind.search.trials import TrialRunner
 from compactmind.search.workers import begin_as_worker, run_workers, shares, together_on_one_device
@@ -301,7 +302,7 @@ def run_search(config: SearchConfig, output: Path) -> None:
         released_bytes=weight_bytes(source_of(config)), target=floor_of(config), ratios=config.save_front,
         objectives=config.objectives, cache=cache_of(config), tokenizer=inputs.tokenizer, skeleton=lambda: skeleton_of(source_of(config)),
     )  # fmt: skip
-    runner.learn(study)
+    check_reach(space, runner)
     progress, targets = findings.SearchProgress(study, config.n_trials, floor_of(config)), targets_of(config)
     guesses = space.guesses_for(targets, lambda pipeline: runner.expected_ratio(read_pipeline(pipeline)), config.workers)
     require_described(study, depends_on, storage)  # another command may have begun meanwhile
@@ -373,8 +374,7 @@ def main(config: SearchConfig) -> None:
     if config.workers > 1 and (config.strategy == "fixed" or config.replay >= 0):
         asked = "--strategy fixed" if config.strategy == "fixed" else f"--replay {config.replay}"
         raise CompactMindError(
-            f"--workers {config.workers} search together, and {asked} makes one model: leave --workers out (several GPUs: accelerate "
-            "launch)"
+            f"--workers {config.workers} search together, and {asked} makes one model: leave --workers out (GPUs: accelerate launch)"
         )
     if is_worker():
         begin_as_worker()

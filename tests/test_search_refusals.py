@@ -29,6 +29,14 @@ run_here = search_runs.run_here
         (("--save_front", 2, 2, "--objectives", "kl", "bytes"), ("save_front 2 2: name each ratio once",)),
         (("--save_front", 0.5, "--objectives", "kl", "bytes"), ("save_front 0.5 is not in (1, inf)",)),
         (("--strategy", "fixed", "--objectives", "kl", "bytes"), ("strategy fixed runs one pipeline and has no front",)),
+        (
+            ("--methods", "prune", "gptq", "--target_compression", 60, "--choices", '{"prune.sparsity": [0.2]}'),
+            ("no pipeline of these methods is expected to be 60 times smaller", "comes nearest", "choose a smaller --target_compression"),
+        ),
+        (
+            ("--methods", "gptq", "--objectives", "kl", "bytes", "--save_front", 12, 14),
+            ("expected to be 12 times smaller: gptq comes nearest", "choose a smaller --save_front"),
+        ),
         (("--study_name", "a/b"), ("study_name 'a/b'", "for example --study_name narrow")),
         (("--study_name", ".."), ("study_name '..'",)),
         (("--study_name", "cache"), ("study_name 'cache'",)),

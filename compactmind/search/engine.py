@@ -196,7 +196,8 @@ def search(
     """
     if n_trials < 1:
         raise CompactMindError(f"n_trials {n_trials} is not at least 1: for example --n_trials 30")
-    proposer = Proposer(space, strategy, sampler, excess, first[: n_trials - n_trials // 3], seed)
+    possible = [point for point in first if excess(read_pipeline(space.pipeline(point))) <= 0]
+    proposer = Proposer(space, strategy, sampler, excess, possible[: n_trials - n_trials // 3], seed)
     study.pruner = pruner or NopPruner()
     repeats, waiting_since = 0, None
     while True:

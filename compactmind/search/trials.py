@@ -191,24 +191,29 @@ class TrialRunner:
         """Return the dense model, without its weights where that is known."""
         return self.skeleton() if self.skeleton else self.resources.teacher()
 
+    def known_sizes(self) -> tuple[int, int, int]:
+        """Return the parameters of the dense model that may be pruned, all of them, and the number of its blocks."""
+        if self.sizes is None:
+            model = self.shapes()
+            parameters = sum(weight.numel() for weight in model.parameters())
+            self.sizes = (prunable_parameters(model), parameters, len(llama_blocks(model)))
+        return self.sizes
+
     def expected_ratio(self, steps: Sequence[Step]) -> float:
         """Return the compression ratio a pipeline should come to, from the shapes of the dense model and the bits of its methods.
 
         Of one whose last method aims at a ratio that is this ratio, or the largest that its narrowest widths allow.
         """
-        if self.sizes is None:
-            model = self.shapes()
-            parameters = sum(weight.numel() for weight in model.parameters())
-            self.sizes = (prunable_parameters(model), parameters, len(llama_blocks(model)))
-        blocks, others = self.sizes[0], self.sizes[1] - self.sizes[0]
+        prunable, parameters, count = self.known_sizes()
+        blocks, others = prunable, parameters - prunable
         bits_of_blocks = bits_of_others = 8 * self.resources.released.itemsize
         for step in steps:
             if step.method.kind == "prune":
-                if step.method.left is None or (left := step.method.left(step.recipe, self.sizes[2])) is None:
+                if step.method.left is None or (left := step.method.left(step.recipe, count)) is None:
                     return math.inf  # its bytes are known when it has run
                 blocks *= left
             if step.method.ratio and (ratio := step.method.ratio(step.recipe)):
-                return min(ratio, self.largest_ratio(step, blocks / self.sizes[0]))
+                return min(ratio, self.largest_ratio(step, blocks / prunable))
             if step.method.bits is not None:
                 bits_of_blocks, of_others = step.method.bits(step.recipe)
                 bits_of_others = of_others or bits_of_others
