@@ -51,10 +51,11 @@ from compactmind.methods.memory import Sizes, of_pipelines
 from compactmind.methods.registry import METHODS
 from compactmind.methods.retraining.together import help_to_retrain, helped_by_the_others
 from compactmind.room import require_room
-from compactmind.search import findings, front
+from compactmind.search import findings
 from compactmind.search.cache import Kept, PrefixCache
 from compactmind.search.choosing import best_trials_at, choose_for_ratios
 from compactmind.search.compressor import Step, check_steps, read_pipeline
+from compactmind.search.contradictions import settings_problem
 from compactmind.search.described import require_described
 from compactmind.search.engine import PATIENCE_SECONDS, counted_trials, open_study, search
 from compactmind.search.inputs import PipelineInputs, read_inputs, windows_of_folder
@@ -321,7 +322,7 @@ def run_search(config: SearchConfig, output: Path) -> None:
     if not best:
         with lock_directory_patiently(folder, PATIENCE_SECONDS):
             findings.write_findings(study, folder, floor, {}, depends_on)
-        raise CompactMindError(findings.why_none_reached(study, floor, folder))
+        raise CompactMindError(findings.why_none_reached(study, floor, folder, config.save_front))
     runner.windows, runner.objectives = inputs.choose, (runner.quality,)
     with lock_directory_patiently(folder, PATIENCE_SECONDS):  # another worker at its end finds what this one has confirmed
         confirmed, chosen, worth = choose_for_ratios(study, best, runner, ratios, config.final_tokens)
@@ -369,13 +370,9 @@ def replay(config: SearchConfig, output: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------------- main
 def main(config: SearchConfig) -> None:
-    if problem := front.objectives_problem(config.strategy, config.objectives, config.save_front):
+    asked = config.relevant("strategy", "sampler", "objectives", "save_front", "target_compression", "workers", "replay")
+    if problem := settings_problem(**asked, usual_target=SearchConfig.for_profile(config.profile).target_compression):
         raise CompactMindError(problem)
-    if config.workers > 1 and (config.strategy == "fixed" or config.replay >= 0):
-        asked = "--strategy fixed" if config.strategy == "fixed" else f"--replay {config.replay}"
-        raise CompactMindError(
-            f"--workers {config.workers} search together, and {asked} makes one model: leave --workers out (GPUs: accelerate launch)"
-        )
     if is_worker():
         begin_as_worker()
     if config.model_path:

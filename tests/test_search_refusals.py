@@ -29,6 +29,12 @@ run_here = search_runs.run_here
         (("--save_front", 2, 2, "--objectives", "kl", "bytes"), ("save_front 2 2: name each ratio once",)),
         (("--save_front", 0.5, "--objectives", "kl", "bytes"), ("save_front 0.5 is not in (1, inf)",)),
         (("--strategy", "fixed", "--objectives", "kl", "bytes"), ("strategy fixed runs one pipeline and has no front",)),
+        (("--strategy", "fixed", "--objectives", "perplexity"), ("strategy fixed runs one pipeline", "leave --objectives perplexity out")),
+        (("--strategy", "evolution", "--sampler", "gp"), ("sampler gp belongs to strategy bayesian", "leave --sampler out")),
+        (
+            ("--objectives", "kl", "bytes", "--save_front", 3, 4, "--target_compression", 3.5),
+            ("target_compression 3.5 is none of the sizes of save_front 3 4", "leave --target_compression out"),
+        ),
         (
             ("--methods", "prune", "gptq", "--target_compression", 60, "--choices", '{"prune.sparsity": [0.2]}'),
             ("no pipeline of these methods is expected to be 60 times smaller", "comes nearest", "choose a smaller --target_compression"),

@@ -16,6 +16,7 @@ import io
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,15 +214,16 @@ def write_findings(
     return summary
 
 
-def why_none_reached(study: optuna.Study, target: float, folder: Path) -> str:
-    """Return why a search has found nothing, and what to do."""
+def why_none_reached(study: optuna.Study, target: float, folder: Path, ratios: Sequence[float] = ()) -> str:
+    """Return why a search has found nothing, and what to do; `ratios`: the sizes of a front, the least of which is the target."""
+    setting = "--save_front" if ratios else "--target_compression"
     everything = study.get_trials(deepcopy=False)
     measured = [trial.user_attrs["measured"]["compression_ratio"] for trial in everything if "measured" in trial.user_attrs]
     expected = [trial.user_attrs["expected_ratio"] for trial in everything if "expected_ratio" in trial.user_attrs]
     if measured:
         return (
             f"none of {len(everything)} trials is {target:g} times smaller: the highest ratio measured is {max(measured):.2f}, the "
-            f"highest expected {max(expected):.2f}; choose a smaller --target_compression, more trials or other --methods"
+            f"highest expected {max(expected):.2f}; choose a smaller {setting}, more trials or other --methods"
         )
     run = counted_trials(study)
     failed = [trial for trial in run if trial.state == TrialState.FAIL]
@@ -236,7 +238,7 @@ def why_none_reached(study: optuna.Study, target: float, folder: Path) -> str:
         return f"no trial ran to its end ({folder / 'trials.csv'} says why): run the same command with a larger --n_trials"
     return (
         f"nothing was run: no pipeline is expected to be {target:g} times smaller, the highest expected is "
-        f"{max(expected, default=math.nan):.2f}; choose a smaller --target_compression or other --methods"
+        f"{max(expected, default=math.nan):.2f}; choose a smaller {setting} or other --methods"
     )
 
 
