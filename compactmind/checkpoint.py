@@ -36,7 +36,7 @@ from compactmind.attention import with_attention_kernel
 from compactmind.errors import CompactMindError
 from compactmind.files import WEIGHTS, replace_directory, sha256_of, write_json_atomically, write_text_atomically
 from compactmind.formats.table import FORMATS, Format, format_named, is_quantized, parameters_of
-from compactmind.guards import check_own_code, check_released, check_tokenizer
+from compactmind.guards import check_nothing_missing, check_own_code, check_released, check_tokenizer
 from compactmind.manifest import (
     CARD,
     MANIFEST,
@@ -299,10 +299,8 @@ def load_any(directory: Path, device: str | torch.device = "cpu", verify: bool =
         generates = auto is AutoModelForCausalLM
         dtype = "auto" if quantized or generates else torch.float32
         model, report = auto.from_pretrained(directory, dtype=dtype, output_loading_info=True)
-        if report["missing_keys"] and not quantized:  # transformers would fill them with random numbers
-            raise CompactMindError(
-                f"{directory} holds no {architecture}: its weights lack {', '.join(sorted(report['missing_keys'])[:3])}"
-            )
+        if not quantized:  # of packed weights it has other names
+            check_nothing_missing(directory, model, report["missing_keys"])
         tokenizer = AutoTokenizer.from_pretrained(directory)
         if verify and (bad := first_not_finite(model.state_dict().items())):
             raise ValueError(f"{bad} holds NaN or infinite numbers")
@@ -338,13 +336,14 @@ def load_as_released(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     """
     check_released(path)
     try:
-        model = with_attention_kernel(AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True).eval())
+        model, report = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # noqa: BLE001  safetensors, json and transformers each have their own way to say "damaged"
         raise CompactMindError(f"{path} could not be loaded ({error}): it is damaged, or its tokenizer is missing") from None
+    check_nothing_missing(path, model, report["missing_keys"])
     llama_blocks(model)
     check_tokenizer(model, tokenizer, path)
-    return model, tokenizer
+    return with_attention_kernel(model.eval()), tokenizer
 
 
 @contextmanager

@@ -147,6 +147,15 @@ def check_own_code(path: Path) -> None:
         )
 
 
+def check_nothing_missing(path: Path, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Raise CompactMindError if a file lacks tensors of the model that was read from it: transformers makes them random numbers."""
+    if names := sorted(missing):
+        shown = ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")
+        raise CompactMindError(
+            f"{path} holds no whole {type(model).__name__}: its weights lack {shown}: copy it again, or give a model that has them"
+        )
+
+
 def check_one_dtype(path: Path) -> None:
     """Raise CompactMindError, from the heads of its files alone, if a folder's weights are of several dtypes or a shard is missing.
 

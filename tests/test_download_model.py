@@ -9,7 +9,7 @@ import pytest
 import torch
 from downloads import WHOLE, smoke, written
 from test_gguf import byte_level, llama, logits_of
-from transformers import BertModel
+from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel
 
 import download_model
 from compactmind.checkpoint import load_checkpoint
@@ -103,6 +103,21 @@ def test_a_local_model_without_weights_or_with_half_of_them_is_refused(workspace
     with pytest.raises(CompactMindError, match=r"local_assets/tiny-bert has a config.json but no \*.safetensors"):
         download_model.main(smoke())
     assert not any(name.startswith((".teacher_base", "teacher_base")) for name in written(workspace))
+
+
+@pytest.mark.parametrize("made_for", [BertForMaskedLM, BertForSequenceClassification])
+def test_an_encoder_may_come_without_a_pooler_but_with_all_else(workspace, made_for):
+    folder = workspace / "local_assets" / "tiny-bert"
+    model = made_for(helpers.bert_config())
+    model.save_pretrained(folder)  # of masked words: no pooler, a head of its own
+    download_model.main(smoke())
+    table = load_checkpoint(workspace / "models" / "teacher_base").model.embeddings.word_embeddings.weight
+    assert torch.equal(table, model.bert.embeddings.word_embeddings.weight)
+    kept = {name: tensor for name, tensor in model.state_dict().items() if "layer.0.attention.self.key" not in name}
+    model.save_pretrained(folder, state_dict=kept)
+    lacks = "encoder.layer.0.attention.self.key.bias, encoder.layer.0.attention.self.key.weight: copy"
+    with pytest.raises(CompactMindError, match=f"tiny-bert cannot be used as teacher_base: .*whole BertModel: its weights lack {lacks}"):
+        download_model.main(smoke())
 
 
 def test_a_model_of_another_architecture_is_refused(workspace):

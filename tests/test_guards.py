@@ -6,13 +6,14 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from transformers import BertModel
+from transformers import BertModel, MistralConfig, MistralModel
 
 from compactmind.checkpoint import load_as_released, save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.guards import check_one_dtype, check_outputs, check_parent, check_tokenizer
 from compactmind.manifest import MANIFEST
 from compactmind.methods.quantization.packed_model import quantize_model
+from compactmind.sources.models import load_llama
 
 SCRIPT = "1_distill.py"
 
@@ -131,6 +132,37 @@ def test_weights_of_several_dtypes_a_missing_shard_and_a_damaged_file_are_refuse
     }.items():
         with pytest.raises(CompactMindError, match=match):
             load_as_released(tmp_path / name)
+
+
+def saved_without(folder, model, *left_out):
+    """Save a model as Hugging Face does, in shards, without the tensors whose names hold one of `left_out`."""
+    kept = {name: tensor for name, tensor in model.state_dict().items() if not any(part in name for part in left_out)}
+    model.save_pretrained(folder, state_dict=kept, max_shard_size="50KB")
+    helpers.make_byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("load", [load_as_released, load_llama])
+def test_a_tensor_that_is_not_there_never_becomes_random_numbers(tmp_path, load):
+    for left_out, lacks in {
+        "lm_head": "lm_head.weight: copy",
+        "layers.1.mlp.up_proj": "model.layers.1.mlp.up_proj.weight: copy",
+        "mlp": "model.layers.0.mlp.down_proj.weight, model.layers.0.mlp.gate_proj.weight, model.layers.0.mlp.up_proj.weight, ... [(]6[)]",
+    }.items():
+        folder = saved_without(tmp_path / f"no_{left_out}", helpers.make_llama(), left_out)
+        with pytest.raises(CompactMindError, match=f"^{folder} holds no whole LlamaForCausalLM: its weights lack {lacks}"):
+            load(folder)
+    MistralModel(MistralConfig(**helpers.llama_settings())).save_pretrained(tmp_path / "headless")
+    helpers.make_byte_tokenizer().save_pretrained(tmp_path / "headless")
+    with pytest.raises(CompactMindError, match="headless holds no whole MistralForCausalLM: its weights lack lm_head.weight: "):
+        load(tmp_path / "headless")
+
+
+@pytest.mark.parametrize("load", [load_as_released, load_llama])
+def test_a_head_that_is_the_table_is_not_missed(tmp_path, load):
+    model = helpers.make_llama(tie_word_embeddings=True)
+    loaded, _ = load(saved_without(tmp_path / "tied", model, "lm_head"))
+    assert torch.equal(loaded.lm_head.weight, model.model.embed_tokens.weight)
 
 
 def test_a_tokenizer_of_another_model_and_one_without_padding_are_named(tmp_path, tokenizer):

@@ -13,7 +13,7 @@ from compactmind.checkpoint import save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.files import lock_directory, sha256_of
 from compactmind.gguf_source import SUFFIX, read_gguf
-from compactmind.guards import check_own_code
+from compactmind.guards import check_nothing_missing, check_own_code
 from compactmind.manifest import MANIFEST, MANIFEST_VERSION, is_up_to_date, read_manifest
 from compactmind.methods.llama import llama_blocks
 from compactmind.methods.pruning.encoder import family_name
@@ -93,10 +93,14 @@ def refuse_to_mix(config: Any, requested: dict[str, dict | None]) -> None:
 
 
 def load_encoder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the encoder of a Hugging Face folder in float32 and its tokenizer. Raises CompactMindError if it is of none of FAMILIES."""
+    """Return the encoder of a Hugging Face folder in float32 and its tokenizer.
+
+    A pooler, which is new with each task, may be lacking. Raises CompactMindError if it is of none of FAMILIES, or lacks anything else.
+    """
     check_own_code(folder)
     family_name(AutoConfig.from_pretrained(folder))
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    model, report = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    check_nothing_missing(folder, model, (name for name in report["missing_keys"] if not name.startswith("pooler.")))
     return model, AutoTokenizer.from_pretrained(folder)
 
 
@@ -106,7 +110,8 @@ def load_llama(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = read_gguf(path)
     else:
         check_own_code(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True)
+        model, report = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True, output_loading_info=True)
+        check_nothing_missing(path, model, report["missing_keys"])
         tokenizer = AutoTokenizer.from_pretrained(path)
     llama_blocks(model)
     return model, tokenizer
