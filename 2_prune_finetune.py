@@ -49,6 +49,7 @@ from compactmind.methods.pruning.two_of_four import PATTERN, apply_pattern, is_t
 from compactmind.report.history import plot_history
 from compactmind.seeds import format_spread, repeats_record, runs_of
 from compactmind.task import read_task
+from compactmind.trained_on import check_trained_on
 from compactmind.training import (
     accelerator_record,
     freeze_word_embeddings,
@@ -103,12 +104,12 @@ def selection_of(config: PruneConfig) -> FirstBest:
 def main(config: PruneConfig) -> None:
     check(config)
     accelerator = make_accelerator()
-    source, teacher, family = config.models_dir / config.parent, config.models_dir / "teacher", family_of(config)
+    parent, source, teacher, family = config.parent, config.models_dir / config.parent, config.models_dir / "teacher", family_of(config)
     runs = {name: runs_of(name, config.seed, config.seeds) for name in family}
     outputs = [config.models_dir / run for each in runs.values() for run in each]
     check_outputs(outputs, "2_prune_finetune.py", [source, teacher], config.models_dir)
     check_parent(source, "--parent", "classifier")
-    parent = config.parent
+    check_trained_on([source, teacher] if config.alpha > 0 else [source], config.data_dir)
     for name, goal in family.items():  # each goes on from the one before it, with every seed
         for run, seed in runs[name].items():
             own = replace(config, parent=parent, output_dir=run, seed=seed)

@@ -35,6 +35,7 @@ from compactmind.methods.quantization.grouped import GroupedEmbedding
 from compactmind.methods.quantization.packed_model import quantize_model
 from compactmind.methods.quantization.w8a8_encoder import quantize_encoder
 from compactmind.methods.vocabulary import cut_table, same_tokenizer, smaller_tokenizer, tokens_to_keep
+from compactmind.trained_on import check_trained_on
 
 # ------------------------------------------------------------------------------------------------------------ constants
 # Every field, its reason and its range: common.QuantizeConfig. For example: for_profile(PROFILE, method="int8")
@@ -179,6 +180,7 @@ def main(config: QuantizeConfig) -> None:
             check_parent(models / name, option, "classifier")
     jobs = list(dict.fromkeys((name, method) for method, names in parents_of_option.values() for name in names))
     parents = list(dict.fromkeys(name for name, _ in jobs))
+    check_trained_on([models / name for name in parents], config.data_dir)
     to_cut = parents if config.vocabulary_coverage else []
     jobs += [(f"{name}{SMALL}", method) for name, method in jobs if to_cut]
     outputs = [models / f"{name}{SMALL}" for name in to_cut] + [models / f"{name}_{method}" for name, method in jobs]

@@ -1,6 +1,8 @@
 """What a data set asks of a classifier: which classes, of a text or of a pair of texts, and what it is judged by."""
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +36,11 @@ class Task:
         """Note in a model's configuration, in place, whether it is trained on pairs; what is made of the model keeps the note."""
         if self.name:
             config.sentence_pairs = self.pairs
+
+
+def is_sentiment(names: Sequence[str]) -> bool:
+    """Tell whether two names are those of negative and positive in any spelling, or no names (LABEL_0, LABEL_1)."""
+    return len(names) == 2 and all(re.fullmatch(r"(pos|neg)(itive|ative)?|label_\d+", name.lower()) for name in names)
 
 
 def read_task(data_dir: Path) -> Task:

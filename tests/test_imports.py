@@ -9,7 +9,7 @@ GGUF = ("gguf_export", "gguf_blocks", "gguf_source", "gguf_tokenizer")
 ABOVE = (
     ("methods",),
     ("formats",),
-    ("manifest", "guards", "model_card", "checkpoint", "onnx_export", "generation", *GGUF),
+    ("manifest", "guards", "trained_on", "model_card", "checkpoint", "onnx_export", "generation", *GGUF),
     ("evaluation", "loop", "sources", "classifier_room"),
     ("search", "report", "plan", "console", "command_line", "classify", "generate", "__init__"),  # __init__: what the package itself offers
 )

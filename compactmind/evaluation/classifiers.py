@@ -24,12 +24,7 @@ from compactmind.evaluation.failures import cell_fails_alone, leave_out, row_fai
 from compactmind.forward import predict_logits
 from compactmind.limits import positions_of, require_positions
 from compactmind.onnx_export import FILE, OnnxClassifier
-from compactmind.task import Task
-
-
-def is_sentiment(names: Sequence[str]) -> bool:
-    """Tell whether two names are those of negative and positive in any spelling, or no names (LABEL_0, LABEL_1)."""
-    return len(names) == 2 and all(re.fullmatch(r"(pos|neg)(itive|ative)?|label_\d+", name.lower()) for name in names)
+from compactmind.task import Task, is_sentiment
 
 
 def positive_class(model: torch.nn.Module) -> int:
