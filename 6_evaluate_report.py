@@ -32,6 +32,7 @@ from compactmind.evaluation.classifiers import measure_classifiers
 from compactmind.evaluation.language import measure_gsm8k, measure_in_llama_cpp, measure_language_models
 from compactmind.evaluation.llama_cpp import installed
 from compactmind.evaluation.rows import (
+    check_rows,
     foreign_architecture,
     identify,
     load_models,
@@ -168,6 +169,9 @@ def measure_track(
         for row in present:
             row |= {"status": "not run", "command": "python download_model.py"}
         return
+    if track == "encoder":
+        check_rows(present, data)
+        present = [row for row in present if row["status"] == "present"]
     identify(present)
     for row in present:
         if row["status"] == "present":

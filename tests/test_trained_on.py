@@ -1,11 +1,17 @@
 """A stage that reads models and data says when the models were trained on other classes, or on other sentences of the same ones."""
 
+import contextlib
+import io
+from types import SimpleNamespace
+
 import helpers
 import pytest
+import scripts
 
 from compactmind.checkpoint import save_checkpoint
 from compactmind.data import SPLITS, data_fingerprint, write_splits
 from compactmind.errors import CompactMindError
+from compactmind.evaluation import classifiers
 from compactmind.task import Task
 from compactmind.trained_on import check_trained_on, class_names_of, same_classes
 
@@ -139,3 +145,42 @@ def test_stages_go_on_with_other_sentences_and_say_so(trained, run_here):
     assert status == 0, output
     assert output.count("student_distilled was trained on other sentences than those in sst2_data") == 1
     assert (folder / "models" / "student_distilled_w8a8").is_dir()
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+def report_rows(folder, *arguments) -> tuple[str, dict]:
+    """Run the report in this process, memory not really measured: (output, rows by name)."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(classifiers, "peak_memory", lambda *_: 1.0)
+        quiet = SimpleNamespace(readouterr=lambda: SimpleNamespace(out="", err=""))
+        status, message = scripts.run_script_here("6_evaluate_report.py", *arguments, cwd=folder, monkeypatch=patch, capfd=quiet)
+    assert status == 0, printed.getvalue() + message
+    return printed.getvalue(), {row["name"]: row for row in helpers.read_json(folder / "results" / "final_report.json")["models"]}
+
+
+@pytest.mark.parametrize(("old", "new"), [(OLD, ("0", "1")), (NEW, OLD), (NEW, ("0", "1"))], ids=str)
+def test_a_row_of_other_classes_is_unusable_and_costs_no_other(trained, tokenizer, old, new):
+    folder = trained(old)
+    data = write_data(folder / "sst2_data", new)
+    save_model(folder / "models", "student_finetuned", tokenizer, new, data, seed=3)
+    helpers.make_distilbert(**Task(NEW).head_settings()).save_pretrained(folder / "theirs")
+    tokenizer.save_pretrained(folder / "theirs")
+    output, rows = report_rows(folder, "--models", "theirs=theirs")
+    for name in ("teacher", "student_distilled"):
+        assert (rows[name]["status"], rows[name]["command"]) == ("broken", "python 1_distill.py") and "accuracy" not in rows[name]
+        assert f"for other classes ({', '.join(old)}) than those of sst2_data ({', '.join(new)})" in rows[name]["error"]
+        assert f"{name}: {rows[name]['error']}" in output
+    for name in ("student_finetuned", "theirs"):  # what others call classes may be their own words for those of the data
+        assert rows[name]["status"] == "measured" and rows[name]["mcnemar_against_reference"] is None
+    assert "were trained on other sentences" not in output
+
+
+def test_rows_of_other_sentences_are_measured_and_said_in_one_line(trained, tokenizer):
+    folder = trained()
+    data = write_data(folder / "sst2_data", OLD, seed=1)
+    save_model(folder / "models", "student_finetuned", tokenizer, OLD, data)
+    output, rows = report_rows(folder)
+    assert all(rows[name]["status"] == "measured" for name in ("teacher", "student_distilled", "student_finetuned"))
+    (line,) = [line for line in output.splitlines() if "trained on other sentences" in line]
+    assert line.startswith("warning: teacher, student_distilled were trained on other sentences than those in sst2_data")

@@ -17,6 +17,7 @@ from compactmind.methods import memory
 from compactmind.methods.memory import Sizes
 from compactmind.onnx_export import FILE
 from compactmind.room import require_room
+from compactmind.trained_on import check_classes, warn_of_other_sentences
 
 
 def mark_unusable(row: dict[str, Any], error: Exception) -> None:
@@ -44,6 +45,24 @@ def described(row: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
     history = Path(row["directory"]) / "training_history.json"
     record["history"] = json.loads(history.read_text(encoding="utf-8")) if history.is_file() else None
     return record
+
+
+def check_rows(rows: list[dict[str, Any]], data_dir: Path) -> None:
+    """Make, in place, present classifiers of other classes than the data `mark_unusable`; say in one line which saw other sentences.
+
+    Only one that was trained on data of this project: what others call the classes of their models may be their own words for the same.
+    """
+    for row in rows:
+        directory = Path(row["directory"])
+        if row["status"] != "present" or not (directory / MANIFEST).is_file():
+            continue
+        try:
+            if read_manifest(directory).get("data_fingerprint"):
+                check_classes(directory, data_dir, in_order=False)
+        except CompactMindError as error:
+            mark_unusable(row, error)
+    present = [Path(row["directory"]) for row in rows if row["status"] == "present"]
+    warn_of_other_sentences([directory for directory in present if (directory / MANIFEST).is_file()], data_dir)
 
 
 def identify(rows: list[dict[str, Any]]) -> None:
