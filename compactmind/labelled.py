@@ -14,8 +14,9 @@ from typing import Any
 import numpy
 import pandas
 
-from compactmind.data import BLANK, HALF_A_PAIR, SPLITS, TEXT_COLUMNS, Sentence, normalize, read_rows, split_by_hash
+from compactmind.data import SPLITS, Sentence, normalize, split_by_hash
 from compactmind.errors import CompactMindError
+from compactmind.rows import BLANK, HALF_A_PAIR, TEXT_COLUMNS, read_rows
 from compactmind.task import Task
 
 HELD_OUT = 0.1

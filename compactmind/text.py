@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from compactmind.data import BLANK, HALF_A_PAIR, SPLITS, far_first, read_json_lines, spread, unreadable, write_splits
+from compactmind.data import SPLITS, far_first, spread, write_splits
 from compactmind.errors import CompactMindError
+from compactmind.rows import BLANK, HALF_A_PAIR, read_json_lines, unreadable
 
 JOIN = "\n\n"
 CHARACTERS_PER_TOKEN = 8

@@ -6,8 +6,9 @@ import pandas
 import pytest
 from sentence_files import CONTENTS, ROWS, write
 
-from compactmind.data import BLANK, Sentence, all_texts, read_json_lines, read_labelled_sentences
+from compactmind.data import Sentence, all_texts, read_labelled_sentences
 from compactmind.errors import CompactMindError
+from compactmind.rows import BLANK, read_json_lines
 
 
 def test_every_format_gives_the_same_sentences(tmp_path):

@@ -6,13 +6,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from compactmind.data import SPLITS, TEXT_COLUMNS, refuse_own_files, stable_share, write_splits
+from compactmind.data import SPLITS, refuse_own_files, stable_share, write_splits
 from compactmind.errors import CompactMindError
 from compactmind.files import sha256_of
 from compactmind.glue import GLUE, glue_files
 from compactmind.labelled import Columns, Part, as_rows, class_counts, load_local_dataset, parts_of, read_file
 from compactmind.labelled import describe as describe_rows
 from compactmind.labelled import split as split_labelled
+from compactmind.rows import TEXT_COLUMNS
 from compactmind.sources import hub
 from compactmind.sources.choice import choose_source, describe, is_there, origin_of
 

@@ -12,12 +12,13 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compactmind.data import BLANK, HALF_A_PAIR, SPLITS, TEXT_COLUMNS, EncodedSentences, Sentence, load_split, read_rows
+from compactmind.data import SPLITS, EncodedSentences, Sentence, load_split
 from compactmind.errors import CompactMindError
 from compactmind.files import sha256_of
 from compactmind.labelled import key_of
 from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
 from compactmind.methods.vocabulary import same_tokenizer
+from compactmind.rows import BLANK, HALF_A_PAIR, TEXT_COLUMNS, read_rows
 from compactmind.task import Task
 
 SETTINGS = ("max_length", "eval_batch_size", "models_dir")
