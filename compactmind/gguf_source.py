@@ -11,7 +11,8 @@ from compactmind.attention import with_attention_kernel
 from compactmind.checkpoint import save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.files import lock_directory
-from compactmind.guards import check_outputs
+from compactmind.formats.loading import meta_model, tie_table
+from compactmind.guards import check_nothing_missing, check_outputs
 from compactmind.manifest import MANIFEST_VERSION, is_up_to_date
 from compactmind.published import describe_published, published_as
 
@@ -32,16 +33,18 @@ PRE_TOKENIZERS = {
 def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the model of a GGUF file, dequantized to bfloat16, and its tokenizer.
 
-    transformers counts a model read from GGUF as quantized and refuses to save it, so its weights move into a fresh one. Of a byte-level
-    tokenizer it does not read how text is cut before pieces are looked for: WAYS.
+    transformers counts a model read from GGUF as quantized and refuses to save it, so its weights move, not copied, into a fresh one. Of a
+    byte-level tokenizer it does not read how text is cut before pieces are looked for: PRE_TOKENIZERS. Raises CompactMindError if weights
+    are missing.
     """
-    source = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+    source, report = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.bfloat16, output_loading_info=True
+    )
+    check_nothing_missing(path, source, report["missing_keys"])
     settings = {k: v for k, v in source.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-    model = type(source)(type(source.config).from_dict(settings))
-    for parameter in model.parameters():  # not model.to, which would round the frequencies of RoPE too
-        parameter.data = parameter.data.to(torch.bfloat16)
-    model.load_state_dict(source.state_dict())
-    model.tie_weights()
+    model = meta_model(type(source), type(source.config).from_dict(settings))
+    model.load_state_dict(source.state_dict(), assign=True)
+    tie_table(model)
     model.config.name_or_path = ""  # the maker's working title
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if (way := PRE_TOKENIZERS.get(pre_tokenizer_name(path))) and tokenizer.is_fast:
@@ -94,6 +97,8 @@ def folder_of(source: Path, models_dir: Path, show=print) -> Path:
             show(f"{source}: dequantized to {directory} ...")
             try:
                 model, tokenizer = read_gguf(source)
+            except CompactMindError:
+                raise
             except Exception as error:  # noqa: BLE001  gguf, transformers and tokenizers each have their own way to say "damaged"
                 reason = " ".join(str(error).split())[:300]
                 raise CompactMindError(f"{source} could not be read ({reason}): is it a Llama's?") from None
