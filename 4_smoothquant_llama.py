@@ -92,7 +92,9 @@ def plot_alphas(description: dict, table: list[dict], path: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------- main
 def main(config: SmoothQuantConfig) -> None:
-    source = folder_of(Path(config.model_path), config.models_dir) if config.model_path else config.models_dir / "llama"
+    source = folder_of(Path(config.model_path or config.models_dir / "llama"), config.models_dir, dry_run=config.dry_run)
+    if source is None:
+        return
     check_released(source)
     names = [config.output_dir, f"{config.output_dir}_naive", config.nf4_dir] + [config.smoothed_dir] * config.save_smoothed
     check_outputs([config.models_dir / name for name in names], "4_smoothquant_llama.py", [source], config.models_dir)

@@ -376,7 +376,9 @@ def main(config: SearchConfig) -> None:
     if is_worker():
         begin_as_worker()
     if config.model_path:
-        config = replace(config, model_path=str(folder_of(Path(config.model_path), config.models_dir)))
+        if not (folder := folder_of(Path(config.model_path), config.models_dir, dry_run=config.dry_run)):
+            return
+        config = replace(config, model_path=str(folder))
     given = Path(config.output) if config.output else None
     if config.replay < 0 and config.strategy != "fixed":
         if number_of_processes() > 1:

@@ -74,10 +74,18 @@ def require_readable(path: Path) -> None:
         )
 
 
-def folder_of(source: Path, models_dir: Path, show=print) -> Path:
+def bytes_dequantized(path: Path) -> int:
+    """Return the bytes of a file's weights in bfloat16, from its head alone."""
+    from gguf import GGUFReader
+
+    return 2 * sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
+
+
+def folder_of(source: Path, models_dir: Path, show=print, dry_run: bool = False) -> Path | None:
     """Return the folder a model is read from: `source` itself, or for a GGUF file models_dir/<its name>, made if it is not up to date.
 
-    Says what the file is and that it is dequantized. Raises CompactMindError if it is none, or damaged, or if another model has its place.
+    Says what the file is and that it is dequantized; with `dry_run` only that it would be, and returns None. Raises CompactMindError if it
+    is none, or damaged, or if another model has its place.
     """
     if source.suffix.lower() != SUFFIX or source.is_dir():
         return source
@@ -92,6 +100,10 @@ def folder_of(source: Path, models_dir: Path, show=print) -> Path:
     config = {"source": f"GGUF file {source.name}", "manifest_version": MANIFEST_VERSION}
     stage = {"script": "gguf_source.py", "config": config, "inputs": {"weights": published["sha256"]}}
     check_outputs([directory], stage["script"], [], models_dir)
+    if dry_run and not is_up_to_date(directory, stage):
+        room = f"{bytes_dequantized(source) / 1e9:.2f} GB; memory and disk are known once it is there"
+        show(f"{source}: would be dequantized to {directory} first, {room}")
+        return None
     with lock_directory(directory):
         if not is_up_to_date(directory, stage):
             show(f"{source}: dequantized to {directory} ...")
