@@ -54,6 +54,8 @@ class Part:
     """What a row lacks -> how many lack it."""
     first: dict[str, int] = field(default_factory=dict)
     """What a row lacks -> the first of them, counted from 1; label -> the first row that has it."""
+    by_index: bool = False
+    """Whether the labels are indices of classes that the source names, and never the names."""
 
     @property
     def is_unlabelled(self) -> bool:
@@ -149,13 +151,16 @@ def parts_of(
     part that does. Raises CompactMindError as `read_part`.
     """
     label = _column(f"{name}, train", "--label_column", columns.label, dataset["train"].column_names)
-    labels = tuple(labels or getattr(dataset["train"].features[label], "names", None) or ())
+    its_names = getattr(dataset["train"].features[label], "names", None)
+    labels = tuple(labels or its_names or ())
     if labels:
         columns = replace(columns, unlabelled=HIDDEN)
     parts_to_read = ("train", reported) if reported else [part for part in SPLITS if part in dataset]
     if absent := [part for part in parts_to_read if part not in dataset]:
         raise CompactMindError(f"{name} has no part {absent[0]}, only {', '.join(dataset)}")
     parts = {part: read_part(f"{name}, {part}", dataset[part].to_pandas().to_dict("records"), columns) for part in parts_to_read}
+    for part in parts.values():
+        part.by_index = its_names is not None
     if "test" in parts and parts["test"].is_unlabelled:
         del parts["test"]
     if "test" not in parts and (last := next((part for part in (reported, "validation") if part in parts), None)):
@@ -213,18 +218,20 @@ def names_of(part: Part) -> tuple[str, ...]:
 def to_sentences(part: Part, names: Sequence[str], numbers: bool = False) -> list[Sentence]:
     """Return the rows with the index of their class; with `numbers` a label may be the index itself instead of a name.
 
-    Raises CompactMindError on a label that is not among the names.
+    Of a part that is `by_index` it is nothing else: a class called "1" need not be the second. Raises CompactMindError on a label that is
+    not among the names.
     """
-    index = {str(number): number for number in range(len(names) if numbers else 0)}
-    index |= {name: number for number, name in enumerate(names)}
+    index = {str(number): number for number in range(len(names) if numbers or part.by_index else 0)}
+    if not part.by_index:
+        index |= {name: number for number, name in enumerate(names)}
     if strangers := Counter(label for *_, label in part.rows if label not in index):
         label, count = strangers.most_common(1)[0]
         others = f" and {len(strangers) - 1} others" if len(strangers) > 1 else ""
         rows = f"{_rows(count)}, the first is row {part.first[f'label {label}']}"
-        raise CompactMindError(
-            f"{part.name} has the label {label!r} ({rows}){others}, which the training rows lack: they have "
-            f"{_shorten(list(map(repr, names)))}"
-        )
+        known = f"which the training rows lack: they have {_shorten(list(map(repr, names)))}"
+        if part.by_index:
+            known = f"which is the index of no class: it has '0' to '{len(names) - 1}'"
+        raise CompactMindError(f"{part.name} has the label {label!r} ({rows}){others}, {known}")
     return [Sentence(text, index[label], pair) for text, pair, label in part.rows]
 
 

@@ -2,6 +2,7 @@
 
 import datasets
 import helpers
+import pyarrow
 import pytest
 from labelled_tables import topic_rows, write_table
 
@@ -10,7 +11,7 @@ from common import DownloadConfig
 from compactmind.data import SPLITS, data_fingerprint, load_split
 from compactmind.errors import CompactMindError
 from compactmind.glue import GLUE
-from compactmind.labelled import Columns, parts_of, to_sentences
+from compactmind.labelled import Columns, parts_of, split, to_sentences
 from compactmind.sources import hub
 from compactmind.task import Task, read_task
 
@@ -165,3 +166,23 @@ def test_names_of_the_hub_s_classes_are_kept_and_a_hidden_test_is_not_used():
     assert names == ("world", "sports", "business") and set(result) == {"train", "test"}
     assert result["test"].rows[0] == ("val row 0", None, "0")
     assert [s.label for s in to_sentences(result["test"], names, numbers=True)][:4] == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("count", [3, 2])
+def test_classes_of_the_hub_that_are_called_by_digits_are_told_by_index(count):
+    stars = [{"text": f"row {number}", "label": str(1 + number % count)} for number in range(240)]
+    dataset = datasets.DatasetDict({"train": datasets.Dataset.from_list(stars).class_encode_column("label")})
+    parts, names = parts_of(dataset, "x/stars", Columns())
+    assert names == ("1", "2", "3")[:count] and parts["train"].by_index
+    task, splits, _ = split(parts, names)
+    read = {s.text: task.labels[s.label] for part in splits.values() for s in part}
+    assert read == {row["text"]: row["label"] for row in stars}
+
+
+def test_an_index_past_the_classes_of_the_hub_is_refused_though_a_class_is_called_so():
+    label = datasets.ClassLabel(names=["1", "2", "3"])
+    rows = [{"text": f"row {number}", "label": number % 4} for number in range(40)]
+    table = pyarrow.Table.from_pylist(rows)
+    dataset = datasets.Dataset(table, info=datasets.DatasetInfo(features=datasets.Features(text=datasets.Value("string"), label=label)))
+    with pytest.raises(CompactMindError, match=r"has the label '3' \(10 rows, the first is row 4\), .*: it has '0' to '2'"):
+        split(*parts_of({"train": dataset}, "x/stars", Columns()))
