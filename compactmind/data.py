@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from compactmind.errors import CompactMindError
 from compactmind.files import lock_directory, sha256_of, write_json_atomically, write_text_atomically
 from compactmind.rows import BLANK, HALF_A_PAIR, TEXT_COLUMNS, read_rows
-from compactmind.task import DESCRIPTION, Task, read_task
+from compactmind.task import DESCRIPTION, Task, class_text, read_task
 
 SPLITS = ("train", "validation", "test")
 
@@ -60,10 +60,7 @@ def check_row(where: str, row: object, task: Task = Task()) -> Sentence:  # noqa
     if column is None or "label" not in row:
         columns = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise CompactMindError(f"{where}: expected the columns sentence and label, found {columns}")
-    label = row["label"]
-    if isinstance(label, float) and label.is_integer():  # a column with one missing value is read as floats
-        label = int(label)
-    text, label = row[column], str(label).strip()
+    text, label = row[column], class_text(row["label"])
     missing = text is None or (isinstance(text, float) and math.isnan(text))  # NaN: what a parquet file reads as
     if not missing and not isinstance(text, str):
         raise CompactMindError(f"{where}: the sentence is of type {type(text).__name__}, not text: {str(text)[:60]!r}")

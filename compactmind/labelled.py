@@ -17,7 +17,7 @@ import pandas
 from compactmind.data import SPLITS, Sentence, normalize, split_by_hash
 from compactmind.errors import CompactMindError
 from compactmind.rows import BLANK, HALF_A_PAIR, TEXT_COLUMNS, read_rows
-from compactmind.task import Task
+from compactmind.task import Task, class_text, fraction_among
 
 HELD_OUT = 0.1
 """Share of the training rows that stands in for each part that is not given, validation or test."""
@@ -112,6 +112,9 @@ def read_part(name: str, rows: Iterable, columns: Columns) -> Part:
         part.rows.append((texts[0], texts[1] if pair else None, label))
     if not part.rows and not part.left_out:
         raise CompactMindError(f"{name} holds no rows: it needs a header and at least one row")
+    if fraction := fraction_among(list(dict.fromkeys(label for *_, label in part.rows))):
+        row = part.first[f"label {fraction}"]
+        raise CompactMindError(f"{name}, row {row}: the label {fraction} is a number with a fraction, no class")
     return part
 
 
@@ -183,16 +186,11 @@ def _text(where: str, value: object) -> str:
 
 
 def _label(where: str, value: object) -> str:
-    """Return a label as text: 1.0, as a column with one missing value is read, is 1."""
     if _is_missing(value):
         return ""
-    if isinstance(value, float):
-        if not value.is_integer():
-            raise CompactMindError(f"{where}: the label {value} is a number with a fraction, no class")
-        value = int(value)
     if isinstance(value, (list, tuple, dict, numpy.ndarray)):
         raise CompactMindError(f"{where}: the label is several values, {str(value)[:60]}: one class a row is learnt here")
-    return str(value).strip()
+    return class_text(value)
 
 
 def names_of(part: Part) -> tuple[str, ...]:

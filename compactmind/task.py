@@ -10,6 +10,9 @@ from transformers import PretrainedConfig
 
 from compactmind.errors import CompactMindError
 
+WHOLE_WITH_POINT = re.compile(r"([+-]?[0-9]{1,300})\.0*")
+"""A whole number as a column with one missing value is read, and saved again: 1.0 is 1."""
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?inf", re.IGNORECASE)
 DESCRIPTION = "dataset.json"
 """What lies beside the splits and says what they are."""
 
@@ -54,3 +57,19 @@ def read_task(data_dir: Path) -> Task:
         raise CompactMindError(
             f"{data_dir / DESCRIPTION} is damaged ({error!r}): run `python download_model.py` again"
         ) from None
+
+
+def class_text(value: object) -> str:
+    """Return a label as text, the same one whatever kind of file it stood in: 1.0 is 1 and True is true, as text too."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value).strip()
+    if whole := WHOLE_WITH_POINT.fullmatch(text):
+        return str(int(whole[1]))
+    return text.lower() if text.lower() in ("true", "false") else text
+
+
+def fraction_among(labels: Sequence[str]) -> str | None:
+    """Return the first label that is no whole number where all of them are numbers, which are no classes then; else None."""
+    fraction = next((label for label in labels if NUMBER.fullmatch(label) and not float(label).is_integer()), None)
+    return fraction if fraction and all(map(NUMBER.fullmatch, labels)) else None

@@ -25,7 +25,7 @@ def test_every_kind_of_table_is_read_alike(tmp_path, suffix):
     ("values", "names"),
     [
         ([3, 1, 10, 3], ("1", "3", "10")), (["b", "a", "B", "a"], ("B", "a", "b")), ([1.0, 0.0, 1.0, None], ("0", "1")),
-        ([True, False, True, False], ("False", "True")), ([-1, 1, 1, -1], ("-1", "1")),
+        ([True, False, True, False], ("false", "true")), ([-1, 1, 1, -1], ("-1", "1")),
     ],
 )  # fmt: skip
 def test_labels_are_words_or_whole_numbers_in_their_order(tmp_path, values, names):
@@ -33,6 +33,28 @@ def test_labels_are_words_or_whole_numbers_in_their_order(tmp_path, values, name
     part = read_file(write_table(tmp_path / "t.parquet", rows), Columns())
     assert names_of(part) == names
     assert [names[s.label] for s in to_sentences(part, names)] == [label for *_, label in part.rows]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        (["1.0", "0.0", "", "-1.0", "12."], ["1", "0", "-1", "12"]), (["true", "False", "TRUE"], ["true", "false", "true"]),
+        (["0.5", "low", "2.0", "v1.0", "1.0.0"], ["0.5", "low", "2", "v1.0", "1.0.0"]),
+    ],
+)  # fmt: skip
+def test_a_label_is_the_same_class_in_every_kind_of_file(tmp_path, suffix, values, labels):
+    rows = [{"text": f"row {index}", "label": value} for index, value in enumerate(values)]
+    assert [label for *_, label in read_file(write_table(tmp_path / f"t{suffix}", rows), Columns()).rows] == labels
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_a_column_of_numbers_with_fractions_is_no_column_of_classes(tmp_path, suffix, as_text):
+    values = [None, 1.0, 0.5, 2.5, 5.0]
+    rows = [{"text": f"row {i}", "label": v if v is None or not as_text else str(v)} for i, v in enumerate(values * 9)]
+    with pytest.raises(CompactMindError, match=f"t{suffix}, row 3: the label 0.5 is a number with a fraction, no class"):
+        read_file(write_table(tmp_path / f"t{suffix}", rows), Columns())
 
 
 @pytest.mark.parametrize(

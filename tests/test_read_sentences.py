@@ -28,6 +28,12 @@ def test_more_columns_and_another_order_are_fine(tmp_path):
     assert read_labelled_sentences(path) == [Sentence("a good film", 1)]
 
 
+@pytest.mark.parametrize("suffix", ["tsv", "csv"])
+def test_a_whole_number_may_be_written_with_a_point(tmp_path, suffix):
+    path = write(tmp_path / f"a.{suffix}", CONTENTS[suffix].replace("0\n", "0.0\n").replace("1\n", "1.0\n"))
+    assert read_labelled_sentences(path) == [Sentence("good", 1), Sentence("bad", 0)]
+
+
 @pytest.mark.parametrize("column", ["sentence", "text", "content"])
 def test_the_names_other_datasets_give_the_sentence_are_understood(tmp_path, column):
     path = write(tmp_path / "a.tsv", f"{column}\tlabel\na good film\t1\n")
