@@ -239,12 +239,15 @@ def key_of(sentence: Sentence) -> tuple[str, str]:
 
 
 def without_repeats(sentences: list[Sentence], others: Iterable[Sentence], said: list[str]) -> list[Sentence]:
-    """Return the training rows that are new, first occurrence kept, and not among `others`, held out; `said` gets the counts."""
+    """Return the training rows that are new, first occurrence kept, and not among `others`, held out; `said` gets the counts.
+
+    Among themselves they are compared letter by letter, C and C++ are two texts; with held-out ones by `key_of`, so that none is learnt.
+    """
     held_out, seen = {key_of(sentence) for sentence in others}, {}
     kept, counts = [], Counter()
     for sentence in sentences:
-        key = key_of(sentence)
-        if key in held_out:
+        key = (sentence.text, sentence.pair)
+        if key_of(sentence) in held_out:
             counts["a held-out row asks the same"] += 1
         elif key in seen:
             counts[
@@ -261,7 +264,8 @@ def split(parts: dict[str, Part], names: Sequence[str] = ()) -> tuple[Task, dict
     """Return the task, its three splits and the warnings to be printed.
 
     `parts`: train and, where they are given, validation and test; what is missing is split off train by a hash of the first text, so rows
-    that share it stay together and no row ever changes its split. A class no row of which would be left in train keeps its rows there.
+    that share it stay together and no row ever changes its split. A class no row of which would be left in train keeps its rows there, and
+    with them those that differ from them in case and punctuation alone.
     `names`: of the classes, where the source says them. Raises CompactMindError, also if a split has rows of fewer than two classes.
     """
     said = [line for part in parts.values() for line in part.warnings()]
@@ -277,9 +281,10 @@ def split(parts: dict[str, Part], names: Sequence[str] = ()) -> tuple[Task, dict
         shares = dict.fromkeys(missing, HELD_OUT) | {"train": 1 - HELD_OUT * len(missing)}
         splits |= split_by_hash(train, shares)
         for label in sorted({s.label for s in train} - {s.label for s in splits["train"]}):
+            keys = {key_of(s) for s in train if s.label == label}
             for name in missing:
-                splits["train"] += [s for s in splits[name] if s.label == label]
-                splits[name] = [s for s in splits[name] if s.label != label]
+                splits["train"] += [s for s in splits[name] if key_of(s) in keys]
+                splits[name] = [s for s in splits[name] if key_of(s) not in keys]
     splits = {name: splits[name] for name in SPLITS}
     for name, part in splits.items():
         if len({sentence.label for sentence in part}) < 2:

@@ -135,6 +135,28 @@ def test_nothing_that_is_asked_is_trained_on_and_repeats_are_said():
     assert key_of(Sentence(":-)", 0)) != key_of(Sentence(":-(", 0))  # texts without words are not all the same
 
 
+def test_training_rows_that_differ_in_punctuation_or_case_are_kept_and_none_of_them_is_held_out(tmp_path):
+    pairs = [("C", "C++"), ("ok :)", "ok :("), ("us", "US")]
+    rows = [{"body": text, "topic": topic} for pair in pairs for text, topic in zip(pair, ("food", "law"), strict=True)]
+    rows += [{"body": " C ", "topic": "food"}]
+    train = read_file(write_table(tmp_path / "t.csv", rows), COLUMNS)
+    held_out = parts(**{name: topic_rows(20, seed=len(name), topics=("food", "law")) for name in ("validation", "test")})
+    _, splits, said = split({"train": train, **held_out})
+    assert [s.text for s in splits["train"]] == [text for pair in pairs for text in pair]
+    assert said[0] == "1 row of train is left out, because an earlier row is the same"
+    held_out["test"].rows += [("c#", None, "food"), ("OK", None, "law")]
+    assert [s.text for s in split({"train": train, **held_out})[1]["train"]] == ["us", "US"]
+
+
+def test_rows_that_differ_in_punctuation_are_never_on_two_sides_of_a_split():
+    text = next(text for number in range(999) if stable_share(text := f"the only one {number}") < 0.1)
+    rows = [*topic_rows(200, topics=("food", "law")), {"body": f"{text} :)", "topic": "food"}, {"body": f"{text} :(", "topic": "space"}]
+    _, splits, _ = split(parts(train=rows))
+    assert [s.text for s in splits["train"] if text in s.text] == [f"{text} :)", f"{text} :("]  # the one row of space is trained on
+    keys = [{key_of(sentence) for sentence in part} for part in splits.values()]
+    assert not (keys[0] & keys[1] or keys[0] & keys[2] or keys[1] & keys[2]) and sum(map(len, splits.values())) == 202
+
+
 def test_a_label_that_the_training_rows_lack_is_refused():
     test = topic_rows(8, seed=9) + [{"body": "new", "topic": "art"}] * 2
     with pytest.raises(CompactMindError) as caught:
