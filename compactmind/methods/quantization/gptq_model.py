@@ -235,7 +235,7 @@ def least_bytes(model: PreTrainedModel, recipe: GPTQRecipe, itemsize: int) -> tu
         able = [grid for grid in (*grids, *more) if grid.fits(width) and (recipe.layout == "any" or grid.is_gguf)]
         return min(grid.stored_bits(width) for grid in able) / width / 8
 
-    hidden, of_linear = model.config.hidden_size, narrowest(GRIDS, 2**20)
+    hidden, of_linear = model.config.hidden_size, narrowest(GRIDS, 1024)
     table = recipe.table_of(hidden)
     of_table = table.stored_bits(hidden) / hidden / 8 if table else itemsize
     of_table = narrowest(TABLE_GRIDS, hidden) if recipe.embeddings == AUTO else of_table
