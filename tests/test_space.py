@@ -196,8 +196,18 @@ def test_gptq_aims_at_the_target_of_a_search_and_is_among_the_first_guesses():
     usual = {"gptq.damping": 0.05, "gptq.weigh_tokens": False, "gptq.stream_rotation": False}
     assert space.first_guesses(ratio, 2.5)[0] == {"order": "gptq", **usual}
     # no target, none it takes, the user's own choices
-    for targets, choices in (((), {}), ((50.0,), {}), ((1.0,), {}), ((2.5, 50.0), {}), ((2.5,), {"gptq.bits": [4]})):
+    for targets, choices in (((), {}), ((50.0,), {}), ((1.0,), {}), ((2.5,), {"gptq.bits": [4]})):
         assert "target_compression" not in make_space(methods, targets=targets, choices=choices).choices["gptq"]
+
+
+def test_a_ratio_that_gptq_does_not_take_leaves_it_the_others_and_is_named(capsys):
+    assert make_space(("gptq",), targets=(2.5, 3.0)).choices["gptq"]["target_compression"] == (2.5, 3.0)
+    assert capsys.readouterr().out == ""
+    assert make_space(("gptq",), targets=(2.5, 3.0, 16.0)).choices["gptq"]["target_compression"] == (2.5, 3.0)
+    assert capsys.readouterr().out == "gptq aims at 2.5, 3 and not at 16: target_compression 16 is not in (1, 16), and not 0 for none\n"
+    assert "target_compression" not in make_space(("nf4", "gptq"), targets=(16.0, 20.0)).choices["gptq"]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("gptq aims at none of 16, 20, its own parameters are searched: target_compression")
 
 
 def test_gptq_has_a_target_for_every_size_of_a_front():

@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -269,9 +268,9 @@ def make_space(
     """Return the space of all legal orders of these methods, up to `max_length` steps, each method at most `max_repeats` times.
 
     `choices` replaces what may be chosen from, by name: {"prune.sparsity": [0.1, 0.2]}. With `targets`, the compression ratios that are
-    searched for, a method that can aim at them does, unless there are choices for it. `by_text`: what is searched for may be better than
-    the dense model, so that a model may be retrained of which nothing was cut; by the distance to the dense model that only loses. Raises
-    CompactMindError naming the unknown name, the value a method refuses, or why no pipeline is left.
+    searched for, a method that can aim at some of them does, unless there are choices for it; a printed line names the others. `by_text`:
+    what is searched for may be better than the dense model, so that a model may be retrained of which nothing was cut; by the distance to
+    the dense model that only loses. Raises CompactMindError naming the unknown name, the value a method refuses, or why no pipeline is left.
     """
     if mode not in MODES:
         raise CompactMindError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
@@ -280,11 +279,9 @@ def make_space(
             raise CompactMindError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
     by_method = {name: dict(METHODS[name].space) for name in methods}
     for name in methods:
-        if METHODS[name].aim and targets and not any(label.startswith(f"{name}.") for label in choices or {}):
-            with suppress(ValueError):  # no target that it takes
-                for target in targets:
-                    METHODS[name].parameters({METHODS[name].aim: target})
-                by_method[name] = {METHODS[name].aim: tuple(targets), **METHODS[name].aimed}
+        aims = METHODS[name].aim and not any(label.startswith(f"{name}.") for label in choices or {})
+        if aims and (taken := _targets_taken(METHODS[name], targets)):
+            by_method[name] = {METHODS[name].aim: taken, **METHODS[name].aimed}
     for label, values in (choices or {}).items():
         name, _, parameter = label.partition(".")
         if name not in by_method:
@@ -309,6 +306,22 @@ def make_space(
             "allow more methods or steps"
         )
     return Space(orders, by_method)
+
+
+def _targets_taken(method: Method, targets: Sequence[float]) -> tuple[float, ...]:
+    """Return those of the targets that a method can aim at, and say which it cannot."""
+    taken, why = [], {}
+    for target in targets:
+        try:
+            method.parameters({method.aim: target})
+            taken.append(target)
+        except ValueError as error:
+            why[f"{target:g}"] = error
+    if why:
+        aims, left_out, reason = ", ".join(f"{each:g}" for each in taken), ", ".join(why), next(iter(why.values()))
+        which = f"at {aims} and not at {left_out}" if taken else f"at none of {left_out}, its own parameters are searched"
+        print(f"{method.name} aims {which}: {reason}", flush=True)
+    return tuple(taken)
 
 
 def check_space(space: Space, dense: PreTrainedModel) -> None:
