@@ -43,8 +43,13 @@ TRIALS = [trial(*each) for each in ((0, 50, 0.1), (1, 40, 0.2), (2, 40, 0.3), (3
 def test_the_front_is_what_nothing_beats_in_both():
     assert [each.number for each in front(TRIALS, "kl")] == [0, 1, 4, 3]
     assert [each.number for each in front(random.Random(1).sample(TRIALS, 7), "kl")] == [0, 1, 4, 3]
-    assert knee(front(TRIALS, "kl"), "kl").number == 4  # 4/5 of the way to the smallest, 1/6 of the way to the farthest
+    assert knee(front(TRIALS, "kl"), "kl").number == 4  # 4/5 of the way to the smallest, 2/5 to the farthest
     assert knee(front(TRIALS[:2], "kl"), "kl") is None
+    concave = [trial(*each) for each in ((0, 100, 0.1), (1, 60, 0.9), (2, 50, 1.0))]  # the middle lies above the line
+    straight = [trial(*each) for each in ((0, 100, 0.01), (1, 75, 0.1), (2, 50, 1.0))]  # KL is drawn by its logarithm
+    for corners in (concave, straight):
+        assert knee(corners, "kl") is None and described(corners, "kl", {})["knee"] is None
+    assert knee([trial(0, 100, 0.0), trial(1, 60, 1e-4), trial(2, 50, 1.0)], "kl").number == 1  # 0 counts as very little
     result = described(TRIALS, "kl", {4: {"kl": 0.26}})
     assert [point["on_all_windows"] for point in result["points"]] == [None, None, 0.26, None] and result["knee"] == 4
     lines = table(json.loads(json.dumps(result))).splitlines()

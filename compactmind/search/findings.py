@@ -29,12 +29,9 @@ from compactmind.report.figures import save_figure
 from compactmind.report.search_figures import SEARCH_FIGURES
 from compactmind.search import ablation, front
 from compactmind.search.engine import counted_trials, is_stopped
-from compactmind.search.front import candidates, described
+from compactmind.search.front import SMALLEST_KL, candidates, described
 from compactmind.search.space import SEPARATOR, is_hybrid
 from compactmind.search.trials import quality_of
-
-SMALLEST_KL = 1e-7
-"""What a KL of 0 counts as where its logarithm is taken."""
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

@@ -1,7 +1,8 @@
 """The front of a search: what no other pipeline beats in both bytes and quality, and which of it to keep for a size.
 
-The knee is where a front bends most: the point farthest from the straight line between its ends, bytes and quality each scaled to [0, 1]
-(Kneedle, Satopaa et al. 2011, https://doi.org/10.1109/ICDCSW.2011.20).
+The knee is where a front bends most: the point farthest below the straight line between its ends, bytes and the logarithm of quality, as it
+is drawn, each scaled to [0, 1] (Kneedle, Satopaa et al. 2011, https://doi.org/10.1109/ICDCSW.2011.20). A front that lies on that line or
+above it has none.
 """
 
 import math
@@ -15,6 +16,12 @@ QUALITIES = ("kl", "perplexity")
 
 CLEARLY_WORSE = 2.0
 """Times the KL (or the perplexity) of another pipeline on the same windows at which no further windows turn their order round."""
+
+SMALLEST_KL = 1e-7
+"""What a KL of 0 counts as where its logarithm is taken."""
+
+BEND = 1e-6
+"""Distance below the line from which a front counts as bent: less is rounding."""
 
 
 def objectives_problem(strategy: str, objectives: Sequence[str], ratios: Sequence[float]) -> str | None:
@@ -48,11 +55,13 @@ def front(trials: Sequence[FrozenTrial], quality: str) -> list[FrozenTrial]:
 
 
 def knee(trials: Sequence[FrozenTrial], quality: str) -> FrozenTrial | None:
-    """Return the trial of a front at which it bends most; None of fewer than three."""
+    """Return the trial of a front at which it bends most; None of fewer than three, and where none is better than the line."""
     if len(trials) < 3:
         return None
     sizes = [trial.user_attrs["measured"]["bytes"] for trial in trials]
-    values = [value_of(trial, quality) for trial in trials]
+    values = [math.log(max(value_of(trial, quality), SMALLEST_KL)) for trial in trials]
+    if min(values) == max(values):
+        return None
 
     def scaled(numbers: list[float]) -> list[float]:
         low, high = min(numbers), max(numbers)
@@ -60,7 +69,8 @@ def knee(trials: Sequence[FrozenTrial], quality: str) -> FrozenTrial | None:
 
     # from (0, 1) to (1, 0), whichever end is first: below that line by 1 - x - y
     below = [1 - x - y for x, y in zip(scaled(sizes), scaled(values), strict=True)]
-    return trials[max(range(len(trials)), key=below.__getitem__)]
+    farthest = max(range(len(trials)), key=below.__getitem__)
+    return trials[farthest] if below[farthest] > BEND else None
 
 
 def candidates(trials: Sequence[FrozenTrial], ratio: float, quality: str, count: int) -> list[FrozenTrial]:
