@@ -36,7 +36,7 @@ from compactmind.attention import with_attention_kernel
 from compactmind.errors import CompactMindError
 from compactmind.files import WEIGHTS, replace_directory, sha256_of, write_json_atomically, write_text_atomically
 from compactmind.formats.table import FORMATS, Format, format_named, is_quantized, parameters_of
-from compactmind.guards import check_nothing_missing, check_own_code, check_released, check_tokenizer
+from compactmind.guards import check_nothing_missing, check_own_code, check_released, check_tokenizer, dtype_of_weights
 from compactmind.manifest import (
     CARD,
     MANIFEST,
@@ -297,7 +297,7 @@ def load_any(directory: Path, device: str | torch.device = "cpu", verify: bool =
             raise CompactMindError(f"{directory} holds a {architecture}: only {' and '.join(FOREIGN)} can be measured")
         quantized = getattr(config, "quantization_config", None) is not None  # it keeps the types its file has
         generates = auto is AutoModelForCausalLM
-        dtype = "auto" if quantized or generates else torch.float32
+        dtype = "auto" if quantized else dtype_of_weights(directory) if generates else torch.float32
         model, report = auto.from_pretrained(directory, dtype=dtype, output_loading_info=True)
         if not quantized:  # of packed weights it has other names
             check_nothing_missing(directory, model, report["missing_keys"])
@@ -323,8 +323,10 @@ def skeleton_of(path: Path) -> PreTrainedModel:
 
     Raises CompactMindError, see `check_released`.
     """
-    check_released(path)
+    dtype = check_released(path)
     config = AutoConfig.from_pretrained(path)
+    if dtype != "auto":
+        config.dtype = dtype
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -334,9 +336,9 @@ def load_as_released(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
 
     Raises CompactMindError saying what is wrong with it.
     """
-    check_released(path)
+    dtype = check_released(path)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True, output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # noqa: BLE001  safetensors, json and transformers each have their own way to say "damaged"
         raise CompactMindError(f"{path} could not be loaded ({error}): it is damaged, or its tokenizer is missing") from None

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,8 +15,10 @@ from compactmind.formats.table import is_quantized, unquantized_kinds
 from compactmind.limits import vocabulary_of
 from compactmind.manifest import ADDED_LATER, MADE_BY, MANIFEST, read_manifest
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""Dtypes of dense weights, as safetensors calls them."""
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Dtypes of dense weights, as safetensors and torch call them."""
+COMPUTED = ".rotary_emb."
+"""In the name of what a file may hold beside weights, in any dtype: frequencies, which transformers computes and does not read."""
 TASKS = {"classifier": "ForSequenceClassification", "language model": "ForCausalLM"}
 """What a model is for -> how its architecture's name ends."""
 
@@ -117,12 +120,23 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         )
 
 
-def check_released(path: Path) -> None:
-    """Raise CompactMindError, before it is loaded, if a folder holds no dense causal LM: nothing, a classifier, a quantized model."""
+def check_released(path: Path) -> torch.dtype | str:
+    """Return the dtype of a folder's dense causal LM, see `check_dense`.
+
+    Raises CompactMindError, before it is loaded, if the folder holds none: nothing, a classifier, a quantized model.
+    """
     if not (path / "config.json").is_file():
         raise CompactMindError(f"{path} holds no model (no config.json): run `python download_model.py`, or give --model_path")
     if (path / MANIFEST).is_file():
         check_parent(path, "--model_path", "language model")
+    return check_dense(path)
+
+
+def check_dense(path: Path) -> torch.dtype | str:
+    """Return the one dtype of a folder's weights, "auto" if they are pickles.
+
+    Raises CompactMindError, before they are loaded, if they are quantized, of several dtypes or run by code of their own.
+    """
     check_own_code(path)
     try:
         quantized = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config")
@@ -131,7 +145,7 @@ def check_released(path: Path) -> None:
     if quantized:
         method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else "unknown method"
         raise CompactMindError(f"{path} is quantized already ({method}): give the dense model it was made from")
-    check_one_dtype(path)
+    return check_one_dtype(path)
 
 
 def check_own_code(path: Path) -> None:
@@ -156,11 +170,32 @@ def check_nothing_missing(path: Path, model: PreTrainedModel, missing: Iterable[
         )
 
 
-def check_one_dtype(path: Path) -> None:
-    """Raise CompactMindError, from the heads of its files alone, if a folder's weights are of several dtypes or a shard is missing.
+def check_one_dtype(path: Path) -> torch.dtype | str:
+    """Return `dtype_of_weights`; raise CompactMindError if a folder's weights are of several dtypes or a shard is missing.
 
     What is loaded would be of one of them, and what the others say more would be lost without a word.
     """
+    of_dtype = _first_of_each_dtype(path)
+    if len(of_dtype) > 1:
+        dtypes = ", ".join(f"{kind} ({name})" for kind, name in sorted(of_dtype.items()))
+        raise CompactMindError(
+            f"{path} holds weights of several dtypes, {dtypes}: save it in one, for example AutoModelForCausalLM.from_pretrained(..., "
+            "dtype=torch.bfloat16).save_pretrained(...)"
+        )
+    return dtype_of_weights(path)
+
+
+def dtype_of_weights(path: Path) -> torch.dtype | str:
+    """Return the dtype of a folder's weights by the heads of its files, "auto" for pickles and for several.
+
+    transformers by itself takes the one that config.json says, and rounds float32 weights to it without a word.
+    """
+    of_dtype = _first_of_each_dtype(path)
+    return FLOATS[next(iter(of_dtype))] if len(of_dtype) == 1 else "auto"
+
+
+def _first_of_each_dtype(path: Path) -> dict[str, str]:
+    """Return a dtype, as safetensors calls it -> the first weight of a folder that has it."""
     of_dtype: dict[str, str] = {}
     for file in weight_files(path):
         if file.suffix != ".safetensors":
@@ -169,13 +204,8 @@ def check_one_dtype(path: Path) -> None:
             with safe_open(file, "pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  no mapping
                     kind = tensors.get_slice(name).get_dtype()
-                    if kind in FLOATS:
+                    if kind in FLOATS and COMPUTED not in name:
                         of_dtype.setdefault(kind, name)
         except SafetensorError as error:
             raise CompactMindError(f"{file} is damaged ({error}): copy or download it again") from None
-    if len(of_dtype) > 1:
-        dtypes = ", ".join(f"{kind} ({name})" for kind, name in sorted(of_dtype.items()))
-        raise CompactMindError(
-            f"{path} holds weights of several dtypes, {dtypes}: save it in one, for example AutoModelForCausalLM.from_pretrained(..., "
-            "dtype=torch.bfloat16).save_pretrained(...)"
-        )
+    return of_dtype

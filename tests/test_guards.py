@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BertModel, MistralConfig, MistralModel
 
-from compactmind.checkpoint import load_as_released, save_checkpoint
+from compactmind.checkpoint import load_any, load_as_released, save_checkpoint, skeleton_of
 from compactmind.errors import CompactMindError
 from compactmind.guards import check_one_dtype, check_outputs, check_parent, check_tokenizer
 from compactmind.manifest import MANIFEST
@@ -109,8 +109,9 @@ def test_a_quantized_llama_is_not_called_damaged(tmp_path):
     (directory / MANIFEST).unlink()  # somebody else's
     config = helpers.read_json(directory / "config.json") | {"quantization_config": {"quant_method": "bitsandbytes"}}
     (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CompactMindError, match="is quantized already .bitsandbytes.: give the dense model"):
-        load_as_released(directory)
+    for load in (load_as_released, load_llama):
+        with pytest.raises(CompactMindError, match="is quantized already .bitsandbytes.: give the dense model"):
+            load(directory)
 
 
 def test_weights_of_several_dtypes_a_missing_shard_and_a_damaged_file_are_refused_before_they_are_loaded(tmp_path):
@@ -130,8 +131,45 @@ def test_weights_of_several_dtypes_a_missing_shard_and_a_damaged_file_are_refuse
         "lacking": f"names {files[1].name}, which is not there: copy the folder again",
         "damaged": f"{files[1].name} is damaged .*copy or download it again",
     }.items():
-        with pytest.raises(CompactMindError, match=match):
-            load_as_released(tmp_path / name)
+        for load in (load_as_released, load_llama):
+            with pytest.raises(CompactMindError, match=match):
+                load(tmp_path / name)
+
+
+def test_frequencies_beside_the_weights_are_no_weights(tmp_path):
+    """Conversions of older releases hold them in float32, and transformers passes them over."""
+    model = helpers.cast_parameters(helpers.make_llama(), torch.float16)
+    frequencies = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in (0, 1)}
+    model.save_pretrained(tmp_path, state_dict=model.state_dict() | frequencies)
+    helpers.make_byte_tokenizer().save_pretrained(tmp_path)
+    for load in (load_as_released, load_llama):
+        loaded, _ = load(tmp_path)
+        assert loaded.dtype == torch.float16 and torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("load", [load_as_released, load_llama, lambda path: (load_any(path).model, None)])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_keep_the_dtype_of_their_file_whatever_the_configuration_says(tmp_path, load, sharded):
+    model = helpers.make_llama()
+    model.save_pretrained(tmp_path, max_shard_size="50KB" if sharded else "1GB")
+    helpers.make_byte_tokenizer().save_pretrained(tmp_path)
+    for key in ("dtype", "torch_dtype"):
+        config = {name: value for name, value in helpers.read_json(tmp_path / "config.json").items() if not name.endswith("dtype")}
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: "bfloat16"}))
+        loaded, _ = load(tmp_path)
+        assert loaded.dtype == loaded.config.dtype == torch.float32
+        assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert skeleton_of(tmp_path).dtype == torch.float32
+
+
+def test_the_shapes_of_a_model_in_pickles_are_read(tmp_path):
+    model = helpers.make_llama()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert skeleton_of(tmp_path).num_parameters() == model.num_parameters()
+    helpers.make_byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(CompactMindError, match="could not be loaded"):
+        load_as_released(tmp_path)
 
 
 def saved_without(folder, model, *left_out):

@@ -13,7 +13,7 @@ from compactmind.checkpoint import save_checkpoint
 from compactmind.errors import CompactMindError
 from compactmind.files import lock_directory, sha256_of
 from compactmind.gguf_source import SUFFIX, read_gguf
-from compactmind.guards import check_nothing_missing, check_own_code
+from compactmind.guards import check_dense, check_nothing_missing, check_own_code
 from compactmind.manifest import MANIFEST, MANIFEST_VERSION, is_up_to_date, read_manifest
 from compactmind.methods.llama import llama_blocks
 from compactmind.methods.pruning.encoder import family_name
@@ -105,12 +105,12 @@ def load_encoder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_llama(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a Llama-like causal LM as released (its own dtype) and its tokenizer; a GGUF file is dequantized to bfloat16."""
+    """Return a Llama-like causal LM as released (the dtype of its file) and its tokenizer; a GGUF file is dequantized to bfloat16."""
     if path.suffix == SUFFIX:
         model, tokenizer = read_gguf(path)
     else:
-        check_own_code(path)
-        model, report = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True, output_loading_info=True)
+        dtype = check_dense(path)
+        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
         check_nothing_missing(path, model, report["missing_keys"])
         tokenizer = AutoTokenizer.from_pretrained(path)
     llama_blocks(model)
