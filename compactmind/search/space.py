@@ -270,7 +270,8 @@ def make_space(
     `choices` replaces what may be chosen from, by name: {"prune.sparsity": [0.1, 0.2]}. With `targets`, the compression ratios that are
     searched for, a method that can aim at some of them does, unless there are choices for it; a printed line names the others. `by_text`:
     what is searched for may be better than the dense model, so that a model may be retrained of which nothing was cut; by the distance to
-    the dense model that only loses. Raises CompactMindError naming the unknown name, the value a method refuses, or why no pipeline is left.
+    the dense model that only loses. Raises CompactMindError naming the unknown name or the value a method refuses, or saying why no
+    pipeline is left.
     """
     if mode not in MODES:
         raise CompactMindError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
