@@ -8,9 +8,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from compactmind.data import READABLE
 from compactmind.errors import CompactMindError
 from compactmind.labelled import HIDDEN, Columns
+from compactmind.rows import READABLE
 
 
 @dataclass(frozen=True)
