@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from compactmind.errors import CompactMindError
+from compactmind.errors import CompactMindError, shown
 from compactmind.files import lock_directory, sha256_of, write_json_atomically, write_text_atomically
 from compactmind.rows import BLANK, HALF_A_PAIR, TEXT_COLUMNS, read_rows
 from compactmind.task import DESCRIPTION, Task, class_text, read_task
@@ -58,7 +58,7 @@ def check_row(where: str, row: object, task: Task = Task()) -> Sentence:  # noqa
     """Return the sentence of a row that has been read. Raises CompactMindError naming it as `where` and what is wrong with it."""
     column = next((name for name in TEXT_COLUMNS if name in row), None) if isinstance(row, dict) else None
     if column is None or "label" not in row:
-        columns = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        columns = sorted(map(shown, row)) if isinstance(row, dict) else type(row).__name__
         raise CompactMindError(f"{where}: expected the columns sentence and label, found {columns}")
     text, label = row[column], class_text(row["label"])
     missing = text is None or (isinstance(text, float) and math.isnan(text))  # NaN: what a parquet file reads as
@@ -71,7 +71,7 @@ def check_row(where: str, row: object, task: Task = Task()) -> Sentence:  # noqa
     if label not in map(str, range(len(task.labels))):
         choices = ", ".join(f"{index} ({name})" for index, name in enumerate(task.labels[:-1]))
         choices += f" or {len(task.labels) - 1} ({task.labels[-1]})"
-        raise CompactMindError(f"{where}: label {row['label']!r} is not {choices}: {text[:60]!r}")
+        raise CompactMindError(f"{where}: label {shown(repr(row['label']))} is not {choices}: {text[:60]!r}")
     if task.pairs and not isinstance(row.get("pair"), str):
         raise CompactMindError(f"{where}: the second text of the pair (pair) is missing: {text[:60]!r}")
     return Sentence(text.strip(), int(label), row["pair"] if task.pairs else None)

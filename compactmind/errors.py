@@ -14,6 +14,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def shown(value: object) -> str:
+    """Return a value as a message shows it: of one with more than 60 characters the beginning."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
     """Inside the `with` block a package that is not installed is a CompactMindError naming the extra of this one that brings it."""

@@ -15,7 +15,7 @@ import numpy
 import pandas
 
 from compactmind.data import SPLITS, Sentence, normalize, split_by_hash
-from compactmind.errors import CompactMindError
+from compactmind.errors import CompactMindError, shown
 from compactmind.rows import BLANK, HALF_A_PAIR, TEXT_COLUMNS, read_rows
 from compactmind.task import Task, class_text, fraction_among
 
@@ -75,7 +75,8 @@ def _column(where: str, option: str, names: Sequence[str], columns: Iterable) ->
     columns = [str(name) for name in columns]
     if column := next((name for name in names if name in columns), None):
         return column
-    raise CompactMindError(f"{where} has no column {' or '.join(names)}, only {', '.join(columns)}: choose one with {option}")
+    there = _shorten([" ".join(shown(name).split()) for name in columns])  # without a header they are the texts of a row
+    raise CompactMindError(f"{where} has no column {' or '.join(names)}, only {there}: choose one with {option}")
 
 
 def read_part(name: str, rows: Iterable, columns: Columns) -> Part:
@@ -200,12 +201,13 @@ def names_of(part: Part) -> tuple[str, ...]:
     """
     counts = Counter(label for *_, label in part.rows)
     if len(counts) < 2:
-        raise CompactMindError(f"{part.name} has rows of one class only ({', '.join(counts) or 'none'}): two are needed")
+        only = "".join(map(_named, counts)) or "none"
+        raise CompactMindError(f"{part.name} has rows of one class only ({only}): two are needed{_after(part.warnings())}")
     if len(counts) > 2 and 2 * len(counts) > len(part.rows):
-        some = ", ".join(map(repr, list(counts)[:3]))
+        some = ", ".join(map(_named, list(counts)[:3]))
         raise CompactMindError(
             f"{part.name}: the label column has {len(counts)} different values in {len(part.rows)} rows ({some}, ...): classes come more "
-            "often; is it another column (--label_column)?"
+            f"often; is it another column (--label_column)?{_after(part.warnings())}"
         )
     try:
         return tuple(sorted(counts, key=int))
@@ -226,10 +228,10 @@ def to_sentences(part: Part, names: Sequence[str], numbers: bool = False) -> lis
         label, count = strangers.most_common(1)[0]
         others = f" and {len(strangers) - 1} others" if len(strangers) > 1 else ""
         rows = f"{_rows(count)}, the first is row {part.first[f'label {label}']}"
-        known = f"which the training rows lack: they have {_shorten(list(map(repr, names)))}"
+        known = f"which the training rows lack: they have {_shorten(list(map(_named, names)))}"
         if part.by_index:
             known = f"which is the index of no class: it has '0' to '{len(names) - 1}'"
-        raise CompactMindError(f"{part.name} has the label {label!r} ({rows}){others}, {known}")
+        raise CompactMindError(f"{part.name} has the label {_named(label)} ({rows}){others}, {known}")
     return [Sentence(text, index[label], pair) for text, pair, label in part.rows]
 
 
@@ -271,7 +273,7 @@ def split(parts: dict[str, Part], names: Sequence[str] = ()) -> tuple[Task, dict
     said = [line for part in parts.values() for line in part.warnings()]
     numbers, names = bool(names), tuple(names) or names_of(parts["train"])
     if len(set(names)) < len(names):
-        raise CompactMindError(f"two classes have one name: {', '.join(names)}")
+        raise CompactMindError(f"two classes have one name: {_shorten(list(map(shown, names)))}")
     given = {name: to_sentences(part, names, numbers) for name, part in parts.items()}
     held_out = [sentence for name, part in given.items() if name != "train" for sentence in part]
     train = without_repeats(given["train"], held_out, said)
@@ -292,6 +294,7 @@ def split(parts: dict[str, Part], names: Sequence[str] = ()) -> tuple[Task, dict
             raise CompactMindError(
                 f"the {name} split ({origin}) has {len(part)} rows of fewer than two classes: more rows are needed"
                 + (f", or a file of its own (--{name})" if name in missing else "")
+                + _after(said)
             )
     pairs = any(sentence.pair is not None for sentence in splits["train"])
     return Task(names, pairs), splits, said + imbalance(splits, names)
@@ -304,13 +307,13 @@ def imbalance(splits: dict[str, list[Sentence]], names: Sequence[str]) -> list[s
     share = counts["train"][largest] / len(splits["train"])
     if share > MAJORITY:
         said.append(
-            f"{share:.1%} of train is {largest}: always saying that is as accurate, so look at macro-F1 beside accuracy"
+            f"{share:.1%} of train is {shown(largest)}: always saying that is as accurate, so look at macro-F1 beside accuracy"
         )
-    few = [f"{name} {count}" for name, count in counts["train"].items() if count < FEW_ROWS]
+    few = [f"{shown(name)} {count}" for name, count in counts["train"].items() if count < FEW_ROWS]
     if few:
         said.append(f"few training rows: {_shorten(few)}: hardly enough to learn from")
     for split_name in SPLITS:
-        if absent := [name for name, count in counts[split_name].items() if not count]:
+        if absent := [shown(name) for name, count in counts[split_name].items() if not count]:
             said.append(f"{split_name} has no row of {_shorten(absent)}")
     return said
 
@@ -329,6 +332,15 @@ def _are(count: int) -> str:
     return "is" if count == 1 else "are"
 
 
+def _named(label: str) -> str:
+    return repr(shown(label))
+
+
+def _after(said: Sequence[str]) -> str:
+    """Return what was counted before an error, to stand at its end: often its cause."""
+    return f" ({'; '.join(said)})" if said else ""
+
+
 def _shorten(words: list[str]) -> str:
     return ", ".join(words[:SHOWN]) + (f" and {len(words) - SHOWN} more" if len(words) > SHOWN else "")
 
@@ -337,7 +349,7 @@ def describe(splits: dict[str, list[Sentence]], names: Sequence[str]) -> list[st
     """Return a line per split: its rows, and how many are of each class."""
     lines = []
     for name, part in splits.items():
-        counts = [f"{label} {count} ({count / len(part):.1%})" for label, count in class_counts(part, names).items()]
+        counts = [f"{shown(label)} {count} ({count / len(part):.1%})" for label, count in class_counts(part, names).items()]
         lines.append(f"{name} {len(part)} rows: {_shorten(counts)}")
     return lines
 

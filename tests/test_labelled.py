@@ -6,7 +6,7 @@ import tracemalloc
 import pytest
 from labelled_tables import topic_rows, write_table
 
-from compactmind.data import Sentence, stable_share
+from compactmind.data import Sentence, check_row, stable_share
 from compactmind.errors import CompactMindError
 from compactmind.labelled import Columns, Part, key_of, names_of, read_file, read_part, split, to_sentences
 
@@ -88,12 +88,50 @@ def test_rows_that_say_nothing_are_counted_and_left_out():
 
 @pytest.mark.parametrize(
     ("labels", "expected"),
-    [(["x"] * 9, "one class only (x)"), ([str(number / 7) for number in range(9)], "9 different values in 9 rows")],
+    [(["x"] * 9, "one class only ('x')"), ([str(number / 7) for number in range(9)], "9 different values in 9 rows")],
 )
 def test_what_is_no_column_of_classes_is_refused(labels, expected):
     with pytest.raises(CompactMindError) as caught:
         names_of(Part("t.csv", [(f"text {number}", None, label) for number, label in enumerate(labels)]))
     assert expected in str(caught.value)
+
+
+def refusal(**tables) -> str:
+    """Return the message with which the rows of these tables are refused."""
+    with pytest.raises(CompactMindError) as caught:
+        split(parts(**tables))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_error_says_what_was_left_out_before_it():
+    rows = topic_rows(80)
+    assert refusal(train=rows, test=rows) == (
+        "the train split (given) has 0 rows of fewer than two classes: more rows are needed (80 rows of train are left out, because a "
+        "held-out row asks the same)"
+    )
+    assert refusal(train=[{**row, "body": " "} for row in rows]) == (
+        "train.csv has rows of one class only (none): two are needed (80 rows of train.csv without a text are left out, the first is row 1)"
+    )
+    some = rows[:40] + [{**row, "topic": ""} for row in rows[40:]]
+    assert refusal(train=rows, test=[{**row, "body": f"{row['body']} b"} for row in some if row["topic"] in ("", "law")]).endswith(
+        "more rows are needed (40 rows of test.csv without a label are left out, the first is row 11)"
+    )
+
+
+def test_an_error_shows_the_beginning_of_a_long_label_and_of_a_long_column():
+    long, rows = "a long label\n" * 9_000, topic_rows(80)
+    beginning = repr(long[:57] + "...")
+    assert f"one class only ({beginning})" in refusal(train=[{**row, "topic": long} for row in rows])
+    assert f"80 different values in 80 rows ({beginning}, " in refusal(train=[{**r, "topic": f"{long}{i}"} for i, r in enumerate(rows)])
+    assert f"has the label {beginning} (1 row" in refusal(train=rows, test=[{**rows[0], "topic": long}])
+    assert f"they have {beginning}, 'law'" in refusal(
+        train=[{**row, "topic": (long, "law")[i % 2]} for i, row in enumerate(rows)], test=[{**rows[0], "topic": "x"}]
+    )
+    assert len(refusal(train=[{"x": "1", long: "2"}])) < 200  # a table without a header
+    with pytest.raises(CompactMindError) as caught:
+        check_row("a.csv, row 1", {"text": "good", "label": long})
+    assert str(caught.value) == f"a.csv, row 1: label {repr(long)[:57]}... is not 0 (negative) or 1 (positive): 'good'"
 
 
 # ------------------------------------------------------------------------------------------------------------- splitting

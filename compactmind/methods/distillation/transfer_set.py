@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compactmind.data import SPLITS, EncodedSentences, Sentence, load_split
-from compactmind.errors import CompactMindError
+from compactmind.errors import CompactMindError, shown
 from compactmind.files import sha256_of
 from compactmind.labelled import key_of
 from compactmind.methods.distillation.teacher_logits import cached_teacher_logits
@@ -51,7 +51,7 @@ def read_unlabelled(path: Path, task: Task, known: Iterable[Sentence]) -> tuple[
         column = next((name for name in TEXT_COLUMNS if name in names), None)
         if column is None or (task.pairs and "pair" not in names):
             wanted = f"a column {', '.join(TEXT_COLUMNS[:-1])} or {TEXT_COLUMNS[-1]}" + " and a column pair" * task.pairs
-            raise CompactMindError(f"{where}: expected {wanted}, found {', '.join(map(str, names)) or type(row).__name__}")
+            raise CompactMindError(f"{where}: expected {wanted}, found {', '.join(map(shown, names)) or type(row).__name__}")
         texts = [row[column], *([row["pair"]] if task.pairs else [])]
         if not all(isinstance(text, str) and text.strip() and not HALF_A_PAIR.search(text) for text in texts):
             continue
