@@ -57,7 +57,7 @@ def glue_files(folder: Path, name: str) -> dict[str, Path]:
     files = {}
     for part, stems in (("train", ("train",)), ("test", GLUE[name].dev)):
         pattern = re.compile(rf"({'|'.join(stems)})[.-]")
-        paths = sorted(path for path in folder.glob("*") if path.suffix in READABLE and pattern.match(path.name))
+        paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in READABLE and pattern.match(path.name))
         if len(paths) > 1:
             names = ", ".join(path.name for path in paths)
             raise CompactMindError(f"{folder} holds several files for {stems[-1]} ({names}): join them, or leave one")

@@ -124,7 +124,7 @@ def read_file(path: Path, columns: Columns) -> Part:
     if not path.is_file():
         raise CompactMindError(f"{path} not found: give the path of a csv, tsv, jsonl or parquet file")
     without_header = False
-    if columns.header and path.suffix == ".tsv":
+    if columns.header and path.suffix.lower() == ".tsv":
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             without_header = not set(columns.text) & set(file.readline().rstrip("\n").split("\t"))
     return read_part(str(path), read_rows(path, columns.header if without_header else ()), columns)

@@ -25,13 +25,13 @@ def read_rows(path: Path, names: Sequence[str] = ()) -> list:
     `names`: of the columns of a tsv or csv file without a header. Raises CompactMindError if the file cannot be read.
     """
     try:
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() == ".jsonl":
             return read_json_lines(path)
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             import pandas  # here: who only asks a model needs none
 
             return pandas.read_parquet(path).to_dict("records")
-        if path.suffix in (".tsv", ".csv"):
+        if path.suffix.lower() in (".tsv", ".csv"):
             return _read_table(path, names)
     except (OSError, ValueError) as error:  # what pandas and UTF-8 have to say are ValueErrors
         raise unreadable(path, error) from None
@@ -53,7 +53,7 @@ def _read_table(path: Path, names: Sequence[str] = ()) -> list[dict[str, str]]:
     before, nul, _ = content.partition("\0")  # pandas would end the sentence there, silently
     if nul:
         raise ValueError(f"line {before.count(chr(10)) + 1} holds a NUL character")
-    separator, quoting = ("\t", csv.QUOTE_NONE) if path.suffix == ".tsv" else (",", csv.QUOTE_MINIMAL)
+    separator, quoting = ("\t", csv.QUOTE_NONE) if path.suffix.lower() == ".tsv" else (",", csv.QUOTE_MINIMAL)
     options = {"sep": separator, "quoting": quoting, "dtype": str, "keep_default_na": False, "index_col": False}
     if names:
         return pandas.read_csv(io.StringIO(content), header=None, names=list(names), **options).to_dict("records")

@@ -31,10 +31,10 @@ def read_documents(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise CompactMindError(f"{path} not found: run `python download_model.py` first")
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         return [_text_of(path, number, row) for number, row in enumerate(read_json_lines(path), start=1) if row is not BLANK]
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             import pandas
 
             rows = pandas.read_parquet(path, columns=["text"]).to_dict("records")

@@ -10,19 +10,18 @@ import pytest
 from sentence_files import write
 
 from compactmind.data import (
-    BLANK,
     DESCRIPTION,
     SPLITS,
     data_fingerprint,
     load_split,
     read_dataset_description,
-    read_json_lines,
     split_by_hash,
     write_dataset,
     write_splits,
 )
 from compactmind.errors import CompactMindError
 from compactmind.files import sha256_of
+from compactmind.rows import BLANK, read_json_lines
 
 
 @pytest.fixture

@@ -127,11 +127,12 @@ def test_glue_by_name_from_a_folder_and_from_the_hub(workspace, monkeypatch, cap
     assert read_task(workspace / "sst2_data") == result
 
 
-def test_cola_in_its_own_files_has_no_header(workspace):
+@pytest.mark.parametrize("suffix", ["tsv", "TSV"])
+def test_cola_in_its_own_files_has_no_header(workspace, suffix):
     folder = workspace / "sst2_data" / "glue" / "cola"
     folder.mkdir(parents=True)
-    (folder / "train.tsv").write_text("".join(f"gj04\t{n % 2}\t{'*' * (n % 2 == 0)}\tSentence number {n}.\n" for n in range(90)))
-    (folder / "dev.tsv").write_text("".join(f"gj04\t{n % 2}\t\tDev number {n}.\n" for n in range(10)))
+    (folder / f"train.{suffix}").write_text("".join(f"gj04\t{n % 2}\t{'*' * (n % 2 == 0)}\tSentence number {n}.\n" for n in range(90)))
+    (folder / f"dev.{suffix}").write_text("".join(f"gj04\t{n % 2}\t\tDev number {n}.\n" for n in range(10)))
     download(dataset="cola")
     assert [s.text for s in load_split(workspace / "sst2_data", "test")][:2] == ["Dev number 0.", "Dev number 1."]
 

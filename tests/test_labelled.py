@@ -21,6 +21,14 @@ def test_every_kind_of_table_is_read_alike(tmp_path, suffix):
     assert part.rows == [(row["body"], row["claim"], row["topic"]) for row in rows]
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_a_suffix_in_capitals_is_the_same_suffix(tmp_path, suffix):
+    rows = topic_rows(8)
+    written = write_table(tmp_path / f"t{suffix}", rows)
+    part = read_file(written.rename(tmp_path / f"T{suffix.upper()}"), Columns(("body",), ("topic",)))
+    assert part.rows == [(row["body"], None, row["topic"]) for row in rows]
+
+
 @pytest.mark.parametrize(
     ("values", "names"),
     [

@@ -8,7 +8,6 @@ from typing import Any
 import pandas
 
 from compactmind.data import (
-    READABLE,
     SPLITS,
     Sentence,
     check_row,
@@ -22,6 +21,7 @@ from compactmind.data import (
 from compactmind.errors import CompactMindError
 from compactmind.files import sha256_of
 from compactmind.phrases import hold_out_whole_sentences
+from compactmind.rows import READABLE
 from compactmind.sources import hub, wheels
 from compactmind.sources.choice import choose_source, describe, in_place_of, is_there, only_one, origin_of
 
@@ -36,7 +36,7 @@ def sst2_files(folder: Path) -> dict[str, Path] | None:
     """Return the train and dev files of a real SST-2 in `folder`, None if there is none."""
     files = {}
     for split, patterns in {"train": ("train*",), "dev": ("dev*", "validation*")}.items():
-        if path := only_one([path for pattern in patterns for path in folder.glob(pattern) if path.suffix in READABLE], split):
+        if path := only_one([path for pattern in patterns for path in folder.glob(pattern) if path.suffix.lower() in READABLE], split):
             files[split] = path
     if not files:
         return None

@@ -27,7 +27,7 @@ def wikitext_files(folder: Path) -> dict[str, Path]:
     files = {}
     for part in ("train", "valid", "test"):
         word = re.compile(rf"(^|[._-]){part}(ation)?([._-]|$)")
-        matches = [path for path in folder.glob("*") if path.suffix in TEXT_FILES and word.search(path.name)]
+        matches = [path for path in folder.glob("*") if path.suffix.lower() in TEXT_FILES and word.search(path.name)]
         if path := only_one(matches, part):
             files[part] = path
     return files if "test" in files else {}
