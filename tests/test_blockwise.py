@@ -35,7 +35,7 @@ def test_a_model_in_bf16_is_read_in_float32_and_stays_in_bf16():
     before = state_of(model)
     states, arguments = block_inputs(model, windows)
     block = llama_blocks(model)[0].module
-    with in_float32(block):
+    with in_float32(block), torch.no_grad():
         assert {each.dtype for each in block.parameters()} == {torch.float32} and not any(
             p.requires_grad for p in block.parameters()
         )

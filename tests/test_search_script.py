@@ -202,9 +202,9 @@ def test_another_space_is_another_study(searched, run_here):
 def test_a_target_out_of_reach_says_what_was_reached(tmp_path, run_here):
     helpers.add_llama(tmp_path)
     status, output = run_here("--methods", "nf4", "--choices", "{}", "--target_compression", 50)
-    assert status == 1 and "50 times smaller" in output and "the highest expected" in output, output
+    said = "no pipeline of these methods is expected to be 50 times smaller: nf4 comes nearest, 4.00 times"
+    assert status == 1 and said in output and "trial   0" not in output, output
     assert not (tmp_path / "models" / "llama_searched").exists()
-    assert (tmp_path / "results" / "search" / "trials.csv").is_file()
 
 
 def test_a_search_whose_only_trial_failed_says_why(tmp_path, run_here):

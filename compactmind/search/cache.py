@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from compactmind.attention import with_attention_kernel
 from compactmind.checkpoint import model_class_named, without_tied_copies, write_model
 from compactmind.errors import CompactMindError
 from compactmind.files import replace_directory, write_json_atomically
@@ -60,7 +61,7 @@ class PrefixCache:
         try:
             model_class, form = model_class_named(record["architecture"]), FORMATS[record["kind"]]
             held = dtype_to_hold(record["architecture"], record["parameters"])
-            model = form.load(place, model_class, record["row"]["done"], device, held)
+            model = with_attention_kernel(form.load(place, model_class, record["row"]["done"], device, held))
             if held is None:
                 widen(model)
             os.utime(place)  # used just now
