@@ -2,9 +2,11 @@
 
 import json
 
+import built_kernels
 import helpers
 import pytest
 import torch
+from built_kernels import drawn, needs_kernels
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -12,44 +14,26 @@ from compactmind import attention, kernels
 from compactmind.checkpoint import load_any, load_checkpoint, save_checkpoint
 from compactmind.methods.pruning.llama_structure import rebuilt
 
-needs_kernels = pytest.mark.skipif(kernels.reason_against() is not None, reason=f"no kernels: {kernels.reason_against()}")
+native, ops, instructions = built_kernels.native, built_kernels.ops, built_kernels.instructions
 pytestmark = needs_kernels
-
-
-@pytest.fixture(autouse=True)
-def native(monkeypatch):
-    monkeypatch.delenv(kernels.KERNEL_VARIABLE, raising=False)
-
-
-@pytest.fixture
-def ops():
-    assert kernels.available()
-    return torch.ops.compactmind
-
-
-@pytest.fixture(params=[False, True], ids=["avx2", "avx512"])
-def instructions(request, ops):
-    ops.use_avx512(request.param)
-    if request.param and not ops.avx512():
-        pytest.skip("this CPU has no AVX-512 with VNNI and VBMI")
-    yield kernels.few_rows_instructions()
-    ops.use_avx512(True)
-
-
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def expected(query, key, value, scaling=None, **what):
     groups = query.shape[1] // key.shape[1]
     key, value = (each.repeat_interleave(groups, dim=1).double() for each in (key, value))
-    return scaled_dot_product_attention(query.double(), key, value, scale=scaling, **(what or {"is_causal": True})).transpose(1, 2)
+    return scaled_dot_product_attention(query.double(), key, value, scale=scaling, **(what or {"is_causal": True})).transpose(
+        1, 2
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 31, 33, 64, 131])
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(3, 3, 8), (4, 2, 40), (9, 3, 64), (2, 1, 128), (1, 1, 33)])
 def test_every_token_reads_itself_and_those_before_it(ops, instructions, tokens, heads, key_heads, size):
-    query, key, value = drawn(2, heads, tokens, size), drawn(2, key_heads, tokens, size, seed=1), drawn(2, key_heads, tokens, size, seed=2)
+    query, key, value = (
+        drawn(2, heads, tokens, size),
+        drawn(2, key_heads, tokens, size, seed=1),
+        drawn(2, key_heads, tokens, size, seed=2),
+    )
     result = ops.attention(query, key, value, None, True, 0.3)
     assert result.shape == (2, tokens, heads, size) and result.is_contiguous()
     torch.testing.assert_close(result.double(), expected(query, key, value, 0.3), rtol=1e-5, atol=1e-5)
@@ -165,7 +149,9 @@ def test_without_kernels_torch_computes_all(saved, calls, monkeypatch):
     plain, path = saved
     monkeypatch.setenv(kernels.KERNEL_VARIABLE, "simulated")
     with torch.no_grad():
-        assert torch.equal(load_checkpoint(path).model(torch.tensor([[5, 9, 3]])).logits, plain(torch.tensor([[5, 9, 3]])).logits)
+        assert torch.equal(
+            load_checkpoint(path).model(torch.tensor([[5, 9, 3]])).logits, plain(torch.tensor([[5, 9, 3]])).logits
+        )
     assert len(calls) == plain.config.num_hidden_layers
 
 

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import built_kernels
 import pytest
 import torch
+from built_kernels import drawn, needs_kernels
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from compactmind import kernels
@@ -27,33 +29,8 @@ from compactmind.methods.quantization.w8a8_linear import (
     quantize_activation,
 )
 
-needs_kernels = pytest.mark.skipif(kernels.reason_against() is not None, reason=f"no kernels: {kernels.reason_against()}")
+native, ops, instructions = built_kernels.native, built_kernels.ops, built_kernels.instructions
 GRIDS = [Grid(bits, size, zero) for bits in BITS for zero in ZEROS for size in (32, 64, -1)]
-
-
-@pytest.fixture(autouse=True)
-def native(monkeypatch):
-    monkeypatch.delenv(KERNEL_VARIABLE, raising=False)
-
-
-@pytest.fixture
-def ops():
-    assert kernels.available()
-    return torch.ops.compactmind
-
-
-@pytest.fixture(params=[False, True], ids=["avx2", "avx512"])
-def instructions(request, ops):
-    """Products of few rows by either, where the CPU has both."""
-    ops.use_avx512(request.param)
-    if request.param and not ops.avx512():
-        pytest.skip("this CPU has no AVX-512 with VNNI and VBMI")
-    yield kernels.few_rows_instructions()
-    ops.use_avx512(True)
-
-
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def integers(*shape: int, seed: int = 0) -> torch.Tensor:
