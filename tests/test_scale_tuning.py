@@ -3,6 +3,7 @@
 import helpers
 import pytest
 import torch
+from llamas import make_other
 
 from compactmind.errors import CompactMindError
 from compactmind.evaluation.divergence import divergence
@@ -13,9 +14,9 @@ from compactmind.methods.quantization.scale_tuning import _backward, tune_scales
 from compactmind.progress import now_and_then
 
 
-def rounded(zero="symmetric", dtype=torch.float32, bits=3):
-    dense, windows = helpers.make_llama(), helpers.example_windows(32, 32)
-    model = helpers.make_llama().to(dtype)
+def rounded(zero="symmetric", dtype=torch.float32, bits=3, make=helpers.make_llama):
+    dense, windows = make(), helpers.example_windows(32, 32)
+    model = make().to(dtype)
     quantize_gptq(model, windows, GPTQRecipe(bits=bits, group_size=16, zero=zero, damping=0.1))
     return dense, model.float() if dtype == torch.float32 else model, windows
 
@@ -49,8 +50,13 @@ def test_the_model_comes_nearer_and_only_scales_zeros_and_norms_move(zero, preci
     assert not torch.equal(model.model.norm.weight, norm)
 
 
-def test_gradients_block_by_block_are_those_of_the_whole_model():
-    dense, model, windows = rounded()
+def granite():
+    return make_other("granite", logits_scaling=6.0)
+
+
+@pytest.mark.parametrize("make", [helpers.make_llama, granite])
+def test_gradients_block_by_block_are_those_of_the_whole_model(make):
+    dense, model, windows = rounded(make=make)
     layer = model.model.layers[0].mlp.down_proj
     layer.scale = layer.scale.float().requires_grad_()
     loss = _backward(model, dense, windows[0], dense.model(windows[:1]).last_hidden_state[0].detach())

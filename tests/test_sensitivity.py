@@ -4,6 +4,7 @@
 import helpers
 import pytest
 import torch
+from llamas import make_other
 
 from compactmind.evaluation.divergence import divergence
 from compactmind.methods.llama import LINEARS, llama_blocks
@@ -21,9 +22,15 @@ from compactmind.methods.quantization.sensitivity import (
 GRIDS = [Grid(bits, 16) for bits in (3, 4, 6, 8)]
 
 
-def test_a_probe_measures_what_the_whole_model_does():
-    model, window = helpers.make_llama(), helpers.example_windows(1, 40)[0]
-    probe, other = Probe(model, window), helpers.make_llama()
+def granite(logits_scaling: float = 2.0):
+    """Return a model whose logits are divided by a number."""
+    return make_other("granite", logits_scaling=logits_scaling, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("make", [helpers.make_llama, granite])
+def test_a_probe_measures_what_the_whole_model_does(make):
+    model, window = make(), helpers.example_windows(1, 40)[0]
+    probe, other = Probe(model, window), make()
     for index in (0, 1):
         changes = [(field, round_nearest(getattr(llama_blocks(model)[index], field).weight, Grid(3, 16)).weight()) for field in LINEARS]
         results = probe.with_weights(index, iter(changes))
@@ -33,7 +40,7 @@ def test_a_probe_measures_what_the_whole_model_does():
             p, q = (each(window[None]).logits[0].detach().double().log_softmax(-1) for each in (model, other))
             assert result == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
     assert probe.with_weights(0, []) == []
-    assert torch.equal(model(window[None]).logits, helpers.make_llama()(window[None]).logits)  # as it was
+    assert torch.equal(model(window[None]).logits, make()(window[None]).logits)  # as it was
 
 
 def test_costs_fall_with_bits_and_are_those_of_the_reference_there():
@@ -87,6 +94,15 @@ def test_gradients_are_those_of_autograd_and_leave_the_model_as_it_was():
             assert weights.shape == windows.shape and weights.mean().item() == pytest.approx(1, rel=1e-5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_number_that_logits_are_divided_by_is_part_of_the_head():
+    model, plain, windows = granite(6.0), granite(1.0), helpers.example_windows(2, 16)
+    with torch.no_grad():
+        plain.lm_head.weight /= 6.0
+    for result, wanted in zip(measure_gradients(model, windows).rows, measure_gradients(plain, windows).rows, strict=True):
+        for name in LINEARS:
+            torch.testing.assert_close(result[name], wanted[name], rtol=1e-4, atol=1e-12)
 
 
 def test_the_estimate_by_gradients_orders_the_blocks_linears_as_the_measurement_does():

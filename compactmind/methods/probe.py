@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
 from compactmind.methods.blockwise import block_inputs, in_float32, run_block
-from compactmind.methods.llama import llama_blocks
+from compactmind.methods.llama import llama_blocks, logits_divisor
 
 
 class Probe:
@@ -29,7 +29,8 @@ class Probe:
     def _log_probabilities(self, states: torch.Tensor) -> torch.Tensor:
         head = self.model.get_output_embeddings().weight
         with in_float32(self.model.model.norm):
-            return (self.model.model.norm(states)[0] @ head.float().t()).log_softmax(dim=-1)
+            read = self.model.model.norm(states)[0] / logits_divisor(self.model)
+            return (read @ head.float().t()).log_softmax(dim=-1)
 
     @torch.no_grad()
     def divergences(self, states: torch.Tensor, index: int) -> list[float]:

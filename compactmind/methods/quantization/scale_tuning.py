@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from compactmind.devices import mixed_precision
 from compactmind.errors import CompactMindError
 from compactmind.methods.blockwise import block_inputs, run_block
-from compactmind.methods.llama import llama_blocks, stream_norms
+from compactmind.methods.llama import llama_blocks, logits_divisor, stream_norms
 from compactmind.methods.quantization.grouped import GroupedLinear, GroupedWeight, forget_unpacked
 
 TOKENS_AT_ONCE = 64
@@ -120,7 +120,7 @@ def _put(places: list[tuple[nn.Module, str]], values: list[torch.Tensor]) -> Non
 @torch.no_grad()
 def _divergence(model: PreTrainedModel, teacher: PreTrainedModel, window: torch.Tensor) -> float:
     """Return KL(teacher || model) in nats a token on a window (seq_len,)."""
-    states = [_states(each, window) for each in (model, teacher)]
+    states = [_states(each, window) / logits_divisor(each) for each in (model, teacher)]
     heads, loss = [_head(each) for each in (model, teacher)], 0.0
     for start in range(0, len(window), TOKENS_AT_ONCE):
         parts = [each[start : start + TOKENS_AT_ONCE] for each in states]
@@ -149,14 +149,14 @@ def _backward(model: PreTrainedModel, teacher: PreTrainedModel, window: torch.Te
     last = states.detach().requires_grad_()
     normed = model.model.norm(last)
     loss, gradient = 0.0, torch.empty_like(normed[0])
-    head, of_teacher = _head(model), _head(teacher)
+    head, of_teacher, divisor = _head(model), _head(teacher), logits_divisor(model)
     with torch.no_grad():
         for start in range(0, len(window), TOKENS_AT_ONCE):
             part = slice(start, start + TOKENS_AT_ONCE)
-            log_probabilities = (normed[0, part].float() @ head.t()).log_softmax(dim=-1)
-            target = (teacher_states[part] @ of_teacher.t()).log_softmax(dim=-1)
+            log_probabilities = (normed[0, part].float() / divisor @ head.t()).log_softmax(dim=-1)
+            target = (teacher_states[part] / logits_divisor(teacher) @ of_teacher.t()).log_softmax(dim=-1)
             loss += float((target.exp() * (target - log_probabilities)).sum())
-            gradient[part] = log_probabilities.exp_().sub_(target.exp_()) @ head / len(window)
+            gradient[part] = log_probabilities.exp_().sub_(target.exp_()) @ head / (divisor * len(window))
     normed.backward(gradient[None])
     gradient = last.grad
     for block, others in zip(reversed(blocks), reversed(arguments), strict=True):

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compactmind.methods.blockwise import block_inputs, in_float32, run_block, walk_blocks
-from compactmind.methods.llama import LINEARS, llama_blocks
+from compactmind.methods.llama import LINEARS, llama_blocks, logits_divisor
 from compactmind.methods.probe import Probe, require_finite
 from compactmind.methods.quantization.calibration import SITES, readers_of
 from compactmind.methods.quantization.gptq import inverse_factor, round_nearest
@@ -54,7 +54,7 @@ class Gradients:
 @torch.no_grad()
 def measure_gradients(model: PreTrainedModel, windows: torch.Tensor, seed: int = 0) -> Gradients:
     """Return how sensitive a dense model is by its gradients on `windows` (windows, seq_len) of text. The model stays as it is."""
-    blocks, head = llama_blocks(model), model.get_output_embeddings().weight
+    blocks, head, divisor = llama_blocks(model), model.get_output_embeddings().weight, logits_divisor(model)
     generator = torch.Generator(model.device).manual_seed(seed)
     names = list(LINEARS)
     energy = [{name: [] for name in names} for _ in blocks]
@@ -74,11 +74,12 @@ def measure_gradients(model: PreTrainedModel, windows: torch.Tensor, seed: int =
                 normed = model.model.norm(last)
             gradient = torch.empty_like(normed[0])
             for start in range(0, len(window), TOKENS_AT_ONCE):
-                read = normed[0, start : start + TOKENS_AT_ONCE].detach()
+                read = normed[0, start : start + TOKENS_AT_ONCE].detach() / divisor
                 p = (read @ head.float().t()).softmax(dim=-1)
                 require_finite("the prediction", p)
                 drawn = torch.multinomial(p, 1, generator=generator)
-                gradient[start : start + TOKENS_AT_ONCE] = p.scatter_add_(1, drawn, -torch.ones_like(p[:, :1])) @ head.float()
+                change = p.scatter_add_(1, drawn, -torch.ones_like(p[:, :1]))
+                gradient[start : start + TOKENS_AT_ONCE] = change @ head.float() / divisor
             (gradient,) = torch.autograd.grad(normed, last, gradient[None])
         for index in reversed(range(len(blocks))):
             gradient = _backward(blocks[index], reads.pop(), arguments[index], gradient, energy[index], rows[index])
