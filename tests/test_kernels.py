@@ -68,6 +68,22 @@ def test_the_largest_sums_do_not_overflow_or_saturate(ops, instructions, vnni):
 
 
 @needs_kernels
+@pytest.mark.parametrize("largest", [127, 90, 64, 40, 12])
+@pytest.mark.parametrize("sign", ["both", "positive", "negative"])
+@pytest.mark.parametrize("shape", [(13, 40), (64, 1600)], ids=str)
+def test_products_are_exact_whatever_would_not_fit_into_sixteen_bits(ops, largest, sign, shape):
+    """Weights of the largest size, 128 among them, and inputs some of which are taken apart: all, one in sixteen, in rows of one sign."""
+    q = (integers(*shape).int() * largest // 127).to(torch.int8)
+    q = q if sign == "both" else q.abs() * (1 if sign == "positive" else -1)
+    q[:, ::16], q[3:9] = 127, -128
+    q[5, 1::8] = 127
+    weight = integers(35, shape[1], seed=1)
+    weight[:8], weight[8:16], weight[16:24, ::2] = 127, -128, -128
+    result = ops.int8_linear(q, torch.ones(shape[0], 1), weight, torch.ones(35), None, False)
+    assert torch.equal(result, (q.long() @ weight.long().t()).float())
+
+
+@needs_kernels
 @pytest.mark.parametrize("rows", [0, 1, 5, 70])
 @pytest.mark.parametrize("channels", [1, 7, 96])
 @pytest.mark.parametrize("bias", [False, True])
