@@ -278,7 +278,7 @@ def prune(
     elif goal:  # what the table is wrong by is known before pruning begins: with any scores, on a copy
         scores = ImportanceScorer(model, "l2").scores()
         target.settled(deepcopy(model), scores, target.tightened(model, scores, masks, target.end), cost_of)
-    if difference is not None:
+    if len(loop.history) >= config.prune_end_epoch:  # what goes was chosen before
         model = compact(model, masks)
         begin_recovery(model)
     else:

@@ -144,6 +144,20 @@ def resolved(name: str, config: PipelineConfig, given: dict[str, Any]) -> StageC
     return SECTIONS[name].for_profile(config.profile, **options_for(name, config, given))
 
 
+def with_family(config: PipelineConfig, given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the settings in which stage 3 rounds what stage 2 makes (a family, a pattern, a name of its own), unless they say what else."""
+    pruned = resolved("2_prune_finetune", config, given.get("2_prune_finetune", {}))
+    own = given.get("3_quantize", {})
+    made = [place.name for place, other in outputs_of("2_prune_finetune.py", pruned).items() if not other]
+    usual, rounded = PruneConfig.for_profile(config.profile).output_dir, resolved("3_quantize", config, own)
+    parents = {
+        each: tuple(name for parent in getattr(rounded, each) for name in (made if parent == usual else [parent]))
+        for each in ("parents", "w8a8_parents")
+        if each not in own and usual in getattr(rounded, each) and made != [usual]
+    }
+    return given | {"3_quantize": own | parents} if parents else given
+
+
 def dump(config: PipelineConfig, given: dict[str, dict[str, Any]]) -> str:
     """Return the file that has every setting of every stage as this command line and its file of settings make them."""
     left_out = {field.name for field in fields(StageConfig)}
@@ -295,7 +309,7 @@ def main(config: PipelineConfig) -> None:
     if problem := setting_problem(config):
         raise SystemExit(f"error: {problem}")
     try:
-        given = settings_of_file(config.config)
+        given = with_family(config, settings_of_file(config.config))
         if config.dump_config:
             write_or_print(config.dump_config, dump(config, given))
             return

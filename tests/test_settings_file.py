@@ -178,6 +178,26 @@ def test_what_is_made_of_something_that_is_made_is_made_too(pipeline, tmp_path, 
     assert result == {"student_distilled_nf4": None, "student_pruned_nf4": first, "student_pruned_w8a8": first}
 
 
+@pytest.mark.parametrize(
+    ("settings", "made"),
+    [
+        ({"target_speedups": (2.0, 4.0)}, ("student_pruned_2x", "student_pruned_4x")),
+        ({"target_gflops": (0.3,), "seeds": 3}, ("student_pruned_gflops0.3",)),
+        ({"pattern": "2:4"}, ("student_pruned_2to4",)),
+        ({"output_dir": "small"}, ("small",)),
+        ({}, ("student_pruned",)),
+    ],
+    ids=str,
+)
+def test_what_is_rounded_is_what_is_pruned(pipeline, settings, made):
+    config, name = pipeline.PipelineConfig(), "3_quantize"
+    given = pipeline.with_family(config, {"2_prune_finetune": settings})
+    quantize = pipeline.resolved(name, config, given.get(name, {}))
+    assert (quantize.parents, quantize.w8a8_parents) == (("student_distilled", *made), made)
+    asked = {"2_prune_finetune": settings, name: {"parents": ("teacher",), "w8a8_parents": ("student_pruned",)}}
+    assert pipeline.with_family(config, asked) == asked
+
+
 def test_a_stage_that_would_not_fit_is_said_and_is_an_error(tmp_path, run_here, monkeypatch):
     helpers.add_llama(tmp_path)
     stage = ("--only", "5_bayesian_search.py", "--dry_run", "True")

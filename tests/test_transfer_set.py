@@ -37,6 +37,12 @@ def test_every_table_is_read_whatever_its_other_columns(tmp_path, name):
     assert read_unlabelled(tmp_path / name, Task(), KNOWN) == ([Sentence("one text", 0), Sentence("another", 0)], 0)
 
 
+def test_the_only_column_is_the_text_whatever_it_is_called(tmp_path):
+    (tmp_path / "mail.csv").write_text("complaint\nit broke\nit never came\n")
+    texts, left_out = read_unlabelled(tmp_path / "mail.csv", Task(), [])
+    assert ([each.text for each in texts], left_out) == (["it broke", "it never came"], 0)
+
+
 def test_a_task_of_pairs_takes_pairs(tmp_path):
     task, rows = Task(("no", "yes"), True), [{"text": "a", "pair": "b"}, {"text": "a", "pair": "c"}, {"text": "a", "pair": ""}]
     texts, left_out = read_unlabelled(write_lines(tmp_path / "more.jsonl", rows), task, [Sentence("A", 1, "C.")])
@@ -48,7 +54,7 @@ def test_a_task_of_pairs_takes_pairs(tmp_path):
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ([{"review": "a"}], "row 1: expected a column sentence, text or content, found review"),
+        ([{"review": "a", "stars": 5}], "row 1: expected a column sentence, text or content, found review, stars"),
         (["a"], "row 1: expected a column sentence, text or content, found str"),
         ([{"text": "no"}, {"text": ""}], "has 2 rows and no text that is not among the labelled ones"),
         ([], "has 0 rows and no text"),

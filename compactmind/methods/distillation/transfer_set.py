@@ -35,9 +35,9 @@ class Teacher(Protocol):
 
 
 def read_unlabelled(path: Path, task: Task, known: Iterable[Sentence]) -> tuple[list[Sentence], int]:
-    """Return the texts of a csv, tsv, jsonl or parquet file (column sentence, text or content; of a task of pairs `pair` too), each once,
-    and the number of rows that were left out: empty or broken ones, repeated ones, and those that ask the same as one of `known`, the
-    labelled texts, held-out ones among them.
+    """Return the texts of a csv, tsv, jsonl or parquet file (column sentence, text or content, or the only one; of a task of pairs `pair`
+    too), each once, and the number of rows that were left out: empty or broken ones, repeated ones, and those that ask the same as one of
+    `known`, the labelled texts, held-out ones among them.
 
     Labels are 0 until the teacher has read them. Raises CompactMindError on a file that cannot be read, a column that is not there, and if
     nothing is left.
@@ -48,7 +48,7 @@ def read_unlabelled(path: Path, task: Task, known: Iterable[Sentence]) -> tuple[
             continue
         rows, where = rows + 1, f"{path}, row {number}"
         names = list(row) if isinstance(row, dict) else []
-        column = next((name for name in TEXT_COLUMNS if name in names), None)
+        column = names[0] if len(names) == 1 else next((name for name in TEXT_COLUMNS if name in names), None)
         if column is None or (task.pairs and "pair" not in names):
             wanted = f"a column {', '.join(TEXT_COLUMNS[:-1])} or {TEXT_COLUMNS[-1]}" + " and a column pair" * task.pairs
             raise CompactMindError(f"{where}: expected {wanted}, found {', '.join(map(shown, names)) or type(row).__name__}")
