@@ -340,7 +340,7 @@ def save_chosen(
     """Save the model of what was chosen, or of every size that was."""
     for each in chosen:
         if "trial" not in each:
-            print(f"save_front {each['ratio']:g}: {findings.why_none_so_small(study)}; no model is saved")
+            print(f"save_front {each['ratio']:g}: {findings.why_none_so_small(study, each['ratio'])}; no model is saved")
             continue
         place = front_output(config, each["ratio"]) if config.save_front else output
         found_by = origin(config, study, storage, each["trial"])

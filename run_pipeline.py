@@ -145,7 +145,7 @@ def resolved(name: str, config: PipelineConfig, given: dict[str, Any]) -> StageC
 
 
 def with_family(config: PipelineConfig, given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the settings in which stage 3 rounds what stage 2 makes (a family, a pattern, a name of its own), unless they say what else."""
+    """Return the settings in which stage 3 rounds what stage 2 makes (a family, a pattern, another name), unless they say what else."""
     pruned = resolved("2_prune_finetune", config, given.get("2_prune_finetune", {}))
     own = given.get("3_quantize", {})
     made = [place.name for place, other in outputs_of("2_prune_finetune.py", pruned).items() if not other]

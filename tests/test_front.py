@@ -327,6 +327,28 @@ def test_a_final_training_that_fails_leaves_the_pipeline_as_the_search_made_it(e
         assert f"final training failed ({why}): the pipeline of the search is kept\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("error", [CompactMindError("not finite"), MemoryError("no memory left\nand more")], ids=repr)
+def test_a_trial_that_cannot_be_confirmed_is_left_out_and_not_the_search(tmp_path, error, capsys):
+    study, found = open_study("one", f"sqlite:///{tmp_path / 'study.db'}", {}), [trial(number, 50, 0.1) for number in range(2)]
+    failed = []
+
+    def run(_):
+        if not failed:
+            failed.append(error)
+            raise error
+        return SimpleNamespace(steps=[])
+
+    measure = lambda *_, **__: {"kl": 0.5, "compression_ratio": 2.0}  # noqa: E731
+    runner = SimpleNamespace(run=run, measure=measure, windows=[1, 2], resources=None, step_measure=None, cache=None, quality="kl")
+    confirmed = choosing.confirm(study, found, runner)
+    why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    assert set(confirmed) == {1} and f"trial 0 is left out, it could not be confirmed: {why}\n" in capsys.readouterr().out
+    assert choosing.choose(2.0, found[:1], confirmed, runner, 0) == {"ratio": 2.0}
+    failed.clear()
+    with pytest.raises(CompactMindError, match=f"none of the best trials could be confirmed on 2 windows .{why}.: the study is kept"):
+        choosing.confirm(study, found[:1], runner)
+
+
 def test_two_machines_that_confirm_at_once_lose_nothing_of_each_other(tmp_path):
     found = [trial(number, 50, 0.1) for number in range(3)]
     ours, theirs = (open_study("one", f"sqlite:///{tmp_path / 'study.db'}", {}) for _ in range(2))

@@ -7,7 +7,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from compactmind.errors import first_line
+from compactmind.errors import CompactMindError, first_line
 from compactmind.precision import is_small
 from compactmind.search.ablation import ablation
 from compactmind.search.compressor import Step, interaction, measure_or_none, pipeline_name, read_pipeline
@@ -36,27 +36,45 @@ def choose_for_ratios(
     of the first of these is worth (None: that could not be measured)."""
     confirmed = confirm(study, trials, runner)
     chosen = [choose(ratio, trials, confirmed, runner, tokens) for ratio in ratios]
-    steps = read_pipeline(next(each["pipeline"] for each in chosen if "trial" in each))
-    return confirmed, chosen, measure_or_none("what each step is worth", lambda: step_effects(steps, runner))
+    found = [read_pipeline(each["pipeline"]) for each in chosen if "trial" in each]
+    return confirmed, chosen, measure_or_none("what each step is worth", lambda: step_effects(found[0], runner)) if found else None
 
 
 def confirm(study: optuna.Study, trials: Sequence[FrozenTrial], runner: TrialRunner) -> dict[int, dict[str, Any]]:
-    """Run trials again and measure them on all of the runner's windows, unless the study knows what they give; return that by number."""
+    """Run trials again and measure them on all of the runner's windows, unless the study knows what they give; return that by number.
+
+    One that fails is left out with a printed line. Raises CompactMindError if that leaves none.
+    """
+    why = ""
     for trial in trials:
         if trial.number in confirmed_trials(study):
             continue
         steps = read_pipeline(trial.user_attrs["pipeline"])
         print(f"confirming trial {trial.number} on {len(runner.windows)} windows: {pipeline_name(steps)} ...", flush=True)
-        compressed = runner.run(steps)
-        together = measure_or_none(
-            "the interaction",
-            lambda steps=steps, rows=compressed.steps: interaction(steps, runner.resources, runner.step_measure, rows, runner.cache),
+        try:
+            known = on_all_windows(steps, trial, runner)
+        except Exception as error:  # noqa: BLE001  out of memory, NaN on other text: one trial, not what the search has found
+            why = f"{type(error).__name__}: {first_line(error)}"
+            print(f"trial {trial.number} is left out, it could not be confirmed: {why}", flush=True)
+        else:
+            study.set_user_attr(f"{CONFIRMED} {trial.number}", known)
+    known_trials = confirmed_trials(study)
+    if not any(trial.number in known_trials for trial in trials):
+        raise CompactMindError(
+            f"none of the best trials could be confirmed on {len(runner.windows)} windows ({why}): the study is kept; make room for one, "
+            "then run the same command again"
         )
-        measured = runner.measure(compressed, known=trial.user_attrs.get("by_window"))
-        known = {**measured, "steps": summarize_rows(compressed.steps), "interaction": together}
-        del compressed
-        study.set_user_attr(f"{CONFIRMED} {trial.number}", known)
-    return confirmed_trials(study)
+    return known_trials
+
+
+def on_all_windows(steps: list[Step], trial: FrozenTrial, runner: TrialRunner) -> dict[str, Any]:
+    """Return what the pipeline of a trial, run again, gives on all of the runner's windows, what its steps cost and how they interact."""
+    compressed = runner.run(steps)
+    together = measure_or_none(
+        "the interaction", lambda: interaction(steps, runner.resources, runner.step_measure, compressed.steps, runner.cache)
+    )
+    measured = runner.measure(compressed, known=trial.user_attrs.get("by_window"))
+    return {**measured, "steps": summarize_rows(compressed.steps), "interaction": together}
 
 
 def confirmed_trials(study: optuna.Study) -> dict[int, dict[str, Any]]:
@@ -72,7 +90,7 @@ def choose(
 ) -> dict[str, Any]:
     """Return the ratio, and of the best trial on all windows that is so many times smaller its number, what was measured and the pipeline
     to save; the ratio alone if there is none. A pipeline that learns does so on `tokens` first, see `retrain_longer`."""
-    small = [trial for trial in trials if confirmed[trial.number]["compression_ratio"] >= ratio]
+    small = [trial for trial in trials if confirmed.get(trial.number, {}).get("compression_ratio", 0) >= ratio]
     if not small:
         return {"ratio": ratio}
     best = min(small, key=lambda trial: confirmed[trial.number][runner.quality])

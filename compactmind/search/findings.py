@@ -239,9 +239,11 @@ def why_none_reached(study: optuna.Study, target: float, folder: Path, ratios: S
     )
 
 
-def why_none_so_small(study: optuna.Study) -> str:
-    """Return that no trial is as small as is wanted, and how small the smallest is."""
+def why_none_so_small(study: optuna.Study, ratio: float) -> str:
+    """Return why nothing was chosen at a ratio: no trial is as small, and how small the smallest is, or none that is could be confirmed."""
     largest = max(trial.user_attrs["measured"]["compression_ratio"] for trial in measured_trials(study))
+    if largest >= ratio:
+        return "of the trials that are so many times smaller none could be confirmed (see above)"
     return f"no trial is so many times smaller: the smallest is {largest:.2f}"
 
 
