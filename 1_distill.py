@@ -54,11 +54,12 @@ from compactmind.training import (
 CONFIG = DistillConfig.for_profile(PROFILE)
 
 
-SELECTION = LastNotWorse()
-"""Which epoch of each model is kept."""
-
-
 # ----------------------------------------------------------------------------------------------------------------- loop
+def selection_of(config: DistillConfig) -> LastNotWorse:
+    """Return which epoch of each model is kept."""
+    return LastNotWorse(read_task(config.data_dir).metric)
+
+
 def train(
     name: str,
     model: torch.nn.Module,
@@ -89,7 +90,7 @@ def train(
     if not use_hidden_loss:
         read_first_token_only(model)
     loop = EpochLoop(
-        name, directory, stage, accelerator, splits["train"], splits["validation"], SELECTION, epochs=epochs,
+        name, directory, stage, accelerator, splits["train"], splits["validation"], selection_of(config), epochs=epochs,
         **config.relevant("batch_size", "eval_batch_size", "seed", "weight_decay", "max_grad_norm", "log_every"),
     )  # fmt: skip
     warmup_steps = int(config.warmup_ratio * loop.total_steps)
@@ -196,7 +197,7 @@ def main(config: DistillConfig) -> None:
     # What each output depends on: if none of it changed, the output is up to date.
     shared = config.relevant("profile", "seed", "batch_size", "max_length", "weight_decay", "max_grad_norm", "warmup_ratio",
                              "average_share")  # fmt: skip
-    shared |= accelerator_record(accelerator, config.batch_size) | {"selection": str(SELECTION)}
+    shared |= accelerator_record(accelerator, config.batch_size) | {"selection": str(selection_of(config))}
     shared["data"] = data_fingerprint(config.data_dir)
     made_by = {"script": "1_distill.py", "code": code_version(__file__)}
     teacher_stage = {

@@ -97,7 +97,7 @@ def family_of(config: PruneConfig) -> dict[str, Goal | None]:
 
 def selection_of(config: PruneConfig) -> FirstBest:
     """Return which epoch of recovery is kept."""
-    return FirstBest(config.min_delta)
+    return FirstBest(config.min_delta, read_task(config.data_dir).metric)
 
 
 # ----------------------------------------------------------------------------------------------------------------- main

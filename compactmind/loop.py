@@ -30,7 +30,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from compactmind.data import EncodedSentences
-from compactmind.evaluation.accuracy import accuracy_of, standard_error
+from compactmind.evaluation.accuracy import accuracy_of, score_of
 from compactmind.training import (
     Progress,
     TrainingState,
@@ -47,32 +47,40 @@ from compactmind.training import (
 # --------------------------------------------------------------------------------------------------- which epoch is kept
 @dataclass(frozen=True)
 class LastNotWorse:
-    """Keep the last epoch whose validation accuracy is within one standard error of the best so far.
+    """Keep the last epoch whose validation score is within one standard error of the best so far.
 
     Weights trained at a falling rate are better the lower it is, and the validation sentences are too few to see differences below that.
     """
 
-    def keeps(self, accuracy: float, earlier: list[float], kept: float | None, rows: int) -> bool:
-        """Tell whether an epoch is kept: its accuracy, those of all before it, that of the one kept so far, rows they are of."""
-        best = max([accuracy, *earlier])
-        return accuracy >= best - standard_error(best, rows)
+    metric: str = "accuracy"
+    """What the score is, see `score_of`."""
+
+    def keeps(self, score: float, error: float, earlier: list[tuple[float, float]], kept: float | None) -> bool:
+        """Tell whether an epoch is kept: its score with standard error, those of all before it, the score of the one kept so far."""
+        best, its_error = max([*earlier, (score, error)], key=lambda each: each[0])
+        return score >= best - its_error
 
     def __str__(self) -> str:
-        return "last epoch within one standard error of the best"
+        return f"last epoch within one standard error of the best{_by(self.metric)}"
 
 
 @dataclass(frozen=True)
 class FirstBest:
-    """Keep the epoch with the best validation accuracy, and of those that differ by no more than `min_delta` the first."""
+    """Keep the epoch with the best validation score, and of those that differ by no more than `min_delta` the first."""
 
     min_delta: float = 0.0
+    metric: str = "accuracy"
 
-    def keeps(self, accuracy: float, earlier: list[float], kept: float | None, rows: int) -> bool:
+    def keeps(self, score: float, error: float, earlier: list[tuple[float, float]], kept: float | None) -> bool:
         """See LastNotWorse."""
-        return kept is None or accuracy > kept + self.min_delta
+        return kept is None or score > kept + self.min_delta
 
     def __str__(self) -> str:
-        return f"first epoch that no other is better than by more than {self.min_delta:g}"
+        return f"first epoch that no other is better than by more than {self.min_delta:g}{_by(self.metric)}"
+
+
+def _by(metric: str) -> str:
+    return "" if metric == "accuracy" else f" by {metric}"
 
 
 # -------------------------------------------------------------------------------------------------------------- the loop
@@ -81,7 +89,7 @@ class EpochLoop:
 
     `stage`: what the result depends on; the state of another stage is not resumed. `own` may be set by the script to values and tensors
     of its own that belong to the state; after a resume it holds them again (None in a run from the beginning). `history`: a row per
-    finished epoch. `kept`: accuracy, epoch and weights of the epoch that `selection` has kept, of those from `first_kept` on.
+    finished epoch. `kept`: accuracy, score, epoch and weights of the epoch that `selection` has kept, of those from `first_kept` on.
     """
 
     def __init__(
@@ -113,7 +121,7 @@ class EpochLoop:
         self.state = TrainingState(directory, stage)
         self._saved = self.state.load()
         self.history: list[dict] = []
-        self.kept: dict[str, Any] = {"accuracy": -1.0, "epoch": 0, "weights": None}
+        self.kept: dict[str, Any] = {"accuracy": -1.0, "score": None, "epoch": 0, "weights": None}
         self.own: dict[str, Any] | None = None
         if self._saved:
             self.history, self.kept, self.own = (self._saved[key] for key in ("history", "kept", "own"))
@@ -165,7 +173,7 @@ class EpochLoop:
         self.phase = phase
         while (epoch := len(self.history) + 1) <= last:
             if patience is not None and len(self.history) - self.kept["epoch"] >= patience:
-                self.progress.write(f"{self.name:<18} stopped early: no better validation accuracy for {patience} epochs")
+                self.progress.write(f"{self.name:<18} stopped early: no better validation {self.selection.metric} for {patience} epochs")
                 return
             self._started, self._losses, self._first_step = time.perf_counter(), [], self.progress.step + 1
             self._label = f"{self.name}, epoch {epoch} ({phase})"
@@ -215,7 +223,8 @@ class EpochLoop:
 
     def metrics(self) -> dict[str, Any]:
         """Return what a manifest says of the epoch that was kept."""
-        return {"validation_accuracy": self.kept["accuracy"], "kept_epoch": self.kept["epoch"]}
+        score = {} if self.selection.metric == "accuracy" else {f"validation_{self.selection.metric}": self.kept["score"]}
+        return {"validation_accuracy": self.kept["accuracy"], **score, "kept_epoch": self.kept["epoch"]}
 
     def clear(self, directory: Path) -> None:
         """Forget the state, by the process that saved the model in `directory`, and say where it is and how good."""
@@ -229,23 +238,24 @@ class EpochLoop:
         return mean_loss(self._losses, self.accelerator, self._first_step, self._label, self.lr_setting)
 
     def _end(self, epoch: int) -> None:
-        earlier, rows = [row["accuracy"] for row in self.history], len(self.validation)
+        earlier, metric = [(row["score"], row["standard_error"]) for row in self.history], self.selection.metric
         with self.average.applied_to(self.model):
             logits = validation_logits(
                 self.model, self.validation, self.eval_batch_size, self.accelerator, self._label, self.lr_setting
             )
             accuracy = accuracy_of(logits, self.validation.labels)
-            kept = self.kept["accuracy"] if self.kept["epoch"] else None
-            if epoch >= self.first_kept and self.selection.keeps(accuracy, earlier, kept, rows):
-                self.kept = {"accuracy": accuracy, "epoch": epoch, "weights": cpu_copy(self.model.state_dict())}
+            score, error = score_of(logits, self.validation.labels, metric)
+            if epoch >= self.first_kept and self.selection.keeps(score, error, earlier, self.kept["score"]):
+                self.kept = {"accuracy": accuracy, "score": score, "epoch": epoch, "weights": cpu_copy(self.model.state_dict())}
         seconds, lr = time.perf_counter() - self._started, self.scheduler.get_last_lr()[0]
-        self.row |= {"accuracy": accuracy, "lr": lr, "seconds": seconds}
+        self.row |= {"accuracy": accuracy, "score": score, "standard_error": error, "lr": lr, "seconds": seconds}
         self.history.append(self.row)
         self.progress.track("epoch", self.row)
         sparsity = f"sparsity {self.row['sparsity']:6.2%} | " if self.row["sparsity"] else ""
+        judged = "" if metric == "accuracy" else f"{metric} {score:.3f} | "
         self.progress.write(
             f"{self.name:<18} epoch {epoch}/{self.total_epochs} {self.phase} | loss {self.row['loss']:7.4f} | "
-            f"validation accuracy {accuracy:6.2%} | {sparsity}{seconds:.0f} s"
+            f"validation accuracy {accuracy:6.2%} | {judged}{sparsity}{seconds:.0f} s"
         )
         if self.accelerator.is_main_process:
             self.state.save(

@@ -12,6 +12,7 @@ from compactmind.evaluation.accuracy import (
     correct_for_many,
     holm,
     mcnemar,
+    score_of,
     standard_error,
 )
 
@@ -146,3 +147,21 @@ def test_every_row_that_was_compared_is_corrected_for_all():
     assert [row["mcnemar_against_reference"]["p_holm"] for row in rows[:2]] == pytest.approx([0.02, 0.04])
     correct_for_many(rows[:1])  # made again: from the p-value itself
     assert rows[0]["mcnemar_against_reference"]["p_holm"] == 0.01
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1", "mcc"])
+def test_a_score_is_what_the_report_says_and_its_error_what_other_rows_would_change(metric):
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.rand(4000, generator=generator) < 0.3).long()
+    logits = torch.stack([torch.zeros(4000), labels * 1.5 - 0.75 + torch.randn(4000, generator=generator)], dim=1)
+    score, _ = score_of(logits, labels, metric)
+    assert score == pytest.approx(classification_metrics(logits, labels)[metric], abs=1e-12)
+    of_parts = [score_of(logits[i : i + 100], labels[i : i + 100], metric) for i in range(0, 4000, 100)]
+    spread = torch.tensor([each for each, _ in of_parts]).std().item()
+    assert torch.tensor([error for _, error in of_parts]).mean().item() == pytest.approx(spread, rel=0.3)
+
+
+def test_a_classifier_that_says_one_class_alone_scores_nothing():
+    logits, labels = torch.tensor([[1.0, 0.0]]).repeat(10, 1), torch.tensor([0] * 7 + [1] * 3)
+    assert score_of(logits, labels, "mcc") == (0.0, 0.0) and score_of(logits, labels, "f1") == (0.0, 0.0)
+    assert score_of(logits, labels)[0] == pytest.approx(0.7)

@@ -97,7 +97,13 @@ def test_a_run_killed_after_any_epoch_ends_as_one_that_was_not(tmp_path, parts, 
 def accuracies(monkeypatch):
     """What every epoch is said to be right in."""
     given = []
-    monkeypatch.setattr(compactmind.loop, "accuracy_of", lambda *_: given.pop(0))
+
+    def score_of(logits, labels, metric):
+        accuracy = given.pop(0)
+        return accuracy, math.sqrt(accuracy * (1 - accuracy) / len(labels))
+
+    monkeypatch.setattr(compactmind.loop, "accuracy_of", lambda *_: given[0])
+    monkeypatch.setattr(compactmind.loop, "score_of", score_of)
     return given
 
 
@@ -118,6 +124,18 @@ def test_the_epoch_kept_is_the_one_the_rule_names(tmp_path, parts, accuracies, s
     loop = make_loop(tmp_path, parts, selection=selection, first_kept=first, batch_size=40)
     run(loop)
     assert loop.metrics() == {"validation_accuracy": seen[kept - 1], "kept_epoch": kept}
+
+
+@pytest.mark.parametrize("selection", [LastNotWorse("mcc"), FirstBest(0.0, "mcc")], ids=str)
+def test_a_task_that_is_judged_by_something_else_keeps_its_epoch_by_that(tmp_path, parts, monkeypatch, selection, capsys):
+    scores = [0.0, 0.5, 0.2, 0.1]  # the first says the more frequent class alone
+    monkeypatch.setattr(compactmind.loop, "score_of", lambda logits, labels, metric: (scores.pop(0), 0.05) if metric == "mcc" else None)
+    loop = make_loop(tmp_path, parts, selection=selection, batch_size=40)
+    run(loop)
+    kept = loop.history[1]
+    assert loop.metrics() == {"validation_accuracy": kept["accuracy"], "validation_mcc": 0.5, "kept_epoch": 2}
+    assert (kept["score"], kept["standard_error"]) == (0.5, 0.05) and "by mcc" in str(selection)
+    assert "| mcc 0.500 |" in capsys.readouterr().out
 
 
 def test_it_stops_when_so_many_epochs_were_not_kept(tmp_path, parts, accuracies, capsys):

@@ -17,6 +17,30 @@ def standard_error(accuracy: float, rows: int) -> float:
     return math.sqrt(accuracy * (1 - accuracy) / rows)
 
 
+def score_of(logits: torch.Tensor, labels: torch.Tensor, metric: str = "accuracy") -> tuple[float, float]:
+    """Return what a task is judged by, of logits (rows, classes) and labels (rows,), and its standard error.
+
+    `metric`: "accuracy"; of two classes "f1", that of the last one, or "mcc", Matthews' correlation. The error of these two is the
+    spread over confusion matrices drawn from this one (bootstrap, Efron 1979).
+    """
+    if metric == "accuracy":
+        accuracy = accuracy_of(logits, labels)
+        return accuracy, standard_error(accuracy, len(labels))
+    counts = torch.bincount(2 * labels + logits.argmax(dim=-1), minlength=4).numpy()
+    drawn = numpy.random.default_rng(0).multinomial(counts.sum(), counts / counts.sum(), size=400)
+    return float(_of_counts(counts, metric)), float(_of_counts(drawn, metric).std())
+
+
+def _of_counts(counts: numpy.ndarray, metric: str) -> numpy.ndarray:
+    """Return "f1" or "mcc" of confusion matrices (..., 4): true and false negatives and positives as unpacked here; 0 for 0 / 0."""
+    tn, fp, fn, tp = numpy.moveaxis(counts.astype(float), -1, 0)
+    if metric == "f1":
+        above, below = 2 * tp, 2 * tp + fp + fn
+    else:
+        above, below = tp * tn - fp * fn, numpy.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    return above / numpy.where(below > 0, below, 1)
+
+
 def classification_metrics(logits: torch.Tensor, labels: torch.Tensor, confidence: float = 0.95) -> dict[str, Any]:
     """Return accuracy with its Wilson interval, F1, ROC AUC, Matthews' correlation (MCC), what is right per class, the confusion matrix.
 
