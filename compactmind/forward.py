@@ -99,14 +99,24 @@ def room_for(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
 
 
-class HeadInputs:
-    """What the head of a language model reads, window by window, and the logits it makes of it.
+def logits_divisor(model: PreTrainedModel) -> float:
+    """Return what a model divides its head's products by before they are logits: Granite's `logits_scaling`, 1 elsewhere."""
+    return float(getattr(model.config, "logits_scaling", None) or 1.0)
 
-    Where logits are more than that (some models scale them) `head_is_all` is False, None before the first window.
+
+class HeadInputs:
+    """What the head of a language model reads, window by window, and the logits that are made of it.
+
+    Where logits are more than the head's products, divided as Granite divides them, `head_is_all` is False; None before the first window.
     """
 
     def __init__(self, model: PreTrainedModel):
-        self.head, self.head_is_all = model.get_output_embeddings(), None
+        self.head, self.divisor, self.head_is_all = model.get_output_embeddings(), logits_divisor(model), None
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Return logits (..., vocabulary) of what the head reads (..., channels), on its device."""
+        products = self.head(states)
+        return products if self.divisor == 1 else products / self.divisor
 
     @torch.no_grad()
     def read(self, model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +128,7 @@ class HeadInputs:
         finally:
             hook.remove()
         if self.head_is_all is None:
-            self.head_is_all = torch.equal(self.head(seen[0]), logits)
+            self.head_is_all = torch.equal(self.logits(seen[0]), logits)
         return seen[0], logits
 
 
@@ -150,7 +160,7 @@ class LogitsOf(Sequence):
 
     @torch.inference_mode()
     def __init__(self, model: PreTrainedModel, windows: torch.Tensor, place: Path | None = None):
-        reader, self.device, self.head = HeadInputs(model), model.device, None
+        reader, self.device, self.made = HeadInputs(model), model.device, None
         few = is_small(model) and 4 * windows.numel() * model.config.get_text_config().vocab_size <= LOGITS_TO_KEEP
         known, to_leave = None, None
         for index, window in enumerate(windows):
@@ -158,14 +168,14 @@ class LogitsOf(Sequence):
                 states, logits = reader.read(model, window[None])
             else:
                 states = known[index][None].to(self.device)
-                logits = reader.head(states) if few else None
+                logits = reader.logits(states) if few else None
             if index == 0:
-                self.head = None if few or not reader.head_is_all else reader.head
-                like = logits if self.head is None else states
+                self.made = None if few or not reader.head_is_all else reader.logits
+                like = logits if self.made is None else states
                 self.kept = [None] * len(windows) if few else room_for(len(windows), *like.shape[1:])
                 if place and reader.head_is_all and (known := _states_in(place, states, len(windows))) is None:
                     to_leave = room_for(len(windows), *states.shape[1:])
-            self.kept[index] = logits[0] if self.head is None else states[0]
+            self.kept[index] = logits[0] if self.made is None else states[0]
             if to_leave is not None:
                 to_leave[index] = states[0]
         if to_leave is not None:
@@ -177,4 +187,4 @@ class LogitsOf(Sequence):
     @torch.inference_mode()
     def __getitem__(self, index: int) -> torch.Tensor:
         kept = self.kept[index].to(self.device)
-        return (kept if self.head is None else self.head(kept[None])[0])[:-1]
+        return (kept if self.made is None else self.made(kept[None])[0])[:-1]

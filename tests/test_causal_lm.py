@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from llamas import make_other
 from tiny_retraining import (
     SEQ_LEN,
     STAGE,
@@ -292,14 +293,21 @@ def test_the_hidden_state_loss_brings_hidden_states_closer():
 
 
 # ------------------------------------------------------------------------------------------------------ the teacher's states
-def test_retraining_with_remembered_states_is_the_same_retraining():
-    windows, teacher = helpers.example_windows(count=6, length=12), helpers.make_llama().eval()
+def granite():
+    return make_other("granite", logits_scaling=6.0).eval()
+
+
+@pytest.mark.parametrize("make_teacher", [lambda: helpers.make_llama().eval(), granite], ids=["llama", "granite"])
+def test_retraining_with_remembered_states_is_the_same_retraining(make_teacher):
+    windows, teacher = helpers.example_windows(count=6, length=12), make_teacher()
     recipe, states, losses = RetrainRecipe(tokens=72, evaluations=1), TeacherStates(), []
     for remembered in (None, states, states):
         model = helpers.make_llama(seed=3)
         result = retrain_causal_lm(model, windows, windows[:2], recipe, teacher=teacher, teacher_states=remembered)
         losses.append(result["history"][-1]["loss"])
     assert states.kept and losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+    with torch.no_grad():  # the teacher may be gone, and its head divides as it did
+        assert torch.equal(states.logits(None, windows[:2, :-1]), torch.cat([teacher(row[None, :-1]).logits for row in windows[:2]]))
 
 
 def test_with_no_weight_on_its_predictions_the_dense_model_is_not_asked():

@@ -58,7 +58,7 @@ def test_logits_of_the_dense_model_that_are_kept_change_no_number(monkeypatch):
         monkeypatch.setattr(forward, "LOGITS_TO_KEEP", kept)
         resources = Resources(windows, windows, windows, helpers.make_llama)
         inputs = stage["PipelineInputs"](None, None, resources, windows, windows, "text", "first", "")
-        assert (inputs.dense_on_test.head is None) == bool(kept)
+        assert (inputs.dense_on_test.made is None) == bool(kept)
         result.append([inputs.on_test.of(model) for model in (resources.teacher(), helpers.make_llama(seed=1))])
     assert result[0] == result[1]
     assert result[0][0]["divergence"]["mean"] == 0 < result[0][1]["divergence"]["mean"]

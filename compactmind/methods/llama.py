@@ -83,11 +83,6 @@ def llama_type(model: PreTrainedModel) -> str:
     return model.config.model_type.removeprefix("pruned_")
 
 
-def logits_divisor(model: PreTrainedModel) -> float:
-    """Return what a model divides its head's products by before they are logits: Granite's `logits_scaling`, 1 elsewhere."""
-    return float(getattr(model.config, "logits_scaling", None) or 1.0)
-
-
 def stream_norms(model: PreTrainedModel) -> list[nn.Module]:
     """Return what reads the residual stream: two norms per block and the last one."""
     return [norm for block in llama_blocks(model) for norm in (block.input_norm, block.post_norm)] + [model.model.norm]

@@ -6,8 +6,9 @@ import torch
 from transformers import PreTrainedModel
 
 from compactmind.errors import CompactMindError
+from compactmind.forward import logits_divisor
 from compactmind.methods.blockwise import block_inputs, in_float32, run_block
-from compactmind.methods.llama import llama_blocks, logits_divisor
+from compactmind.methods.llama import llama_blocks
 
 
 class Probe:

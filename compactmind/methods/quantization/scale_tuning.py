@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from compactmind.devices import mixed_precision
 from compactmind.errors import CompactMindError
+from compactmind.forward import logits_divisor
 from compactmind.methods.blockwise import block_inputs, run_block
-from compactmind.methods.llama import llama_blocks, logits_divisor, stream_norms
+from compactmind.methods.llama import llama_blocks, stream_norms
 from compactmind.methods.quantization.grouped import GroupedLinear, GroupedWeight, forget_unpacked
 
 TOKENS_AT_ONCE = 64

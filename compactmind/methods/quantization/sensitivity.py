@@ -20,8 +20,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from compactmind.forward import logits_divisor
 from compactmind.methods.blockwise import block_inputs, in_float32, run_block, walk_blocks
-from compactmind.methods.llama import LINEARS, llama_blocks, logits_divisor
+from compactmind.methods.llama import LINEARS, llama_blocks
 from compactmind.methods.probe import Probe, require_finite
 from compactmind.methods.quantization.calibration import SITES, readers_of
 from compactmind.methods.quantization.gptq import inverse_factor, round_nearest

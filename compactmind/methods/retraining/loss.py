@@ -113,8 +113,8 @@ class TeacherStates:
         """Return the teacher's logits (batch, seq_len, vocab) of token ids (batch, seq_len); without a teacher of those it has read."""
         keys = [_key(row) for row in input_ids]
         if self.kept.keys() >= set(keys):
-            head = self.reader.head.to(input_ids.device)
-            return head(torch.stack([self.kept[key] for key in keys]).to(input_ids.device))
+            self.reader.head.to(input_ids.device)
+            return self.reader.logits(torch.stack([self.kept[key] for key in keys]).to(input_ids.device))
         self.reader = self.reader or HeadInputs(teacher)
         states, logits = self.reader.read(teacher, input_ids)
         for key, state in zip(keys, states, strict=True):
