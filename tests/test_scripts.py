@@ -18,7 +18,9 @@ from compactmind.methods.pruning.two_of_four import is_two_of_four
 
 copy, finished = finished_stages.copy, finished_stages.finished
 
-HISTORY_KEYS = {"epoch", "phase", "loss", "accuracy", "sparsity", "lr", "temperature", "alpha", "seconds"}
+HISTORY_KEYS = {
+    "epoch", "phase", "loss", "accuracy", "score", "standard_error", "sparsity", "lr", "temperature", "alpha", "seconds"
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- artefacts
@@ -83,7 +85,7 @@ def test_histories_have_a_row_per_epoch(finished):
     for name, rows in history.items():
         assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1)), name
         for row in rows:
-            assert set(row) == HISTORY_KEYS
+            assert set(row) == HISTORY_KEYS and row["score"] == row["accuracy"] and 0 < row["standard_error"] < 0.5
             assert 0 <= row["accuracy"] <= 1 and row["seconds"] > 0 and 0 < row["loss"] < 10
     assert [row["phase"] for row in history["teacher"]] == ["finetune"]
     assert [(row["phase"], row["alpha"], row["temperature"]) for row in history["student_finetuned"]] == [

@@ -35,6 +35,9 @@ config = Config()
 """
 """The part of trackio that accelerate uses; it draws random numbers, as a library may."""
 
+TOLD = ("epoch", "loss", "accuracy", "score", "standard_error", "sparsity", "lr", "seconds")
+"""Of an epoch, by its number."""
+
 
 @pytest.fixture
 def trackio(tmp_path, monkeypatch):
@@ -68,7 +71,7 @@ def test_a_classifier_is_told_by_step_and_by_epoch_and_comes_out_the_same(tracki
     assert [step for step, _ in steps] == list(range(4, 21, 4)) and all({"step/loss", "step/lr"} == set(row) for _, row in steps)
     assert [step for step, _ in epochs] == [5, 10, 15, 20]
     for (_, row), wanted in zip(epochs, loop.history, strict=True):
-        assert row == {f"epoch/{name}": wanted[name] for name in ("epoch", "loss", "accuracy", "sparsity", "lr", "seconds")}
+        assert row == {f"epoch/{name}": wanted[name] for name in TOLD}
 
 
 def test_retraining_is_told_at_every_evaluation_and_its_runs_are_numbered(trackio, tmp_path):
